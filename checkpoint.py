@@ -1,0 +1,304 @@
+"""Checkpoints: save on any number of GPUs and any ZeRO stage, resume on any other.
+
+ZeRO cuts every parameter's float32 weight and its two AdamW moments into slices and spreads them over the ranks; each
+stage keeps them elsewhere. `find_slice` knows where. A checkpoint is simply those slices, written by each rank as they
+are: flat safetensors named "weight/<parameter>@<first element>". Whoever reads it takes the elements it needs:
+
+    <run>/checkpoints/step-000200-epoch-01-loss=2.3456/
+        checkpoint.json            step, shapes, files with sizes and checksums; its directory is renamed into place
+        rank00000-000.safetensors  last, so a directory without ".tmp" is complete
+        ...
+
+Why not DeepSpeed's own format: it is pickles (code that runs on loading), is tied to stage and world size until
+converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves it half-written.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+
+FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read. The message names it and says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where DeepSpeed keeps a parameter
+
+
+@dataclass
+class Slice:
+    """This rank's part of one trainable parameter: elements [first, first + count) of it, flattened, live as elements
+    [offset, offset + count) of `flat`, a float32 tensor the optimizer steps on. replicated: every rank has all of it."""
+
+    flat: torch.Tensor
+    offset: int
+    first: int
+    count: int
+    replicated: bool = False
+
+    def view(self, engine, kind: str) -> torch.Tensor:
+        """kind "weight", "exp_avg" or "exp_avg_sq" -> a view (count,) of the live tensor."""
+        tensor = self.flat.data if kind == "weight" else optimizer_state(engine, self.flat)[kind]
+        return tensor.view(-1).narrow(0, self.offset, self.count)
+
+
+def find_slice(engine, param: torch.nn.Parameter) -> Slice | None:
+    """Where this rank keeps float32 master weight and moments of a trainable parameter; None if it has no part."""
+    optimizer = engine.optimizer
+    if hasattr(param, "ds_id"):  # ZeRO-3: each parameter is cut into equal slices, the last one padded
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
+        first = size * dist.get_rank()
+        count = max(min(size, param.ds_numel - first), 0)
+        return Slice(optimizer.fp32_partitioned_groups_flat[group], offset, first, count) if count else None
+    if hasattr(param, "_hp_mapping"):  # ZeRO-1 and 2: all parameters in a row, and the row is cut
+        if (mapping := param._hp_mapping) is None:
+            return None
+        flat = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Slice(flat, here.start, there.start, here.numel)
+    for masters, weights in zip(getattr(optimizer, "fp32_groups", []), getattr(optimizer, "fp16_groups", []), strict=True):
+        for master, weight in zip(masters, weights, strict=True):  # stage 0 in bf16: float32 copies, one by one
+            if weight is param:
+                return Slice(master, 0, 0, param.numel(), replicated=True)
+    return Slice(param, 0, 0, param.numel(), replicated=True)  # stage 0 in float32
+
+
+def optimizer_state(engine, flat: torch.Tensor) -> dict:
+    """AdamW's state of one flat tensor, made here if it has not stepped yet."""
+    state = engine.basic_optimizer.state[flat]
+    if "exp_avg" not in state:
+        state.update({kind: torch.zeros_like(flat.data) for kind in MOMENTS})
+        state["step"] = torch.zeros((), device=flat.device) if isinstance(engine.basic_optimizer, torch.optim.Optimizer) else 0
+    return state
+
+
+def set_optimizer_step(engine, step: int) -> None:
+    """Set AdamW's step count, which its bias correction depends on. At the start of a run, too: in bf16 and stage 0
+    DeepSpeed makes one step of its own while it initialises (at learning rate 0, so it only counts)."""
+    for state in engine.basic_optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"].fill_(step)
+        elif "step" in state:
+            state["step"] = step
+
+
+def frozen_slice(param: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
+    """This rank's part of a frozen parameter, in its own dtype: (first element, flat view)."""
+    if hasattr(param, "ds_id"):
+        part, first = param.ds_tensor.data.view(-1), param.ds_tensor.numel() * dist.get_rank()
+        return first, part[: max(min(len(part), param.ds_numel - first), 0)]
+    first, stop = split_evenly(param.numel())
+    return first, param.data.view(-1)[first:stop]
+
+
+def split_evenly(n: int) -> tuple[int, int]:
+    """This rank's share of n elements that every rank has."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return n * rank // world, n * (rank + 1) // world
+
+
+def local_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """("weight/<name>@<first>", flat tensor) of everything this rank should write."""
+    for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            first, part = frozen_slice(param)
+            yield f"weight/{name}@{first}", part
+        elif (part := find_slice(engine, param)) is not None:
+            start, stop = split_evenly(part.count) if part.replicated else (0, part.count)
+            for kind in ("weight", *MOMENTS):
+                yield f"{kind}/{name}@{part.first + start}", part.view(engine, kind)[start:stop]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) -> Path:
+    """Write <directory>/<tag>, then delete all but the newest `keep` checkpoints (0: keep all). Call it on every rank.
+
+    Raises CheckpointError on every rank when any rank fails (a full disk, say); then nothing new is left behind and the
+    older checkpoints are untouched.
+    """
+    final, scratch = directory / tag, directory / f"{tag}.tmp"
+    rank, error, files = dist.get_rank(), None, {}
+    try:
+        if rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+    except OSError as problem:
+        error = problem
+    dist.barrier()
+    try:
+        if error is None:
+            files = write_local_files(engine, scratch, rank)
+    except OSError as problem:
+        error = problem
+    reports = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (files, error and f"rank {rank}: {error}"))
+    if errors := [problem for _, problem in reports if problem]:
+        if rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise CheckpointError(f"could not save {final}: {errors[0]}; it was removed, older checkpoints are untouched")
+    if rank == 0:
+        tensors = {name: {"shape": list(getattr(param, "ds_shape", param.shape)), "trainable": param.requires_grad}
+                   for name, param in engine.module.named_parameters()}
+        files = {file: facts for report, _ in reports for file, facts in report.items()}
+        write_durably(scratch / "checkpoint.json", json.dumps(meta | {"tensors": tensors, "files": files}).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        scratch.rename(final)
+        for old in list_checkpoints(directory)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def write_local_files(engine, scratch: Path, rank: int) -> dict[str, dict]:
+    """Write this rank's slices -> {file name: {"bytes": size, "crc32c": checksum}}."""
+    files, batch, size = {}, {}, 0
+
+    def flush():
+        name, data = f"rank{rank:05d}-{len(files):03d}.safetensors", to_safetensors(batch)
+        write_durably(scratch / name, data)
+        files[name] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
+
+    for key, tensor in local_tensors(engine):
+        batch[key] = tensor.detach().to("cpu", copy=True)
+        size += tensor.numel() * tensor.element_size()
+        if size >= FILE_BYTES:
+            flush()
+            batch, size = {}, 0
+    flush()
+    return files
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write and wait until the disk has it, so that a full disk or a power cut is noticed before the rename."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """All complete checkpoints in a run's checkpoints directory, oldest step first."""
+    found = [p for p in directory.glob("step-*") if p.suffix != ".tmp" and (p / "checkpoint.json").exists()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+class CheckpointReader:
+    """Random access to the tensors of a checkpoint, a slice at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.meta = json.loads((path / "checkpoint.json").read_text())
+            self.slices: dict[str, list[tuple[int, int, str, str]]] = {}  # "weight/name" -> (first, stop, file, key)
+            for file, facts in self.meta["files"].items():
+                if (path / file).stat().st_size != facts["bytes"]:
+                    raise CheckpointError(f"{path / file}: {(path / file).stat().st_size} bytes, expected {facts['bytes']}")
+                with safe_open(path / file, "pt") as tensors:
+                    for key in tensors.keys():
+                        name, _, first = key.rpartition("@")
+                        count = tensors.get_slice(key).get_shape()[0]
+                        self.slices.setdefault(name, []).append((int(first), int(first) + count, file, key))
+        except (OSError, ValueError, KeyError, CheckpointError) as error:
+            raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the checksums of every parts-th file. Raises CheckpointError naming a damaged one."""
+        for file, facts in list(self.meta["files"].items())[part::parts]:
+            if google_crc32c.value((self.path / file).read_bytes()) != facts["crc32c"]:
+                raise CheckpointError(f"{self.path / file}: checksum mismatch, the file is damaged")
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor "weight/<parameter>", "exp_avg/..." or "exp_avg_sq/..."."""
+        pieces = []
+        for first, end, file, key in sorted(self.slices[name]):
+            if first < stop and end > start:
+                with safe_open(self.path / file, "pt") as tensors:
+                    pieces.append(tensors.get_slice(key)[max(start, first) - first : min(stop, end) - first])
+        tensor = torch.cat(pieces) if pieces else torch.empty(0)
+        if len(tensor) != stop - start:
+            raise CheckpointError(f"{self.path}: {name} has only {len(tensor)} of elements {start}..{stop}")
+        return tensor
+
+    def weight(self, name: str) -> torch.Tensor:
+        """One parameter, whole, in the dtype it was trained in (float32; frozen ones may be bf16)."""
+        shape = self.meta["tensors"][name]["shape"]
+        return self.read(f"weight/{name}", 0, int(torch.Size(shape).numel())).view(shape)
+
+
+def check_same_parameters(reader: CheckpointReader, module: torch.nn.Module) -> None:
+    """Raise CheckpointError listing what is missing, extra, of another shape, or frozen in one and trained in the other."""
+    ours = {name: (list(getattr(p, "ds_shape", p.shape)), p.requires_grad) for name, p in module.named_parameters()}
+    theirs = {name: (facts["shape"], facts["trainable"]) for name, facts in reader.meta["tensors"].items()}
+    problems = [f"missing {name}" for name in ours.keys() - theirs.keys()]
+    problems += [f"unexpected {name}" for name in theirs.keys() - ours.keys()]
+    for name in ours.keys() & theirs.keys():
+        (shape, trainable), (saved_shape, saved_trainable) = ours[name], theirs[name]
+        if shape != saved_shape:
+            problems.append(f"{name}: shape {saved_shape}, this model has {shape}")
+        elif trainable != saved_trainable:
+            problems.append(f"{name}: was {'trained' if saved_trainable else 'frozen'}, the config now says otherwise")
+    if problems:
+        raise CheckpointError(f"{reader.path} does not fit this model: " + "; ".join(sorted(problems)[:20]))
+
+
+def load_checkpoint(engine, path: Path) -> dict:
+    """Restore weights, moments and step count from any stage and number of ranks; returns the checkpoint's meta data.
+
+    Every rank reads just the elements it owns. Raises CheckpointError when the checkpoint is damaged or does not fit.
+    """
+    reader, error = None, None
+    try:
+        reader = CheckpointReader(path)
+        reader.verify(dist.get_rank(), dist.get_world_size())
+        check_same_parameters(reader, engine.module)
+    except CheckpointError as problem:
+        error = str(problem)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        raise CheckpointError(next(filter(None, errors)))
+
+    zero3 = engine.zero_optimization_stage() == 3
+    if zero3:
+        engine.optimizer.checkpoint_event_prologue()  # parameters that stay gathered go back to their slices
+    for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            if zero3:
+                first, part = frozen_slice(param)
+                part.copy_(reader.read(f"weight/{name}", first, first + len(part)))
+            else:
+                param.data.copy_(reader.weight(name))
+        elif (part := find_slice(engine, param)) is not None:
+            for kind in ("weight", *MOMENTS):
+                values = reader.read(f"{kind}/{name}", part.first, part.first + part.count)
+                part.view(engine, kind).copy_(values)
+                if kind == "weight" and zero3:
+                    param.ds_tensor.data.view(-1)[: part.count].copy_(values)
+                elif kind == "weight" and part.replicated:
+                    param.data.view(-1).copy_(values)
+    if zero3:
+        engine.optimizer.checkpoint_event_epilogue()  # and are gathered again
+    elif hasattr(engine.optimizer, "update_lp_params"):
+        engine.optimizer.update_lp_params()  # ZeRO-1 and 2: bf16 weights from the float32 slices of all ranks
+    set_optimizer_step(engine, reader.meta["step"])
+    return reader.meta

@@ -1,0 +1,427 @@
+"""The RLDS / TFDS dataset format without TensorFlow: read, index, write.
+
+Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories: `features.json` and `dataset_info.json`
+describe them, and shards of TFRecords hold one episode per record, as a serialized tf.train.Example. An image is
+stored encoded (JPEG or PNG) inside its episode, so an episode is big and a training sample is a small piece of it.
+
+Therefore we read each dataset once and write a *frame table*: one small fixed-size row per frame (44 bytes with one
+camera and a 7-D action) that says where in which file its images lie, and holds its standardised action. From then
+on a training sample is one row of the table and one `pread` of one JPEG, in any order, in constant memory.
+
+Read in this order: read_records (bytes on disk) -> Steps (one episode) -> build_frame_table -> FrameTable.
+write_rlds goes the other way. What the names in a dataset mean is oxe.py's business; which frame comes when, data.py's.
+"""
+
+import fcntl
+import functools
+import hashlib
+import inspect
+import io
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+EPISODE = np.dtype([("split", "u1"), ("shard", "<u4"), ("record", "<u4"), ("first", "<i8"), ("count", "<u4"),
+                    ("labeled", "?")])
+
+
+class DataError(ValueError):
+    """Broken or unsuitable data. The message names the file, and the record where there is one."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TFRecord files: [length u64][masked crc of length u32][data][masked crc of data u32], again and again
+
+
+def masked_crc(data: bytes) -> int:
+    """CRC-32C, rotated and offset as TFRecord stores it."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (file offset of the data, data) of each record of a TFRecord file. Raises DataError on any damage."""
+    with open(path, "rb") as file:
+        number = 0
+        while header := file.read(12):
+            if len(header) < 12 or masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
+                raise DataError(f"{path}: record {number}: damaged header at byte {file.tell() - len(header)}")
+            offset, (length,) = file.tell(), struct.unpack("<Q", header[:8])
+            data, crc = file.read(length), file.read(4)
+            if len(data) < length or len(crc) < 4:
+                raise DataError(f"{path}: record {number}: the file ends inside it (truncated copy or download?)")
+            if masked_crc(data) != struct.unpack("<I", crc)[0]:
+                raise DataError(f"{path}: record {number}: checksum mismatch, the data are damaged")
+            yield offset, data
+            number += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tf.train.Example: a protobuf map {feature name: list of bytes, floats or ints}. The protobuf library would copy every
+# image out; we only want to know where it is. A message is a sequence of (tag, length, payload), so that is a short walk.
+
+
+def _varint(data: bytes, i: int) -> tuple[int, int]:
+    value = shift = 0
+    while data[i] >= 0x80:
+        value |= (data[i] & 0x7F) << shift
+        shift, i = shift + 7, i + 1
+    return value | data[i] << shift, i + 1
+
+
+def _fields(data: bytes, i: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (field number, start, stop) of each field of the protobuf message data[i:stop]."""
+    while i < stop:
+        tag, i = _varint(data, i)
+        size, i = _varint(data, i)
+        yield tag >> 3, i, i + size
+        i += size
+
+
+class Steps:
+    """One episode. `steps["observation/state"]` -> its values, decoded on demand, with a leading time dimension T."""
+
+    def __init__(self, data: bytes, offset: int, features: Mapping[str, tuple[tuple, np.dtype]]):
+        """data: a serialized tf.train.Example; offset: where it starts in its file; features: {name: (shape, dtype)}"""
+        self.data, self.offset, self.features = data, offset, features
+        self.where = {}  # feature name -> (start, stop) of its serialized list
+        for _, i, stop in _fields(data, 0, len(data)):  # Example.features
+            for _, i, stop in _fields(data, i, stop):  # one entry of the map: 1 = key, 2 = value
+                entry = {number: (start, end) for number, start, end in _fields(data, i, stop)}
+                self.where[data[slice(*entry[1])].decode()] = entry[2]
+
+    def __getitem__(self, name: str) -> np.ndarray | list[bytes]:
+        """(T, *shape) array of the feature's declared dtype, or a list of T byte strings."""
+        from tensorflow_datasets.proto import tf_feature_pb2  # here: importing TFDS takes half a second
+
+        start, stop = self._find(name)
+        feature = tf_feature_pb2.Feature.FromString(self.data[start:stop])
+        shape, dtype = self.features[name]
+        if dtype.kind == "O":
+            return list(feature.bytes_list.value)
+        # tf.train.Example has only float32 and int64; float64 features were rounded to float32 when written
+        values = feature.float_list.value if dtype.kind == "f" else feature.int64_list.value
+        return np.array(values, np.float32 if dtype.kind == "f" else np.int64).astype(dtype).reshape(-1, *shape)
+
+    def spans(self, name: str) -> np.ndarray:
+        """(T, 2) int64: file offset and length in bytes of each of the T encoded images of feature `name`."""
+        start, stop = self._find(name)
+        lists = [(i, end) for _, i, end in _fields(self.data, start, stop)]
+        spans = [(self.offset + a, b - a) for i, end in lists for _, a, b in _fields(self.data, i, end)]
+        return np.array(spans, np.int64).reshape(-1, 2)
+
+    def _find(self, name: str) -> tuple[int, int]:
+        try:
+            return self.where[f"steps/{name}"]
+        except KeyError:
+            raise DataError(f"its steps have no {name!r}; they have {sorted(self.features)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TFDS directories
+
+
+def find_dataset(data_root_dir: Path, name: str) -> Path:
+    """The directory with the newest version of dataset `name` ("name" or "name:version"), or data_root_dir itself
+    if it is one. Raises DataError when there is none."""
+    name, _, version = name.partition(":")
+    if (Path(data_root_dir) / "features.json").exists():
+        return Path(data_root_dir)
+    root = Path(data_root_dir) / name
+    found = [d for d in root.glob(version or "*") if (d / "features.json").exists()]
+    if not found:
+        raise DataError(
+            f"{root}: no TFDS dataset there: expected {root}/{version or '<version>'}/features.json. "
+            f"Set data_root_dir to the folder that holds the folder {name!r}."
+        )
+    return max(found, key=lambda d: [int(part) if part.isdigit() else -1 for part in d.name.split(".")])
+
+
+def _open_builder(directory: Path):
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # TFDS raises many kinds
+        raise DataError(f"{directory}: not a readable TFDS dataset: {error}") from error
+
+
+def step_features(directory: Path) -> dict[str, tuple[tuple, np.dtype, bool]]:
+    """{"observation/image": (shape without time, dtype, is it an image?), ...} of each step of the dataset."""
+    builder = _open_builder(directory)
+
+    def walk(feature, info, prefix):
+        if isinstance(info, Mapping):
+            for key, value in info.items():
+                yield from walk(feature[key], value, f"{prefix}/{key}")
+        else:
+            yield prefix[1:], (info.shape[1:], np.dtype(info.np_dtype), type(feature).__name__ == "Image")
+
+    try:
+        steps = builder.info.features["steps"]
+        return dict(walk(steps.feature, builder.info.features.get_serialized_info()["steps"], ""))
+    except (KeyError, AttributeError):
+        raise DataError(f"{directory}: a TFDS dataset, but not RLDS: its examples have no 'steps'") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frame table
+
+
+class FrameTable:
+    """A dataset's index, memory-mapped: opening it costs nothing, and all processes share one copy.
+
+    frames: per frame  `offset`, `length` (one each per camera; length 0 = no image), `instruction` (number),
+            `action` (float32, standardised but not normalised) and, if asked for, `proprio`
+    episodes: per episode  `split`, `shard`, `record` (numbers), `first`, `count` (its frames), `labeled`
+    """
+
+    def __init__(self, path: Path):
+        meta = json.loads((path / "table.json").read_text())
+        self.path, self.directory = path, Path(meta["directory"])
+        self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
+        self.instructions, self.statistics, self.bad = meta["instructions"], meta["statistics"], meta["bad_episodes"]
+        frame = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
+        self.frames = np.memmap(path / "frames.bin", frame, "r")
+        self.episodes = np.load(path / "episodes.npy")
+        self.first_frames = np.ascontiguousarray(self.episodes["first"], np.int64)
+
+    def episode_of(self, rows: np.ndarray) -> np.ndarray:
+        """Frame numbers (any shape) -> episode numbers."""
+        return np.searchsorted(self.first_frames, rows, side="right") - 1
+
+    def read_image(self, row: int, camera: int) -> bytes:
+        """The encoded image of one frame, read straight from its shard; b"" where the camera has none."""
+        frame = self.frames[row]
+        length = int(frame["length"][camera])
+        if length == 0:
+            return b""
+        shard = self.directory / self.shards[self.episodes["shard"][self.episode_of(row)]]
+        return os.pread(_open_shard(shard).fileno(), length, int(frame["offset"][camera]))
+
+    def where(self, row: int) -> str:
+        """File and record of a frame, for error messages."""
+        episode = self.episodes[self.episode_of(row)]
+        return f"{self.directory / self.shards[episode['shard']]}: record {episode['record']}"
+
+
+@functools.lru_cache(maxsize=256)  # an evicted file is closed by garbage collection
+def _open_shard(path: Path) -> io.FileIO:
+    return open(path, "rb", buffering=0)
+
+
+def frame_table(directory: Path, standardize: Callable, cameras: list[str], fingerprint: str, *,
+                index_dir: Path | None = None, skip_bad_episodes: bool = False) -> FrameTable:
+    """Open the frame table of the TFDS dataset in `directory`, building it first where there is none.
+
+    standardize: a picklable function, Steps -> {"action": (T, A) float32, "proprio": (T, P) float32 or None,
+                 "images": (T, len(cameras), 2) int64 spans, "instructions": T byte strings}
+    fingerprint: text that changes whenever `standardize` would produce something else.
+    index_dir:   where tables are kept; by default in the dataset's directory, or ~/.cache/zerovla if that is read-only.
+
+    The table's name is a hash of the fingerprint, of the code below, and of the names, sizes and modification times of
+    the data files, so a stale table is never used. It appears by one rename. Safe when many processes call it at once: one builds, the
+    others wait for its lock (not inside a collective, so nothing times out however long it takes).
+    """
+    directory = directory.resolve()
+    listing = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir()
+                     if ".tfrecord" in p.name or p.name in ("features.json", "dataset_info.json"))
+    code = [inspect.getsource(part) for part in (Steps, build_frame_table, _index_shard, statistics, quantile)]
+    key = repr((code, EPISODE, fingerprint, cameras, skip_bad_episodes, listing))
+    root = Path(index_dir) / directory.parent.name if index_dir else directory / ".frame_table"
+    if not index_dir and not os.access(directory, os.W_OK):
+        root = Path.home() / ".cache/zerovla" / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    path = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / f"{path.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                build_frame_table(directory, standardize, cameras, path, skip_bad_episodes)
+    return FrameTable(path)
+
+
+def build_frame_table(directory: Path, standardize: Callable, cameras: list[str], path: Path, skip_bad: bool) -> None:
+    """Read every record of the dataset once, on all cores, and write its frame table to `path`."""
+    builder = _open_builder(directory)
+    features = {name: (shape, dtype) for name, (shape, dtype, _) in step_features(directory).items()}
+    splits = list(builder.info.splits)  # the order of TFDS' split "all": statistics are sums in this order
+    shards = [(n, Path(file), count) for n, split in enumerate(splits)
+              for file, count in zip(builder.info.splits[split].filepaths, builder.info.splits[split].shard_lengths,
+                                     strict=True)]
+    index_shard = functools.partial(_index_shard, features=features, standardize=standardize, skip_bad=skip_bad)
+
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    episodes, instructions, bad, rows = [], {}, [], 0
+    workers = min(len(os.sched_getaffinity(0)), max(len(shards), 1))
+    try:
+        with (ProcessPoolExecutor(workers, get_context("fork")) as pool, open(scratch / "frames.bin", "wb") as out,
+              tqdm(total=len(shards), desc=f"index {directory.parent.name}", unit="shard", leave=False, delay=1) as bar):
+            for number, ((split, file, count), (frames, found, texts, skipped)) in enumerate(
+                zip(shards, pool.map(index_shard, [file for _, file, _ in shards], chunksize=1), strict=True)
+            ):
+                if len(found) + len(skipped) != count:
+                    raise DataError(f"{file}: has {len(found) + len(skipped)} records, dataset_info.json says {count}")
+                renumber = [instructions.setdefault(text, len(instructions)) for text in texts]
+                if frames is not None:
+                    dtype = frames.dtype
+                    frames["instruction"] = np.array(renumber, np.uint32)[frames["instruction"]]
+                    out.write(frames.tobytes())
+                for record, frames_of_it, labeled in found:
+                    episodes.append((split, number, record, rows, frames_of_it, labeled))
+                    rows += frames_of_it
+                bad += [f"{file}: {reason}" for reason in skipped]
+                bar.update()
+        if not rows:
+            raise DataError(f"{directory}: no usable frame in its {len(shards)} files")
+        np.save(scratch / "episodes.npy", np.array(episodes, EPISODE))
+        table = np.memmap(scratch / "frames.bin", dtype, "r")
+        meta = {"directory": str(directory), "splits": splits, "shards": [file.name for _, file, _ in shards],
+                "cameras": cameras, "instructions": list(instructions), "bad_episodes": bad,
+                "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
+                "statistics": statistics(table, num_trajectories=len(episodes))}
+        (scratch / "table.json").write_text(json.dumps(meta))
+        scratch.rename(path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bool):
+    """One shard -> (frame rows, [(record, frames, labeled)], distinct instructions, [reason for each bad episode])."""
+    if not file.exists():
+        raise DataError(f"{file}: missing, but dataset_info.json lists it (incomplete download?)")
+    rows, episodes, texts, bad = [], [], {}, []
+    for record, (offset, data) in enumerate(read_records(file)):
+        try:
+            episode = standardize(Steps(data, offset, features))
+            if not np.isfinite(episode["action"]).all():
+                raise DataError("an action is not finite")
+        except (DataError, IndexError, ValueError) as error:
+            if not skip_bad:
+                raise DataError(f"{file}: record {record}: {error}") from error
+            bad.append(f"record {record}: {error}")
+            continue
+        action, proprio, images = episode["action"], episode["proprio"], episode["images"]
+        dtype = [("offset", "<i8", images.shape[1:2]), ("length", "<u4", images.shape[1:2]), ("instruction", "<u4"),
+                 ("action", "<f4", action.shape[1:])]
+        if proprio is not None:
+            dtype.append(("proprio", "<f4", proprio.shape[1:]))
+        frames = np.zeros(len(action), dtype)
+        frames["offset"], frames["length"], frames["action"] = images[..., 0], images[..., 1], action
+        frames["instruction"] = [texts.setdefault(text.decode(), len(texts)) for text in episode["instructions"]]
+        if proprio is not None:
+            frames["proprio"] = proprio
+        rows.append(frames)
+        episodes.append((record, len(frames), any(episode["instructions"])))
+    return np.concatenate(rows) if rows else None, episodes, list(texts), bad
+
+
+def statistics(frames: np.ndarray, num_trajectories: int) -> dict:
+    """What OpenVLA writes to dataset_statistics.json (without the mask), over all splits of a dataset, bit for bit.
+
+    Mean and deviation are float32 sums in file order. Without proprio, OpenVLA writes zeros of the action's size.
+    """
+    action = np.ascontiguousarray(frames["action"])
+    proprio = np.ascontiguousarray(frames["proprio"]) if "proprio" in frames.dtype.names else np.zeros_like(action)
+    result: dict = {}
+    for name, values in (("action", action), ("proprio", proprio)):
+        result[name] = {"mean": values.mean(0), "std": values.std(0), "max": values.max(0), "min": values.min(0),
+                        "q01": quantile(values, 0.01), "q99": quantile(values, 0.99)}
+        result[name] = {key: value.tolist() for key, value in result[name].items()}
+    return result | {"num_transitions": len(frames), "num_trajectories": num_trajectories}
+
+
+def quantile(values: np.ndarray, q: float) -> np.ndarray:
+    """Linear quantile over axis 0 as NumPy 1.26, OpenVLA's version, rounds it: the two neighbours' difference in
+    float32, the rest in float64 (newer versions stay in float32)."""
+    position = (len(values) - 1) * q
+    low, t = int(position), position - int(position)
+    high = min(low + 1, len(values) - 1)
+    sorted_ = np.partition(values, (low, high), axis=0)
+    a, b = sorted_[low], sorted_[high]
+    difference = (b - a).astype(np.float64)
+    return a + difference * t if t < 0.5 else b - difference * (1 - t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_rlds(directory: Path, name: str, version: str, features: Mapping, episodes: Mapping[str, Iterable[dict]], *,
+               jpeg_quality: int = 95, shard_bytes: int = 128 << 20) -> Path:
+    """Write episodes as a TFDS dataset that TFDS, OpenVLA and this project read. Returns its directory.
+
+    features: what an episode looks like, in tensorflow_datasets.features:  {"steps": Dataset({...}), ...}
+    episodes: {"train": iterable of episodes, "val": ...}; an episode is {"steps": [step, ...], ...} with NumPy values.
+              Images are (H, W, 3) uint8 and stored in the feature's encoding_format; bytes are stored as they are.
+
+    Nothing is left behind unless all was written; an existing dataset is never overwritten (FileExistsError).
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    path = Path(directory) / name / version
+    if path.exists():
+        raise FileExistsError(f"{path} exists: remove it, or write another version")
+    features = features if isinstance(features, tfds.features.FeaturesDict) else tfds.features.FeaturesDict(features)
+    serializer = ExampleSerializer(features.get_serialized_info())
+    scratch = path.with_name(f"{version}.{os.getpid()}.tmp")
+    scratch.mkdir(parents=True)
+    try:
+        splits = []
+        for split, items in episodes.items():
+            sizes = [[]]  # bytes of each record of each shard
+            for item in tqdm(items, desc=f"write {name} {split}", unit="episode", leave=False, delay=1):
+                example = serializer.get_tf_example(features.encode_example(_encode_images(features, item, jpeg_quality)))
+                data = example.SerializeToString(deterministic=True)  # the same episodes give the same bytes
+                if sum(sizes[-1]) > shard_bytes:
+                    sizes.append([])
+                sizes[-1].append(len(data))
+                with open(scratch / f"{split}-{len(sizes) - 1}", "ab") as shard:
+                    header = struct.pack("<Q", len(data))
+                    shard.write(header + struct.pack("<I", masked_crc(header)) + data + struct.pack("<I", masked_crc(data)))
+            if not sizes[0]:
+                raise ValueError(f"split {split!r} of {name} has no episodes")
+            for number in range(len(sizes)):
+                final = f"{name}-{split}.tfrecord-{number:05d}-of-{len(sizes):05d}"
+                (scratch / f"{split}-{number}").rename(scratch / final)
+            splits.append({"name": split, "shardLengths": [str(len(shard)) for shard in sizes],
+                           "numBytes": str(sum(map(sum, sizes))),
+                           "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"})
+        features.save_config(scratch)
+        info = {"name": name, "version": version, "fileFormat": "tfrecord", "splits": splits}
+        (scratch / "dataset_info.json").write_text(json.dumps(info, indent=2))
+        scratch.rename(path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return path
+
+
+def _encode_images(feature, value, quality: int):
+    """Replace each image array by a file object with its encoded bytes (TFDS itself would need TensorFlow for that)."""
+    kind = type(feature).__name__
+    if kind == "FeaturesDict":
+        return {key: _encode_images(feature[key], item, quality) for key, item in value.items()}
+    if kind in ("Dataset", "Sequence"):
+        return [_encode_images(feature.feature, item, quality) for item in value]
+    if kind != "Image":
+        return value
+    if isinstance(value, np.ndarray):
+        encoded = io.BytesIO()
+        Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=quality)
+        value = encoded.getvalue()
+    return io.BytesIO(value)

@@ -1,0 +1,99 @@
+"""What the tests share: the fixtures' places, a tiny model, and the real launcher.
+
+tests/fixtures holds data made by running the official OpenVLA code (see its README); nothing in it is ours.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests/fixtures"
+RLDS = FIXTURES / "rlds"
+GOLDEN_MODEL = FIXTURES / "model"
+LLAMA_TOKENIZER = GOLDEN_MODEL / "tokenizer_llama"
+
+# a VLA of some 100,000 parameters on the demonstrations in the repository; seconds a run
+TINY = {
+    "vla_id": "tiny", "data_root_dir": str(ROOT / "datasets"), "data_mix": "metaworld_demo",
+    "datasets": {"metaworld_demo": {"primary": "image"}}, "image_size": 28,
+    "vision_backbone": {
+        "dino": {"model": "vit_small_patch14_reg4_dinov2", "embed_dim": 32, "depth": 3, "num_heads": 2},
+        "siglip": {"model": "vit_base_patch16_siglip_224", "patch_size": 14, "embed_dim": 32, "depth": 3,
+                   "num_heads": 2},
+    },
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "llm_backbone": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
+                     "num_hidden_layers": 3, "num_attention_heads": 2},
+    "tokenizer": str(ROOT / "configs/demo_tokenizer"), "add_action_tokens": True,
+    "max_steps": 20, "global_batch_size": 16, "per_device_batch_size": 4, "learning_rate": 1e-3,
+    "num_workers": 0, "log_interval": 1, "eval_interval": 0, "eval_samples": 32, "save_interval": 1000,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Write the tiny model's YAML, with changes, and return its path."""
+
+    def write(**changes) -> Path:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**TINY, "run_root_dir": str(tmp_path / "runs"), **changes}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def data_config(tmp_path):
+    """The keys that data.Mixture reads, for the fixtures' datasets."""
+
+    def make(**changes) -> SimpleNamespace:
+        values = {
+            "data_root_dir": str(RLDS / "data"), "datasets": {}, "cameras": ["primary"], "use_proprio": False,
+            "window_size": 1, "action_chunk": 1, "action_normalization": "bounds_q99", "image_size": 224,
+            "image_aug": False, "seed": 7, "index_dir": str(tmp_path / "index"), "skip_bad_episodes": False,
+            "prompt_style": "pure", "max_length": 2048,
+        }
+        return SimpleNamespace(**{**values, **changes})
+
+    return make
+
+
+def ds_json(path: Path, stage: int, bf16: bool = True, **changes) -> Path:
+    """One of the repository's JSONs, possibly in float32 or with other keys, as a new file."""
+    config = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
+    path.write_text(json.dumps({**config, "bf16": {"enabled": bf16}, **changes}))
+    return path
+
+
+def launch(config: Path, *arguments, ranks: int = 1, launcher: str = "deepspeed", timeout: int = 600):
+    """Run train_vla.py as a user does -> the finished process, with .text (all it printed) and .metrics."""
+    script = [str(ROOT / "train_vla.py"), "--config", str(config), *map(str, arguments)]
+    bin_dir = Path(sys.executable).parent
+    port = str(20000 + os.getpid() % 20000)
+    command = {
+        "deepspeed": [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, *script],
+        "torchrun": [str(bin_dir / "torchrun"), f"--nproc-per-node={ranks}", f"--master-port={port}", *script],
+        "python": [sys.executable, *script],
+    }[launcher]
+    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    done = subprocess.run(command, env=env, cwd=ROOT, timeout=timeout, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    done.text = done.stdout
+    return done
+
+
+def read_metrics(runs: Path) -> dict[int, dict]:
+    """{step: values} of the only run below a directory."""
+    (path,) = runs.glob("*/metrics.jsonl")
+    steps: dict[int, dict] = {}
+    for line in path.read_text().splitlines():
+        values = json.loads(line)
+        steps.setdefault(values["step"], {}).update(values)
+    return steps

@@ -1,0 +1,259 @@
+"""The model against the official one (tests/fixtures/model), and what it promises by itself."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN_MODEL, ROOT, TINY
+
+from action_tokenizer import load_tokenizer
+from model import VLA
+from train_vla import TrainConfig, parameter_groups
+
+TINY_FUSED = json.loads((GOLDEN_MODEL / "tiny_fused.json").read_text())
+ARRAYS = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN_MODEL / "tiny_fused.npz").items()}
+STAGES = json.loads((GOLDEN_MODEL / "stages_trainable.json").read_text())
+NORMS = ("norm.weight", "norm1.weight", "norm2.weight", "layernorm.weight")
+
+
+class Tokenizer448:
+    """The vocabulary of the official tiny model: 448 ids and a padding token, no text."""
+
+    action_vocab_size, pad_token_id = 448, 448
+
+    def __len__(self):
+        return 449
+
+
+def official_model(towers=("dino", "siglip")) -> VLA:
+    """The architecture of the fixtures, with their recipe's weights."""
+    vision = {name: {"model": facts["timm_id"], **{key: facts[key] for key in ("depth", "embed_dim", "num_heads")}}
+              for name, facts in TINY_FUSED["vision"].items() if name in towers}
+    llm = {key: TINY_FUSED["llm"][key] for key in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "rms_norm_eps", "max_position_embeddings")}
+    config = TrainConfig(vision_backbone=vision, llm_backbone={"model_type": "llama", **llm}, image_size=56,
+                         arch_specifier="no-align+fused-gelu-mlp" if len(towers) > 1 else "no-align+gelu-mlp",
+                         action_dim=7)
+    vla = VLA(config, Tokenizer448()).eval()
+    vla.load_state_dict({name: recipe(name, tuple(value.shape)) for name, value in vla.state_dict().items()})
+    return vla
+
+
+def recipe(name: str, shape: tuple) -> torch.Tensor:
+    value = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape) * 0.05
+    if (len(shape) == 1 and name.endswith(NORMS)) or name.endswith(".gamma"):
+        value += 1
+    return torch.from_numpy(value.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def official() -> VLA:
+    vla = official_model()
+    pixels = [ARRAYS["pixel_values_native_dino"], ARRAYS["pixel_values_native_siglip"]]
+    vla.pixel_values = lambda images: pixels  # the fixtures' pixels are no images but random numbers
+    return vla
+
+
+IMAGES = torch.zeros(3, 1, 56, 56, 3, dtype=torch.uint8)  # only its shape matters then
+
+
+def test_parameter_names_and_weights_equal_openvla(official):
+    state = official.state_dict()
+    assert state.keys() == TINY_FUSED["param_checksums"].keys()
+    for name, facts in TINY_FUSED["param_checksums"].items():
+        assert list(state[name].shape) == facts["shape"]
+        assert float(state[name].double().sum()) == pytest.approx(facts["sum"], abs=1e-4)
+
+
+@torch.no_grad()
+def test_features_and_logits_equal_openvla(official):
+    features = official.patch_features(official.pixel_values(None))
+    torch.testing.assert_close(features, ARRAYS["patch_features_concat"], atol=5e-6, rtol=0)
+    inputs = official.embed(IMAGES, ARRAYS["input_ids"])
+    torch.testing.assert_close(inputs[:, 1:17], ARRAYS["projected_patch_embeddings"], atol=5e-6, rtol=0)
+    hidden = official.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    logits = official.llm.lm_head(hidden)
+    real = ARRAYS["multimodal_attention_mask"].bool()
+    torch.testing.assert_close(logits[real], ARRAYS["logits"][real], atol=5e-6, rtol=0)
+
+
+def test_loss_and_gradients_equal_openvla(official):
+    official.zero_grad()
+    loss, predicted, true = official(IMAGES, ARRAYS["input_ids"], ARRAYS["labels"])
+    assert loss.item() == pytest.approx(TINY_FUSED["loss"], abs=1e-5)
+    expected = ARRAYS["labels"][ARRAYS["labels"] >= 192].view(3, 7)
+    assert torch.equal(true, expected) and predicted.shape == true.shape
+    assert (predicted == true).float().mean() == TINY_FUSED["train_metrics"]["action_accuracy"]
+    loss.backward()
+    norms = {name: float(p.grad.norm()) for name, p in official.named_parameters() if p.grad is not None}
+    golden = {name: norm for name, norm in TINY_FUSED["grad_norms_vla_full_train"].items() if norm is not None}
+    assert norms.keys() == golden.keys()
+    for name, norm in golden.items():
+        assert norms[name] == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+
+
+@torch.no_grad()
+def test_generated_actions_equal_openvla(official):
+    """Cases whose official greedy tokens are all action ids: one by one, and all in one batch of unequal prompts."""
+    vla = official_model()
+    vla.llm.lm_head.weight[448 - 256 : 448] *= 4
+    cases = TINY_FUSED["generation"]["action_biased_cases"]
+    empty = TINY_FUSED["generation"]["empty_token_id"]
+    prompts, pixels = [], []
+    for case in cases:
+        draw = np.random.RandomState(case["seed"])
+        body = draw.randint(3, 192, size=int(draw.randint(5, 30)))
+        assert [1, *body] == case["input_ids_given"]
+        prompts.append([*case["input_ids_given"], empty])
+        pixels.append(torch.from_numpy(draw.standard_normal((1, 6, 56, 56)).astype(np.float32)))
+    usable = [i for i, case in enumerate(cases) if min(case["generated_token_ids"]) >= 192]
+    assert len(usable) >= 5
+    for i in usable:
+        vla.pixel_values = lambda _, i=i: [pixels[i][:, :3], pixels[i][:, 3:]]
+        assert vla.generate(IMAGES[:1], [prompts[i]]).tolist() == [cases[i]["generated_token_ids"]]
+    together = torch.cat([pixels[i] for i in usable])
+    vla.pixel_values = lambda _: [together[:, :3], together[:, 3:]]
+    tokens = vla.generate(IMAGES[:1].expand(len(usable), -1, -1, -1, -1), [prompts[i] for i in usable])
+    assert tokens.tolist() == [cases[i]["generated_token_ids"] for i in usable]
+    actions = vla.action_tokenizer.decode(tokens.numpy())
+    from data import unnormalize
+
+    stats = TINY_FUSED["generation"]["norm_stats"]["tiny_ds"]["action"]
+    np.testing.assert_array_equal(unnormalize(actions, stats, "bounds_q99"), [cases[i]["action"] for i in usable])
+
+
+@torch.no_grad()
+def test_every_step_of_the_cache_equals_a_full_forward(official):
+    golden = TINY_FUSED["generation"]
+    sequence = torch.tensor([golden["full_sequence"]])
+    i = golden["sample_index"]
+    vla = official_model()
+    vla.pixel_values = lambda _: [ARRAYS["pixel_values_native_dino"][i : i + 1],
+                                  ARRAYS["pixel_values_native_siglip"][i : i + 1]]
+    inputs = vla.embed(IMAGES[:1], sequence)
+    logits = vla.llm.lm_head(vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state)[0, -8:-1]
+    torch.testing.assert_close(logits, ARRAYS["gen_step_logits"], atol=1e-5, rtol=0)
+    assert logits.argmax(-1).tolist() == golden["generated_token_ids"]
+
+
+@pytest.mark.parametrize("variant, towers", [("fused", ("dino", "siglip")), ("siglip", ("siglip",))])
+@pytest.mark.parametrize("flags", [(False, False, False), (True, False, False), (False, True, True), (True, True, True)])
+def test_trainable_parameters_of_each_stage_equal_openvla(variant, towers, flags):
+    vla = official_model(towers)
+    stage = vla.freeze(*flags)
+    golden = STAGES[variant][stage]
+    assert {name for name, p in vla.named_parameters() if p.requires_grad} == set(golden["trainable"])
+    loss, _, _ = vla(IMAGES, ARRAYS["input_ids"], ARRAYS["labels"])
+    loss.backward()
+    without = {name for name, p in vla.named_parameters() if p.requires_grad and p.grad is None}
+    assert without == set(golden["trainable_but_grad_is_None"])
+
+
+def test_freezing_everything_is_refused():
+    with pytest.raises(ValueError, match="set unfreeze_last_llm_layer: true"):
+        official_model().freeze(True, True, False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tiny model on real images
+
+
+def tiny_model(**changes) -> VLA:
+    torch.manual_seed(0)
+    keys = set(TrainConfig.__dataclass_fields__)
+    config = TrainConfig(**{key: value for key, value in TINY.items() if key in keys}, action_dim=4, proprio_dim=4)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    vla = VLA(config, load_tokenizer(str(ROOT / "configs/demo_tokenizer"), add_action_tokens=True)).eval()
+    vla.norm_stats = {"a": {"action": {"q01": [-1.0] * 4, "q99": [1.0] * 4, "mask": [True] * 3 + [False]}}}
+    return vla
+
+
+def test_the_image_is_looked_at():
+    """OpenVLA's own class silently stopped doing so with transformers 4.50 (openvla#346)."""
+    vla = tiny_model()
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    ids = torch.tensor([[1, 5, 6, 7, 8, *range(600, 604), 2]])
+    labels = torch.where(torch.arange(10) < 5, -100, ids)
+    losses = []
+    for image in (np.zeros_like(noise), np.full_like(noise, 255), noise):
+        losses.append(vla(torch.from_numpy(image)[None, None], ids, labels)[0].item())
+    assert len(set(losses)) == 3
+
+
+def test_padding_changes_nothing():
+    vla = tiny_model()
+    images = torch.randint(0, 256, (1, 1, 28, 28, 3), dtype=torch.uint8)
+    ids = torch.tensor([[1, 5, 6, 7, 8, *range(600, 604), 2]])
+    labels = torch.where(torch.arange(10) < 5, -100, ids)
+    padded = torch.nn.functional.pad(ids, (0, 6), value=768), torch.nn.functional.pad(labels, (0, 6), value=-100)
+    assert vla(images, *padded)[0].item() == pytest.approx(vla(images, ids, labels)[0].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_proprio": True}, {"action_chunk": 3}, {"window_size": 2},
+                                     {"cameras": ["primary", "wrist"], "arch_specifier": "linear"}])
+def test_predict_action(changes):
+    vla = tiny_model(**changes)
+    views = vla.cfg.window_size * len(vla.cfg.cameras)
+    rng = np.random.default_rng(1)
+    images = [[rng.integers(0, 256, (40, 30, 3), dtype=np.uint8) for _ in range(views)] for _ in range(3)]
+    proprio = rng.standard_normal((3, 4)).astype(np.float32) if vla.cfg.use_proprio else None
+    texts = ["reach a goal position", "push", "Push a button on the coffee machine"]
+    batch = vla.predict_action(images, texts, proprio=proprio)
+    assert batch.shape == ((3, 3, 4) if vla.cfg.action_chunk == 3 else (3, 4)) and np.abs(batch).max() <= 1
+    for i in range(3):
+        one = vla.predict_action(images[i], texts[i], unnorm_key="a", proprio=None if proprio is None else proprio[i])
+        np.testing.assert_array_equal(one, batch[i])
+
+
+def test_actions_need_statistics():
+    vla, image = tiny_model(), np.zeros((28, 28, 3), np.uint8)
+    vla.norm_stats["b"] = vla.norm_stats["a"]
+    with pytest.raises(ValueError, match=r"None is not one of the model's datasets: \['a', 'b'\]"):
+        vla.predict_action(image, "push")
+    with pytest.raises(ValueError, match="'c' is not one of"):
+        vla.predict_action(image, "push", unnorm_key="c")
+    vla.norm_stats = {}
+    with pytest.raises(ValueError, match="not one of the model's datasets"):
+        vla.predict_action(image, "push")
+
+
+def test_recomputation_changes_no_gradient():
+    images = torch.randint(0, 256, (2, 1, 28, 28, 3), dtype=torch.uint8)
+    ids = torch.tensor([[1, 5, 6, 7, 8, *range(600, 604), 2]] * 2)
+    labels = torch.where(torch.arange(10) < 5, -100, ids)
+    gradients = []
+    for recompute in (False, True):
+        vla = tiny_model().train()
+        if recompute:
+            vla.recompute_activations()
+        vla(images, ids, labels)[0].backward()
+        gradients.append([p.grad for p in vla.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_decay_spares_biases_and_norms():
+    vla = tiny_model()
+    decayed, spared = parameter_groups(vla, 0.1)
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    names = {id(p): name for name, p in vla.named_parameters()}
+    assert all(p.ndim > 1 and not names[id(p)].endswith("bias") for p in decayed["params"])
+    assert all(p.ndim <= 1 or names[id(p)].endswith("bias") for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_other_language_models_fit():
+    for family in ("mistral", "qwen2"):
+        vla = tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": family, "num_key_value_heads": 2})
+        assert vla.predict_action(np.zeros((28, 28, 3), np.uint8), "push").shape == (4,)
+
+
+def test_unknown_projector_is_explained():
+    with pytest.raises(ValueError, match="choose linear, gelu-mlp or fused-gelu-mlp"):
+        tiny_model(arch_specifier="mlp")
+
+

@@ -1,0 +1,310 @@
+"""Reading, indexing and writing the RLDS format."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import RLDS, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oxe
+from data import guess_recipe
+from rlds import (
+    DataError,
+    FrameTable,
+    Steps,
+    find_dataset,
+    frame_table,
+    masked_crc,
+    quantile,
+    read_records,
+    step_features,
+    write_rlds,
+)
+
+DEMO = ROOT / "datasets/metaworld_demo/1.0.0"
+F = tfds.features
+FEATURES = {
+    "steps": F.Dataset({
+        "observation": {"image": F.Image(shape=(None, None, 3), encoding_format="png"),
+                        "wrist": F.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                        "state": F.Tensor(shape=(3,), dtype=np.float32)},
+        "action": F.Tensor(shape=(7,), dtype=np.float64), "gripper": np.float32, "count": np.int64,
+        "language_instruction": F.Text(), "is_first": np.bool_,
+    }),
+    "episode_metadata": {"seed": np.int64},
+}
+
+
+def make_episode(seed: int, length: int = 5, text: str = "pick up the cup") -> dict:
+    rng = np.random.default_rng(seed)
+    steps = [{
+        "observation": {"image": rng.integers(0, 256, (12, 16, 3), dtype=np.uint8),
+                        "wrist": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+                        "state": rng.standard_normal(3).astype(np.float32)},
+        "action": rng.uniform(-1, 1, 7), "gripper": np.float32(rng.random()), "count": int(rng.integers(-9, 1 << 40)),
+        "language_instruction": text, "is_first": i == 0,
+    } for i in range(length)]
+    return {"steps": steps, "episode_metadata": {"seed": seed}}
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """A dataset of five shards in train and one in val."""
+    return write_rlds(tmp_path / "data", "robot", "1.2.0", FEATURES,
+                      {"train": [make_episode(i) for i in range(9)], "val": [make_episode(100, 3, "ü ☕")]},
+                      shard_bytes=12_000)
+
+
+def open_table(directory: Path, index_dir: Path | None = None, **options) -> FrameTable:
+    recipe = oxe.Recipe(primary="image", wrist="wrist")
+    standardize = partial(oxe.standardize, recipe=recipe, cameras=["image", "wrist"], load_proprio=True)
+    return frame_table(directory, standardize, ["image", "wrist"], oxe.fingerprint(recipe, True),
+                       index_dir=index_dir, **options)
+
+
+def all_steps(directory: Path) -> list[Steps]:
+    features = {name: (shape, dtype) for name, (shape, dtype, _) in step_features(directory).items()}
+    return [Steps(data, offset, features) for file in sorted(directory.glob("*.tfrecord*"))
+            for offset, data in read_records(file)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# TensorFlow reads what we write, and we read what TensorFlow reads
+
+
+@pytest.mark.parametrize("which", ["committed", "written"])
+def test_tensorflow_reads_the_same(which, request):
+    directory = DEMO if which == "committed" else request.getfixturevalue("written")
+    builder = tfds.builder_from_directory(directory)
+    ours = iter(all_steps(directory))
+    keys = list(step_features(directory))
+    images = [key for key, (_, _, image) in step_features(directory).items() if image]
+    decoders = {"steps": {"observation": {k.split("/")[1]: tfds.decode.SkipDecoding() for k in images}}}
+    episodes = 0
+    for split in builder.info.splits:  # alphabetical, like the files
+        dataset = builder.as_dataset(split=split, shuffle_files=False, decoders=decoders)
+        for theirs in tfds.as_numpy(dataset):
+            steps, episodes = next(ours), episodes + 1
+            theirs = list(theirs["steps"])
+            for key in keys:
+                values = [step[key] if "/" not in key else step["observation"][key.split("/")[1]] for step in theirs]
+                if key in images:
+                    mine = [steps.data[start - steps.offset :][:size] for start, size in steps.spans(key)]
+                else:
+                    mine = steps[key]
+                assert len(mine) == len(values) > 0
+                for a, b in zip(mine, values, strict=True):
+                    assert np.array_equal(a, b) and (isinstance(a, bytes) or a.dtype == np.asarray(b).dtype), key
+    assert next(ours, None) is None and episodes == sum(s.num_examples for s in builder.info.splits.values())
+
+
+def test_written_values_come_back(written):
+    assert [p.name for p in sorted(written.glob("*.tfrecord*"))] == [
+        *(f"robot-train.tfrecord-0000{i}-of-00005" for i in range(5)), "robot-val.tfrecord-00000-of-00001"]
+    steps = all_steps(written)[0]
+    expected = make_episode(0)["steps"]
+    np.testing.assert_array_equal(steps["action"], np.float32([step["action"] for step in expected]))
+    assert steps["action"].dtype == np.float64  # declared so, although tf.train.Example keeps float32
+    np.testing.assert_array_equal(steps["count"], [step["count"] for step in expected])
+    assert steps["language_instruction"] == [b"pick up the cup"] * 5
+
+
+def test_the_core_never_imports_tensorflow(tmp_path):
+    """As if TensorFlow were not installed: import everything, index a dataset, write one."""
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+class NoTensorFlow(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "tensorflow" else super().find_spec(name, path, target)
+
+sys.meta_path = [NoTensorFlow if finder is PathFinder else finder for finder in sys.meta_path]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import action_tokenizer, checkpoint, data, model, oxe, rlds, train_vla
+import test_rlds
+path = rlds.write_rlds(Path({str(tmp_path)!r}), "robot", "1.0.0", test_rlds.FEATURES, {{"train": [test_rlds.make_episode(0)]}})
+data.inspect_dataset(path, None, Path({str(tmp_path / 'sheet.png')!r}))
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "frames 5" in done.stdout and (tmp_path / "sheet.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The frame table
+
+
+def test_table_holds_every_frame(written, tmp_path):
+    table = open_table(written, tmp_path / "index")
+    assert table.splits == ["train", "val"] and len(table.frames) == 9 * 5 + 3
+    assert table.statistics["num_transitions"] == 48 and table.statistics["num_trajectories"] == 10
+    row = 0
+    for seed, length in [*((i, 5) for i in range(9)), (100, 3)]:
+        for step in make_episode(seed, length)["steps"]:
+            frame = table.frames[row]
+            np.testing.assert_array_equal(frame["action"], np.float32(step["action"]))
+            np.testing.assert_array_equal(frame["proprio"], step["observation"]["state"])
+            png = table.read_image(row, 0)
+            assert png.startswith(b"\x89PNG") and table.read_image(row, 1).startswith(b"\xff\xd8")
+            row += 1
+    assert table.instructions == ["pick up the cup", "ü ☕"]
+    assert table.frames["instruction"][-1] == 1
+
+
+def test_bytes_per_frame():
+    recipe = oxe.DATASETS["bridge_orig"]
+    directory = find_dataset(RLDS / "data", "bridge_orig")
+    standardize = partial(oxe.standardize, recipe=recipe, cameras=["image_0"], load_proprio=False)
+    table = frame_table(directory, standardize, ["image_0"], "test")
+    assert table.frames.dtype.itemsize == 44
+
+
+def test_a_stale_table_is_never_used(written, tmp_path):
+    first = open_table(written, tmp_path / "index")
+    assert open_table(written, tmp_path / "index").path == first.path
+    assert open_table(written, tmp_path / "index", skip_bad_episodes=True).path != first.path
+    shard = next(iter(sorted(written.glob("*train*"))))
+    os.utime(shard, ns=(1, 1))
+    assert open_table(written, tmp_path / "index").path != first.path
+
+
+def test_many_processes_build_one_table(written, tmp_path):
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+            "from pathlib import Path; import test_rlds\n"
+            f"table = test_rlds.open_table(Path({str(written)!r}), Path({str(tmp_path / 'index')!r}))\n"
+            "print(table.path, table.path.stat().st_ctime_ns, len(table.frames))")
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda _: subprocess.run([sys.executable, "-c", code], capture_output=True,
+                                                         text=True, check=True).stdout, range(4)))
+    assert len(set(outputs)) == 1
+    assert not list((tmp_path / "index").rglob("*.tmp"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=300), st.sampled_from([0.01, 0.5, 0.99]))
+def test_quantile_agrees_with_numpy(values, q):
+    values = np.array(values, np.float32)[:, None]
+    exact = np.quantile(values.astype(np.float64), q, axis=0)
+    np.testing.assert_allclose(quantile(values, q), exact, rtol=1e-6, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Damage is found and named
+
+
+def damage(path: Path, position: int, value: bytes | None = None) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def second_record(path: Path) -> int:
+    return 16 + struct.unpack("<Q", path.read_bytes()[:8])[0]
+
+
+@pytest.mark.parametrize("what, message", [
+    ("header", "record 1: damaged header at byte"),
+    ("payload", "record 1: checksum mismatch"),
+    ("truncated", "the file ends inside it"),
+    ("truncated_header", "damaged header"),
+    ("lost_record", "records, dataset_info.json says"),
+    ("missing", "missing, but dataset_info.json lists it"),
+])
+def test_damaged_shards_are_named(written, tmp_path, what, message):
+    shard = sorted(written.glob("*train*"))[1]
+    start = second_record(shard)
+    match what:
+        case "header":
+            damage(shard, start)
+        case "payload":
+            damage(shard, start + 40)
+        case "truncated":
+            shard.write_bytes(shard.read_bytes()[:-9])
+        case "truncated_header":
+            shard.write_bytes(shard.read_bytes()[: start + 5])
+        case "lost_record":
+            shard.write_bytes(shard.read_bytes()[:start])
+        case "missing":
+            shard.unlink()
+    with pytest.raises(DataError, match=message) as error:
+        open_table(written, tmp_path / "index")
+    assert shard.name in str(error.value)
+    assert not [p for p in (tmp_path / "index").rglob("*") if p.is_dir() and p.name != "robot"]  # nothing half-written
+
+
+def test_bad_episodes_stop_the_index_or_are_counted(tmp_path):
+    bad = make_episode(3)
+    bad["steps"][2]["action"][4] = np.nan
+    directory = write_rlds(tmp_path, "robot", "1.0.0", FEATURES, {"train": [make_episode(0), bad, make_episode(1)]})
+    with pytest.raises(DataError, match="record 1: an action is not finite"):
+        open_table(directory, tmp_path / "index")
+    table = open_table(directory, tmp_path / "index", skip_bad_episodes=True)
+    assert len(table.frames) == 10 and len(table.bad) == 1 and "record 1" in table.bad[0]
+
+
+def test_a_missing_camera_is_named(written, tmp_path):
+    recipe = oxe.Recipe(primary="image_9")
+    standardize = partial(oxe.standardize, recipe=recipe, cameras=["image_9"], load_proprio=False)
+    with pytest.raises(DataError, match="robot-train.*record 0: its steps have no 'observation/image_9'; they have"):
+        frame_table(written, standardize, ["image_9"], "x", index_dir=tmp_path / "index")
+
+
+def test_not_a_dataset(tmp_path):
+    with pytest.raises(DataError, match="no TFDS dataset there"):
+        find_dataset(tmp_path, "bridge_orig")
+    (tmp_path / "junk/1.0.0").mkdir(parents=True)
+    (tmp_path / "junk/1.0.0/features.json").write_text("{")
+    with pytest.raises(DataError, match="not a readable TFDS dataset"):
+        step_features(find_dataset(tmp_path, "junk"))
+
+
+def test_writing_leaves_nothing_half_done(tmp_path):
+    def episodes():
+        yield make_episode(0)
+        raise RuntimeError("the robot fell over")
+
+    with pytest.raises(RuntimeError, match="fell over"):
+        write_rlds(tmp_path, "robot", "1.0.0", FEATURES, {"train": episodes()})
+    assert not any((tmp_path / "robot").iterdir())
+    write_rlds(tmp_path, "robot", "1.0.0", FEATURES, {"train": [make_episode(0)]})
+    with pytest.raises(FileExistsError, match="another version"):
+        write_rlds(tmp_path, "robot", "1.0.0", FEATURES, {"train": [make_episode(0)]})
+    with pytest.raises(ValueError, match="has no episodes"):
+        write_rlds(tmp_path, "robot", "1.0.1", FEATURES, {"train": []})
+
+
+def test_the_newest_version_is_found(tmp_path):
+    for version in ("1.0.0", "1.10.0", "1.9.0"):
+        write_rlds(tmp_path, "robot", version, FEATURES, {"train": [make_episode(0)]})
+    assert find_dataset(tmp_path, "robot").name == "1.10.0"
+    assert find_dataset(tmp_path, "robot:1.9.0").name == "1.9.0"
+    assert guess_recipe(find_dataset(tmp_path, "robot")).primary == "image"
+
+
+def test_crc_is_that_of_tfrecord():
+    # the first record's length field in a file written by TensorFlow
+    header = next((RLDS / "data").rglob("*.tfrecord*")).open("rb").read(12)
+    assert masked_crc(header[:8]) == struct.unpack("<I", header[8:])[0]
+    assert masked_crc(b"") != zlib.crc32(b"")
+
+
+@pytest.fixture(autouse=True)
+def no_tables_beside_the_fixtures():
+    yield
+    for folder in (RLDS / "data").rglob(".frame_table"):
+        shutil.rmtree(folder)

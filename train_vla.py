@@ -1,0 +1,549 @@
+"""Train a vision-language-action model with DeepSpeed ZeRO.
+
+    deepspeed train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/zero2.json --set max_steps=20
+
+The YAML says what is trained (TrainConfig below lists every key), the JSON how it is sharded. `train` is the whole
+program: data, model, engine, then the loop. Running the same command again resumes from the newest checkpoint.
+Also starts under torchrun, or as plain `python train_vla.py ...` on one device.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the DataLoader's workers are parallelism enough
+# TensorBoard's own switch against importing TensorFlow where that is installed; some builds crash beside torch
+sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
+
+import deepspeed
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from action_tokenizer import PROMPTS, load_tokenizer
+from checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_optimizer_step,
+)
+from data import BOUNDS, Mixture, TrainBatches, contact_sheet
+from model import VLA
+from rlds import DataError
+
+
+@dataclass
+class TrainConfig:
+    """Every knob. Names are OpenVLA's where it has the knob; defaults are OpenVLA's where it has one."""
+
+    vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
+
+    # model: random weights of this shape
+    vision_backbone: dict = field(default_factory=dict)  # {name: {model: timm name, any timm arguments}}, one or two
+    llm_backbone: dict | str = field(default_factory=dict)  # fields of a transformers config, or a directory or hub id
+    tokenizer: str = ""  # directory or hub id
+    add_action_tokens: bool = False  # append 256 ids instead of taking over the vocabulary's last 256 (Llama: false)
+    arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
+    prompt_style: str = "pure"  # how the language model was taught to be asked: a key of action_tokenizer.PROMPTS
+    image_size: int = 224  # pixels; images are resized to a square
+    max_length: int = 2048  # most text tokens in a sample; longer instructions are an error
+
+    # what is trained (OpenVLA's four stages; see VLA.freeze)
+    freeze_vision_backbone: bool = False
+    freeze_llm_backbone: bool = False
+    unfreeze_last_llm_layer: bool = False
+
+    # data
+    data_root_dir: str = "datasets/open-x-embodiment"  # the folder with the datasets' folders
+    data_mix: str | dict = "bridge"  # mixture or dataset of oxe.py, or {dataset: weight}
+    datasets: dict = field(default_factory=dict)  # your own: {name: fields of oxe.Recipe}
+    cameras: list = field(default_factory=lambda: ["primary"])  # of primary, secondary, wrist
+    use_proprio: bool = False  # show the robot's state to the model
+    window_size: int = 1  # how many frames the model sees: this one and the ones before
+    action_chunk: int = 1  # how many steps it predicts: this one and the ones after
+    action_normalization: str = "bounds_q99"  # or bounds, normal
+    image_aug: bool = False  # random crop and colours, as OpenVLA
+    skip_bad_episodes: bool = False  # leave out broken episodes (and count them) instead of stopping
+    index_dir: str | None = None  # where frame tables go; default: beside each dataset
+    num_workers: int = 4  # DataLoader processes per rank
+
+    # optimisation
+    epochs: int = 1000  # ends the run unless max_steps does
+    max_steps: int | None = None  # overrides epochs
+    expected_world_size: int | None = None  # refuse to start on another number of GPUs; default: any
+    global_batch_size: int = 256  # samples per optimiser step, whatever the number of GPUs
+    per_device_batch_size: int = 32  # samples a GPU takes at a time; accumulation steps follow from the two
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0  # not on biases and norms
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "constant"  # or linear-warmup+cosine-decay
+    warmup_ratio: float = 0.0  # share of all steps
+    seed: int = 7
+
+    # run
+    run_root_dir: str = "runs"
+    run_id: str | None = None  # name of the run's directory; default: made of vla_id, nodes, batch and seed
+    run_id_note: str | None = None  # appended to it
+    save_interval: int = 2500  # steps between checkpoints
+    keep_checkpoints: int = 2  # the newest ones; 0 keeps all
+    log_interval: int = 10  # steps between lines of the log
+    eval_interval: int = 500  # steps between evaluations on held-out episodes; 0: only at the end
+    eval_samples: int = 1024  # how many held-out frames to evaluate on
+
+    # filled in from the data when training starts, and kept with the run
+    action_dim: int = 0
+    proprio_dim: int = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def train(cfg: TrainConfig, ds_config: dict) -> None:
+    """Train as configured, on every rank of the job."""
+    deepspeed.init_distributed()
+    rank, world_size, started = dist.get_rank(), dist.get_world_size(), time.time()
+    accumulation = accumulation_steps(cfg, world_size)
+    torch.manual_seed(cfg.seed)
+    run_dir = prepare_run(cfg, world_size)
+    log = Log(run_dir, rank)
+
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
+    mixture = Mixture(cfg, tokenizer)
+    held_out = open_held_out(cfg, tokenizer, log)
+    cfg.action_dim, cfg.proprio_dim = mixture.action_dim, mixture.proprio_dim
+    steps_per_epoch = math.ceil(mixture.epoch_length / cfg.global_batch_size)
+    total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
+
+    vla = VLA(cfg, tokenizer)
+    stage = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone, cfg.unfreeze_last_llm_layer)
+    if "activation_checkpointing" in ds_config:
+        vla.recompute_activations()
+    count = sum(p.numel() for p in vla.parameters())
+    trainable = sum(p.numel() for p in vla.parameters() if p.requires_grad)
+    if rank == 0:
+        save_run_description(cfg, ds_config, mixture, run_dir)
+
+    engine, *_ = deepspeed.initialize(
+        model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),
+        config=with_batch_sizes(ds_config, cfg, accumulation),
+    )
+    set_optimizer_step(engine, 0)
+    start_step = resume(engine, run_dir, log)
+    log.line(f"model stage {stage} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M")
+    log.line(f"data mixture {' '.join(f'{n}:{w:.4f}' for n, w in zip(mixture.names, mixture.weights, strict=True))} "
+             f"frames {mixture.sizes.sum()} steps_per_epoch {steps_per_epoch}")
+    log.line(f"batch global {cfg.global_batch_size} per_device {cfg.per_device_batch_size} ranks {world_size} "
+             f"accumulation {accumulation} zero_stage {engine.zero_optimization_stage()} "
+             f"total_steps {total_steps} startup_s {time.time() - started:.1f}")
+
+    batches = make_loader(mixture, cfg, range(start_step * accumulation, total_steps * accumulation), rank, world_size)
+    metrics = Metrics(mixture.names, engine.device, vla.action_tokenizer)
+    baseline = most_frequent_tokens(mixture, cfg.eval_samples) if held_out else None
+    for step in tqdm(range(start_step, total_steps), initial=start_step, total=total_steps, desc="train", unit="step",
+                     disable=rank != 0):
+        lr = learning_rate(cfg, step, total_steps)
+        for group in engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(accumulation):
+            waited = time.perf_counter()
+            batch = next(batches)
+            metrics.data_seconds += time.perf_counter() - waited
+            if step == start_step and rank == 0:
+                log.first_batch(batch, mixture)
+            loss, predicted, true = engine(**to_device(batch, engine.device))
+            engine.backward(loss)
+            metrics.add(loss, predicted, true, batch["dataset"])
+            grad_norm = optimizer_step(engine)
+
+        done = step + 1
+        epoch = done * cfg.global_batch_size // mixture.epoch_length
+        if done % cfg.log_interval == 0 or done % cfg.save_interval == 0 or done == total_steps or engine.skipped_steps:
+            values = {"epoch": epoch, "learning_rate": lr, "grad_norm": float(grad_norm), **metrics.read(cfg)}
+            log.metrics(done, values)
+            stop_if_not_finite(values, done, batch, mixture)
+        if held_out and (done == total_steps or (cfg.eval_interval and done % cfg.eval_interval == 0)):
+            log.metrics(done, evaluate(engine, held_out, cfg, baseline))
+            metrics.start_clock()
+        if done % cfg.save_interval == 0 or done == total_steps:
+            tag = f"step-{done:06d}-epoch-{epoch:02d}-loss={average(loss):.4f}"
+            save_checkpoint(engine, run_dir / "checkpoints", tag, {"step": done, "epoch": epoch}, cfg.keep_checkpoints)
+            log.line(f"saved {run_dir / 'checkpoints' / tag}")
+            metrics.start_clock()
+    log.line(f"done steps {total_steps} seconds {time.time() - started:.0f} run {run_dir}")
+
+
+def to_device(batch: dict, device) -> dict:
+    """The tensors the model takes, on the GPU; from pinned memory the copy overlaps with computation."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "dataset"}
+
+
+def make_loader(mixture: Mixture, cfg: TrainConfig, micro_batches: range, rank: int, world_size: int):
+    """Iterator over this rank's micro-batches with these numbers, loaded ahead by worker processes."""
+    dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
+    workers = {"num_workers": cfg.num_workers}
+    if cfg.num_workers:
+        workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
+                                            pin_memory=torch.cuda.is_available(), **workers))
+
+
+def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (from 0), as transformers' schedules under OpenVLA."""
+    if cfg.lr_scheduler_type == "constant":
+        return cfg.learning_rate
+    warmup = int(total_steps * cfg.warmup_ratio)
+    if step < warmup:
+        return cfg.learning_rate * step / max(1, warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return cfg.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices, which decay, and biases and norms, which do not."""
+    named = [(name, p) for name, p in vla.named_parameters() if p.requires_grad]
+    plain = {name for name, p in named if p.ndim <= 1 or name.endswith(".bias")}
+    groups = [{"params": [p for name, p in named if name not in plain], "weight_decay": weight_decay},
+              {"params": [p for name, p in named if name in plain], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_step(engine) -> torch.Tensor:
+    """engine.step(), which at the end of an accumulation updates the weights -> norm of the gradients before clipping."""
+    norm = None
+    if engine.is_gradient_accumulation_boundary() and not (engine.zero_optimization() or engine.bfloat16_enabled()):
+        # only in plain float32 does DeepSpeed not report it
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return engine.get_global_grad_norm() if norm is None else norm
+
+
+def stop_if_not_finite(values: dict, step: int, batch: dict, mixture: Mixture) -> None:
+    """End the run with a message when loss or gradients became NaN or infinite (DeepSpeed has skipped that update)."""
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        names = sorted({mixture.names[d] for d in batch["dataset"].tolist()})
+        raise FloatingPointError(
+            f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']} on rank {dist.get_rank()}, whose last batch "
+            f"came from {', '.join(names)}. Resume from the last checkpoint with a smaller learning_rate or max_grad_norm, "
+            "or look at those datasets with data.py --inspect."
+        )
+
+
+@torch.no_grad()
+def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) -> dict:
+    """Loss, accuracy and L1 on held-out frames (always the same ones), and the accuracy of always answering with the
+    training data's most frequent bin of each action dimension."""
+    world_size = dist.get_world_size()
+    samples = min(cfg.eval_samples, int(held_out.sizes.sum()))
+    micro_batches = range(math.ceil(samples / (cfg.per_device_batch_size * world_size)))
+    dataset_cfg = dataclasses.replace(cfg, global_batch_size=cfg.per_device_batch_size * world_size)
+    metrics = Metrics(held_out.names, engine.device, engine.module.action_tokenizer)
+    constant = torch.from_numpy(baseline).to(engine.device)
+    guessed = torch.zeros(2, device=engine.device)
+    engine.eval()
+    for batch in make_loader(held_out, dataset_cfg, micro_batches, dist.get_rank(), world_size):
+        loss, predicted, true = engine(**to_device(batch, engine.device))
+        metrics.add(loss, predicted, true, batch["dataset"])
+        guessed += torch.stack([(true == constant).sum(), torch.tensor(true.numel(), device=engine.device)])
+    engine.train()
+    dist.all_reduce(guessed)
+    values = {key: value for key, value in metrics.read(cfg).items() if key.split("/")[0] in ("loss", "accuracy", "l1")}
+    return {f"eval/{key}": value for key, value in values.items()} | {
+        "eval/accuracy_of_most_frequent_bin": float(guessed[0] / guessed[1])}
+
+
+def most_frequent_tokens(mixture: Mixture, samples: int) -> np.ndarray:
+    """The most frequent id of each action token over the first training samples: the answer that knows no image."""
+    dataset, rows, _ = mixture.draw(0, samples)
+    tokens = np.concatenate([
+        mixture.action_tokenizer.encode(mixture.actions(d, rows[dataset == d])).reshape((dataset == d).sum(), -1)
+        for d in np.unique(dataset)
+    ])
+    return np.array([np.bincount(column).argmax() for column in tokens.T])
+
+
+def average(value: torch.Tensor) -> float:
+    """Mean over all ranks."""
+    value = value.detach().float().clone()
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+class Metrics:
+    """Sums since the last reading, kept on the device so that the loop never waits for them."""
+
+    def __init__(self, names: list[str], device: torch.device, action_tokenizer):
+        self.names, self.tokenizer = names, action_tokenizer
+        self.sums = torch.zeros(len(names) + 1, 3, device=device)  # per dataset: tokens, correct, L1; last: batches, loss
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Begin timing here: saving and evaluating are no part of a step."""
+        self.started, self.data_seconds = time.perf_counter(), 0.0
+
+    @torch.no_grad()
+    def add(self, loss: torch.Tensor, predicted: torch.Tensor, true: torch.Tensor, dataset: torch.Tensor) -> None:
+        """loss scalar; predicted and true action token ids (B, T) on the device; dataset numbers (B,) on the host."""
+        # distance of bin centres in normalised units; neighbouring centres are 2 / 255 apart
+        l1 = (self.tokenizer.bin_index(predicted) - self.tokenizer.bin_index(true)).abs() * (2 / (self.tokenizer.n_bins - 1))
+        correct = predicted == true
+        values = torch.stack([torch.ones_like(l1), correct, l1], dim=-1).sum(1).float()  # (B, 3)
+        self.sums.index_add_(0, dataset.to(self.sums.device, non_blocking=True), values)
+        self.sums[-1, 0] += 1
+        self.sums[-1, 1] += loss.detach()
+
+    def read(self, cfg: TrainConfig) -> dict:
+        """Averages over all ranks since the last reading, which waits for the device; then start again from zero."""
+        dist.all_reduce(self.sums)
+        *datasets, (batches, loss, _) = self.sums.tolist()
+        seconds = time.perf_counter() - self.started
+        tokens, correct, l1 = np.sum(datasets, axis=0)
+        steps = batches * cfg.per_device_batch_size / cfg.global_batch_size
+        values = {"loss": loss / batches, "accuracy": correct / tokens, "l1": l1 / tokens,
+                  "step_seconds": seconds / steps, "data_seconds": self.data_seconds / steps,
+                  "samples_per_second": steps * cfg.global_batch_size / seconds}
+        if torch.cuda.is_available():
+            values["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        values["host_gb"] = psutil.Process().memory_info().rss / 1e9
+        if len(self.names) > 1:
+            for name, (n, c, d) in zip(self.names, datasets, strict=True):
+                if n:
+                    values |= {f"accuracy/{name}": c / n, f"l1/{name}": d / n}
+        self.sums.zero_()
+        self.start_clock()
+        return values
+
+
+class Log:
+    """Where rank 0 writes: the terminal, metrics.jsonl and TensorBoard. Other ranks write nothing."""
+
+    def __init__(self, run_dir: Path, rank: int):
+        self.run_dir, self.quiet, self.board = run_dir, rank != 0, None
+
+    def resume_at(self, step: int) -> None:
+        """Start or continue the files; what an interrupted run logged after the checkpoint is dropped."""
+        if self.quiet:
+            return
+        self.board = SummaryWriter(self.run_dir, purge_step=step + 1)
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def line(self, text: str) -> None:
+        """One line on the terminal, clear of the progress bar."""
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of key value pairs, here and in metrics.jsonl, and a point in each of TensorBoard's curves."""
+        if self.quiet:
+            return
+        self.line(f"step {step} " + " ".join(f"{key} {value:.4g}" for key, value in values.items()))
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+        self.board.flush()
+
+    def first_batch(self, batch: dict, mixture: Mixture) -> None:
+        """Show what the model is about to see: one prompt here, the images with text and actions in TensorBoard."""
+        tiles = []
+        for images, ids, labels in zip(batch["images"][:16], batch["input_ids"], batch["labels"], strict=False):
+            prompt = mixture.tokenizer.decode(ids[: int((labels != -100).int().argmax())])
+            action = mixture.action_tokenizer.decode(labels[labels != -100][:-1].numpy())
+            caption = prompt.split(" to ", 1)[-1].split("?")[0]
+            tiles.append((images[-1].numpy(), f"{caption[:40]}\n{' '.join(f'{a:.2f}' for a in action[:7])}"))
+        self.line(f"first_prompt {prompt!r} action {' '.join(f'{a:.3f}' for a in action)}")
+        sheet = np.asarray(contact_sheet(tiles))
+        self.board.add_image("first_batch", sheet, dataformats="HWC")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directory
+
+
+def prepare_run(cfg: TrainConfig, world_size: int) -> Path:
+    """Settle the run's name as OpenVLA does, and make its directory."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    name = cfg.run_id or f"{cfg.vla_id}+n{math.ceil(world_size / local)}+b{cfg.per_device_batch_size}+x{cfg.seed}"
+    name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
+    name += "--image_aug" if cfg.image_aug else ""
+    run_dir = Path(cfg.run_root_dir) / name
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, run_dir: Path) -> None:
+    """config.yaml and config.json (the resolved TrainConfig), ds_config.json and dataset_statistics.json (OpenVLA's)."""
+    values = dataclasses.asdict(cfg)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (run_dir / "config.json").write_text(json.dumps(values, indent=2))
+    (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
+    (run_dir / "dataset_statistics.json").write_text(json.dumps(mixture.statistics, indent=2))
+
+
+def resume(engine, run_dir: Path, log: Log) -> int:
+    """Restore the newest checkpoint of this run, if it has one; returns the number of steps already done."""
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    step = load_checkpoint(engine, checkpoints[-1])["step"] if checkpoints else 0
+    log.resume_at(step)
+    if checkpoints:
+        log.line(f"resumed {checkpoints[-1]} step {step}")
+    return step
+
+
+def open_held_out(cfg: TrainConfig, tokenizer, log: Log) -> Mixture | None:
+    """The mixture's held-out frames, or None when a dataset has none."""
+    try:
+        return Mixture(cfg, tokenizer, train=False)
+    except DataError as error:
+        log.line(f"warning: no evaluation: {error}")
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
+    """Micro-batches per optimiser step and rank: the global batch is fixed, the number of GPUs is not."""
+    if cfg.expected_world_size not in (None, world_size):
+        raise ValueError(f"expected_world_size is {cfg.expected_world_size}, but the job has {world_size} ranks: "
+                         "start it on as many GPUs, or remove expected_world_size")
+    steps, rest = divmod(cfg.global_batch_size, cfg.per_device_batch_size * world_size)
+    if rest or not steps:
+        raise ValueError(
+            f"global_batch_size {cfg.global_batch_size} is not a multiple of per_device_batch_size "
+            f"{cfg.per_device_batch_size} x {world_size} ranks = {cfg.per_device_batch_size * world_size}: change one of them")
+    return steps
+
+
+def with_batch_sizes(ds_config: dict, cfg: TrainConfig, accumulation: int) -> dict:
+    """The JSON plus what the YAML says. The learning rate is set before every step; 0 makes DeepSpeed's own
+    initialising step harmless."""
+    params = {**ds_config["optimizer"].get("params", {}), "lr": 0.0, "weight_decay": cfg.weight_decay}
+    return {**ds_config, "optimizer": {**ds_config["optimizer"], "params": params},
+            "train_micro_batch_size_per_gpu": cfg.per_device_batch_size, "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": cfg.max_grad_norm, "steps_per_print": 1 << 60}
+
+
+def load_config(path: Path, overrides: list[str]) -> TrainConfig:
+    """A YAML file, on top of the one it `inherits` from, with "key=value" overrides. Raises ValueError with the cure."""
+    values = read_yaml(path)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text}: expected key=value")
+        values[key] = (yaml.safe_load(value), "--set")
+    types_ = typing.get_type_hints(TrainConfig)
+    for key, (value, source) in values.items():
+        if key not in types_:
+            near = difflib.get_close_matches(key, types_, n=1)
+            raise ValueError(f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        check_type(key, value, types_[key], source)
+    cfg = TrainConfig(**{key: float(value) if types_[key] is float else value for key, (value, _) in values.items()})
+    check_choices(cfg)
+    return cfg
+
+
+def read_yaml(path: Path) -> dict[str, tuple[object, str]]:
+    """{key: (value, the file it stands in)}, the parent's first."""
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines")
+    parent = values.pop("inherits", None)
+    inherited = read_yaml(path.parent / parent) if parent else {}
+    return inherited | {key: (value, str(path)) for key, value in values.items()}
+
+
+def check_type(key: str, value, wanted, source: str) -> None:
+    """Raise ValueError when a value has not the type of its TrainConfig field."""
+    allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if type(value) in allowed or (type(value) is int and float in allowed) or (value is None and type(None) in allowed):
+        return
+    hint = ""
+    if isinstance(value, str) and (float in allowed or int in allowed):
+        hint = " (YAML takes 2e-5 for text; write 2.0e-5)" if "e" in value.lower() else " (remove the quotes)"
+    names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+    raise ValueError(f"{source}: {key}: {value!r} is a {type(value).__name__}, expected {names}{hint}")
+
+
+def check_choices(cfg: TrainConfig) -> None:
+    """Raise ValueError for values that cannot work, naming the choices."""
+    choices = {"prompt_style": [*PROMPTS], "action_normalization": [*BOUNDS, "normal"],
+               "lr_scheduler_type": ["constant", "linear-warmup+cosine-decay"]}
+    for key, allowed in choices.items():
+        if getattr(cfg, key) not in allowed:
+            raise ValueError(f"{key}: {getattr(cfg, key)!r} is not one of {', '.join(allowed)}")
+    for camera in cfg.cameras:
+        if camera not in ("primary", "secondary", "wrist"):
+            raise ValueError(f"cameras: {camera!r} is not one of primary, secondary, wrist")
+    for key in ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size", "log_interval",
+                "save_interval", "eval_samples"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key}: {getattr(cfg, key)} must be at least 1")
+    for key in ("vision_backbone", "llm_backbone", "tokenizer", "cameras"):
+        if not getattr(cfg, key):
+            raise ValueError(f"{key} is missing: the model needs it")
+
+
+def load_ds_config(path: Path) -> dict:
+    """DeepSpeed's JSON. Raises ValueError when it says again what the YAML says, or lacks the optimizer."""
+    try:
+        ds_config = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--deepspeed_config {path}: {error}") from error
+    for key, yaml_key in {"train_batch_size": "global_batch_size", "train_micro_batch_size_per_gpu": "per_device_batch_size",
+                          "gradient_accumulation_steps": "global_batch_size", "gradient_clipping": "max_grad_norm",
+                          "scheduler": "lr_scheduler_type"}.items():
+        if key in ds_config:
+            raise ValueError(f"{path}: remove {key!r}: it is set once, by {yaml_key} in the YAML")
+    for key, yaml_key in {"lr": "learning_rate", "weight_decay": "weight_decay"}.items():
+        if key in ds_config.get("optimizer", {}).get("params", {}):
+            raise ValueError(f"{path}: remove optimizer.params.{key}: it is set once, by {yaml_key} in the YAML")
+    if "optimizer" not in ds_config:
+        raise ValueError(f"{path}: needs an \"optimizer\", for example "
+                         '{"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
+    for key, value in ds_config.get("activation_checkpointing", {}).items():
+        if value:
+            raise ValueError(f"{path}: activation_checkpointing.{key} is not supported; the section by itself switches "
+                             "recomputation on")
+    return ds_config
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="what is trained: a YAML file")
+    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/zero2.json"), help="how it is sharded")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="override YAML keys")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK is used
+    args = parser.parse_args()
+    try:
+        train(load_config(args.config, args.set), load_ds_config(args.deepspeed_config))
+    except (ValueError, CheckpointError, FloatingPointError) as error:  # DataError is a ValueError
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: other ranks may be waiting in a collective, and the launcher ends them
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
