@@ -1,12 +1,14 @@
 """What the language model reads and says: the prompt, and robot actions as token ids.
 
-A VLA says a robot action as it would say words: each action dimension, normalised to [-1, 1], falls into one of
-256 bins, and each bin is one of the last 256 token ids of the language model's vocabulary. Read this file first;
-it is the whole difference between a vision-language model and a vision-language-action model. A training sequence is
+A VLA says a robot action as it would say words: each action dimension, normalised to [-1, 1], falls into one
+of 256 bins, and each bin is one of the last 256 token ids of the language model's vocabulary. Read this file
+first; it is the whole difference between a vision-language model and a vision-language-action model. A
+training sequence is
 
     <s> In: What action should the robot take to {instruction}?\nOut:  a1 a2 a3 a4 a5 a6 a7 </s>
 
-The rules, and their quirks, are OpenVLA's (prismatic/vla/action_tokenizer.py), so its checkpoints keep their meaning:
+The rules, and their quirks, are OpenVLA's (prismatic/vla/action_tokenizer.py), so its checkpoints keep their
+meaning:
 
     id = vocab_size - bin,   bin in 1..256        -1.0 -> the last id,   +1.0 -> the 256th id from the end
 
@@ -14,13 +16,15 @@ The rules, and their quirks, are OpenVLA's (prismatic/vla/action_tokenizer.py), 
 """
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _ASSISTANT = ("A chat between a curious user and an artificial intelligence assistant. "
               "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-_LLAMA2_CHAT = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
-                "user provides, and assist the user with a variety of tasks using natural language.")
-# how OpenVLA's base models were taught to be asked (prismatic/models/backbones/llm/prompting); {q} is the question
+_LLAMA2_CHAT = ("You are a helpful language and vision assistant. "
+                "You are able to understand the visual content that the user provides, "
+                "and assist the user with a variety of tasks using natural language.")
+# how OpenVLA's base models were taught to be asked (prismatic/models/backbones/llm/prompting); {q} is the
+# question
 PROMPTS = {
     "pure": "In: {q}\nOut:",
     "vicuna_v15": _ASSISTANT + " USER: {q} ASSISTANT:",
@@ -31,10 +35,12 @@ PROMPTS = {
 
 
 def load_tokenizer(path: str, add_action_tokens: bool = False, **kwargs) -> PreTrainedTokenizerBase:
-    """The text tokenizer of a directory or hub id, with the attribute `action_vocab_size` for ActionTokenizer.
+    """The text tokenizer of a directory or hub id, with the attribute `action_vocab_size` for
+    ActionTokenizer.
 
-    Llama's last 256 ids are rare characters nobody will miss; for vocabularies that do not end so, add_action_tokens
-    appends 256 ids of their own. Then a padding token is added, as OpenVLA does (Llama-2: id 32000).
+    Llama's last 256 ids are rare characters nobody will miss; for vocabularies that do not end so,
+    add_action_tokens appends 256 ids of their own. Then a padding token is added, as OpenVLA does (Llama-2:
+    id 32000).
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **kwargs)
     tokenizer.action_vocab_size = tokenizer.vocab_size
@@ -50,8 +56,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt_styl
     question = f"What action should the robot take to {instruction.lower()}?".replace("<image>", "")
     ids = tokenizer(PROMPTS[prompt_style].format(q=question), add_special_tokens=True).input_ids
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = ids if ids[0] == bos else [bos, *ids]  # the image patches follow the first token, so there must be one
-    # OpenVLA tokenised "Out: " + action text; with Llama's tokenizer the space before an action is a token of its own
+    ids = ids if ids[0] == bos else [bos, *ids]  # the image patches follow this first token
+    # OpenVLA tokenised "Out: " + action text; with Llama's tokenizer that space is a token of its own
     space = tokenizer.convert_tokens_to_ids("\u2581")
     return ids if space in (None, tokenizer.unk_token_id) else [*ids, space]
 
@@ -59,7 +65,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt_styl
 class ActionTokenizer:
     """Turns actions into the last `n_bins` ids below `vocab_size`, and back.
 
-    vocab_size: number of ids the text tokenizer knows, without padding tokens (Llama-2: 32000, not 32001 or 32064).
+    vocab_size: number of ids the text tokenizer knows, without padding tokens (Llama-2: 32000, not 32001 or
+    32064).
     """
 
     def __init__(self, vocab_size: int, n_bins: int = 256):
@@ -73,8 +80,8 @@ class ActionTokenizer:
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Normalised actions (..., action_dim) float -> token ids of the same shape, int64.
 
-        Values beyond [-1, 1] are clipped, as OpenVLA does. NaN and infinity raise ValueError: they are broken data,
-        and clipping would turn them into a confident full-speed command.
+        Values beyond [-1, 1] are clipped, as OpenVLA does. NaN and infinity raise ValueError: they are broken
+        data, and clipping would turn them into a confident full-speed command.
         """
         actions = np.asarray(actions)
         if not np.isfinite(actions).all():
@@ -89,5 +96,6 @@ class ActionTokenizer:
         return self.bin_centers[self.bin_index(np.asarray(ids))]
 
     def bin_index(self, ids):
-        """Token ids (NumPy array or torch tensor) -> index of the bin centre, 0..n_bins-2. Works on any device."""
+        """Token ids (NumPy array or torch tensor) -> index of the bin centre, 0..n_bins-2. Works on any
+        device."""
         return (self.vocab_size - ids - 1).clip(0, self.n_bins - 2)

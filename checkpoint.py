@@ -1,16 +1,18 @@
 """Checkpoints: save on any number of GPUs and any ZeRO stage, resume on any other.
 
-ZeRO cuts every parameter's float32 weight and its two AdamW moments into slices and spreads them over the ranks; each
-stage keeps them elsewhere. `find_slice` knows where. A checkpoint is simply those slices, written by each rank as they
-are: flat safetensors named "weight/<parameter>@<first element>". Whoever reads it takes the elements it needs:
+ZeRO cuts every parameter's float32 weight and its two AdamW moments into slices and spreads them over the
+ranks; each stage keeps them elsewhere. `find_slice` knows where. A checkpoint is simply those slices, written
+by each rank as they are: flat safetensors named "weight/<parameter>@<first element>". Whoever reads it takes
+the elements it needs:
 
     <run>/checkpoints/step-000200-epoch-01-loss=2.3456/
-        checkpoint.json            step, shapes, files with sizes and checksums; its directory is renamed into place
-        rank00000-000.safetensors  last, so a directory without ".tmp" is complete
+        checkpoint.json            step, shapes, and the other files with sizes and checksums
+        rank00000-000.safetensors
         ...
 
-Why not DeepSpeed's own format: it is pickles (code that runs on loading), is tied to stage and world size until
-converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves it half-written.
+Why not DeepSpeed's own format: it is pickles (code that runs on loading), is tied to stage and world size
+until converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves it
+half-written.
 """
 
 import json
@@ -34,14 +36,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read. The message names it and says what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where DeepSpeed keeps a parameter
 
 
 @dataclass
 class Slice:
-    """This rank's part of one trainable parameter: elements [first, first + count) of it, flattened, live as elements
-    [offset, offset + count) of `flat`, a float32 tensor the optimizer steps on. replicated: every rank has all of it."""
+    """This rank's part of one trainable parameter: elements [first, first + count) of it, flattened, live
+    as elements [offset, offset + count) of `flat`, a float32 tensor the optimizer steps on. replicated:
+    every rank has all of it."""
 
     flat: torch.Tensor
     offset: int
@@ -56,7 +59,8 @@ class Slice:
 
 
 def find_slice(engine, param: torch.nn.Parameter) -> Slice | None:
-    """Where this rank keeps float32 master weight and moments of a trainable parameter; None if it has no part."""
+    """Where this rank keeps float32 master weight and moments of a trainable parameter; None if it has no
+    part."""
     optimizer = engine.optimizer
     if hasattr(param, "ds_id"):  # ZeRO-3: each parameter is cut into equal slices, the last one padded
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
@@ -69,11 +73,11 @@ def find_slice(engine, param: torch.nn.Parameter) -> Slice | None:
         flat = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         return Slice(flat, here.start, there.start, here.numel)
-    for masters, weights in zip(getattr(optimizer, "fp32_groups", []), getattr(optimizer, "fp16_groups", []), strict=True):
-        for master, weight in zip(masters, weights, strict=True):  # stage 0 in bf16: float32 copies, one by one
-            if weight is param:
-                return Slice(master, 0, 0, param.numel(), replicated=True)
-    return Slice(param, 0, 0, param.numel(), replicated=True)  # stage 0 in float32
+    flat = param  # stage 0 in float32
+    for masters, weights in zip(getattr(optimizer, "fp32_groups", ()), getattr(optimizer, "fp16_groups", ()),
+                                strict=True):  # stage 0 in bf16: float32 copies, one by one
+        flat = next((m for m, weight in zip(masters, weights, strict=True) if weight is param), flat)
+    return Slice(flat, 0, 0, param.numel(), replicated=True)
 
 
 def optimizer_state(engine, flat: torch.Tensor) -> dict:
@@ -81,13 +85,14 @@ def optimizer_state(engine, flat: torch.Tensor) -> dict:
     state = engine.basic_optimizer.state[flat]
     if "exp_avg" not in state:
         state.update({kind: torch.zeros_like(flat.data) for kind in MOMENTS})
-        state["step"] = torch.zeros((), device=flat.device) if isinstance(engine.basic_optimizer, torch.optim.Optimizer) else 0
+        state["step"] = torch.zeros((), device=flat.device)  # a tensor, because it is PyTorch's fused AdamW
     return state
 
 
 def set_optimizer_step(engine, step: int) -> None:
-    """Set AdamW's step count, which its bias correction depends on. At the start of a run, too: in bf16 and stage 0
-    DeepSpeed makes one step of its own while it initialises (at learning rate 0, so it only counts)."""
+    """Set AdamW's step count, which its bias correction depends on. At the start of a run, too: in bf16
+    and stage 0 DeepSpeed makes one step of its own while it initialises (at learning rate 0, so it only
+    counts)."""
     for state in engine.basic_optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"].fill_(step)
@@ -122,15 +127,16 @@ def local_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{kind}/{name}@{part.first + start}", part.view(engine, kind)[start:stop]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Saving
 
 
 def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) -> Path:
-    """Write <directory>/<tag>, then delete all but the newest `keep` checkpoints (0: keep all). Call it on every rank.
+    """Write <directory>/<tag>, then delete all but the newest `keep` checkpoints (0: keep all). Call it on
+    every rank.
 
-    Raises CheckpointError on every rank when any rank fails (a full disk, say); then nothing new is left behind and the
-    older checkpoints are untouched.
+    Raises CheckpointError on every rank when any rank fails (a full disk, say); then nothing new is left
+    behind and the older checkpoints are untouched.
     """
     final, scratch = directory / tag, directory / f"{tag}.tmp"
     rank, error, files = dist.get_rank(), None, {}
@@ -151,12 +157,13 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     if errors := [problem for _, problem in reports if problem]:
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-        raise CheckpointError(f"could not save {final}: {errors[0]}; it was removed, older checkpoints are untouched")
+        raise CheckpointError(f"could not save {final}: {errors[0]}; older checkpoints are untouched")
     if rank == 0:
-        tensors = {name: {"shape": list(getattr(param, "ds_shape", param.shape)), "trainable": param.requires_grad}
-                   for name, param in engine.module.named_parameters()}
+        tensors = {name: {"shape": shape, "trainable": trainable}
+                   for name, (shape, trainable) in describe_parameters(engine.module).items()}
         files = {file: facts for report, _ in reports for file, facts in report.items()}
-        write_durably(scratch / "checkpoint.json", json.dumps(meta | {"tensors": tensors, "files": files}).encode())
+        meta = meta | {"tensors": tensors, "files": files}
+        write_durably(scratch / "checkpoint.json", json.dumps(meta).encode())
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
         for old in list_checkpoints(directory)[:-keep] if keep else []:
@@ -185,14 +192,14 @@ def write_local_files(engine, scratch: Path, rank: int) -> dict[str, dict]:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write and wait until the disk has it, so that a full disk or a power cut is noticed before the rename."""
+    """Write and wait until the disk has it, so that a full disk is noticed before the rename."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -209,10 +216,10 @@ class CheckpointReader:
         self.path = path
         try:
             self.meta = json.loads((path / "checkpoint.json").read_text())
-            self.slices: dict[str, list[tuple[int, int, str, str]]] = {}  # "weight/name" -> (first, stop, file, key)
+            self.slices: dict[str, list[tuple]] = {}  # "weight/name" -> [(first, stop, file, key), ...]
             for file, facts in self.meta["files"].items():
-                if (path / file).stat().st_size != facts["bytes"]:
-                    raise CheckpointError(f"{path / file}: {(path / file).stat().st_size} bytes, expected {facts['bytes']}")
+                if (size := (path / file).stat().st_size) != facts["bytes"]:
+                    raise CheckpointError(f"{path / file}: {size} bytes, expected {facts['bytes']}")
                 with safe_open(path / file, "pt") as tensors:
                     for key in tensors.keys():
                         name, _, first = key.rpartition("@")
@@ -228,7 +235,8 @@ class CheckpointReader:
                 raise CheckpointError(f"{self.path / file}: checksum mismatch, the file is damaged")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor "weight/<parameter>", "exp_avg/..." or "exp_avg_sq/..."."""
+        """Elements [start, stop) of the flattened tensor "weight/<parameter>", "exp_avg/..." or
+        "exp_avg_sq/..."."""
         pieces = []
         for first, end, file, key in sorted(self.slices[name]):
             if first < stop and end > start:
@@ -245,9 +253,16 @@ class CheckpointReader:
         return self.read(f"weight/{name}", 0, int(torch.Size(shape).numel())).view(shape)
 
 
+def describe_parameters(module: torch.nn.Module) -> dict[str, tuple[list[int], bool]]:
+    """{name: (shape, is it trained?)}, also where ZeRO-3 has left only slices."""
+    return {name: (list(getattr(param, "ds_shape", param.shape)), param.requires_grad)
+            for name, param in module.named_parameters()}
+
+
 def check_same_parameters(reader: CheckpointReader, module: torch.nn.Module) -> None:
-    """Raise CheckpointError listing what is missing, extra, of another shape, or frozen in one and trained in the other."""
-    ours = {name: (list(getattr(p, "ds_shape", p.shape)), p.requires_grad) for name, p in module.named_parameters()}
+    """Raise CheckpointError listing what is missing, extra, of another shape, or frozen in one and trained
+    in the other."""
+    ours = describe_parameters(module)
     theirs = {name: (facts["shape"], facts["trainable"]) for name, facts in reader.meta["tensors"].items()}
     problems = [f"missing {name}" for name in ours.keys() - theirs.keys()]
     problems += [f"unexpected {name}" for name in theirs.keys() - ours.keys()]
@@ -256,15 +271,18 @@ def check_same_parameters(reader: CheckpointReader, module: torch.nn.Module) -> 
         if shape != saved_shape:
             problems.append(f"{name}: shape {saved_shape}, this model has {shape}")
         elif trainable != saved_trainable:
-            problems.append(f"{name}: was {'trained' if saved_trainable else 'frozen'}, the config now says otherwise")
+            was = "trained" if saved_trainable else "frozen"
+            problems.append(f"{name}: was {was}, the config now says otherwise")
     if problems:
         raise CheckpointError(f"{reader.path} does not fit this model: " + "; ".join(sorted(problems)[:20]))
 
 
 def load_checkpoint(engine, path: Path) -> dict:
-    """Restore weights, moments and step count from any stage and number of ranks; returns the checkpoint's meta data.
+    """Restore weights, moments and step count from any stage and number of ranks; returns the checkpoint's
+    meta data.
 
-    Every rank reads just the elements it owns. Raises CheckpointError when the checkpoint is damaged or does not fit.
+    Every rank reads just the elements it owns. Raises CheckpointError when the checkpoint is damaged or does
+    not fit.
     """
     reader, error = None, None
     try:

@@ -1,12 +1,13 @@
 """From frame tables to batches.
 
-A training batch is a pure function of (seed, step): `Mixture.draw` says which frames sample number g, g+1, ... of the
-run are, by arithmetic alone. No shuffle buffer, no state to save: resuming at step k means starting at sample
-k x global_batch_size; one GPU or 64 see the same global batches, each rank taking its slice.
+A training batch is a pure function of (seed, step): `Mixture.draw` says which frames sample number g, g+1,
+... of the run are, by arithmetic alone. No shuffle buffer, no state to save: resuming at step k means
+starting at sample k x global_batch_size; one GPU or 64 see the same global batches, each rank taking its
+slice.
 
 Read in this order: permute and interleave (which frame comes when), Mixture (datasets, weights, one sample),
-TrainBatches and collate (what the DataLoader's workers run). The image functions and `python data.py --inspect` stand
-at the end. How a dataset is read from disk is in rlds.py, what its fields mean in oxe.py.
+TrainBatches and collate (what the DataLoader's workers run). The image functions and `python data.py
+--inspect` stand at the end. How a dataset is read from disk is in rlds.py, what its fields mean in oxe.py.
 """
 
 import argparse
@@ -28,12 +29,12 @@ from rlds import DataError, FrameTable, find_dataset, frame_table, step_features
 
 IGNORE_INDEX = -100  # label of tokens that are not learned, cross_entropy's default
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Which frame comes when
 
 
 def mix_bits(*numbers) -> np.ndarray:
-    """Hash integers (scalars or arrays, broadcast) to uint64 that looks random: SplitMix64, once per number."""
+    """Hash integers (scalars or arrays, broadcast) to a uint64 that looks random: SplitMix64 for each."""
     h = np.uint64(0)
     with np.errstate(over="ignore"):
         for number in numbers:
@@ -47,8 +48,9 @@ def mix_bits(*numbers) -> np.ndarray:
 def permute(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Element `index` of a random permutation of 0..n-1 chosen by `key`, without making the permutation.
 
-    A Feistel network permutes the numbers of 2b bits, for the smallest b with 4^b >= n; a result that is not below n
-    is sent through again until it is, which keeps the map one-to-one (cycle walking). All arguments broadcast.
+    A Feistel network permutes the numbers of 2b bits, for the smallest b with 4^b >= n; a result that is not
+    below n is sent through again until it is, which keeps the map one-to-one (cycle walking). All arguments
+    broadcast.
     """
     index, n, key = (a.astype(np.uint64) for a in np.broadcast_arrays(index, n, key))
     bits = np.uint64(1) + np.floor(np.log2(np.maximum(n, 2) - np.uint64(1)) / 2).astype(np.uint64)
@@ -67,9 +69,9 @@ def permute(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
 def interleave(weights: np.ndarray, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples first .. first+count-1 of the mixture -> (which dataset, how many samples of it came before).
 
-    Visit j of dataset d is due at time (j + phase_d) / weight_d, and samples come in the order of their due times. So
-    each dataset's share is exact to within two samples at every moment, and any stretch can be computed on its own.
-    weights: (D,) positive, sum 1.
+    Visit j of dataset d is due at time (j + phase_d) / weight_d, and samples come in the order of their due
+    times. So each dataset's share is exact to within two samples at every moment, and any stretch can be
+    computed on its own. weights: (D,) positive, sum 1.
     """
     phase = (np.arange(len(weights)) + 0.5) / len(weights)
     start = max(first - len(weights), 0)  # so early that no more than `first` samples can be due before it
@@ -84,20 +86,20 @@ def interleave(weights: np.ndarray, first: int, count: int) -> tuple[np.ndarray,
     until = np.ceil((first + count + len(weights)) * weights - phase).clip(0) + 1
     sizes = (until - done).clip(0).astype(np.int64)
     dataset = np.repeat(every, sizes)
-    visit = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(done, sizes).astype(np.int64)
-    order = np.argsort(due(dataset, visit), kind="stable")[first - int(done.sum()):][:count]
+    visit = np.arange(sizes.sum()) + np.repeat(done.astype(np.int64) - np.cumsum(sizes) + sizes, sizes)
+    order = np.argsort(due(dataset, visit), kind="stable")[first - int(done.sum()) :][:count]
     return dataset[order], visit[order]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Normalisation
 
 
 def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
     """(..., D) float32 -> the same in [-1, 1] (kind "bounds_q99", "bounds") or of unit deviation ("normal").
 
-    stats: "action" or "proprio" of dataset_statistics.json. Bit for bit OpenVLA's, which zeroes dimensions that never
-    change (even masked ones: a gripper that is always open becomes 0, not 1).
+    stats: "action" or "proprio" of dataset_statistics.json. Bit for bit OpenVLA's, which zeroes dimensions
+    that never change (even masked ones: a gripper that is always open becomes 0, not 1).
     """
     f32 = functools.partial(np.asarray, dtype=np.float32)
     mask = np.array(stats.get("mask", [True] * values.shape[-1]))
@@ -110,8 +112,8 @@ def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
 
 
 def unnormalize(actions: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
-    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does: masked dimensions stay as they are
-    (a gripper in 0..1), and so does not undo the zeroing of constants."""
+    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does: masked dimensions
+    stay as they are (a gripper in 0..1), and so does not undo the zeroing of constants."""
     mask = np.array(stats.get("mask", [True] * actions.shape[-1]))
     if kind == "normal":
         return np.where(mask, actions * (np.array(stats["std"]) + 1e-8) + np.array(stats["mean"]), actions)
@@ -121,15 +123,16 @@ def unnormalize(actions: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
 
 BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Datasets and samples
 
 
 def mixture_shares(weights: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, int]:
-    """Weights and numbers of frames (all splits) of the datasets -> (each one's share of all samples, epoch length).
+    """Weights and numbers of frames (all splits) of the datasets -> (each one's share of all samples, epoch
+    length).
 
-    As OpenVLA: shares are in proportion to weight x frames, and an epoch is over when the datasets of weight 1 have been
-    seen once. (Without any of weight 1, where OpenVLA fails: those of the largest weight.)
+    As OpenVLA: shares are in proportion to weight x frames, and an epoch is over when the datasets of weight
+    1 have been seen once. (Without any of weight 1, where OpenVLA fails: those of the largest weight.)
     """
     shares = weights * sizes / np.sum(weights * sizes)
     primary = weights == (1.0 if (weights == 1.0).any() else weights.max())
@@ -139,8 +142,9 @@ def mixture_shares(weights: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, 
 class Mixture:
     """The datasets of a mixture: opened, weighted, and one split of each ready to be drawn from.
 
-    cfg: data_root_dir, data_mix, datasets, cameras, use_proprio, window_size, action_chunk, action_normalization,
-         image_size, image_aug, seed, index_dir, skip_bad_episodes, prompt_style (see train_vla.TrainConfig).
+    cfg: data_root_dir, data_mix, datasets, cameras, use_proprio, window_size, action_chunk,
+         action_normalization, image_size, image_aug, seed, index_dir, skip_bad_episodes, prompt_style,
+         max_length (see train_vla.TrainConfig)
     """
 
     def __init__(self, cfg, tokenizer=None, train: bool = True):
@@ -151,44 +155,49 @@ class Mixture:
         self.tables = [self._open(name, recipe) for name, _, recipe in mixture]
         self.statistics = {}  # what dataset_statistics.json holds
         for name, recipe, table in zip(self.names, self.recipes, self.tables, strict=True):
-            dims = table.frames.dtype["action"].shape[0]
-            mask = [True] * (dims - recipe.absolute) + [False] * recipe.absolute
-            self.statistics[name] = {**table.statistics, "action": {**table.statistics["action"], "mask": mask}}
+            relative = table.frames.dtype["action"].shape[0] - recipe.absolute
+            action = {**table.statistics["action"], "mask": [True] * relative + [False] * recipe.absolute}
+            self.statistics[name] = {**table.statistics, "action": action}
         dims = {name: len(self.statistics[name]["action"]["mask"]) for name in self.names}
         if len(set(dims.values())) > 1:
             raise ValueError(f"data_mix: datasets with different action dimensions cannot be mixed: {dims}")
         self.action_dim = dims[self.names[0]]
-        self.proprio_dim = max(len(s["proprio"]["mean"]) for s in self.statistics.values()) if cfg.use_proprio else 0
+        self.proprio_dim = 0
+        if cfg.use_proprio:  # shorter states are padded with zeros
+            self.proprio_dim = max(len(stats["proprio"]["mean"]) for stats in self.statistics.values())
         self.action_tokenizer = ActionTokenizer(tokenizer.action_vocab_size) if tokenizer else None
 
         sizes = np.array([self.statistics[name]["num_transitions"] for name in self.names])
-        self.weights, self.epoch_length = mixture_shares(np.array([weight for _, weight, _ in mixture]), sizes)
+        weights = np.array([weight for _, weight, _ in mixture])
+        self.weights, self.epoch_length = mixture_shares(weights, sizes)
         self.runs = [self._kept_runs(d) for d in range(len(self.names))]
         self.sizes = np.array([run[2][-1] if len(run[2]) else 0 for run in self.runs])
         if not self.sizes.all():
             empty = self.names[int(np.argmin(self.sizes))]
-            split = "training" if train else "held-out"
-            raise DataError(f"{empty}: no {split} frame with an instruction in {find_dataset(cfg.data_root_dir, empty)}")
+            kind, path = "training" if train else "held-out", find_dataset(cfg.data_root_dir, empty)
+            raise DataError(f"{empty}: no {kind} frame with an instruction in {path}")
 
     def _open(self, name: str, recipe: oxe.Recipe) -> FrameTable:
         cfg = self.cfg
         keys = recipe.camera_keys(cfg.cameras)
-        standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys, load_proprio=cfg.use_proprio)
+        standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys,
+                                        load_proprio=cfg.use_proprio)
         return frame_table(find_dataset(Path(cfg.data_root_dir), name), standardize, keys,
                            oxe.fingerprint(recipe, cfg.use_proprio), index_dir=cfg.index_dir,
                            skip_bad_episodes=cfg.skip_bad_episodes)
 
     def _kept_runs(self, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The frames of dataset d that this split may show, as runs of consecutive ones: (first, count, total so far).
+        """The frames of dataset d that this split may show, as runs of consecutive ones: (first, count, total
+        so far).
 
-        OpenVLA's rules: with a "val" split, train on "train"; otherwise on the first 95 % of its episodes (rounded half
-        to even). Episodes without any instruction are left out.
+        OpenVLA's rules: with a "val" split, train on "train"; otherwise on the first 95 % of its episodes
+        (rounded half to even). Episodes without any instruction are left out.
         """
-        table = self.tables[d]
-        episodes = table.episodes
-        train = episodes["split"] == table.splits.index("train") if "train" in table.splits else episodes["split"] < 0
+        table, episodes = self.tables[d], self.tables[d].episodes
+        split = np.array(table.splits)[episodes["split"]]
+        train = split == "train"
         if "val" in table.splits:
-            chosen = train if self.train else episodes["split"] == table.splits.index("val")
+            chosen = train if self.train else split == "val"
         else:
             position = np.cumsum(train) - 1  # number of the episode within "train"
             boundary = round(95 * int(train.sum()) / 100)
@@ -200,7 +209,7 @@ class Mixture:
         return first[count > 0], count[count > 0], np.cumsum(count[count > 0])
 
     def _without_idle(self, d: int, first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Runs of frames -> the shorter runs between idle frames. By the thousand episodes, to bound memory."""
+        """Runs of frames -> the runs between idle ones, by the thousand episodes to bound memory."""
         runs = []
         for part in range(0, len(first), 1000):
             f, c = first[part : part + 1000], count[part : part + 1000]
@@ -211,7 +220,8 @@ class Mixture:
         return tuple(np.concatenate(runs, axis=1)) if runs else (first, count)
 
     def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples first .. first+count-1 of the run -> (dataset, frame row, epoch of that dataset), each (count,)."""
+        """Samples first .. first+count-1 of the run -> (dataset, frame row, epoch of that dataset), each
+        (count,)."""
         dataset, visit = interleave(self.weights, first, count)
         epoch, index = np.divmod(visit, self.sizes[dataset])
         index = permute(index, self.sizes[dataset], mix_bits(self.cfg.seed, dataset, epoch))
@@ -228,22 +238,25 @@ class Mixture:
         return row
 
     def actions(self, d: int, rows: np.ndarray) -> np.ndarray:
-        """Normalised actions that follow frames `rows` (R,) of dataset d -> (R, action_chunk, action_dim) float32.
+        """Normalised actions that follow frames `rows` (R,) of dataset d -> (R, action_chunk, action_dim)
+        float32.
 
-        Past the end of the episode, relative dimensions are 0 and absolute ones repeat the last, as in OpenVLA.
+        Past the end of the episode, relative dimensions are 0 and absolute ones repeat the last, as in
+        OpenVLA.
         """
-        table, absolute = self.tables[d], self.recipes[d].absolute
+        table, stats = self.tables[d], self.statistics[self.names[d]]["action"]
         episode = table.episodes[table.episode_of(rows)]
         wanted = rows[:, None] + np.arange(self.cfg.action_chunk)
-        last = (episode["first"] + episode["count"]).astype(np.int64)[:, None] - 1
-        actions = normalize(table.frames["action"][np.minimum(wanted, last)], self.statistics[self.names[d]]["action"],
-                            self.cfg.action_normalization)
-        actions[..., : self.action_dim - absolute][wanted > last] = 0
+        last = (episode["first"] + episode["count"])[:, None] - 1
+        actions = table.frames["action"][np.minimum(wanted, last)]
+        actions = normalize(actions, stats, self.cfg.action_normalization)
+        actions[..., : self.action_dim - self.recipes[d].absolute][wanted > last] = 0
         return actions
 
     def sample(self, d: int, row: int, epoch: int = 0, augment_seed: int | None = None) -> dict:
-        """One training sample: images (N, H, W, 3) uint8, N = window_size x cameras; input_ids and labels (L,) int64;
-        dataset; proprio (P,) float32 if used. With augment_seed, images are augmented, each with its own numbers."""
+        """One training sample: images (N, H, W, 3) uint8, N = window_size x cameras; input_ids and labels
+        (L,) int64; dataset; proprio (P,) float32 if used. With augment_seed, images are augmented, each
+        with its own numbers."""
         cfg, table, name = self.cfg, self.tables[d], self.names[d]
         first = int(table.first_frames[table.episode_of(row)])
         images = []
@@ -272,8 +285,8 @@ class Mixture:
         return sample
 
     def cameras_shown(self, d: int, row: int, epoch: int) -> tuple[str | None, ...]:
-        """The keys of the images that cfg.cameras means for a frame. DROID has two exterior cameras; which one is
-        `primary` is drawn once per episode and epoch."""
+        """The keys of the images that cfg.cameras means for a frame. DROID has two exterior cameras; which
+        one is `primary` is drawn once per episode and epoch."""
         choices = [(getattr(self.recipes[d], camera) or "").split("|") for camera in self.cfg.cameras]
         coin = int(mix_bits(self.cfg.seed, d, epoch, self.tables[d].episode_of(row))) & 1
         return tuple(keys[coin % len(keys)] or None for keys in choices)
@@ -302,7 +315,8 @@ def collate(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """Micro-batch number i of this rank, counted from the start of the run. For a DataLoader with batch_size=None."""
+    """Micro-batch number i of this rank, counted from the start of the run. For a DataLoader with
+    batch_size=None."""
 
     def __init__(self, mixture: Mixture, global_batch: int, micro_batch: int, rank: int, world_size: int):
         self.mixture, self.global_batch, self.micro_batch = mixture, global_batch, micro_batch
@@ -311,22 +325,22 @@ class TrainBatches(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         step, micro = divmod(i, self.global_batch // (self.micro_batch * self.world_size))
         first = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
-        mixture = self.mixture
-        augmented = mixture.cfg.image_aug and mixture.train
-        drawn = zip(range(first, first + self.micro_batch), *mixture.draw(first, self.micro_batch), strict=True)
-        return collate([mixture.sample(d, row, epoch, g if augmented else None) for g, d, row, epoch in drawn],
-                       mixture.tokenizer.pad_token_id)
+        augmented = self.mixture.cfg.image_aug and self.mixture.train
+        drawn = zip(*self.mixture.draw(first, self.micro_batch), strict=True)
+        samples = [self.mixture.sample(d, row, epoch, number if augmented else None)
+                   for number, (d, row, epoch) in enumerate(drawn, start=first)]
+        return collate(samples, self.mixture.tokenizer.pad_token_id)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """JPEG or PNG bytes -> (size, size, 3) uint8.
 
-    No bytes give a black image. JPEGs are decoded with the fast DCT and plain upsampling, as TensorFlow's decode_image
-    does; the accurate ones differ from it on two thirds of all values.
+    No bytes give a black image. JPEGs are decoded with the fast DCT and plain upsampling, as TensorFlow's
+    decode_image does; the accurate ones differ from it on two thirds of all values.
     """
     if not data:
         return np.zeros((size, size, 3), np.uint8)
@@ -338,7 +352,8 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3), with Lanczos and without keeping the aspect ratio, as OpenVLA trains."""
+    """(H, W, 3) uint8 -> (size, size, 3), with Lanczos and without keeping the aspect ratio, as OpenVLA
+    trains."""
     if image.shape[:2] == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
@@ -348,18 +363,20 @@ CROP_SIDE = 0.9**0.5  # the crop keeps 90 % of the area
 
 
 def draw_augmentation(*seed: int) -> dict[str, float]:
-    """Random parameters for `augment`, in OpenVLA's ranges. OpenVLA's crops always lie on the image's diagonal, because
-    it draws both offsets with one seed; ours are independent."""
-    low, high = np.array([(0, 1 - CROP_SIDE), (0, 1 - CROP_SIDE), (-0.2, 0.2), (0.8, 1.2), (0.8, 1.2), (-0.05, 0.05)]).T
-    uniform = mix_bits(*seed, np.arange(6)).astype(np.float64) / 2.0**64
-    return dict(zip(("top", "left", "brightness", "contrast", "saturation", "hue"), (low + uniform * (high - low)).tolist(),
-                    strict=True))
+    """Random parameters for `augment`, in OpenVLA's ranges. OpenVLA's crops always lie on the image's
+    diagonal, because it draws both offsets with one seed; ours are independent."""
+    ranges = {"top": (0, 1 - CROP_SIDE), "left": (0, 1 - CROP_SIDE), "brightness": (-0.2, 0.2),
+              "contrast": (0.8, 1.2), "saturation": (0.8, 1.2), "hue": (-0.05, 0.05)}
+    uniform = mix_bits(*seed, np.arange(len(ranges))) / 2.0**64
+    return {name: low + u * (high - low)
+            for (name, (low, high)), u in zip(ranges.items(), uniform.tolist(), strict=True)}
 
 
 def augment(image: np.ndarray, top: float, left: float, brightness: float, contrast: float, saturation: float,
             hue: float) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same: crop at (top, left) and resize back, then brightness, contrast, saturation, hue, as
-    OpenVLA does with TensorFlow (dlimp's augment_image); top and left as fractions of the side, hue of the circle."""
+    """(H, W, 3) uint8 -> the same: crop at (top, left) and resize back, then brightness, contrast,
+    saturation, hue, as OpenVLA does with TensorFlow (dlimp's augment_image); top and left as fractions of
+    the side, hue of the circle."""
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     y_grid, x_grid = (torch.linspace(-1, 1, n) * CROP_SIDE + (2 * offset + CROP_SIDE - 1)
                       for n, offset in zip(image.shape[:2], (top, left), strict=True))
@@ -396,12 +413,13 @@ def contact_sheet(tiles: list[tuple[np.ndarray, str]], columns: int = 4) -> Imag
     return sheet
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # python data.py --inspect DIR [--data_mix NAME]: look at a dataset before training on it
 
 
 def guess_recipe(directory: Path) -> oxe.Recipe:
-    """A recipe for a dataset nobody described: its image features in order, `action`, and whatever text there is."""
+    """A recipe for a dataset nobody described: its image features in order, `action`, and whatever text
+    there is."""
     features = step_features(directory)
     images = [name.removeprefix("observation/") for name, (_, _, image) in features.items() if image]
     texts = [name for name, (_, dtype, image) in features.items() if dtype.kind == "O" and not image]
@@ -446,7 +464,8 @@ def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
 
 
 def dataset_warnings(table: FrameTable, recipe: oxe.Recipe) -> list[str]:
-    """What makes policies fail without any error: constant dimensions, idle frames, missing text, bad episodes."""
+    """What makes policies fail without any error: constant dimensions, idle frames, missing text, bad
+    episodes."""
     stats, actions = table.statistics["action"], table.frames["action"]
     spread = np.array(stats["q99"]) - np.array(stats["q01"])
     relative = actions[:, : actions.shape[1] - recipe.absolute]
@@ -455,9 +474,9 @@ def dataset_warnings(table: FrameTable, recipe: oxe.Recipe) -> list[str]:
     found = [f"action dimension {d} never changes (always {stats['min'][d]:.4g}): it will be trained as 0"
              for d in np.flatnonzero(np.array(stats["min"]) == np.array(stats["max"]))]
     if idle > 0.05:
-        found.append(f"{idle:.0%} of all frames command no motion: policies copy such pauses; consider removing them")
+        found.append(f"{idle:.0%} of all frames command no motion: policies copy such pauses; remove them")
     if unlabeled:
-        found.append(f"{unlabeled} of {len(table.episodes)} episodes have no instruction: they are left out of training")
+        found.append(f"{unlabeled} of {len(table.episodes)} episodes have no instruction: they are left out")
     return found + [f"bad episode: {reason}" for reason in table.bad]
 
 
@@ -469,13 +488,15 @@ def _caption(table: FrameTable, row: int) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=inspect_dataset.__doc__)
-    parser.add_argument("--inspect", type=Path, required=True, metavar="DIR", help="a dataset, or a folder of datasets")
+    parser.add_argument("--inspect", type=Path, required=True, metavar="DIR",
+                        help="a dataset, or a folder of datasets")
     parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
     args = parser.parse_args()
     try:
         names = [name for name, _, _ in oxe.resolve_mixture(args.data_mix)] if args.data_mix else [None]
-        for n, dataset in enumerate(names):
-            inspect_dataset(args.inspect, dataset, args.out.with_stem(f"{args.out.stem}_{dataset}") if n else args.out)
+        for name in names:
+            stem = args.out.stem if len(names) == 1 else f"{args.out.stem}_{name}"
+            inspect_dataset(args.inspect, name, args.out.with_stem(stem))
     except (DataError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -5,8 +5,8 @@
     (embedded as any text)                              --+
 
 Read VLA.forward first: that is the whole model. Parameters are named as in OpenVLA's native checkpoints
-(`vision_backbone.dino_featurizer...`, `projector.projector.0...`, `llm_backbone.llm.model.layers...`). The ViT blocks
-are timm's and the decoder layers transformers'; there is no remote code and no `generate`.
+(`vision_backbone.dino_featurizer...`, `projector.projector.0...`, `llm_backbone.llm.model.layers...`). The
+ViT blocks are timm's and the decoder layers transformers'; there is no remote code and no `generate`.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ from data import resize_image, unnormalize
 class VLA(nn.Module):
     """A vision-language-action model with random weights.
 
-    cfg: vision_backbone, llm_backbone, arch_specifier, image_size, cameras, window_size, action_chunk, action_dim,
-         use_proprio, proprio_dim, prompt_style, action_normalization (see train_vla.TrainConfig)
+    cfg: vision_backbone, llm_backbone, arch_specifier, image_size, action_chunk, action_dim, use_proprio,
+         proprio_dim, prompt_style, action_normalization (see train_vla.TrainConfig)
     tokenizer: from action_tokenizer.load_tokenizer
     """
 
@@ -46,7 +46,8 @@ class VLA(nn.Module):
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size
         self.projector = nn.ModuleDict({"projector": build_projector(cfg.arch_specifier, features, hidden)})
         if cfg.use_proprio:  # not OpenVLA's: the robot's state as one more token after the image patches
-            self.proprio_projector = nn.Sequential(nn.Linear(cfg.proprio_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+            self.proprio_projector = nn.Sequential(nn.Linear(cfg.proprio_dim, hidden), nn.GELU(),
+                                                   nn.Linear(hidden, hidden))
 
     @property
     def llm(self) -> nn.Module:
@@ -56,18 +57,18 @@ class VLA(nn.Module):
     def forward(self, images, input_ids, labels, proprio=None):
         """Teacher-forced training step.
 
-        images (B, N, H, W, 3) uint8, N = window_size x cameras; input_ids, labels (B, L) int64, padded on the right;
-        proprio (B, P) float32. Returns the loss, and for each action token the predicted id and the true one
-        (both (B, num_action_tokens)), all on the device.
+        images (B, N, H, W, 3) uint8, N = window_size x cameras; input_ids, labels (B, L) int64, padded on the
+        right; proprio (B, P) float32. Returns the loss, and for each action token the predicted id and the
+        true one (both (B, num_action_tokens)), all on the device.
         """
         inputs = self.embed(images, input_ids, proprio)  # (B, S, hidden), S = L + image patches (+ 1)
         # padding stands on the right, where causal attention never looks: no mask, so the fast kernels apply
-        hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state  # (B, S, hidden)
+        hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         # only the positions just before a labelled token need logits: all action tokens and the stop token
         first = (labels != -100).int().argmax(1, keepdim=True)  # (B, 1)
-        wanted = first + torch.arange(self.num_action_tokens + 1, device=labels.device)  # (B, T) positions in labels
-        targets = labels.gather(1, wanted)  # (B, T)
-        wanted = wanted + inputs.shape[1] - labels.shape[1] - 1  # positions in the sequence, one earlier
+        wanted = first + torch.arange(self.num_action_tokens + 1, device=labels.device)  # (B, T)
+        targets = labels.gather(1, wanted)
+        wanted = wanted + inputs.shape[1] - labels.shape[1] - 1  # in the sequence with patches, one earlier
         hidden = hidden.gather(1, wanted[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, T, hidden)
         logits = self.llm.get_output_embeddings()(hidden).float()  # (B, T, vocabulary)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -84,7 +85,8 @@ class VLA(nn.Module):
         return torch.cat([text[:, :1], extra, text[:, 1:]], dim=1)
 
     def pixel_values(self, images) -> list[torch.Tensor]:
-        """images (B, N, H, W, 3) uint8 -> for each tower (B * N, 3, H, W) float32, normalised as it was pretrained."""
+        """images (B, N, H, W, 3) uint8 -> for each tower (B * N, 3, H, W) float32, normalised as it was
+        pretrained."""
         pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         return [normalize_pixels(pixels, tower) for tower in self.vision_backbone.values()]
 
@@ -93,48 +95,53 @@ class VLA(nn.Module):
         towers = zip(self.vision_backbone.values(), pixel_values, strict=True)
         return torch.cat([tower(pixels)[0] for tower, pixels in towers], dim=-1)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # What is trained
 
-    def freeze(self, freeze_vision_backbone: bool, freeze_llm_backbone: bool, unfreeze_last_llm_layer: bool) -> str:
-        """Choose the trainable parameters as OpenVLA's three flags do; returns the name of its training stage."""
+    def freeze(self, freeze_vision_backbone: bool, freeze_llm_backbone: bool,
+               unfreeze_last_llm_layer: bool) -> str:
+        """Choose the trainable parameters as OpenVLA's three flags do; returns the name of its training
+        stage."""
         if freeze_llm_backbone and not unfreeze_last_llm_layer:
-            raise ValueError("freeze_llm_backbone without unfreeze_last_llm_layer leaves nothing that could learn to "
-                             "act: set unfreeze_last_llm_layer: true")
+            raise ValueError("freeze_llm_backbone without unfreeze_last_llm_layer leaves nothing that could "
+                             "learn to act: set unfreeze_last_llm_layer: true")
         self.requires_grad_(True)
         self.vision_backbone.requires_grad_(not freeze_vision_backbone)
         self.projector.requires_grad_(not (freeze_vision_backbone and freeze_llm_backbone))
-        if freeze_llm_backbone:  # but not its two ends and last layer; the final norm stays frozen, as in OpenVLA
+        if freeze_llm_backbone:  # except its two ends and last layer; OpenVLA leaves the final norm frozen
             self.llm_backbone.requires_grad_(False)
             for module in (self.llm.get_input_embeddings(), self.llm.base_model.layers[-1],
                            self.llm.get_output_embeddings()):
                 module.requires_grad_(True)
-        return {(False, False): "vla-full-train", (True, False): "vla-train", (False, True): "vla-sandwich-train",
-                (True, True): "vla-last-layer-train"}[freeze_vision_backbone, freeze_llm_backbone]
+        stages = {(False, False): "vla-full-train", (True, False): "vla-train",
+                  (False, True): "vla-sandwich-train", (True, True): "vla-last-layer-train"}
+        return stages[freeze_vision_backbone, freeze_llm_backbone]
 
     def recompute_activations(self) -> None:
-        """Keep only the inputs of the language model's layers for the backward pass and compute the rest again."""
+        """Keep only the inputs of the language model's layers for the backward pass and compute the rest
+        again."""
         for layer in self.llm.base_model.layers:
             # nothing here is random (no dropout), so the generators' states need not be kept
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # Acting
 
     @torch.inference_mode()
     def generate(self, images, prompts: Sequence[Sequence[int]], proprio=None) -> torch.Tensor:
-        """Greedy action tokens (B, num_action_tokens) for images (B, N, H, W, 3) uint8 and prompts of token ids, one
-        after the other with a key-value cache; only action ids can be chosen."""
+        """Greedy action tokens (B, num_action_tokens) for images (B, N, H, W, 3) uint8 and prompts of
+        token ids, one after the other with a key-value cache; only action ids can be chosen."""
         device, lengths = images.device, torch.tensor([len(prompt) for prompt in prompts])
         longest, pad = int(lengths.max()), self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts], device=device)
-        inputs = self.embed(images, input_ids, proprio)
+        input_ids = [[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts]
+        inputs = self.embed(images, torch.tensor(input_ids, device=device), proprio)
         extra = inputs.shape[1] - longest  # image patches and the like
         last = lengths.to(device) + extra - 1  # (B,) where each prompt ends
         # prompts of different lengths leave padding in the cache, which later tokens must not look at
-        mask = None if (lengths == longest).all() else (torch.arange(inputs.shape[1], device=device) <= last[:, None])
+        mask = torch.arange(inputs.shape[1], device=device) <= last[:, None]
+        mask = None if (lengths == longest).all() else mask
         output = self.llm.base_model(inputs_embeds=inputs, use_cache=True)
-        hidden, cache = output.last_hidden_state[torch.arange(len(prompts)), last][:, None], output.past_key_values
+        hidden = output.last_hidden_state[torch.arange(len(prompts)), last][:, None]  # (B, 1, hidden)
         first, stop = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
         tokens = []
         for i in range(self.num_action_tokens):
@@ -142,8 +149,9 @@ class VLA(nn.Module):
                 step = self.llm.get_input_embeddings()(tokens[-1])  # (B, 1, hidden)
                 if mask is not None:
                     mask = F.pad(mask, (0, 1), value=True)
-                hidden = self.llm.base_model(inputs_embeds=step, attention_mask=mask, past_key_values=cache,
-                                             position_ids=(last + i)[:, None], use_cache=True).last_hidden_state
+                hidden = self.llm.base_model(
+                    inputs_embeds=step, attention_mask=mask, position_ids=(last + i)[:, None],
+                    past_key_values=output.past_key_values, use_cache=True).last_hidden_state
             logits = self.llm.get_output_embeddings()(hidden)  # (B, 1, vocabulary)
             tokens.append(logits[..., first:stop].argmax(-1) + first)
         return torch.cat(tokens, dim=1)
@@ -153,9 +161,9 @@ class VLA(nn.Module):
         """What the robot should do: (action_dim,) float64 in the units of the dataset `unnorm_key`, or
         (action_chunk, action_dim) when the model was trained to predict several steps.
 
-        image: (H, W, 3) uint8, or a list of window_size x cameras of them. For a batch, give lists of images and of
-        instructions; the result gets a leading dimension. proprio: normalised state. unnorm_key may be left out when
-        the model was trained on one dataset; otherwise a ValueError lists the choices.
+        image: (H, W, 3) uint8, or a list of window_size x cameras of them. For a batch, give lists of images
+        and of instructions; the result gets a leading dimension. proprio: normalised state. unnorm_key may be
+        left out when the model was trained on one dataset; otherwise a ValueError lists the choices.
         """
         batched = not isinstance(instruction, str)
         images, instructions = (image, instruction) if batched else ([image], [instruction])
@@ -174,39 +182,42 @@ class VLA(nn.Module):
         return actions if batched else actions[0]
 
     def action_statistics(self, unnorm_key: str | None) -> dict:
-        """The action statistics of one training dataset. Never a silent identity: no statistics, no actions."""
+        """The action statistics of one training dataset: without them no action, never a silent identity."""
         if unnorm_key is None and len(self.norm_stats) == 1:
             return next(iter(self.norm_stats.values()))["action"]
         if unnorm_key not in self.norm_stats:
-            raise ValueError(f"unnorm_key {unnorm_key!r} is not one of the model's datasets: {sorted(self.norm_stats)}")
+            raise ValueError(f"unnorm_key {unnorm_key!r} is not one of the model's datasets: "
+                             f"{sorted(self.norm_stats)}")
         return self.norm_stats[unnorm_key]["action"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Parts
 
 
 def build_tower(image_size: int, *, model: str, **kwargs) -> nn.Module:
-    """A timm ViT by name, with any of timm's arguments, whose output is [(B, patches, width)]: the second-to-last
-    block's, without final norm and class or register tokens (Prismatic's choice, prismatic/.../base_vision.py)."""
+    """A timm ViT by name, with any of timm's arguments, whose output is [(B, patches, width)]: the
+    second-to-last block's, without final norm and class or register tokens (Prismatic's choice,
+    prismatic/.../base_vision.py)."""
     vit = timm.create_model(model, num_classes=0, img_size=image_size, **kwargs)
     # through forward, because ZeRO-3 gathers a module's parameters when the module is called
-    vit.forward = partial(vit.forward_intermediates, indices=[len(vit.blocks) - 2], norm=False, stop_early=True,
-                          output_fmt="NLC", intermediates_only=True)
+    vit.forward = partial(vit.forward_intermediates, indices=[len(vit.blocks) - 2], norm=False,
+                          stop_early=True, output_fmt="NLC", intermediates_only=True)
     return vit
 
 
 def normalize_pixels(pixels: torch.Tensor, tower: nn.Module) -> torch.Tensor:
-    """(B, 3, H, W) float32 in [0, 1] -> what this tower was pretrained on. Mean and deviation stay Python numbers: as
-    buffers they would be cast to bf16 with the weights."""
+    """(B, 3, H, W) float32 in [0, 1] -> what this tower was pretrained on. Mean and deviation stay Python
+    numbers: as buffers they would be cast to bf16 with the weights."""
     stats = timm.data.resolve_model_data_config(tower)
     channels = zip(pixels.unbind(1), stats["mean"], stats["std"], strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def build_llm(spec: dict | str, num_tokens: int) -> nn.Module:
-    """A causal language model with random weights. spec: the fields of a transformers config with its model_type, or a
-    directory or hub id to read them from. The vocabulary is num_tokens, rounded up to a multiple of 64."""
+    """A causal language model with random weights. spec: the fields of a transformers config with its
+    model_type, or a directory or hub id to read them from. The vocabulary is num_tokens, rounded up to a
+    multiple of 64."""
     config = AutoConfig.from_pretrained(spec) if isinstance(spec, str) else AutoConfig.for_model(**spec)
     config.vocab_size = -(-num_tokens // 64) * 64
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -220,6 +231,6 @@ def build_projector(arch_specifier: str, features: int, hidden: int) -> nn.Modul
         case "gelu-mlp":
             return nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         case "fused-gelu-mlp":
-            return nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, hidden), nn.GELU(),
-                                 nn.Linear(hidden, hidden))
+            return nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(),
+                                 nn.Linear(4 * features, hidden), nn.GELU(), nn.Linear(hidden, hidden))
     raise ValueError(f"arch_specifier {arch_specifier!r}: choose linear, gelu-mlp or fused-gelu-mlp")

@@ -1,19 +1,20 @@
 """What each Open X-Embodiment dataset calls things, and how its actions become standard.
 
-OpenVLA's action is 7-D: change of end-effector position (3), change of orientation as roll-pitch-yaw (3), gripper
-(absolute, 1 = open, 0 = closed). Datasets disagree on names, gripper sign, rotation format and more. This file holds
-the facts, one entry per dataset, and is meant to be consulted rather than read: read Recipe, the helpers and two or
-three entries, then skip to MIXTURES.
+OpenVLA's action is 7-D: change of end-effector position (3), change of orientation as roll-pitch-yaw (3),
+gripper (absolute, 1 = open, 0 = closed). Datasets disagree on names, gripper sign, rotation format and more.
+This file holds the facts, one entry per dataset, and is meant to be consulted rather than read: read Recipe,
+the helpers and two or three entries, then skip to MIXTURES.
 
-An entry names cameras, and gives state and action as *field lists*: comma-separated columns to be concatenated,
+An entry names cameras, and gives state and action as *field lists*: comma-separated columns to be
+concatenated,
 
     "action[:6], action[-1:] clip invert"        key, slice of its columns, helpers applied from left to right
     "world_vector, 0*3, gripper rel2abs"         0*3: three columns of zeros (1*2: two of ones)
 
-where a helper is one of the small functions in HELPERS. State and camera keys are relative to `observation/`; a state
-key that starts with "/" and all action keys are relative to the step. The facts are OpenVLA's
-(prismatic/vla/datasets/rlds/oxe/{configs,transforms,mixtures}.py); a user's own dataset is described in the same way
-in the YAML (`datasets:`).
+where a helper is one of the small functions in HELPERS. State and camera keys are relative to `observation/`;
+a state key that starts with "/" and all action keys are relative to the step. The facts are OpenVLA's
+(prismatic/vla/datasets/rlds/oxe/{configs,transforms,mixtures}.py); a user's own dataset is described in the
+same way in the YAML (`datasets:`).
 """
 
 import ctypes.util
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from rlds import DataError, Steps
+from rlds import Steps
 
 CAMERAS = ("primary", "secondary", "wrist")
 
@@ -53,8 +54,9 @@ class Recipe:
         return list(dict.fromkeys(key or None for key in keys))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Helpers: (T, k) -> (T, m). Comparisons are in float32, as in TensorFlow, because 0.95 and 0.1 are thresholds.
+# ------------------------------------------------------------------------------------------------------------
+# Helpers: (T, k) -> (T, m). Comparisons are in float32, as in TensorFlow, because 0.95 and 0.1 are
+# thresholds.
 
 
 def clip(x):
@@ -73,8 +75,8 @@ def delta(x):
 
 
 def binarize(x):
-    """Gripper openings to 0 or 1: values in between take the value reached next; those at the end take the very last
-    one as it is."""
+    """Gripper openings to 0 or 1: values in between take the value reached next; those at the end take the
+    very last one as it is."""
     x = x.astype(np.float32)
     decided = (x > np.float32(0.95)) | (x < np.float32(0.05))
     value = np.where(decided, x > np.float32(0.95), x[-1:]).astype(np.float32)
@@ -83,8 +85,9 @@ def binarize(x):
 
 
 def rel2abs(x):
-    """Relative gripper commands (+ closes, - opens, within 0.1 of zero: no change) to absolute: 1 = open, 0 = closed.
-    Before the first command the gripper is in the opposite state; without any command it is open."""
+    """Relative gripper commands (+ closes, - opens, within 0.1 of zero: no change) to absolute: 1 = open,
+    0 = closed. Before the first command the gripper is in the opposite state; without any command it is
+    open."""
     x = x.astype(np.float32)
     command = np.where(x < np.float32(-0.1), 1, np.where(x > np.float32(0.1), -1, 0))
     first = np.take_along_axis(command, (command != 0).argmax(0)[None], axis=0)  # (1, k)
@@ -123,15 +126,16 @@ def _atan2(y, x):
 
 
 def _as_tensorflow(polynomial, c_name: str, *arrays: np.ndarray) -> np.ndarray:
-    """TensorFlow 2.15 on x86 takes whole packets of 8 floats through Eigen's polynomials and the rest through the C
-    library. They differ in the last bit, and OpenVLA's actions have those bits."""
+    """TensorFlow 2.15 on x86 takes whole packets of 8 floats through Eigen's polynomials and the rest
+    through the C library. They differ in the last bit, and OpenVLA's actions have those bits."""
     packets = len(arrays[0]) // 8 * 8
     return np.append(polynomial(*(a[:packets] for a in arrays)), _c_function(c_name, *(a[packets:] for a in arrays)))
 
 
 def euler(q):
-    """Unit quaternion x, y, z, w -> roll, pitch, yaw in radians, bit for bit as tensorflow_graphics does it for OpenVLA
-    (geometry/transformation/euler.py: products are shrunk by two epsilons so that asin stays defined)."""
+    """Unit quaternion x, y, z, w -> roll, pitch, yaw in radians, bit for bit as tensorflow_graphics does
+    it for OpenVLA (geometry/transformation/euler.py: products are shrunk by two epsilons so that asin
+    stays defined)."""
     eps = np.float32(2 * np.finfo(np.float32).eps)
     one = np.float32(1)
     asin = functools.partial(_as_tensorflow, _asin, "asinf")
@@ -167,14 +171,15 @@ def unzip(strings):
 HELPERS = {f.__name__: f for f in (clip, invert, delta, binarize, rel2abs, euler, unzip)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From an episode to standard form
 
 FIELD = re.compile(r"(?P<key>[^\s\[\],]+)(?:\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<helpers>(?: \w+)*)")
 
 
 def parse_fields(fields: str) -> list[tuple[str, slice, list]]:
-    """ "a[:6], b clip" -> [(key, columns, helper functions), ...]. Raises ValueError naming what it cannot read."""
+    """ "a[:6], b clip" -> [(key, columns, helper functions), ...]. Raises ValueError naming what it cannot
+    read."""
     parsed = []
     for text in fields.split(","):
         match = FIELD.fullmatch(text.strip())
@@ -190,8 +195,8 @@ CONSTANT = re.compile(r"([01])(?:\*(\d+))?")  # "0", "0*3", "1*2"
 
 
 def read_fields(fields: str, steps: Steps, prefix: str, first: int, length: int | None = None) -> np.ndarray:
-    """Evaluate a field list on the steps from `first` on -> (T - first, columns) float32. `length` is T - first, needed
-    where the list may hold nothing but constants."""
+    """Evaluate a field list on the steps from `first` on -> (T - first, columns) float32. `length` is T -
+    first, needed where the list may hold nothing but constants."""
     columns = []
     for key, part, helpers in parse_fields(fields):
         if constant := CONSTANT.fullmatch(key):
@@ -226,8 +231,8 @@ def decode_code_points(row: bytes) -> bytes:
 def standardize(steps: Steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:
     """One episode in standard form, as rlds.build_frame_table wants it (T frames after trimming).
 
-    -> action (T, A) float32; proprio (T, P) float32 or None; images (T, len(cameras), 2) int64, where each encoded
-    image lies (zeros for a camera that is None); instructions: T byte strings.
+    -> action (T, A) float32; proprio (T, P) float32 or None; images (T, len(cameras), 2) int64, where each
+    encoded image lies (zeros for a camera that is None); instructions: T byte strings.
     """
     trim = int(recipe.trim)
     action = read_fields(recipe.action, steps, "", trim)
@@ -250,9 +255,10 @@ def fingerprint(recipe: Recipe, load_proprio: bool) -> str:
     return repr((asdict(recipe), load_proprio)) + "".join(map(inspect.getsource, code))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DROID: frames without motion. OpenVLA compares the normalised action with what "zero" would be under the quantiles of
-# the full DROID dataset, written into its code; with other statistics the filter therefore drops nothing. Kept so.
+# ------------------------------------------------------------------------------------------------------------
+# DROID: frames without motion. OpenVLA compares the normalised action with what "zero" would be under the
+# quantiles of the full DROID dataset, written into its code; with other statistics the filter therefore drops
+# nothing. Kept so.
 
 DROID_Q01 = np.array([-0.7776297926902771, -0.5803514122962952, -0.5795090794563293, -0.6464047729969025,
                       -0.7041108310222626, -0.8895104378461838], np.float32)
@@ -266,7 +272,7 @@ def is_idle(normalized: np.ndarray) -> np.ndarray:
     return (np.abs(normalized[..., :6] - zero) <= np.float32(1e-5)).all((-1, -2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The datasets
 
 NATURAL = "observation/natural_language_instruction"
@@ -354,7 +360,7 @@ REFUSED = {
     **dict.fromkeys(("ppgm", "ppgm_static", "ppgm_wrist"), "OpenVLA has no camera and state keys for it"),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Mixtures: {name: {dataset: weight}}. A dataset is drawn in proportion to weight x its number of frames.
 
 
@@ -398,8 +404,8 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Mappi
                     ) -> list[tuple[str, float, Recipe]]:
     """A mixture's or a dataset's name, or {dataset: weight} -> [(dataset, weight, recipe), ...].
 
-    own: the YAML's `datasets:`, {name: the fields of a Recipe}. Datasets that OpenVLA refuses are skipped with a
-    warning inside a mixture. Raises ValueError for unknown names, and when nothing is left.
+    own: the YAML's `datasets:`, {name: the fields of a Recipe}. Datasets that OpenVLA refuses are skipped
+    with a warning inside a mixture. Raises ValueError for unknown names, and when nothing is left.
     """
     recipes = dict(DATASETS)
     for name, fields in (own or {}).items():

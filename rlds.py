@@ -1,15 +1,18 @@
 """The RLDS / TFDS dataset format without TensorFlow: read, index, write.
 
-Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories: `features.json` and `dataset_info.json`
-describe them, and shards of TFRecords hold one episode per record, as a serialized tf.train.Example. An image is
-stored encoded (JPEG or PNG) inside its episode, so an episode is big and a training sample is a small piece of it.
+Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories: `features.json` and
+`dataset_info.json` describe them, and shards of TFRecords hold one episode per record, as a serialized
+tf.train.Example. An image is stored encoded (JPEG or PNG) inside its episode, so an episode is big and a
+training sample is a small piece of it.
 
-Therefore we read each dataset once and write a *frame table*: one small fixed-size row per frame (44 bytes with one
-camera and a 7-D action) that says where in which file its images lie, and holds its standardised action. From then
-on a training sample is one row of the table and one `pread` of one JPEG, in any order, in constant memory.
+Therefore we read each dataset once and write a *frame table*: one small fixed-size row per frame (44 bytes
+with one camera and a 7-D action) that says where in which file its images lie, and holds its standardised
+action. From then on a training sample is one row of the table and one `pread` of one JPEG, in any order, in
+constant memory.
 
 Read in this order: read_records (bytes on disk) -> Steps (one episode) -> build_frame_table -> FrameTable.
-write_rlds goes the other way. What the names in a dataset mean is oxe.py's business; which frame comes when, data.py's.
+write_rlds goes the other way. What the names in a dataset mean is oxe.py's business; which frame comes when,
+data.py's.
 """
 
 import fcntl
@@ -39,7 +42,7 @@ class DataError(ValueError):
     """Broken or unsuitable data. The message names the file, and the record where there is one."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # TFRecord files: [length u64][masked crc of length u32][data][masked crc of data u32], again and again
 
 
@@ -50,25 +53,28 @@ def masked_crc(data: bytes) -> int:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (file offset of the data, data) of each record of a TFRecord file. Raises DataError on any damage."""
+    """Yield (file offset of the data, data) of each record of a TFRecord file. Raises DataError on any
+    damage."""
     with open(path, "rb") as file:
         number = 0
         while header := file.read(12):
             if len(header) < 12 or masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
-                raise DataError(f"{path}: record {number}: damaged header at byte {file.tell() - len(header)}")
+                position = file.tell() - len(header)
+                raise DataError(f"{path}: record {number}: damaged header at byte {position}")
             offset, (length,) = file.tell(), struct.unpack("<Q", header[:8])
             data, crc = file.read(length), file.read(4)
             if len(data) < length or len(crc) < 4:
-                raise DataError(f"{path}: record {number}: the file ends inside it (truncated copy or download?)")
+                raise DataError(f"{path}: record {number}: the file ends inside it (incomplete copy?)")
             if masked_crc(data) != struct.unpack("<I", crc)[0]:
                 raise DataError(f"{path}: record {number}: checksum mismatch, the data are damaged")
             yield offset, data
             number += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tf.train.Example: a protobuf map {feature name: list of bytes, floats or ints}. The protobuf library would copy every
-# image out; we only want to know where it is. A message is a sequence of (tag, length, payload), so that is a short walk.
+# ------------------------------------------------------------------------------------------------------------
+# tf.train.Example: a protobuf map {feature name: list of bytes, floats or ints}. The protobuf library would
+# copy every image out; we only want to know where it is. A message is a sequence of (tag, length, payload),
+# so that is a short walk.
 
 
 def _varint(data: bytes, i: int) -> tuple[int, int]:
@@ -89,15 +95,17 @@ def _fields(data: bytes, i: int, stop: int) -> Iterator[tuple[int, int, int]]:
 
 
 class Steps:
-    """One episode. `steps["observation/state"]` -> its values, decoded on demand, with a leading time dimension T."""
+    """One episode. `steps["observation/state"]` -> its values, decoded on demand, with a leading time
+    dimension T."""
 
     def __init__(self, data: bytes, offset: int, features: Mapping[str, tuple[tuple, np.dtype]]):
-        """data: a serialized tf.train.Example; offset: where it starts in its file; features: {name: (shape, dtype)}"""
+        """data: a serialized tf.train.Example; offset: where it starts in its file; features: {name:
+        (shape, dtype)}"""
         self.data, self.offset, self.features = data, offset, features
         self.where = {}  # feature name -> (start, stop) of its serialized list
-        for _, i, stop in _fields(data, 0, len(data)):  # Example.features
-            for _, i, stop in _fields(data, i, stop):  # one entry of the map: 1 = key, 2 = value
-                entry = {number: (start, end) for number, start, end in _fields(data, i, stop)}
+        for _, start, stop in _fields(data, 0, len(data)):  # Example.features
+            for _, first, last in _fields(data, start, stop):  # one entry of the map: 1 = key, 2 = value
+                entry = {number: span for number, *span in _fields(data, first, last)}
                 self.where[data[slice(*entry[1])].decode()] = entry[2]
 
     def __getitem__(self, name: str) -> np.ndarray | list[bytes]:
@@ -110,8 +118,9 @@ class Steps:
         if dtype.kind == "O":
             return list(feature.bytes_list.value)
         # tf.train.Example has only float32 and int64; float64 features were rounded to float32 when written
-        values = feature.float_list.value if dtype.kind == "f" else feature.int64_list.value
-        return np.array(values, np.float32 if dtype.kind == "f" else np.int64).astype(dtype).reshape(-1, *shape)
+        values = (np.array(feature.float_list.value, np.float32) if dtype.kind == "f"
+                  else np.array(feature.int64_list.value, np.int64))
+        return values.astype(dtype).reshape(-1, *shape)
 
     def spans(self, name: str) -> np.ndarray:
         """(T, 2) int64: file offset and length in bytes of each of the T encoded images of feature `name`."""
@@ -127,13 +136,13 @@ class Steps:
             raise DataError(f"its steps have no {name!r}; they have {sorted(self.features)}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # TFDS directories
 
 
 def find_dataset(data_root_dir: Path, name: str) -> Path:
-    """The directory with the newest version of dataset `name` ("name" or "name:version"), or data_root_dir itself
-    if it is one. Raises DataError when there is none."""
+    """The directory with the newest version of dataset `name` ("name" or "name:version"), or data_root_dir
+    itself if it is one. Raises DataError when there is none."""
     name, _, version = name.partition(":")
     if (Path(data_root_dir) / "features.json").exists():
         return Path(data_root_dir)
@@ -157,7 +166,7 @@ def _open_builder(directory: Path):
 
 
 def step_features(directory: Path) -> dict[str, tuple[tuple, np.dtype, bool]]:
-    """{"observation/image": (shape without time, dtype, is it an image?), ...} of each step of the dataset."""
+    """{"observation/image": (shape without time, dtype, is it an image?), ...} of a dataset's steps."""
     builder = _open_builder(directory)
 
     def walk(feature, info, prefix):
@@ -174,7 +183,7 @@ def step_features(directory: Path) -> dict[str, tuple[tuple, np.dtype, bool]]:
         raise DataError(f"{directory}: a TFDS dataset, but not RLDS: its examples have no 'steps'") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The frame table
 
 
@@ -190,7 +199,8 @@ class FrameTable:
         meta = json.loads((path / "table.json").read_text())
         self.path, self.directory = path, Path(meta["directory"])
         self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
-        self.instructions, self.statistics, self.bad = meta["instructions"], meta["statistics"], meta["bad_episodes"]
+        self.instructions, self.statistics = meta["instructions"], meta["statistics"]
+        self.bad = meta["bad_episodes"]
         frame = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
         self.frames = np.memmap(path / "frames.bin", frame, "r")
         self.episodes = np.load(path / "episodes.npy")
@@ -227,17 +237,19 @@ def frame_table(directory: Path, standardize: Callable, cameras: list[str], fing
     standardize: a picklable function, Steps -> {"action": (T, A) float32, "proprio": (T, P) float32 or None,
                  "images": (T, len(cameras), 2) int64 spans, "instructions": T byte strings}
     fingerprint: text that changes whenever `standardize` would produce something else.
-    index_dir:   where tables are kept; by default in the dataset's directory, or ~/.cache/zerovla if that is read-only.
+    index_dir:   where tables are kept; by default in the dataset's directory, or ~/.cache/zerovla if that
+                 is read-only.
 
-    The table's name is a hash of the fingerprint, of the code below, and of the names, sizes and modification times of
-    the data files, so a stale table is never used. It appears by one rename. Safe when many processes call it at once: one builds, the
-    others wait for its lock (not inside a collective, so nothing times out however long it takes).
+    The table's name is a hash of the fingerprint, of the code below, and of the names, sizes and modification
+    times of the data files, so a stale table is never used. It appears by one rename. Safe when many
+    processes call it at once: one builds, the others wait for its lock (not inside a collective, so nothing
+    times out however long it takes).
     """
     directory = directory.resolve()
     listing = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir()
                      if ".tfrecord" in p.name or p.name in ("features.json", "dataset_info.json"))
-    code = [inspect.getsource(part) for part in (Steps, build_frame_table, _index_shard, statistics, quantile)]
-    key = repr((code, EPISODE, fingerprint, cameras, skip_bad_episodes, listing))
+    code = map(inspect.getsource, (Steps, build_frame_table, _index_shard, statistics, quantile))
+    key = repr((list(code), EPISODE, fingerprint, cameras, skip_bad_episodes, listing))
     root = Path(index_dir) / directory.parent.name if index_dir else directory / ".frame_table"
     if not index_dir and not os.access(directory, os.W_OK):
         root = Path.home() / ".cache/zerovla" / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
@@ -251,15 +263,15 @@ def frame_table(directory: Path, standardize: Callable, cameras: list[str], fing
     return FrameTable(path)
 
 
-def build_frame_table(directory: Path, standardize: Callable, cameras: list[str], path: Path, skip_bad: bool) -> None:
+def build_frame_table(directory: Path, standardize: Callable, cameras: list[str], path: Path,
+                      skip_bad: bool) -> None:
     """Read every record of the dataset once, on all cores, and write its frame table to `path`."""
     builder = _open_builder(directory)
     features = {name: (shape, dtype) for name, (shape, dtype, _) in step_features(directory).items()}
-    splits = list(builder.info.splits)  # the order of TFDS' split "all": statistics are sums in this order
-    shards = [(n, Path(file), count) for n, split in enumerate(splits)
-              for file, count in zip(builder.info.splits[split].filepaths, builder.info.splits[split].shard_lengths,
-                                     strict=True)]
-    index_shard = functools.partial(_index_shard, features=features, standardize=standardize, skip_bad=skip_bad)
+    splits = builder.info.splits  # in the order of TFDS' split "all": statistics are sums in this order
+    shards = [(n, Path(file), count) for n, split in enumerate(splits.values())
+              for file, count in zip(split.filepaths, split.shard_lengths, strict=True)]
+    read = functools.partial(_index_shard, features=features, standardize=standardize, skip_bad=skip_bad)
 
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -267,13 +279,15 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
     episodes, instructions, bad, rows = [], {}, [], 0
     workers = min(len(os.sched_getaffinity(0)), max(len(shards), 1))
     try:
-        with (ProcessPoolExecutor(workers, get_context("fork")) as pool, open(scratch / "frames.bin", "wb") as out,
-              tqdm(total=len(shards), desc=f"index {directory.parent.name}", unit="shard", leave=False, delay=1) as bar):
-            for number, ((split, file, count), (frames, found, texts, skipped)) in enumerate(
-                zip(shards, pool.map(index_shard, [file for _, file, _ in shards], chunksize=1), strict=True)
-            ):
-                if len(found) + len(skipped) != count:
-                    raise DataError(f"{file}: has {len(found) + len(skipped)} records, dataset_info.json says {count}")
+        with (ProcessPoolExecutor(workers, get_context("fork")) as pool,
+              open(scratch / "frames.bin", "wb") as out,
+              tqdm(total=len(shards), desc=f"index {directory.parent.name}", unit="shard", leave=False,
+                   delay=1) as bar):
+            results = pool.map(read, [file for _, file, _ in shards])
+            for number, ((split, file, count), result) in enumerate(zip(shards, results, strict=True)):
+                frames, found, texts, skipped = result
+                if (records := len(found) + len(skipped)) != count:
+                    raise DataError(f"{file}: has {records} records, dataset_info.json says {count}")
                 renumber = [instructions.setdefault(text, len(instructions)) for text in texts]
                 if frames is not None:
                     dtype = frames.dtype
@@ -288,7 +302,8 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
             raise DataError(f"{directory}: no usable frame in its {len(shards)} files")
         np.save(scratch / "episodes.npy", np.array(episodes, EPISODE))
         table = np.memmap(scratch / "frames.bin", dtype, "r")
-        meta = {"directory": str(directory), "splits": splits, "shards": [file.name for _, file, _ in shards],
+        meta = {"directory": str(directory), "splits": list(splits),
+                "shards": [file.name for _, file, _ in shards],
                 "cameras": cameras, "instructions": list(instructions), "bad_episodes": bad,
                 "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
                 "statistics": statistics(table, num_trajectories=len(episodes))}
@@ -300,7 +315,8 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
 
 
 def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bool):
-    """One shard -> (frame rows, [(record, frames, labeled)], distinct instructions, [reason for each bad episode])."""
+    """One shard -> (frame rows, [(record, frames, labeled)], distinct instructions, [reason for each bad
+    episode])."""
     if not file.exists():
         raise DataError(f"{file}: missing, but dataset_info.json lists it (incomplete download?)")
     rows, episodes, texts, bad = [], [], {}, []
@@ -315,13 +331,14 @@ def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bo
             bad.append(f"record {record}: {error}")
             continue
         action, proprio, images = episode["action"], episode["proprio"], episode["images"]
-        dtype = [("offset", "<i8", images.shape[1:2]), ("length", "<u4", images.shape[1:2]), ("instruction", "<u4"),
-                 ("action", "<f4", action.shape[1:])]
+        dtype = [("offset", "<i8", images.shape[1:2]), ("length", "<u4", images.shape[1:2]),
+                 ("instruction", "<u4"), ("action", "<f4", action.shape[1:])]
         if proprio is not None:
             dtype.append(("proprio", "<f4", proprio.shape[1:]))
         frames = np.zeros(len(action), dtype)
         frames["offset"], frames["length"], frames["action"] = images[..., 0], images[..., 1], action
-        frames["instruction"] = [texts.setdefault(text.decode(), len(texts)) for text in episode["instructions"]]
+        frames["instruction"] = [texts.setdefault(text.decode(), len(texts))
+                                 for text in episode["instructions"]]
         if proprio is not None:
             frames["proprio"] = proprio
         rows.append(frames)
@@ -330,23 +347,25 @@ def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bo
 
 
 def statistics(frames: np.ndarray, num_trajectories: int) -> dict:
-    """What OpenVLA writes to dataset_statistics.json (without the mask), over all splits of a dataset, bit for bit.
+    """What OpenVLA writes to dataset_statistics.json (without the mask), over all splits of a dataset, bit
+    for bit.
 
-    Mean and deviation are float32 sums in file order. Without proprio, OpenVLA writes zeros of the action's size.
+    Mean and deviation are float32 sums in file order. Without proprio, OpenVLA writes zeros of the action's
+    size.
     """
     action = np.ascontiguousarray(frames["action"])
-    proprio = np.ascontiguousarray(frames["proprio"]) if "proprio" in frames.dtype.names else np.zeros_like(action)
-    result: dict = {}
-    for name, values in (("action", action), ("proprio", proprio)):
-        result[name] = {"mean": values.mean(0), "std": values.std(0), "max": values.max(0), "min": values.min(0),
-                        "q01": quantile(values, 0.01), "q99": quantile(values, 0.99)}
-        result[name] = {key: value.tolist() for key, value in result[name].items()}
-    return result | {"num_transitions": len(frames), "num_trajectories": num_trajectories}
+    proprio = frames["proprio"] if "proprio" in frames.dtype.names else np.zeros_like(action)
+    result: dict = {"num_transitions": len(frames), "num_trajectories": num_trajectories}
+    for name, values in (("action", action), ("proprio", np.ascontiguousarray(proprio))):
+        numbers = {"mean": values.mean(0), "std": values.std(0), "max": values.max(0), "min": values.min(0),
+                   "q01": quantile(values, 0.01), "q99": quantile(values, 0.99)}
+        result[name] = {key: value.tolist() for key, value in numbers.items()}
+    return result
 
 
 def quantile(values: np.ndarray, q: float) -> np.ndarray:
-    """Linear quantile over axis 0 as NumPy 1.26, OpenVLA's version, rounds it: the two neighbours' difference in
-    float32, the rest in float64 (newer versions stay in float32)."""
+    """Linear quantile over axis 0 as NumPy 1.26, OpenVLA's version, rounds it: the two neighbours'
+    difference in float32, the rest in float64 (newer versions stay in float32)."""
     position = (len(values) - 1) * q
     low, t = int(position), position - int(position)
     high = min(low + 1, len(values) - 1)
@@ -356,17 +375,19 @@ def quantile(values: np.ndarray, q: float) -> np.ndarray:
     return a + difference * t if t < 0.5 else b - difference * (1 - t)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing
 
 
-def write_rlds(directory: Path, name: str, version: str, features: Mapping, episodes: Mapping[str, Iterable[dict]], *,
-               jpeg_quality: int = 95, shard_bytes: int = 128 << 20) -> Path:
+def write_rlds(directory: Path, name: str, version: str, features: Mapping,
+               episodes: Mapping[str, Iterable[dict]], *, jpeg_quality: int = 95,
+               shard_bytes: int = 128 << 20) -> Path:
     """Write episodes as a TFDS dataset that TFDS, OpenVLA and this project read. Returns its directory.
 
     features: what an episode looks like, in tensorflow_datasets.features:  {"steps": Dataset({...}), ...}
-    episodes: {"train": iterable of episodes, "val": ...}; an episode is {"steps": [step, ...], ...} with NumPy values.
-              Images are (H, W, 3) uint8 and stored in the feature's encoding_format; bytes are stored as they are.
+    episodes: {"train": iterable of episodes, "val": ...}; an episode is {"steps": [step, ...], ...} with
+              NumPy values. Images are (H, W, 3) uint8 and stored in the feature's encoding_format; bytes are
+              stored as they are.
 
     Nothing is left behind unless all was written; an existing dataset is never overwritten (FileExistsError).
     """
@@ -376,7 +397,8 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping, epis
     path = Path(directory) / name / version
     if path.exists():
         raise FileExistsError(f"{path} exists: remove it, or write another version")
-    features = features if isinstance(features, tfds.features.FeaturesDict) else tfds.features.FeaturesDict(features)
+    if not isinstance(features, tfds.features.FeaturesDict):
+        features = tfds.features.FeaturesDict(features)
     serializer = ExampleSerializer(features.get_serialized_info())
     scratch = path.with_name(f"{version}.{os.getpid()}.tmp")
     scratch.mkdir(parents=True)
@@ -385,14 +407,15 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping, epis
         for split, items in episodes.items():
             sizes = [[]]  # bytes of each record of each shard
             for item in tqdm(items, desc=f"write {name} {split}", unit="episode", leave=False, delay=1):
-                example = serializer.get_tf_example(features.encode_example(_encode_images(features, item, jpeg_quality)))
-                data = example.SerializeToString(deterministic=True)  # the same episodes give the same bytes
+                item = features.encode_example(_encode_images(features, item, jpeg_quality))
+                # deterministic: the same episodes give the same bytes
+                data = serializer.get_tf_example(item).SerializeToString(deterministic=True)
                 if sum(sizes[-1]) > shard_bytes:
                     sizes.append([])
                 sizes[-1].append(len(data))
                 with open(scratch / f"{split}-{len(sizes) - 1}", "ab") as shard:
-                    header = struct.pack("<Q", len(data))
-                    shard.write(header + struct.pack("<I", masked_crc(header)) + data + struct.pack("<I", masked_crc(data)))
+                    for part in (struct.pack("<Q", len(data)), data):
+                        shard.write(part + struct.pack("<I", masked_crc(part)))
             if not sizes[0]:
                 raise ValueError(f"split {split!r} of {name} has no episodes")
             for number in range(len(sizes)):
@@ -412,7 +435,8 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping, epis
 
 
 def _encode_images(feature, value, quality: int):
-    """Replace each image array by a file object with its encoded bytes (TFDS itself would need TensorFlow for that)."""
+    """Replace each image array by a file object with its encoded bytes (TFDS itself would need TensorFlow
+    for that)."""
     kind = type(feature).__name__
     if kind == "FeaturesDict":
         return {key: _encode_images(feature[key], item, quality) for key, item in value.items()}

@@ -1,15 +1,16 @@
 """Train a vision-language-action model with DeepSpeed ZeRO.
 
-    deepspeed train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/zero2.json --set max_steps=20
+    deepspeed train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/zero2.json --set seed=8
 
-The YAML says what is trained (TrainConfig below lists every key), the JSON how it is sharded. `train` is the whole
-program: data, model, engine, then the loop. Running the same command again resumes from the newest checkpoint.
-Also starts under torchrun, or as plain `python train_vla.py ...` on one device.
+The YAML says what is trained (TrainConfig below lists every key), the JSON how it is sharded. `train` is the
+whole program: data, model, engine, then the loop. Running the same command again resumes from the newest
+checkpoint. Also starts under torchrun, or as plain `python train_vla.py ...` on one device.
 """
 
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the DataLoader's workers are parallelism enough
-# TensorBoard's own switch against importing TensorFlow where that is installed; some builds crash beside torch
+# TensorBoard's own switch against importing TensorFlow where that is installed; some builds crash beside
+# torch
 sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
 
 import deepspeed
@@ -53,12 +55,12 @@ class TrainConfig:
     vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
 
     # model: random weights of this shape
-    vision_backbone: dict = field(default_factory=dict)  # {name: {model: timm name, any timm arguments}}, one or two
-    llm_backbone: dict | str = field(default_factory=dict)  # fields of a transformers config, or a directory or hub id
+    vision_backbone: dict = field(default_factory=dict)  # one or two: {name: {model: timm name, ...}}
+    llm_backbone: dict | str = field(default_factory=dict)  # a transformers config, or its place
     tokenizer: str = ""  # directory or hub id
-    add_action_tokens: bool = False  # append 256 ids instead of taking over the vocabulary's last 256 (Llama: false)
+    add_action_tokens: bool = False  # append 256 ids instead of taking over the vocabulary's last 256
     arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
-    prompt_style: str = "pure"  # how the language model was taught to be asked: a key of action_tokenizer.PROMPTS
+    prompt_style: str = "pure"  # how the language model is asked: a key of action_tokenizer.PROMPTS
     image_size: int = 224  # pixels; images are resized to a square
     max_length: int = 2048  # most text tokens in a sample; longer instructions are an error
 
@@ -109,12 +111,15 @@ class TrainConfig:
     proprio_dim: int = 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The program
 
 
 def train(cfg: TrainConfig, ds_config: dict) -> None:
     """Train as configured, on every rank of the job."""
+    if "RANK" not in os.environ:  # plain python: a job of one
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", "29500")
     deepspeed.init_distributed()
     rank, world_size, started = dist.get_rank(), dist.get_world_size(), time.time()
     accumulation = accumulation_steps(cfg, world_size)
@@ -145,17 +150,18 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     set_optimizer_step(engine, 0)
     start_step = resume(engine, run_dir, log)
     log.line(f"model stage {stage} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M")
-    log.line(f"data mixture {' '.join(f'{n}:{w:.4f}' for n, w in zip(mixture.names, mixture.weights, strict=True))} "
-             f"frames {mixture.sizes.sum()} steps_per_epoch {steps_per_epoch}")
-    log.line(f"batch global {cfg.global_batch_size} per_device {cfg.per_device_batch_size} ranks {world_size} "
+    shares = [f"{name}:{share:.4f}" for name, share in zip(mixture.names, mixture.weights, strict=True)]
+    log.line(f"data frames {mixture.sizes.sum()} epoch_steps {steps_per_epoch} mixture {' '.join(shares)}")
+    log.line(f"batch {cfg.global_batch_size} per_device {cfg.per_device_batch_size} ranks {world_size} "
              f"accumulation {accumulation} zero_stage {engine.zero_optimization_stage()} "
              f"total_steps {total_steps} startup_s {time.time() - started:.1f}")
 
-    batches = make_loader(mixture, cfg, range(start_step * accumulation, total_steps * accumulation), rank, world_size)
+    micro_batches = range(start_step * accumulation, total_steps * accumulation)
+    batches = make_loader(mixture, cfg, micro_batches, rank, world_size)
     metrics = Metrics(mixture.names, engine.device, vla.action_tokenizer)
     baseline = most_frequent_tokens(mixture, cfg.eval_samples) if held_out else None
-    for step in tqdm(range(start_step, total_steps), initial=start_step, total=total_steps, desc="train", unit="step",
-                     disable=rank != 0):
+    for step in tqdm(range(start_step, total_steps), "train", initial=start_step, total=total_steps,
+                     unit="step", disable=rank != 0):
         lr = learning_rate(cfg, step, total_steps)
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
@@ -172,17 +178,19 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
 
         done = step + 1
         epoch = done * cfg.global_batch_size // mixture.epoch_length
-        if done % cfg.log_interval == 0 or done % cfg.save_interval == 0 or done == total_steps or engine.skipped_steps:
+        last, save = done == total_steps, done % cfg.save_interval == 0
+        if done % cfg.log_interval == 0 or save or last or engine.skipped_steps:
             values = {"epoch": epoch, "learning_rate": lr, "grad_norm": float(grad_norm), **metrics.read(cfg)}
             log.metrics(done, values)
             stop_if_not_finite(values, done, batch, mixture)
-        if held_out and (done == total_steps or (cfg.eval_interval and done % cfg.eval_interval == 0)):
+        if held_out and (last or (cfg.eval_interval and done % cfg.eval_interval == 0)):
             log.metrics(done, evaluate(engine, held_out, cfg, baseline))
             metrics.start_clock()
-        if done % cfg.save_interval == 0 or done == total_steps:
+        if save or last:
             tag = f"step-{done:06d}-epoch-{epoch:02d}-loss={average(loss):.4f}"
-            save_checkpoint(engine, run_dir / "checkpoints", tag, {"step": done, "epoch": epoch}, cfg.keep_checkpoints)
-            log.line(f"saved {run_dir / 'checkpoints' / tag}")
+            meta = {"step": done, "epoch": epoch}
+            path = save_checkpoint(engine, run_dir / "checkpoints", tag, meta, cfg.keep_checkpoints)
+            log.line(f"saved {path}")
             metrics.start_clock()
     log.line(f"done steps {total_steps} seconds {time.time() - started:.0f} run {run_dir}")
 
@@ -223,30 +231,32 @@ def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
 
 
 def optimizer_step(engine) -> torch.Tensor:
-    """engine.step(), which at the end of an accumulation updates the weights -> norm of the gradients before clipping."""
+    """engine.step(), which at the end of an accumulation updates the weights -> norm of the gradients
+    before clipping."""
     norm = None
-    if engine.is_gradient_accumulation_boundary() and not (engine.zero_optimization() or engine.bfloat16_enabled()):
-        # only in plain float32 does DeepSpeed not report it
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    plain = not (engine.zero_optimization() or engine.bfloat16_enabled())
+    if plain and engine.is_gradient_accumulation_boundary():  # there, DeepSpeed does not report it
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
     return engine.get_global_grad_norm() if norm is None else norm
 
 
 def stop_if_not_finite(values: dict, step: int, batch: dict, mixture: Mixture) -> None:
-    """End the run with a message when loss or gradients became NaN or infinite (DeepSpeed has skipped that update)."""
+    """End the run with a message when loss or gradients became NaN or infinite (DeepSpeed has skipped that
+    update)."""
     if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
         names = sorted({mixture.names[d] for d in batch["dataset"].tolist()})
         raise FloatingPointError(
-            f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']} on rank {dist.get_rank()}, whose last batch "
-            f"came from {', '.join(names)}. Resume from the last checkpoint with a smaller learning_rate or max_grad_norm, "
-            "or look at those datasets with data.py --inspect."
-        )
+            f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']} on rank {dist.get_rank()}, "
+            f"whose last batch came from {', '.join(names)}. Resume from the last checkpoint with a smaller "
+            "learning_rate or max_grad_norm, or look at those datasets with data.py --inspect.")
 
 
 @torch.no_grad()
 def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) -> dict:
-    """Loss, accuracy and L1 on held-out frames (always the same ones), and the accuracy of always answering with the
-    training data's most frequent bin of each action dimension."""
+    """Loss, accuracy and L1 on held-out frames (always the same ones), and the accuracy of always
+    answering with the training data's most frequent bin of each action dimension."""
     world_size = dist.get_world_size()
     samples = min(cfg.eval_samples, int(held_out.sizes.sum()))
     micro_batches = range(math.ceil(samples / (cfg.per_device_batch_size * world_size)))
@@ -261,18 +271,17 @@ def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) 
         guessed += torch.stack([(true == constant).sum(), torch.tensor(true.numel(), device=engine.device)])
     engine.train()
     dist.all_reduce(guessed)
-    values = {key: value for key, value in metrics.read(cfg).items() if key.split("/")[0] in ("loss", "accuracy", "l1")}
-    return {f"eval/{key}": value for key, value in values.items()} | {
-        "eval/accuracy_of_most_frequent_bin": float(guessed[0] / guessed[1])}
+    values = {f"eval/{key}": value for key, value in metrics.read(cfg).items()
+              if key.split("/")[0] in ("loss", "accuracy", "l1")}
+    return values | {"eval/accuracy_of_most_frequent_bin": float(guessed[0] / guessed[1])}
 
 
 def most_frequent_tokens(mixture: Mixture, samples: int) -> np.ndarray:
-    """The most frequent id of each action token over the first training samples: the answer that knows no image."""
+    """The most frequent id of each action token over the first training samples: the answer that knows no
+    image."""
     dataset, rows, _ = mixture.draw(0, samples)
-    tokens = np.concatenate([
-        mixture.action_tokenizer.encode(mixture.actions(d, rows[dataset == d])).reshape((dataset == d).sum(), -1)
-        for d in np.unique(dataset)
-    ])
+    actions = np.concatenate([mixture.actions(d, rows[dataset == d]) for d in np.unique(dataset)])
+    tokens = mixture.action_tokenizer.encode(actions.reshape(samples, -1))
     return np.array([np.bincount(column).argmax() for column in tokens.T])
 
 
@@ -288,7 +297,8 @@ class Metrics:
 
     def __init__(self, names: list[str], device: torch.device, action_tokenizer):
         self.names, self.tokenizer = names, action_tokenizer
-        self.sums = torch.zeros(len(names) + 1, 3, device=device)  # per dataset: tokens, correct, L1; last: batches, loss
+        # a row per dataset: tokens, correct, L1; then one: batches, loss
+        self.sums = torch.zeros(len(names) + 1, 3, device=device)
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -296,18 +306,18 @@ class Metrics:
         self.started, self.data_seconds = time.perf_counter(), 0.0
 
     @torch.no_grad()
-    def add(self, loss: torch.Tensor, predicted: torch.Tensor, true: torch.Tensor, dataset: torch.Tensor) -> None:
-        """loss scalar; predicted and true action token ids (B, T) on the device; dataset numbers (B,) on the host."""
-        # distance of bin centres in normalised units; neighbouring centres are 2 / 255 apart
-        l1 = (self.tokenizer.bin_index(predicted) - self.tokenizer.bin_index(true)).abs() * (2 / (self.tokenizer.n_bins - 1))
-        correct = predicted == true
-        values = torch.stack([torch.ones_like(l1), correct, l1], dim=-1).sum(1).float()  # (B, 3)
+    def add(self, loss, predicted, true, dataset) -> None:
+        """loss: scalar; predicted, true: action token ids (B, T); dataset: numbers (B,) on the host."""
+        bins = self.tokenizer.bin_index(predicted) - self.tokenizer.bin_index(true)
+        l1 = bins.abs() * (2 / (self.tokenizer.n_bins - 1))  # neighbouring bin centres are that far apart
+        values = torch.stack([torch.ones_like(l1), predicted == true, l1], dim=-1).sum(1).float()  # (B, 3)
         self.sums.index_add_(0, dataset.to(self.sums.device, non_blocking=True), values)
         self.sums[-1, 0] += 1
         self.sums[-1, 1] += loss.detach()
 
     def read(self, cfg: TrainConfig) -> dict:
-        """Averages over all ranks since the last reading, which waits for the device; then start again from zero."""
+        """Averages over all ranks since the last reading, which waits for the device; then start again
+        from zero."""
         dist.all_reduce(self.sums)
         *datasets, (batches, loss, _) = self.sums.tolist()
         seconds = time.perf_counter() - self.started
@@ -350,7 +360,8 @@ class Log:
             sys.stdout.flush()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of key value pairs, here and in metrics.jsonl, and a point in each of TensorBoard's curves."""
+        """One line of key value pairs, here and in metrics.jsonl, and a point in each of TensorBoard's
+        curves."""
         if self.quiet:
             return
         self.line(f"step {step} " + " ".join(f"{key} {value:.4g}" for key, value in values.items()))
@@ -361,9 +372,11 @@ class Log:
         self.board.flush()
 
     def first_batch(self, batch: dict, mixture: Mixture) -> None:
-        """Show what the model is about to see: one prompt here, the images with text and actions in TensorBoard."""
+        """Show what the model is about to see: one prompt here, the images with text and actions in
+        TensorBoard."""
         tiles = []
-        for images, ids, labels in zip(batch["images"][:16], batch["input_ids"], batch["labels"], strict=False):
+        samples = zip(batch["images"], batch["input_ids"], batch["labels"], strict=True)
+        for images, ids, labels in itertools.islice(samples, 16):
             prompt = mixture.tokenizer.decode(ids[: int((labels != -100).int().argmax())])
             action = mixture.action_tokenizer.decode(labels[labels != -100][:-1].numpy())
             caption = prompt.split(" to ", 1)[-1].split("?")[0]
@@ -373,14 +386,15 @@ class Log:
         self.board.add_image("first_batch", sheet, dataformats="HWC")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Run directory
 
 
 def prepare_run(cfg: TrainConfig, world_size: int) -> Path:
     """Settle the run's name as OpenVLA does, and make its directory."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    name = cfg.run_id or f"{cfg.vla_id}+n{math.ceil(world_size / local)}+b{cfg.per_device_batch_size}+x{cfg.seed}"
+    nodes = math.ceil(world_size / local)
+    name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
     name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     name += "--image_aug" if cfg.image_aug else ""
     run_dir = Path(cfg.run_root_dir) / name
@@ -389,7 +403,8 @@ def prepare_run(cfg: TrainConfig, world_size: int) -> Path:
 
 
 def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, run_dir: Path) -> None:
-    """config.yaml and config.json (the resolved TrainConfig), ds_config.json and dataset_statistics.json (OpenVLA's)."""
+    """config.yaml and config.json (the resolved TrainConfig), ds_config.json and dataset_statistics.json
+    (OpenVLA's)."""
     values = dataclasses.asdict(cfg)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (run_dir / "config.json").write_text(json.dumps(values, indent=2))
@@ -416,20 +431,21 @@ def open_held_out(cfg: TrainConfig, tokenizer, log: Log) -> Mixture | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration
 
 
 def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
     """Micro-batches per optimiser step and rank: the global batch is fixed, the number of GPUs is not."""
     if cfg.expected_world_size not in (None, world_size):
-        raise ValueError(f"expected_world_size is {cfg.expected_world_size}, but the job has {world_size} ranks: "
-                         "start it on as many GPUs, or remove expected_world_size")
-    steps, rest = divmod(cfg.global_batch_size, cfg.per_device_batch_size * world_size)
+        raise ValueError(f"expected_world_size is {cfg.expected_world_size}, but the job has {world_size} "
+                         "ranks: start it on as many GPUs, or remove expected_world_size")
+    together = cfg.per_device_batch_size * world_size
+    steps, rest = divmod(cfg.global_batch_size, together)
     if rest or not steps:
-        raise ValueError(
-            f"global_batch_size {cfg.global_batch_size} is not a multiple of per_device_batch_size "
-            f"{cfg.per_device_batch_size} x {world_size} ranks = {cfg.per_device_batch_size * world_size}: change one of them")
+        raise ValueError(f"global_batch_size {cfg.global_batch_size} is not a multiple of "
+                         f"per_device_batch_size {cfg.per_device_batch_size} x {world_size} ranks = "
+                         f"{together}: change one of them")
     return steps
 
 
@@ -438,12 +454,14 @@ def with_batch_sizes(ds_config: dict, cfg: TrainConfig, accumulation: int) -> di
     initialising step harmless."""
     params = {**ds_config["optimizer"].get("params", {}), "lr": 0.0, "weight_decay": cfg.weight_decay}
     return {**ds_config, "optimizer": {**ds_config["optimizer"], "params": params},
-            "train_micro_batch_size_per_gpu": cfg.per_device_batch_size, "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": cfg.max_grad_norm, "steps_per_print": 1 << 60}
+            "train_micro_batch_size_per_gpu": cfg.per_device_batch_size,
+            "gradient_accumulation_steps": accumulation, "gradient_clipping": cfg.max_grad_norm,
+            "steps_per_print": 1 << 60}
 
 
 def load_config(path: Path, overrides: list[str]) -> TrainConfig:
-    """A YAML file, on top of the one it `inherits` from, with "key=value" overrides. Raises ValueError with the cure."""
+    """A YAML file, on top of the one it `inherits` from, with "key=value" overrides. Raises ValueError
+    with the cure."""
     values = read_yaml(path)
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -453,10 +471,11 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
     types_ = typing.get_type_hints(TrainConfig)
     for key, (value, source) in values.items():
         if key not in types_:
-            near = difflib.get_close_matches(key, types_, n=1)
-            raise ValueError(f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            near = "".join(f"; did you mean {key!r}?" for key in difflib.get_close_matches(key, types_, n=1))
+            raise ValueError(f"{source}: unknown key {key!r}{near}")
         check_type(key, value, types_[key], source)
-    cfg = TrainConfig(**{key: float(value) if types_[key] is float else value for key, (value, _) in values.items()})
+    cfg = TrainConfig(**{key: float(value) if types_[key] is float else value
+                         for key, (value, _) in values.items()})
     check_choices(cfg)
     return cfg
 
@@ -477,7 +496,7 @@ def read_yaml(path: Path) -> dict[str, tuple[object, str]]:
 def check_type(key: str, value, wanted, source: str) -> None:
     """Raise ValueError when a value has not the type of its TrainConfig field."""
     allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if type(value) in allowed or (type(value) is int and float in allowed) or (value is None and type(None) in allowed):
+    if type(value) in allowed or (type(value) is int and float in allowed):
         return
     hint = ""
     if isinstance(value, str) and (float in allowed or int in allowed):
@@ -496,8 +515,8 @@ def check_choices(cfg: TrainConfig) -> None:
     for camera in cfg.cameras:
         if camera not in ("primary", "secondary", "wrist"):
             raise ValueError(f"cameras: {camera!r} is not one of primary, secondary, wrist")
-    for key in ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size", "log_interval",
-                "save_interval", "eval_samples"):
+    for key in ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
+                "log_interval", "save_interval", "eval_samples"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}: {getattr(cfg, key)} must be at least 1")
     for key in ("vision_backbone", "llm_backbone", "tokenizer", "cameras"):
@@ -511,31 +530,33 @@ def load_ds_config(path: Path) -> dict:
         ds_config = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
-    for key, yaml_key in {"train_batch_size": "global_batch_size", "train_micro_batch_size_per_gpu": "per_device_batch_size",
-                          "gradient_accumulation_steps": "global_batch_size", "gradient_clipping": "max_grad_norm",
-                          "scheduler": "lr_scheduler_type"}.items():
-        if key in ds_config:
-            raise ValueError(f"{path}: remove {key!r}: it is set once, by {yaml_key} in the YAML")
-    for key, yaml_key in {"lr": "learning_rate", "weight_decay": "weight_decay"}.items():
-        if key in ds_config.get("optimizer", {}).get("params", {}):
-            raise ValueError(f"{path}: remove optimizer.params.{key}: it is set once, by {yaml_key} in the YAML")
+    in_yaml = {"train_batch_size": "global_batch_size", "gradient_clipping": "max_grad_norm",
+               "train_micro_batch_size_per_gpu": "per_device_batch_size",
+               "gradient_accumulation_steps": "global_batch_size", "scheduler": "lr_scheduler_type",
+               "optimizer.params.lr": "learning_rate", "optimizer.params.weight_decay": "weight_decay"}
+    params = ds_config.get("optimizer", {}).get("params", {})
+    for key in [*ds_config, *(f"optimizer.params.{name}" for name in params)]:
+        if key in in_yaml:
+            raise ValueError(f"{path}: remove {key!r}: it is set once, by {in_yaml[key]} in the YAML")
     if "optimizer" not in ds_config:
         raise ValueError(f"{path}: needs an \"optimizer\", for example "
                          '{"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
     for key, value in ds_config.get("activation_checkpointing", {}).items():
         if value:
-            raise ValueError(f"{path}: activation_checkpointing.{key} is not supported; the section by itself switches "
-                             "recomputation on")
+            raise ValueError(f"{path}: activation_checkpointing.{key} is not supported; the section by "
+                             "itself switches recomputation on")
     return ds_config
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="what is trained: a YAML file")
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/zero2.json"), help="how it is sharded")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="override YAML keys")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK is used
+    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/zero2.json"),
+                        help="how it is sharded: a DeepSpeed JSON")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
+                        help="override keys of the YAML")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK is used
     args = parser.parse_args()
     try:
         train(load_config(args.config, args.set), load_ds_config(args.deepspeed_config))

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import psutil
 import pytest
-import torch
 from conftest import LLAMA_TOKENIZER, RLDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,7 @@ from rlds import DataError
 
 TOKENIZER = load_tokenizer(str(LLAMA_TOKENIZER))
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Which frame comes when
 
 
@@ -112,7 +111,7 @@ def test_batch_k_is_a_function_of_seed_and_k(mixture):
     assert global_batch(mixture, 3, 1, 24) != global_batch(other, 3, 1, 24)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samples and batches
 
 
@@ -179,7 +178,7 @@ def test_worker_memory_stays_flat(mixture):
     assert psutil.Process().memory_info().rss - before < 30e6
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images
 
 IMAGES = np.load(RLDS / "images.npz")

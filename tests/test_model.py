@@ -97,7 +97,8 @@ def test_loss_and_gradients_equal_openvla(official):
 
 @torch.no_grad()
 def test_generated_actions_equal_openvla(official):
-    """Cases whose official greedy tokens are all action ids: one by one, and all in one batch of unequal prompts."""
+    """Cases whose official greedy tokens are all action ids: one by one, and all in one batch of unequal
+    prompts."""
     vla = official_model()
     vla.llm.lm_head.weight[448 - 256 : 448] *= 4
     cases = TINY_FUSED["generation"]["action_biased_cases"]
@@ -157,7 +158,7 @@ def test_freezing_everything_is_refused():
         official_model().freeze(True, True, False)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tiny model on real images
 
 

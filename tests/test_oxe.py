@@ -34,7 +34,7 @@ def episode_rows(table, split: str, number: int) -> np.ndarray:
     return np.arange(episode["first"], episode["first"] + episode["count"])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole datasets
 
 
@@ -149,7 +149,7 @@ def test_droid_draws_one_of_its_cameras_per_episode(data_config):
     assert seen == {("exterior_image_1_left", "exterior_image_2_left"), ("exterior_image_2_left", "exterior_image_1_left")}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Helpers
 
 
@@ -215,7 +215,7 @@ def test_euler_angles_are_those_of_the_rotation(q, repeat):
     np.testing.assert_allclose(got, expected, atol=3e-3)  # near straight up, float32 angles are that coarse
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Names and mixtures
 
 

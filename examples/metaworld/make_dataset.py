@@ -2,9 +2,10 @@
 
     python examples/metaworld/make_dataset.py --tasks demo --episodes 22 --val_episodes 4 --out datasets
 
-Each step holds what a policy may see (a camera image; hand position and gripper opening) and what the expert did (hand
-velocity x, y, z and gripper effort, each in [-1, 1]), with an instruction. Object and goal positions are drawn anew for
-each episode from its seed; only successful episodes are kept. `Simulator` is also what rollout.py drives.
+Each step holds what a policy may see (a camera image; hand position and gripper opening) and what the expert
+did (hand velocity x, y, z and gripper effort, each in [-1, 1]), with an instruction. Object and goal
+positions are drawn anew for each episode from its seed; only successful episodes are kept. `Simulator` is
+also what rollout.py drives.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from metaworld.policies import ENV_POLICY_MAP
 
 from rlds import write_rlds
 
-# LeRobot's instructions for MT50. Two of its tasks share "Push the puck to a goal"; push-back-v3 therefore reads
-# "Push the puck back to a goal" here, so that the 50 are distinct.
+# LeRobot's instructions for MT50. Two of its tasks share "Push the puck to a goal"; push-back-v3 therefore
+# reads "Push the puck back to a goal" here, so that the 50 are distinct.
 INSTRUCTIONS = {
     "assembly-v3": "Pick up a nut and place it onto a peg",
     "basketball-v3": "Dunk the basketball into the basket",
@@ -112,13 +113,13 @@ class Simulator:
         self.steps, self.success = 0, False
 
     def observation(self) -> dict:
-        """image (size, size, 3) uint8; state (4,) float32: hand x, y, z in metres, gripper opening in 0..1."""
+        """image (size, size, 3) uint8; state (4,) float32: hand x, y, z in metres, gripper opening 0..1."""
         self.renderer.update_scene(self.env.data, camera="corner2")
         image = np.ascontiguousarray(self.renderer.render()[::-1, ::-1])
         return {"image": image, "state": self.state[:4].astype(np.float32)}
 
     def step(self, action: np.ndarray) -> bool:
-        """Hold the action (4,) for action_repeat steps; True when the episode is over, by success or by time."""
+        """Hold the action (4,) for action_repeat steps; True when the episode is over (success or time)."""
         for _ in range(self.action_repeat):
             self.state, *_, info = self.env.step(np.clip(action, -1, 1))
             self.steps += 1
@@ -131,25 +132,29 @@ class Simulator:
 def record(job: tuple) -> dict | None:
     """One expert episode as RLDS steps; None when the expert failed."""
     task, seed, image_size, action_repeat, noise = job
-    simulator, expert, rng = Simulator(task, image_size, action_repeat), ENV_POLICY_MAP[task](), np.random.default_rng(seed)
+    simulator = Simulator(task, image_size, action_repeat)
+    expert, rng = ENV_POLICY_MAP[task](), np.random.default_rng(seed)
     simulator.reset(seed)
     steps, over = [], False
     while not over:
         action = np.clip(expert.get_action(simulator.state), -1, 1).astype(np.float32)
-        steps.append({"observation": simulator.observation(), "action": action, "language_instruction": INSTRUCTIONS[task],
-                      "is_first": not steps})
-        # what is executed may be perturbed, so that demonstrations also show recoveries; what is recorded is not
+        steps.append({"observation": simulator.observation(), "action": action,
+                      "language_instruction": INSTRUCTIONS[task], "is_first": not steps})
+        # what is executed may be perturbed, so that demonstrations also show recoveries; what is recorded is
+        # not
         executed = action + noise * rng.standard_normal(4).astype(np.float32) * [1, 1, 1, 0]
         over = simulator.step(executed)
     simulator.renderer.close()
     last = len(steps) - 1
     for i, step in enumerate(steps):
-        step |= {"is_last": i == last, "is_terminal": i == last, "reward": np.float32(i == last), "discount": np.float32(1)}
-    return {"steps": steps, "episode_metadata": {"task": task, "seed": seed}} if simulator.success else None
+        step |= {"is_last": i == last, "is_terminal": i == last, "reward": np.float32(i == last),
+                 "discount": np.float32(1)}
+    episode = {"steps": steps, "episode_metadata": {"task": task, "seed": seed}}
+    return episode if simulator.success else None
 
 
 def record_all(tasks: list[str], episodes: int, first_seed: int, settings: tuple, workers: int):
-    """Yield `episodes` successful episodes of each task; a failed seed is replaced by the next one, in order."""
+    """Yield `episodes` successful episodes of each task; failed seeds are replaced by the next, in order."""
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for task in tasks:
             seed, found = first_seed, 0
@@ -167,7 +172,7 @@ def features(image_size: int) -> dict:
     f = tfds.features
     return {
         "steps": f.Dataset({
-            "observation": {"image": f.Image(shape=(image_size, image_size, 3), dtype=np.uint8, encoding_format="jpeg"),
+            "observation": {"image": f.Image(shape=(image_size, image_size, 3), encoding_format="jpeg"),
                             "state": f.Tensor(shape=(4,), dtype=np.float32)},
             "action": f.Tensor(shape=(4,), dtype=np.float32),
             "language_instruction": f.Text(),
@@ -180,14 +185,14 @@ def features(image_size: int) -> dict:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--tasks", nargs="+", default=["demo"], help="demo, mt50, or names such as reach-v3")
     parser.add_argument("--episodes", type=int, default=50, help="training episodes per task")
     parser.add_argument("--val_episodes", type=int, default=0, help="held-out episodes per task")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--jpeg_quality", type=int, default=95)
     parser.add_argument("--action_repeat", type=int, default=1, help="simulator steps per recorded step")
-    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on executed velocities")
+    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, on executed velocities")
     parser.add_argument("--name", default="metaworld_demo")
     parser.add_argument("--out", type=Path, default=Path("datasets"))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))

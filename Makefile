@@ -1,0 +1,24 @@
+# On a fresh machine each of these is the only command needed; .venv is made once and reused.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+demo: .venv/core  # train the small VLA and see that it learned (about six minutes on two CPU cores)
+	deepspeed --num_gpus 1 train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/cpu.json
+
+test: .venv/dev  # everything, on the CPU
+	python -m pytest -q
+
+check: .venv/dev
+	ruff check .
+
+.venv/core: requirements.txt
+	$(PYTHON) -m venv .venv
+	pip install --upgrade pip
+	DS_BUILD_OPS=0 pip install -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/core requirements-dev.txt
+	pip install -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test check

@@ -1,0 +1,275 @@
+"""The real thing: train_vla.py under its launchers, on CPU, with real data and checkpoints."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import FIXTURES, TINY, ds_json, launch, read_metrics
+from safetensors import safe_open
+
+from checkpoint import CheckpointError, CheckpointReader, list_checkpoints
+from rlds import write_rlds
+
+JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+
+
+def losses(runs) -> np.ndarray:
+    return np.array([values["loss"] for _, values in sorted(read_metrics(runs).items())])
+
+
+@pytest.fixture(scope="module")
+def bf16_losses(tmp_path_factory):
+    """{JSON: losses of 20 steps on two ranks}, each JSON as it is in the repository."""
+    found = {}
+    for name in JSONS:
+        path = tmp_path_factory.mktemp(name)
+        (path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "run_root_dir": str(path / "runs")}))
+        done = launch(path / "tiny.yaml", "--deepspeed_config", f"ds_configs/{name}.json", ranks=2)
+        assert done.returncode == 0, done.text
+        found[name] = losses(path / "runs")
+    return found
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_every_json_trains_and_agrees_in_bf16(name, bf16_losses):
+    ours, reference = bf16_losses[name], bf16_losses["zero2"]
+    assert len(ours) == 20 and ours[-1] < ours[0] - 0.5
+    np.testing.assert_allclose(ours, reference, rtol=1e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_agree_in_float32(stage, tiny, tmp_path, float32_reference):
+    config = tiny()
+    done = launch(config, "--deepspeed_config", ds_json(tmp_path / "ds.json", stage, bf16=False), ranks=2)
+    assert done.returncode == 0, done.text
+    np.testing.assert_allclose(losses(tmp_path / "runs"), float32_reference, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def float32_reference(tmp_path_factory):
+    """Losses of stage 0 in float32 on one rank, under torchrun."""
+    path = tmp_path_factory.mktemp("float32")
+    (path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "run_root_dir": str(path / "runs")}))
+    done = launch(path / "tiny.yaml", "--deepspeed_config", ds_json(path / "ds.json", 0, bf16=False), launcher="torchrun")
+    assert done.returncode == 0, done.text
+    return losses(path / "runs")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run's directory, and resuming it
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of 12 steps on two ranks with checkpoints every 5, and what it printed."""
+    path = tmp_path_factory.mktemp("finished")
+    values = {**TINY, "run_root_dir": str(path / "runs"), "max_steps": 12, "save_interval": 5, "keep_checkpoints": 0,
+              "eval_interval": 6, "run_id_note": "note", "image_aug": True}
+    (path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(path / "tiny.yaml", ranks=2)
+    assert done.returncode == 0, done.text
+    return path, done.text
+
+
+def test_run_directory(finished):
+    path, text = finished
+    run = path / "runs/tiny+n1+b4+x7--note--image_aug"  # OpenVLA's way to name it
+    assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
+        "checkpoints", "config.json", "config.yaml", "dataset_statistics.json", "ds_config.json", "metrics.jsonl"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config == json.loads((run / "config.json").read_text())
+    assert config["action_dim"] == 4 and config["max_steps"] == 12
+    statistics = json.loads((run / "dataset_statistics.json").read_text())["metaworld_demo"]
+    assert statistics["action"]["mask"] == [True, True, True, False] and statistics["num_trajectories"] == 144
+    tags = [p.name for p in list_checkpoints(run / "checkpoints")]
+    assert [tag.rsplit("-loss=")[0] for tag in tags] == [
+        "step-000005-epoch-00", "step-000010-epoch-00", "step-000012-epoch-00"]
+    assert all(len(tag.split("loss=")[1]) == 6 for tag in tags)
+    values = read_metrics(path / "runs")[12]
+    assert {"loss", "accuracy", "l1", "learning_rate", "grad_norm", "step_seconds", "data_seconds", "host_gb",
+            "samples_per_second", "eval/loss", "eval/accuracy", "eval/accuracy_of_most_frequent_bin"} <= set(values)
+    assert "stage vla-full-train parameters" in text and "first_prompt '<s>In: What action should" in text
+
+
+def test_tensorboard_has_curves_and_the_first_batch(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = (finished[0] / "runs").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    image = events.Images("first_batch")[0]
+    assert image.width > 200 and image.height > 28
+
+
+def weights(checkpoint) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(checkpoint)
+    return {f"{kind}/{name}": reader.read(f"{kind}/{name}", 0, int(np.prod(facts["shape"])))
+            for name, facts in reader.meta["tensors"].items() for kind in ("weight", "exp_avg", "exp_avg_sq")}
+
+
+@pytest.mark.parametrize("stage, ranks", [(2, 2), (3, 1)])
+def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, ranks, finished, tmp_path):
+    """From step 5 to 12 again: with the same JSON and ranks bit for bit, with others to bf16's tolerance."""
+    path, _ = finished
+    (run,) = (path / "runs").iterdir()
+    shutil.copytree(run, tmp_path / "runs" / run.name)
+    for checkpoint in list_checkpoints(tmp_path / "runs" / run.name / "checkpoints")[1:]:
+        shutil.rmtree(checkpoint)
+    (tmp_path / f"runs/{run.name}/checkpoints/step-000009-epoch-00-loss=1.0000.tmp").mkdir()  # a save that was killed
+    values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(tmp_path / "tiny.yaml", "--deepspeed_config", f"ds_configs/zero{stage}.json", ranks=ranks)
+    assert done.returncode == 0 and "resumed" in done.text, done.text
+    before, after = losses(path / "runs"), losses(tmp_path / "runs")
+    first = weights(list_checkpoints(run / "checkpoints")[-1])
+    second = weights(list_checkpoints(tmp_path / "runs" / run.name / "checkpoints")[-1])
+    assert len(after) == 12
+    if stage == 2:
+        assert (before == after).all()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    else:
+        np.testing.assert_allclose(after, before, rtol=1e-3)
+        assert all(torch.allclose(first[name], second[name], atol=2e-2) for name in first)
+
+
+def test_starting_a_finished_run_again_does_nothing(finished):
+    path, _ = finished
+    before = sorted(p.stat().st_mtime_ns for p in path.rglob("*.safetensors"))
+    done = launch(path / "tiny.yaml", launcher="python")
+    assert done.returncode == 0 and "resumed" in done.text and "step 12" in done.text
+    assert sorted(p.stat().st_mtime_ns for p in path.rglob("*.safetensors")) == before
+
+
+def test_a_checkpoint_is_plain_safetensors(finished):
+    (run,) = (finished[0] / "runs").iterdir()
+    (newest,) = list_checkpoints(run / "checkpoints")[-1:]
+    assert {p.suffix for p in newest.iterdir()} == {".json", ".safetensors"}
+    reader = CheckpointReader(newest)
+    reader.verify()
+    counted = sum(f.get_slice(key).get_shape()[0] for p in newest.glob("*.safetensors")
+                  for f in [safe_open(p, "pt")] for key in f.keys() if key.startswith("weight/"))
+    assert counted == sum(int(np.prod(facts["shape"])) for facts in reader.meta["tensors"].values())
+
+
+@pytest.mark.parametrize("what, message", [
+    ("flipped", "checksum mismatch, the file is damaged"),
+    ("short", "bytes, expected"),
+    ("gone", "not a readable checkpoint"),
+])
+def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_path):
+    (run,) = (finished[0] / "runs").iterdir()
+    copy = tmp_path / "step-000012"
+    shutil.copytree(list_checkpoints(run / "checkpoints")[-1], copy)
+    file = sorted(copy.glob("*.safetensors"))[1]
+    data = bytearray(file.read_bytes())
+    match what:
+        case "flipped":
+            data[-5] ^= 1
+            file.write_bytes(data)
+        case "short":
+            file.write_bytes(data[:-5])
+        case "gone":
+            file.unlink()
+    with pytest.raises(CheckpointError, match=message) as error:
+        CheckpointReader(copy).verify()
+    assert str(copy) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mistakes are explained, and leave nothing behind
+
+
+def plain_run(config, *arguments):
+    """Configuration is checked before anything else, so no launcher is needed."""
+    return launch(config, *arguments, launcher="python", timeout=120)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"learnin_rate": 1e-3}, "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
+    ({"learning_rate": "2e-5"}, "learning_rate: '2e-5' is a str, expected float (YAML takes 2e-5 for text; write 2.0e-5)"),
+    ({"max_steps": 1.5}, "max_steps: 1.5 is a float, expected int or null"),
+    ({"image_aug": "yes"}, "image_aug: 'yes' is a str, expected bool"),
+    ({"global_batch_size": 10}, "global_batch_size 10 is not a multiple of per_device_batch_size 4 x 1 ranks = 4"),
+    ({"expected_world_size": 8}, "expected_world_size is 8, but the job has 1 ranks"),
+    ({"lr_scheduler_type": "cosine"}, "'cosine' is not one of constant, linear-warmup+cosine-decay"),
+    ({"cameras": ["front"]}, "'front' is not one of primary, secondary, wrist"),
+    ({"data_root_dir": "/nowhere"}, "/nowhere/metaworld_demo: no TFDS dataset there"),
+    ({"data_root_dir": str(FIXTURES), "data_mix": "model", "datasets": {"model": {}}}, "no TFDS dataset there"),
+    ({"data_mix": "metawrld_demo"}, "did you mean metaworld_demo"),
+    ({"data_mix": {}}, "the mixture is empty"),
+    ({"data_mix": "roboset"}, "the mixture is empty"),
+    ({"datasets": {"metaworld_demo": {"primary": "front"}}}, "its steps have no 'observation/front'; they have"),
+    ({"arch_specifier": "mlp"}, "arch_specifier 'mlp': choose linear"),
+    ({"freeze_llm_backbone": True}, "set unfreeze_last_llm_layer: true"),
+])
+def test_configuration_mistakes(changes, message, tiny, tmp_path):
+    done = plain_run(tiny(**changes))
+    assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
+
+
+def test_mistakes_in_files_and_overrides(tiny, tmp_path):
+    assert "error: --config" in plain_run(tmp_path / "none.yaml").text
+    assert "--set max_steps: expected key=value" in plain_run(tiny(), "--set", "max_steps").text
+    done = plain_run(tiny(), "--set", "max_stps=3")
+    assert "--set: unknown key 'max_stps'; did you mean 'max_steps'?" in done.text
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"train_batch_size": 8}, "remove 'train_batch_size': it is set once, by global_batch_size in the YAML"),
+    ({"gradient_clipping": 1.0}, "remove 'gradient_clipping': it is set once, by max_grad_norm"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "remove 'optimizer.params.lr': it is set once, by learning_rate"),
+    ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing.cpu_checkpointing is not"),
+])
+def test_the_json_may_not_repeat_the_yaml(change, message, tiny, tmp_path):
+    done = plain_run(tiny(), "--deepspeed_config", ds_json(tmp_path / "ds.json", 2, **change))
+    assert done.returncode == 1 and message in done.text, done.text
+
+
+def test_an_unreadable_checkpoint_ends_all_ranks(finished, tmp_path):
+    path, _ = finished
+    (run,) = (path / "runs").iterdir()
+    shutil.copytree(run, tmp_path / "runs" / run.name)
+    newest = list_checkpoints(tmp_path / "runs" / run.name / "checkpoints")[-1]
+    file = sorted(newest.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:100])
+    values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(tmp_path / "tiny.yaml", ranks=2, timeout=120)
+    assert done.returncode != 0 and f"{newest}: not a readable checkpoint" in done.text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_ten_times_the_data_takes_no_more_memory(tiny, tmp_path):
+    """Host memory of the trainer on 400 and on 4,000 frames of 20 KB."""
+    import tensorflow_datasets as tfds
+
+    f = tfds.features
+    features = {"steps": f.Dataset({
+        "observation": {"image": f.Image(shape=(96, 96, 3), encoding_format="png")},
+        "action": f.Tensor(shape=(4,), dtype=np.float32), "language_instruction": f.Text()})}
+    rng = np.random.default_rng(0)
+
+    def episodes(n):
+        for _ in range(n):
+            yield {"steps": [{"observation": {"image": rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)},
+                              "action": rng.uniform(-1, 1, 4).astype(np.float32), "language_instruction": "push"}
+                             for _ in range(40)]}
+
+    memory = {}
+    for size in (10, 100):
+        write_rlds(tmp_path, f"noise{size}", "1.0.0", features, {"train": episodes(size)})
+        done = launch(tiny(data_root_dir=str(tmp_path), data_mix=f"noise{size}", run_id=f"r{size}", num_workers=2,
+                           datasets={f"noise{size}": {"primary": "image"}}, log_interval=20), launcher="python")
+        assert done.returncode == 0, done.text
+        lines = (tmp_path / f"runs/r{size}/metrics.jsonl").read_text().splitlines()
+        memory[size] = json.loads(lines[0])["host_gb"]
+    assert abs(memory[100] - memory[10]) < 0.1, memory
+
+
