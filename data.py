@@ -347,7 +347,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     if simplejpeg.is_jpeg(data):
         image = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
     else:
-        image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        image = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     return resize_image(image, size)
 
 
@@ -356,7 +356,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     trains."""
     if image.shape[:2] == (size, size):
         return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
 
 
 CROP_SIDE = 0.9**0.5  # the crop keeps 90 % of the area

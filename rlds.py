@@ -178,7 +178,8 @@ def step_features(directory: Path) -> dict[str, tuple[tuple, np.dtype, bool]]:
 
     try:
         steps = builder.info.features["steps"]
-        return dict(walk(steps.feature, builder.info.features.get_serialized_info()["steps"], ""))
+        # sorted, because features.json is read in random order
+        return dict(sorted(walk(steps.feature, builder.info.features.get_serialized_info()["steps"], "")))
     except (KeyError, AttributeError):
         raise DataError(f"{directory}: a TFDS dataset, but not RLDS: its examples have no 'steps'") from None
 
