@@ -1,17 +1,20 @@
-"""Frames per second and memory of the data loader, alone and against OpenVLA's on the same files.
+"""Speed of indexing, and frames per second and memory of the data loader, alone and against OpenVLA's.
 
-    python bench/data_throughput.py --workers 2 [--image_aug] [--seconds 20]
+    python bench/data_throughput.py --workers 2 [--image_aug] [--samples 50000]
     python bench/data_throughput.py --openvla ../openvla --openvla_python ../openvla-env/bin/python
 
-Without --data_root_dir it first writes 3,000 photo-like 256 px JPEG frames under the name libero_spatial_no_noops.
-OpenVLA's loader runs in a process of its own, in an environment with its pinned versions (tensorflow 2.15,
-tensorflow-datasets 4.9.3, tensorflow-graphics 2021.12.3, dlimp, numpy 1.26), with its own settings but a shuffle
-buffer of 2,000 frames; its frames are counted as they leave tf.data, before tokenising and batching, which it
-does in the training process and we do in the workers.
+Without --data_root_dir it first writes 3,000 photo-like 256 px JPEG frames under the name
+libero_spatial_no_noops. Files are read once before anything is timed, so that they are in the page cache.
+OpenVLA's loader runs on the same files, in a process of its own, in an environment with its pinned versions
+(tensorflow 2.15, tensorflow-datasets 4.9.3, tensorflow-graphics 2021.12.3, dlimp, numpy 1.26), with its own
+settings but a shuffle buffer of 2,000 frames; its frames are counted as they leave tf.data, before tokenising
+and batching, which it does in the training process and we do in the workers.
 """
 
 import argparse
 import dataclasses
+import functools
+import math
 import subprocess
 import sys
 import tempfile
@@ -25,9 +28,10 @@ import psutil
 import tensorflow_datasets as tfds
 from PIL import Image
 
+import oxe
 from action_tokenizer import load_tokenizer
 from data import Mixture
-from rlds import write_rlds
+from rlds import _index_shard, find_dataset, step_features, write_rlds
 from train_vla import TrainConfig, make_loader
 
 OPENVLA = '''
@@ -43,10 +47,10 @@ from prismatic.vla.datasets.rlds.dataset import make_interleaved_dataset
 from prismatic.vla.datasets.rlds.oxe import get_oxe_dataset_kwargs_and_weights
 from prismatic.vla.datasets.rlds.utils.data_utils import NormalizationType
 
-root, name, size, augment, seconds = sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5] == "1", float(sys.argv[6])
+root, name, size, augment, samples = *sys.argv[2:4], *map(int, sys.argv[4:])
 kwargs, weights = get_oxe_dataset_kwargs_and_weights(
-    root, [(name, 1.0)], load_camera_views=("primary",), load_depth=False, load_proprio=False, load_language=True,
-    action_proprio_normalization_type=NormalizationType.BOUNDS_Q99)
+    root, [(name, 1.0)], load_camera_views=("primary",), load_depth=False, load_proprio=False,
+    load_language=True, action_proprio_normalization_type=NormalizationType.BOUNDS_Q99)
 frame = dict(resize_size=(size, size), num_parallel_calls=16)
 if augment:
     frame["image_augment_kwargs"] = dict(
@@ -57,16 +61,17 @@ if augment:
 dataset, _, _ = make_interleaved_dataset(
     traj_transform_kwargs=dict(window_size=1, future_action_window_size=0, skip_unlabeled=True,
                                goal_relabeling_strategy="uniform"),
-    frame_transform_kwargs=frame, dataset_kwargs_list=kwargs, shuffle_buffer_size=2000, sample_weights=weights,
-    balance_weights=True, traj_transform_threads=1, traj_read_threads=1, train=True)
+    frame_transform_kwargs=frame, dataset_kwargs_list=kwargs, shuffle_buffer_size=2000,
+    sample_weights=weights, balance_weights=True, traj_transform_threads=1, traj_read_threads=1, train=True)
 iterator = dataset.as_numpy_iterator()
 for _ in range(300):
     next(iterator)
-start, frames = time.perf_counter(), 0
-while time.perf_counter() - start < seconds:
+def rss():
+    return psutil.Process().memory_info().rss / 1e6
+before, start = rss(), time.perf_counter()
+for _ in range(samples):
     next(iterator)
-    frames += 1
-print("RESULT", frames / (time.perf_counter() - start), psutil.Process().memory_info().rss / 1e6)
+print("RESULT", samples / (time.perf_counter() - start), rss() - before, rss())
 '''
 
 
@@ -91,34 +96,66 @@ def write_frames(directory: Path, frames: int) -> None:
     write_rlds(directory, "libero_spatial_no_noops", "1.0.0", features, {"train": episodes})
 
 
-def ours(cfg: TrainConfig, tokenizer, seconds: float) -> tuple[float, float, float]:
-    """-> frames per second, growth of memory in MB while loading, frames loaded. All processes counted."""
-    me = psutil.Process()
+def index_speed(directory: Path, name: str) -> None:
+    """Print how fast one process reads, checks and standardises the shards of a dataset."""
+    path, recipe = find_dataset(directory, name), oxe.DATASETS[name]
+    keys = recipe.camera_keys(["primary"])
+    features = {key: (shape, dtype) for key, (shape, dtype, _) in step_features(path).items()}
+    standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys, load_proprio=False)
+    shards = sorted(path.glob("*.tfrecord*"))
+    size = sum(len(shard.read_bytes()) for shard in shards)
+    for shard in shards[:1]:
+        _index_shard(shard, features, standardize, False)  # imports
+    start = time.perf_counter()
+    for shard in shards:
+        _index_shard(shard, features, standardize, False)
+    speed = size / (time.perf_counter() - start) / 1e9
+    print(f"index bytes {size} gb_per_s_per_core {speed:.2f}", flush=True)
+
+
+def ours(cfg: TrainConfig, tokenizer, samples: int) -> tuple[float, float, float]:
+    """-> frames per second, growth of RSS in MB while loading, RSS in MB in the end. All processes count."""
     loader = make_loader(Mixture(cfg, tokenizer), cfg, range(1 << 40), 0, 1)
     for _ in range(10):
         next(loader)
 
-    def memory():
-        return sum(p.memory_full_info().uss for p in [me, *me.children(recursive=True)]) / 1e6
+    def rss():
+        me = psutil.Process()
+        return sum(p.memory_info().rss for p in [me, *me.children(recursive=True)]) / 1e6
 
-    before, start, batches = memory(), time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    batches = math.ceil(samples / cfg.per_device_batch_size)
+    before, start = rss(), time.perf_counter()
+    for _ in range(batches):
         next(loader)
-        batches += 1
-    elapsed = time.perf_counter() - start
-    frames = batches * cfg.per_device_batch_size
-    return frames / elapsed, memory() - before, frames
+    return batches * cfg.per_device_batch_size / (time.perf_counter() - start), rss() - before, rss()
+
+
+def openvla(args, data_root_dir: str, augment: bool) -> tuple[float, float, float]:
+    """The same three numbers of OpenVLA's loader."""
+    done = subprocess.run(
+        [args.openvla_python, "-c", OPENVLA, args.openvla, data_root_dir, args.data_mix, str(args.image_size),
+         str(int(augment)), str(args.samples)], capture_output=True, text=True)
+    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
+    if line is None:
+        sys.exit(f"error: OpenVLA's loader failed:\n{done.stderr[-2000:]}")
+    return tuple(map(float, line.split()[1:]))
+
+
+def report(name: str, augment: bool, samples: int, speed: float, growth: float, rss: float) -> None:
+    """One line of figures."""
+    print(f"loader {name} image_aug {augment} samples {samples} frames_per_s {speed:.0f} "
+          f"rss_growth_mb {growth:.0f} rss_mb {rss:.0f}", flush=True)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data_root_dir")
-    parser.add_argument("--data_mix", default="libero_spatial_no_noops")
+    parser.add_argument("--data_mix", default="libero_spatial_no_noops", help="a dataset of oxe.py")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count())
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--image_aug", action="store_true")
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--tokenizer", default="tests/fixtures/model/tokenizer_llama")
     parser.add_argument("--openvla", metavar="PATH", help="a checkout of openvla/openvla to compare with")
     parser.add_argument("--openvla_python", default=sys.executable, help="a Python that has its requirements")
@@ -130,21 +167,15 @@ def main() -> None:
                           image_size=args.image_size, num_workers=args.workers, index_dir=f"{scratch}/index",
                           global_batch_size=32, per_device_batch_size=32)
         tokenizer = load_tokenizer(args.tokenizer)
+        index_speed(Path(cfg.data_root_dir), cfg.data_mix)
         for augment in [False, True] if args.image_aug or args.openvla else [False]:
             cfg = dataclasses.replace(cfg, image_aug=augment)
-            speed, growth, frames = ours(cfg, tokenizer, args.seconds)
-            print(f"loader ours workers {args.workers} image_aug {augment} frames_per_s {speed:.0f} "
-                  f"memory_growth_mb {growth:.0f} over_frames {frames}", flush=True)
+            mine = ours(cfg, tokenizer, args.samples)
+            report(f"ours workers {args.workers}", augment, args.samples, *mine)
             if args.openvla:
-                done = subprocess.run(
-                    [args.openvla_python, "-c", OPENVLA, args.openvla, cfg.data_root_dir, args.data_mix,
-                     str(args.image_size), str(int(augment)), str(args.seconds)], capture_output=True, text=True)
-                line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
-                if line is None:
-                    sys.exit(f"error: OpenVLA's loader failed:\n{done.stderr[-2000:]}")
-                theirs, rss = map(float, line.split()[1:])
-                print(f"loader openvla image_aug {augment} frames_per_s {theirs:.0f} rss_mb {rss:.0f}")
-                print(f"ratio image_aug {augment} {speed / theirs:.2f}", flush=True)
+                theirs = openvla(args, cfg.data_root_dir, augment)
+                report("openvla", augment, args.samples, *theirs)
+                print(f"ratio image_aug {augment} {mine[0] / theirs[0]:.2f}", flush=True)
 
 
 if __name__ == "__main__":
