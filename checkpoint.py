@@ -18,7 +18,7 @@ half-written.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -296,19 +296,27 @@ def load_checkpoint(engine, path: Path) -> dict:
     if any(errors):
         raise CheckpointError(next(filter(None, errors)))
 
+    set_tensors(engine, reader.read, ("weight", *MOMENTS))
+    set_optimizer_step(engine, reader.meta["step"])
+    return reader.meta
+
+
+def set_tensors(engine, read: Callable[[str, int, int], torch.Tensor], kinds: tuple[str, ...]) -> None:
+    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where they are known, the moments.
+
+    read("<kind>/<parameter>", start, stop) returns elements [start, stop) of the flattened tensor in any dtype;
+    it is asked only for what this rank owns, a tensor at a time, so that host memory stays small.
+    """
     zero3 = engine.zero_optimization_stage() == 3
     if zero3:
         engine.optimizer.checkpoint_event_prologue()  # parameters that stay gathered go back to their slices
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
-            if zero3:
-                first, part = frozen_slice(param)
-                part.copy_(reader.read(f"weight/{name}", first, first + len(part)))
-            else:
-                param.data.copy_(reader.weight(name))
+            first, part = frozen_slice(param) if zero3 else (0, param.data.view(-1))
+            part.copy_(read(f"weight/{name}", first, first + len(part)))
         elif (part := find_slice(engine, param)) is not None:
-            for kind in ("weight", *MOMENTS):
-                values = reader.read(f"{kind}/{name}", part.first, part.first + part.count)
+            for kind in kinds:
+                values = read(f"{kind}/{name}", part.first, part.first + part.count)
                 part.view(engine, kind).copy_(values)
                 if kind == "weight" and zero3:
                     param.ds_tensor.data.view(-1)[: part.count].copy_(values)
@@ -318,5 +326,3 @@ def load_checkpoint(engine, path: Path) -> dict:
         engine.optimizer.checkpoint_event_epilogue()  # and are gathered again
     elif hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()  # ZeRO-1 and 2: bf16 weights from the float32 slices of all ranks
-    set_optimizer_step(engine, reader.meta["step"])
-    return reader.meta
