@@ -14,7 +14,7 @@ import argparse
 import functools
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -346,11 +346,18 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     return resize_image(image, size)
 
 
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3), with Lanczos and without keeping the aspect ratio, as OpenVLA
-    trains."""
+def resize_image(image: np.ndarray, size: int, strategy: str = "lanczos", fill: Sequence[int] = (0, 0, 0)
+                 ) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3).
+
+    strategy "lanczos" does not keep the aspect ratio: how OpenVLA's training data is resized. "resize-naive",
+    "resize-crop" (cut off what is too long) and "letterbox" (pad with the colour `fill`) are bicubic: how its
+    processors treat what they are given to act on.
+    """
     if image.shape[:2] == (size, size):
         return image
+    if strategy != "lanczos":
+        return _resize_bicubic(Image.fromarray(image), size, strategy, fill)
     try:
         x = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
@@ -359,7 +366,38 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
         return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
 
 
+def _resize_bicubic(image: Image.Image, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
+    (width, height), shape = image.size, (size, size)
+    if strategy == "letterbox":
+        longest = max(width, height)
+        left, top = (longest - width) // 2, (longest - height) // 2
+        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
+        padded.paste(image, (left, top))
+        image, (width, height) = padded, padded.size  # one pixel off square where the difference was odd
+    if strategy != "resize-naive":  # the shorter side becomes `size`
+        shape = (size * width // min(width, height), size * height // min(width, height))
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
 CROP_SIDE = 0.9**0.5  # the crop keeps 90 % of the area
+
+
+def crop(image: np.ndarray, top: float, left: float, size: int) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, size, size) float32 in 0..1: the part that begins at (top, left), given as
+    fractions of the sides, and is CROP_SIDE of them long; bilinear, as tf.image.crop_and_resize."""
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    y_grid, x_grid = (torch.linspace(-1, 1, size) * CROP_SIDE + (2 * offset + CROP_SIDE - 1)
+                      for offset in (top, left))
+    grid = torch.stack(torch.broadcast_tensors(x_grid, y_grid[:, None]))  # (2, size, size)
+    return F.grid_sample(x, grid.permute(1, 2, 0)[None], align_corners=True)[0].mul_(1 / 255)
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3): what a model trained on random crops is shown when it acts."""
+    x = crop(image, (1 - CROP_SIDE) / 2, (1 - CROP_SIDE) / 2, size).clamp_(0, 1)
+    return x.mul_(255.5).clamp_(max=255).byte().permute(1, 2, 0).numpy()
 
 
 def draw_augmentation(*seed: int) -> dict[str, float]:
@@ -374,15 +412,10 @@ def draw_augmentation(*seed: int) -> dict[str, float]:
 
 def augment(image: np.ndarray, top: float, left: float, brightness: float, contrast: float, saturation: float,
             hue: float) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same: crop at (top, left) and resize back, then brightness, contrast,
-    saturation, hue, as OpenVLA does with TensorFlow (dlimp's augment_image); top and left as fractions of
-    the side, hue of the circle."""
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    y_grid, x_grid = (torch.linspace(-1, 1, n) * CROP_SIDE + (2 * offset + CROP_SIDE - 1)
-                      for n, offset in zip(image.shape[:2], (top, left), strict=True))
-    grid = torch.stack(torch.broadcast_tensors(x_grid, y_grid[:, None]))  # (2, H, W)
-    x = F.grid_sample(x, grid.permute(1, 2, 0)[None], align_corners=True)[0].mul_(1 / 255)  # (3, H, W)
-    x = x.add_(brightness).clamp_(0, 1)
+    """(S, S, 3) uint8 -> the same: crop at (top, left) and resize back, then brightness, contrast,
+    saturation, hue, as OpenVLA does with TensorFlow (dlimp's augment_image); hue as a fraction of the
+    circle."""
+    x = crop(image, top, left, len(image)).add_(brightness).clamp_(0, 1)  # (3, S, S)
     mean = x.mean((1, 2), keepdim=True)
     x = x.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1).numpy()
 
