@@ -424,7 +424,7 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Mappi
         elif name.partition(":")[0] not in recipes:
             near = difflib.get_close_matches(name, [*recipes, *MIXTURES], n=3)
             raise ValueError(f"data_mix: no dataset or mixture is called {name!r}"
-                             + (f"; did you mean {' or '.join(near)}?" if near else "")
+                             + (f"; did you mean {' or '.join(near)}?" if near else ".")
                              + " Describe your own datasets under `datasets:` in the YAML.")
         elif not weight > 0:
             raise ValueError(f"data_mix: the weight of {name} must be positive, it is {weight}")

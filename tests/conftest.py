@@ -79,10 +79,12 @@ def launch(config: Path, *arguments, ranks: int = 1, launcher: str = "deepspeed"
     port = str(20000 + os.getpid() % 20000)
     command = {
         "deepspeed": [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, *script],
-        "torchrun": [str(bin_dir / "torchrun"), f"--nproc-per-node={ranks}", f"--master-port={port}", *script],
+        "torchrun": [str(bin_dir / "torchrun"), f"--nproc-per-node={ranks}", f"--master-port={port}",
+                     *script],
         "python": [sys.executable, *script],
     }[launcher]
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+           "MASTER_PORT": port}
     done = subprocess.run(command, env=env, cwd=ROOT, timeout=timeout, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     done.text = done.stdout

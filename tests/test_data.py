@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -60,13 +61,11 @@ def test_shares_are_exact_and_visits_are_counted(w):
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    from conftest import SimpleNamespace
-
     config = SimpleNamespace(
-        data_root_dir=str(RLDS / "data"), data_mix={"bridge_orig": 1.0, "viola": 2.0, "dobbe": 0.2}, datasets={},
-        cameras=["primary"], use_proprio=False, window_size=1, action_chunk=1, action_normalization="bounds_q99",
-        image_size=32, image_aug=True, seed=7, index_dir=str(tmp_path_factory.mktemp("index")),
-        skip_bad_episodes=False, prompt_style="pure", max_length=2048)
+        data_root_dir=str(RLDS / "data"), data_mix={"bridge_orig": 1.0, "viola": 2.0, "dobbe": 0.2},
+        datasets={}, cameras=["primary"], use_proprio=False, window_size=1, action_chunk=1,
+        action_normalization="bounds_q99", image_size=32, image_aug=True, seed=7, skip_bad_episodes=False,
+        index_dir=str(tmp_path_factory.mktemp("index")), prompt_style="pure", max_length=2048)
     return Mixture(config, TOKENIZER)
 
 
@@ -120,8 +119,9 @@ def test_collated_batches_equal_openvla():
     for builder in golden.values():
         expected = builder["collated"]["batch_first4"]
         cases = [builder["cases"][i] for i in expected["case_indices"]]
-        batch = collate([{"input_ids": np.array(case["input_ids"]),
-                          "labels": np.array(case["labels_predict_stop_token_true"])} for case in cases], 32000)
+        samples = [{"input_ids": np.array(case["input_ids"]),
+                    "labels": np.array(case["labels_predict_stop_token_true"])} for case in cases]
+        batch = collate(samples, 32000)
         np.testing.assert_array_equal(batch["input_ids"], expected["input_ids"])
         np.testing.assert_array_equal(batch["labels"], expected["labels"])
         np.testing.assert_array_equal(batch["input_ids"] != 32000, expected["attention_mask"])
@@ -141,7 +141,8 @@ def test_a_sample_is_what_it_says(mixture):
 
 def test_windows_and_cameras(data_config):
     golden = np.load(RLDS / "golden/viola.npz")
-    config = data_config(data_mix="viola", window_size=3, cameras=["primary", "wrist"], use_proprio=True, image_size=32)
+    config = data_config(data_mix="viola", window_size=3, cameras=["primary", "wrist"], use_proprio=True,
+                         image_size=32)
     mixture = Mixture(config, TOKENIZER)
     first = int(mixture.tables[0].first_frames[0])
     one = Mixture(data_config(data_mix="viola", image_size=32), TOKENIZER)

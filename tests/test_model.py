@@ -29,7 +29,8 @@ class Tokenizer448:
 
 def official_model(towers=("dino", "siglip")) -> VLA:
     """The architecture of the fixtures, with their recipe's weights."""
-    vision = {name: {"model": facts["timm_id"], **{key: facts[key] for key in ("depth", "embed_dim", "num_heads")}}
+    shape = ("depth", "embed_dim", "num_heads")
+    vision = {name: {"model": facts["timm_id"], **{key: facts[key] for key in shape}}
               for name, facts in TINY_FUSED["vision"].items() if name in towers}
     llm = {key: TINY_FUSED["llm"][key] for key in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -89,7 +90,8 @@ def test_loss_and_gradients_equal_openvla(official):
     assert (predicted == true).float().mean() == TINY_FUSED["train_metrics"]["action_accuracy"]
     loss.backward()
     norms = {name: float(p.grad.norm()) for name, p in official.named_parameters() if p.grad is not None}
-    golden = {name: norm for name, norm in TINY_FUSED["grad_norms_vla_full_train"].items() if norm is not None}
+    golden = TINY_FUSED["grad_norms_vla_full_train"]
+    golden = {name: norm for name, norm in golden.items() if norm is not None}
     assert norms.keys() == golden.keys()
     for name, norm in golden.items():
         assert norms[name] == pytest.approx(norm, rel=1e-3, abs=1e-6), name
@@ -123,7 +125,8 @@ def test_generated_actions_equal_openvla(official):
     from data import unnormalize
 
     stats = TINY_FUSED["generation"]["norm_stats"]["tiny_ds"]["action"]
-    np.testing.assert_array_equal(unnormalize(actions, stats, "bounds_q99"), [cases[i]["action"] for i in usable])
+    expected = [cases[i]["action"] for i in usable]
+    np.testing.assert_array_equal(unnormalize(actions, stats, "bounds_q99"), expected)
 
 
 @torch.no_grad()
@@ -135,13 +138,15 @@ def test_every_step_of_the_cache_equals_a_full_forward(official):
     vla.pixel_values = lambda _: [ARRAYS["pixel_values_native_dino"][i : i + 1],
                                   ARRAYS["pixel_values_native_siglip"][i : i + 1]]
     inputs = vla.embed(IMAGES[:1], sequence)
-    logits = vla.llm.lm_head(vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state)[0, -8:-1]
+    hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    logits = vla.llm.lm_head(hidden)[0, -8:-1]
     torch.testing.assert_close(logits, ARRAYS["gen_step_logits"], atol=1e-5, rtol=0)
     assert logits.argmax(-1).tolist() == golden["generated_token_ids"]
 
 
 @pytest.mark.parametrize("variant, towers", [("fused", ("dino", "siglip")), ("siglip", ("siglip",))])
-@pytest.mark.parametrize("flags", [(False, False, False), (True, False, False), (False, True, True), (True, True, True)])
+@pytest.mark.parametrize("flags", [(False, False, False), (True, False, False), (False, True, True),
+                                   (True, True, True)])
 def test_trainable_parameters_of_each_stage_equal_openvla(variant, towers, flags):
     vla = official_model(towers)
     stage = vla.freeze(*flags)
@@ -165,7 +170,8 @@ def test_freezing_everything_is_refused():
 def tiny_model(**changes) -> VLA:
     torch.manual_seed(0)
     keys = set(TrainConfig.__dataclass_fields__)
-    config = TrainConfig(**{key: value for key, value in TINY.items() if key in keys}, action_dim=4, proprio_dim=4)
+    config = TrainConfig(**{key: value for key, value in TINY.items() if key in keys}, action_dim=4,
+                         proprio_dim=4)
     for key, value in changes.items():
         setattr(config, key, value)
     vla = VLA(config, load_tokenizer(str(ROOT / "configs/demo_tokenizer"), add_action_tokens=True)).eval()
@@ -190,7 +196,8 @@ def test_padding_changes_nothing():
     images = torch.randint(0, 256, (1, 1, 28, 28, 3), dtype=torch.uint8)
     ids = torch.tensor([[1, 5, 6, 7, 8, *range(600, 604), 2]])
     labels = torch.where(torch.arange(10) < 5, -100, ids)
-    padded = torch.nn.functional.pad(ids, (0, 6), value=768), torch.nn.functional.pad(labels, (0, 6), value=-100)
+    pad = torch.nn.functional.pad
+    padded = pad(ids, (0, 6), value=768), pad(labels, (0, 6), value=-100)
     assert vla(images, *padded)[0].item() == pytest.approx(vla(images, ids, labels)[0].item(), abs=1e-6)
 
 
@@ -206,7 +213,8 @@ def test_predict_action(changes):
     batch = vla.predict_action(images, texts, proprio=proprio)
     assert batch.shape == ((3, 3, 4) if vla.cfg.action_chunk == 3 else (3, 4)) and np.abs(batch).max() <= 1
     for i in range(3):
-        one = vla.predict_action(images[i], texts[i], unnorm_key="a", proprio=None if proprio is None else proprio[i])
+        state = None if proprio is None else proprio[i]
+        one = vla.predict_action(images[i], texts[i], unnorm_key="a", proprio=state)
         np.testing.assert_array_equal(one, batch[i])
 
 
@@ -249,7 +257,8 @@ def test_decay_spares_biases_and_norms():
 
 def test_other_language_models_fit():
     for family in ("mistral", "qwen2"):
-        vla = tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": family, "num_key_value_heads": 2})
+        llm = {**TINY["llm_backbone"], "model_type": family, "num_key_value_heads": 2}
+        vla = tiny_model(llm_backbone=llm)
         assert vla.predict_action(np.zeros((28, 28, 3), np.uint8), "push").shape == (4,)
 
 

@@ -42,7 +42,8 @@ def episode_rows(table, split: str, number: int) -> np.ndarray:
 def test_dataset_equals_openvla_bit_for_bit(name, data_config):
     golden, arrays = GOLDEN[name], np.load(RLDS / f"golden/{name}.npz")
     for kind, key in (("bounds_q99", "action_q99"), ("bounds", "action_bounds"), ("normal", "action_normal")):
-        mixture = Mixture(data_config(data_mix=name, use_proprio=True, action_normalization=kind), Tokenizer())
+        config = data_config(data_mix=name, use_proprio=True, action_normalization=kind)
+        mixture = Mixture(config, Tokenizer())
         table, kept = mixture.tables[0], []
         assert mixture.statistics[name] == golden["statistics_with_proprio"]
         for k in range(len(table.episodes)):  # all splits, in the order the statistics are made
@@ -51,7 +52,8 @@ def test_dataset_equals_openvla_bit_for_bit(name, data_config):
         for e, expected in enumerate(golden["train_episode_data"]):
             rows = episode_rows(table, *expected["source"])
             kept += [] if expected["unlabeled"] else rows.tolist()
-            np.testing.assert_array_equal(mixture.actions(0, rows)[:, 0], arrays[f"ep{e}/{key}"].reshape(len(rows), -1))
+            actions = arrays[f"ep{e}/{key}"].reshape(len(rows), -1)
+            np.testing.assert_array_equal(mixture.actions(0, rows)[:, 0], actions)
             np.testing.assert_array_equal(table.frames["proprio"][rows], arrays[f"ep{e}/proprio_raw"])
             if kind == "bounds_q99":
                 proprio = normalize(table.frames["proprio"][rows], mixture.statistics[name]["proprio"], kind)
@@ -71,7 +73,8 @@ def test_statistics_without_proprio(name, data_config):
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_images_are_the_same_bytes(name, tmp_path):
     golden, recipe = GOLDEN[name], oxe.DATASETS[name]
-    wanted = [camera for camera in oxe.CAMERAS if f"{camera}_sha256_first_last" in str(golden) or camera == "primary"]
+    wanted = [camera for camera in oxe.CAMERAS
+              if f"{camera}_sha256_first_last" in str(golden) or camera == "primary"]
     keys = recipe.camera_keys(wanted)
     standardize = partial(oxe.standardize, recipe=recipe, cameras=keys, load_proprio=False)
     table = frame_table(find_dataset(RLDS / "data", name), standardize, keys, "images", index_dir=tmp_path)
@@ -90,7 +93,10 @@ def test_images_are_the_same_bytes(name, tmp_path):
                 assert ends in hashes(rows[[0, -1]], camera)
 
 
-@pytest.mark.parametrize("name", [n for n in SUPPORTED if "ep0/chunk8_q99" in np.load(RLDS / f"golden/{n}.npz").files])
+CHUNKED = [name for name in SUPPORTED if "ep0/chunk8_q99" in np.load(RLDS / f"golden/{name}.npz").files]
+
+
+@pytest.mark.parametrize("name", CHUNKED)
 def test_action_chunks(name, data_config):
     arrays = np.load(RLDS / f"golden/{name}.npz")
     mixture = Mixture(data_config(data_mix=name, action_chunk=8), Tokenizer())
@@ -120,7 +126,8 @@ def test_held_out_episodes(name, data_config):
 def test_droid_drops_frames_without_motion(data_config):
     """With the statistics that OpenVLA's constants belong to, idle frames go; with others, none."""
     golden = GOLDEN["droid"]
-    for label, statistics in (("own_statistics", None), ("override", golden["chunk_filter_statistics_override"])):
+    override = golden["chunk_filter_statistics_override"]
+    for label, statistics in (("own_statistics", None), ("override", override)):
         for case in (key for key in golden["chunk_filter"] if label in key):
             chunk = 1 + int(case.rsplit("future", 1)[1])
             mixture = Mixture(data_config(data_mix="droid", action_chunk=chunk), Tokenizer())
@@ -139,14 +146,14 @@ def test_droid_drops_frames_without_motion(data_config):
 
 def test_droid_draws_one_of_its_cameras_per_episode(data_config):
     mixture = Mixture(data_config(data_mix="droid", cameras=["primary", "secondary"]), Tokenizer())
-    mixture.sample_tokens = lambda *_: {}
     seen = set()
     for row in mixture.tables[0].first_frames:
         for epoch in range(8):
             primary, secondary = mixture.cameras_shown(0, row, epoch)
-            assert (primary, secondary) == mixture.cameras_shown(0, row + 1, epoch)  # the same in all of the episode
+            assert (primary, secondary) == mixture.cameras_shown(0, row + 1, epoch)  # in all of the episode
             seen.add((primary, secondary))
-    assert seen == {("exterior_image_1_left", "exterior_image_2_left"), ("exterior_image_2_left", "exterior_image_1_left")}
+    one, two = "exterior_image_1_left", "exterior_image_2_left"
+    assert seen == {(one, two), (two, one)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,13 +170,16 @@ def test_gripper_helpers_and_text_equal_openvla():
         points[: len(case["codepoints"])] = case["codepoints"]
         assert oxe.decode_code_points(points.tobytes()).hex() == case["out_hex"]
     for case in PRIMITIVES["euler_from_quaternion"]:
-        np.testing.assert_array_equal(oxe.euler(np.float32([case["q_xyzw"]]))[0], np.float32(case["euler_xyz"]))
+        angles = oxe.euler(np.float32([case["q_xyzw"]]))[0]
+        np.testing.assert_array_equal(angles, np.float32(case["euler_xyz"]))
 
 
-openings = st.lists(st.one_of(st.sampled_from([0.0, 0.05, 0.5, 0.95, 1.0]), st.floats(-1, 2, width=32)), min_size=1)
+def gripper_values(thresholds: list[float]):
+    """Lists of anything, often of values at the thresholds."""
+    return st.lists(st.one_of(st.sampled_from(thresholds), st.floats(-2, 2, width=32)), min_size=1)
 
 
-@given(openings)
+@given(gripper_values([0.0, 0.05, 0.5, 0.95, 1.0]))
 def test_binarize_is_the_backward_scan(values):
     x = column(values)
     expected, carry = np.empty_like(x), x[-1, 0]
@@ -180,7 +190,7 @@ def test_binarize_is_the_backward_scan(values):
     np.testing.assert_array_equal(oxe.binarize(x), expected)
 
 
-@given(st.lists(st.one_of(st.sampled_from([0.0, 0.1, -0.1, 1.0, -1.0]), st.floats(-2, 2, width=32)), min_size=1))
+@given(gripper_values([0.0, 0.1, -0.1, 1.0, -1.0]))
 def test_rel2abs_is_the_forward_scan(values):
     x = column(values)
     command = np.where(x < np.float32(-0.1), 1, np.where(x > np.float32(0.1), -1, 0))[:, 0]
@@ -221,7 +231,7 @@ def test_euler_angles_are_those_of_the_rotation(q, repeat):
 
 def test_named_mixtures_equal_openvla(capsys):
     for name, expected in MIXTURES["named_mixtures_filtered"].items():
-        assert [(dataset, weight) for dataset, weight, _ in oxe.resolve_mixture(name)] == list(map(tuple, expected))
+        assert [[dataset, weight] for dataset, weight, _ in oxe.resolve_mixture(name)] == expected
     assert "skipping dataset berkeley_rpt" in capsys.readouterr().out
     registered = set(oxe.DATASETS) | set(oxe.REFUSED)
     assert len(registered) == 73 and set(MIXTURES["refused"]) == set(oxe.REFUSED)
@@ -242,13 +252,17 @@ def test_refused_datasets_leave_an_empty_mixture(name, capsys):
 
 
 def test_unknown_names_and_fields_are_explained():
-    with pytest.raises(ValueError, match="no dataset or mixture is called 'brige_orig'; did you mean bridge_orig"):
-        oxe.resolve_mixture("brige_orig")
+    with pytest.raises(ValueError, match=r"no dataset or mixture is called 'brige'; did you mean bridge\b"):
+        oxe.resolve_mixture("brige")
+    with pytest.raises(ValueError, match=r"'libero_spatial'; did you mean libero_spatial_no_noops\b.*`data"):
+        oxe.resolve_mixture({"bridge_orig": 1.0, "libero_spatial": 1.0})
+    with pytest.raises(ValueError, match=r"'my_robot_42'\. Describe your own"):  # nothing is near
+        oxe.resolve_mixture("my_robot_42")
     with pytest.raises(ValueError, match="the weight of bridge_orig must be positive"):
         oxe.resolve_mixture({"bridge_orig": 0})
     with pytest.raises(ValueError, match="the mixture is empty"):
         oxe.resolve_mixture({})
-    with pytest.raises(ValueError, match="robot: .*unknown helper 'flip'"):
+    with pytest.raises(ValueError, match=r"robot: .*unknown helper 'flip'"):
         oxe.resolve_mixture("robot", {"robot": {"action": "action[:6], action[-1:] flip"}})
     with pytest.raises(ValueError, match=r"robot: .*camera.*a dataset has the fields primary"):
         oxe.resolve_mixture("robot", {"robot": {"camera": "image"}})
