@@ -9,7 +9,9 @@ Read VLA.forward first: that is the whole model. Parameters are named as in Open
 ViT blocks are timm's and the decoder layers transformers'; there is no remote code and no `generate`.
 """
 
+import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -21,18 +23,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from action_tokenizer import ActionTokenizer, prompt_ids
-from data import resize_image, unnormalize
+from data import center_crop, normalize, resize_image, unnormalize
 
 
 class VLA(nn.Module):
     """A vision-language-action model with random weights.
 
-    cfg: vision_backbone, llm_backbone, arch_specifier, image_size, action_chunk, action_dim, use_proprio,
-         proprio_dim, prompt_style, action_normalization (see train_vla.TrainConfig)
+    cfg: vision_backbone, llm_backbone, arch_specifier, image_size, image_resize_strategy, image_aug,
+         action_dim, action_chunk, action_normalization, parallel_decoding, use_proprio, proprio_dim,
+         prompt_style (see train_vla.TrainConfig)
     tokenizer: from action_tokenizer.load_tokenizer
+    llm_context: where the language model is made; under ZeRO-3 it is sharded layer by layer at its birth
     """
 
-    def __init__(self, cfg, tokenizer):
+    def __init__(self, cfg, tokenizer, llm_context: AbstractContextManager | None = None):
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
         self.action_tokenizer = ActionTokenizer(tokenizer.action_vocab_size)
@@ -42,12 +46,15 @@ class VLA(nn.Module):
         towers = {name: build_tower(cfg.image_size, **kwargs) for name, kwargs in cfg.vision_backbone.items()}
         names = [f"{name}_featurizer" for name in towers] if len(towers) > 1 else ["featurizer"]
         self.vision_backbone = nn.ModuleDict(dict(zip(names, towers.values(), strict=True)))
-        self.llm_backbone = nn.ModuleDict({"llm": build_llm(cfg.llm_backbone, len(tokenizer))})
+        with llm_context or nullcontext():
+            self.llm_backbone = nn.ModuleDict({"llm": build_llm(cfg.llm_backbone, len(tokenizer))})
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size
         self.projector = nn.ModuleDict({"projector": build_projector(cfg.arch_specifier, features, hidden)})
         if cfg.use_proprio:  # not OpenVLA's: the robot's state as one more token after the image patches
             self.proprio_projector = nn.Sequential(nn.Linear(cfg.proprio_dim, hidden), nn.GELU(),
                                                    nn.Linear(hidden, hidden))
+        if cfg.parallel_decoding:  # not OpenVLA's: inputs that stand for "the next action token, please"
+            self.action_queries = nn.Embedding(self.num_action_tokens, hidden)
 
     @property
     def llm(self) -> nn.Module:
@@ -62,15 +69,16 @@ class VLA(nn.Module):
         true one (both (B, num_action_tokens)), all on the device.
         """
         inputs = self.embed(images, input_ids, proprio)  # (B, S, hidden), S = L + image patches (+ 1)
-        # padding stands on the right, where causal attention never looks: no mask, so the fast kernels apply
-        hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        # only the positions just before a labelled token need logits: all action tokens and the stop token
         first = (labels != -100).int().argmax(1, keepdim=True)  # (B, 1)
         wanted = first + torch.arange(self.num_action_tokens + 1, device=labels.device)  # (B, T)
         targets = labels.gather(1, wanted)
-        wanted = wanted + inputs.shape[1] - labels.shape[1] - 1  # in the sequence with patches, one earlier
-        hidden = hidden.gather(1, wanted[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, T, hidden)
-        logits = self.llm.get_output_embeddings()(hidden).float()  # (B, T, vocabulary)
+        wanted = wanted + inputs.shape[1] - labels.shape[1]  # in the sequence with patches
+        if self.cfg.parallel_decoding:
+            inputs = self.ask_in_parallel(inputs, wanted[:, :-1])
+        # padding stands on the right, where causal attention never looks: no mask, so the fast kernels apply
+        hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        # logits only where an action token or the stop token is predicted, one position earlier
+        logits = self.llm.get_output_embeddings()(take(hidden, wanted - 1)).float()  # (B, T, vocabulary)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return loss, logits.argmax(-1)[:, :-1], targets[:, :-1]
 
@@ -84,11 +92,18 @@ class VLA(nn.Module):
             extra = torch.cat([extra, self.proprio_projector(proprio.to(text.dtype))[:, None]], dim=1)
         return torch.cat([text[:, :1], extra, text[:, 1:]], dim=1)
 
+    def ask_in_parallel(self, inputs, positions):
+        """Put the learned queries where the action tokens stand: inputs (B, S, hidden), positions (B, T)."""
+        queries = self.action_queries(torch.arange(positions.shape[1], device=inputs.device))  # (T, hidden)
+        index = positions[..., None].expand(-1, -1, inputs.shape[-1])
+        return inputs.scatter(1, index, queries.expand(len(inputs), -1, -1))
+
     def pixel_values(self, images) -> list[torch.Tensor]:
         """images (B, N, H, W, 3) uint8 -> for each tower (B * N, 3, H, W) float32, normalised as it was
         pretrained."""
         pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
-        return [normalize_pixels(pixels, tower) for tower in self.vision_backbone.values()]
+        pixels = itertools.cycle(pixels.split(3, dim=1))  # the towers share an image, or have one each
+        return [normalize_pixels(next(pixels), tower) for tower in self.vision_backbone.values()]
 
     def patch_features(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
         """For each tower (B, 3, H, W) -> (B, patches, sum of the towers' widths)."""
@@ -137,12 +152,18 @@ class VLA(nn.Module):
         inputs = self.embed(images, torch.tensor(input_ids, device=device), proprio)
         extra = inputs.shape[1] - longest  # image patches and the like
         last = lengths.to(device) + extra - 1  # (B,) where each prompt ends
+        first, stop = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
+        if self.cfg.parallel_decoding:
+            positions = last[:, None] + 1 + torch.arange(self.num_action_tokens, device=device)
+            inputs = self.ask_in_parallel(F.pad(inputs, (0, 0, 0, self.num_action_tokens)), positions)
+            hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            logits = self.llm.get_output_embeddings()(take(hidden, positions - 1))
+            return logits[..., first:stop].argmax(-1) + first
         # prompts of different lengths leave padding in the cache, which later tokens must not look at
         mask = torch.arange(inputs.shape[1], device=device) <= last[:, None]
         mask = None if (lengths == longest).all() else mask
         output = self.llm.base_model(inputs_embeds=inputs, use_cache=True)
         hidden = output.last_hidden_state[torch.arange(len(prompts)), last][:, None]  # (B, 1, hidden)
-        first, stop = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
         tokens = []
         for i in range(self.num_action_tokens):
             if i > 0:
@@ -161,38 +182,60 @@ class VLA(nn.Module):
         """What the robot should do: (action_dim,) float64 in the units of the dataset `unnorm_key`, or
         (action_chunk, action_dim) when the model was trained to predict several steps.
 
-        image: (H, W, 3) uint8, or a list of window_size x cameras of them. For a batch, give lists of images
-        and of instructions; the result gets a leading dimension. proprio: normalised state. unnorm_key may be
-        left out when the model was trained on one dataset; otherwise a ValueError lists the choices.
+        image: (H, W, 3) uint8, or a list of window_size x cameras of them, oldest first. proprio: the robot's
+        state (P,) as the dataset has it, if the model was trained with it. For a batch, give lists of all
+        three; the result gets a leading dimension. unnorm_key may be left out when the model was trained on
+        one dataset; otherwise a ValueError lists the choices.
         """
         batched = not isinstance(instruction, str)
         images, instructions = (image, instruction) if batched else ([image], [instruction])
-        stats = self.action_statistics(unnorm_key)
-        pixels = [[resize_image(np.asarray(view), self.cfg.image_size) for view in
-                   (views if isinstance(views, list | tuple) else [views])] for views in images]
-        device = next(self.parameters()).device
+        stats, device = self.dataset_statistics(unnorm_key), self.llm.device
+        pixels = [[self.see(view) for view in (views if isinstance(views, list | tuple) else [views])]
+                  for views in images]
+        pixels = torch.from_numpy(np.array(pixels)).to(device)  # (B, N, H, W, C)
         prompts = [prompt_ids(self.tokenizer, text, self.cfg.prompt_style) for text in instructions]
-        if proprio is not None:
-            proprio = torch.as_tensor(np.atleast_2d(proprio), device=device)
-        tokens = self.generate(torch.from_numpy(np.array(pixels)).to(device), prompts, proprio)
+        if self.cfg.use_proprio:
+            if proprio is None:
+                raise ValueError("the model was trained with the robot's state: pass proprio")
+            states = np.atleast_2d(np.asarray(proprio, np.float32))
+            states = normalize(states, stats["proprio"], self.cfg.action_normalization)
+            states = np.pad(states, ((0, 0), (0, self.cfg.proprio_dim - states.shape[1])))
+            proprio = torch.from_numpy(states).to(device)
+        tokens = self.generate(pixels, prompts, proprio if self.cfg.use_proprio else None)
         actions = self.action_tokenizer.decode(tokens.cpu().numpy())
         actions = actions.reshape(len(actions), self.cfg.action_chunk, self.cfg.action_dim)
-        actions = unnormalize(actions, stats, self.cfg.action_normalization)
+        actions = unnormalize(actions, stats["action"], self.cfg.action_normalization)
         actions = actions[:, 0] if self.cfg.action_chunk == 1 else actions
         return actions if batched else actions[0]
 
-    def action_statistics(self, unnorm_key: str | None) -> dict:
-        """The action statistics of one training dataset: without them no action, never a silent identity."""
+    def see(self, image: np.ndarray) -> np.ndarray:
+        """A camera's image (H, W, 3) uint8 -> what the model was trained to look at, (size, size, 3), or with
+        3 channels for each tower where the towers differ."""
+        cfg, means = self.cfg, [(0.0, 0.0, 0.0)]
+        if cfg.image_resize_strategy == "letterbox":  # each tower wants the margins in its own mean colour
+            means = [vit.mean for vit in self.vision_backbone.values()]
+        image, fills = np.asarray(image), [[int(255 * value) for value in mean] for mean in means]
+        seen = [resize_image(image, cfg.image_size, cfg.image_resize_strategy, fill) for fill in fills]
+        seen = [center_crop(x, cfg.image_size) for x in seen] if cfg.image_aug else seen
+        return np.concatenate(seen, axis=-1)
+
+    def dataset_statistics(self, unnorm_key: str | None) -> dict:
+        """The statistics of one training dataset: without them no action, never a silent identity."""
         if unnorm_key is None and len(self.norm_stats) == 1:
-            return next(iter(self.norm_stats.values()))["action"]
+            return next(iter(self.norm_stats.values()))
         if unnorm_key not in self.norm_stats:
             raise ValueError(f"unnorm_key {unnorm_key!r} is not one of the model's datasets: "
                              f"{sorted(self.norm_stats)}")
-        return self.norm_stats[unnorm_key]["action"]
+        return self.norm_stats[unnorm_key]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Parts
+
+
+def take(sequence, positions):
+    """sequence (B, S, hidden), positions (B, T) -> (B, T, hidden)."""
+    return sequence.gather(1, positions[..., None].expand(-1, -1, sequence.shape[-1]))
 
 
 def build_tower(image_size: int, *, model: str, **kwargs) -> nn.Module:
@@ -203,14 +246,14 @@ def build_tower(image_size: int, *, model: str, **kwargs) -> nn.Module:
     # through forward, because ZeRO-3 gathers a module's parameters when the module is called
     vit.forward = partial(vit.forward_intermediates, indices=[len(vit.blocks) - 2], norm=False,
                           stop_early=True, output_fmt="NLC", intermediates_only=True)
+    stats = timm.data.resolve_model_data_config(vit)
+    vit.mean, vit.std = stats["mean"], stats["std"]  # numbers: as buffers they would be cast to bf16
     return vit
 
 
 def normalize_pixels(pixels: torch.Tensor, tower: nn.Module) -> torch.Tensor:
-    """(B, 3, H, W) float32 in [0, 1] -> what this tower was pretrained on. Mean and deviation stay Python
-    numbers: as buffers they would be cast to bf16 with the weights."""
-    stats = timm.data.resolve_model_data_config(tower)
-    channels = zip(pixels.unbind(1), stats["mean"], stats["std"], strict=True)
+    """(B, 3, H, W) float32 in [0, 1] -> of the mean and deviation this tower was pretrained on."""
+    channels = zip(pixels.unbind(1), tower.mean, tower.std, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 

@@ -62,6 +62,7 @@ class TrainConfig:
     arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
     prompt_style: str = "pure"  # how the language model is asked: a key of action_tokenizer.PROMPTS
     image_size: int = 224  # pixels; images are resized to a square
+    image_resize_strategy: str = "lanczos"  # when acting; OpenVLA's: resize-naive, resize-crop, letterbox
     max_length: int = 2048  # most text tokens in a sample; longer instructions are an error
 
     # what is trained (OpenVLA's four stages; see VLA.freeze)
@@ -77,6 +78,7 @@ class TrainConfig:
     use_proprio: bool = False  # show the robot's state to the model
     window_size: int = 1  # how many frames the model sees: this one and the ones before
     action_chunk: int = 1  # how many steps it predicts: this one and the ones after
+    parallel_decoding: bool = False  # predict a chunk's tokens all at once instead of one after the other
     action_normalization: str = "bounds_q99"  # or bounds, normal
     image_aug: bool = False  # random crop and colours, as OpenVLA
     skip_bad_episodes: bool = False  # leave out broken episodes (and count them) instead of stopping
@@ -508,6 +510,7 @@ def check_type(key: str, value, wanted, source: str) -> None:
 def check_choices(cfg: TrainConfig) -> None:
     """Raise ValueError for values that cannot work, naming the choices."""
     choices = {"prompt_style": [*PROMPTS], "action_normalization": [*BOUNDS, "normal"],
+               "image_resize_strategy": ["lanczos", "resize-naive", "resize-crop", "letterbox"],
                "lr_scheduler_type": ["constant", "linear-warmup+cosine-decay"]}
     for key, allowed in choices.items():
         if getattr(cfg, key) not in allowed:

@@ -175,7 +175,8 @@ def tiny_model(**changes) -> VLA:
     for key, value in changes.items():
         setattr(config, key, value)
     vla = VLA(config, load_tokenizer(str(ROOT / "configs/demo_tokenizer"), add_action_tokens=True)).eval()
-    vla.norm_stats = {"a": {"action": {"q01": [-1.0] * 4, "q99": [1.0] * 4, "mask": [True] * 3 + [False]}}}
+    stats = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-2.0] * 4, "max": [2.0] * 4}
+    vla.norm_stats = {"a": {"action": {**stats, "mask": [True] * 3 + [False]}, "proprio": stats}}
     return vla
 
 
@@ -201,7 +202,8 @@ def test_padding_changes_nothing():
     assert vla(images, *padded)[0].item() == pytest.approx(vla(images, ids, labels)[0].item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_proprio": True}, {"action_chunk": 3}, {"window_size": 2},
+@pytest.mark.parametrize("changes", [{}, {"use_proprio": True}, {"action_chunk": 3}, {"image_aug": True},
+                                     {"action_chunk": 3, "parallel_decoding": True}, {"window_size": 2},
                                      {"cameras": ["primary", "wrist"], "arch_specifier": "linear"}])
 def test_predict_action(changes):
     vla = tiny_model(**changes)
