@@ -1,0 +1,170 @@
+"""Meta-World's tasks as a robot with cameras: reset, look, act.
+
+make_dataset.py drives it with the scripted experts, rollout.py with a trained policy, so that both see the
+same images and mean the same thing by an action. Evaluation follows LeRobot's: positions are drawn
+uniformly from Meta-World's own ranges, 500 simulator steps at most, and the first step at which Meta-World
+reports success ends the episode as a success.
+"""
+
+import io
+import os
+import pickle
+import warnings
+import weakref
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+warnings.filterwarnings("ignore", message="Constant")  # experts ask for more than [-1, 1]; we clip
+
+import metaworld
+import mujoco
+import numpy as np
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from PIL import Image
+
+# LeRobot's instructions for MT50. Two of its tasks share "Push the puck to a goal"; push-back-v3 therefore
+# reads "Push the puck back to a goal" here, so that the 50 are distinct.
+INSTRUCTIONS = {
+    "assembly-v3": "Pick up a nut and place it onto a peg",
+    "basketball-v3": "Dunk the basketball into the basket",
+    "bin-picking-v3": "Grasp the puck from one bin and place it into another bin",
+    "box-close-v3": "Grasp the cover and close the box with it",
+    "button-press-topdown-v3": "Press a button from the top",
+    "button-press-topdown-wall-v3": "Bypass a wall and press a button from the top",
+    "button-press-v3": "Press a button",
+    "button-press-wall-v3": "Bypass a wall and press a button",
+    "coffee-button-v3": "Push a button on the coffee machine",
+    "coffee-pull-v3": "Pull a mug from a coffee machine",
+    "coffee-push-v3": "Push a mug under a coffee machine",
+    "dial-turn-v3": "Rotate a dial 180 degrees",
+    "disassemble-v3": "Pick a nut out of a peg",
+    "door-close-v3": "Close a door with a revolving joint",
+    "door-lock-v3": "Lock the door by rotating the lock clockwise",
+    "door-open-v3": "Open a door with a revolving joint",
+    "door-unlock-v3": "Unlock the door by rotating the lock counter-clockwise",
+    "hand-insert-v3": "Insert the gripper into a hole",
+    "drawer-close-v3": "Push and close a drawer",
+    "drawer-open-v3": "Open a drawer",
+    "faucet-open-v3": "Rotate the faucet counter-clockwise",
+    "faucet-close-v3": "Rotate the faucet clockwise",
+    "hammer-v3": "Hammer a screw on the wall",
+    "handle-press-side-v3": "Press a handle down sideways",
+    "handle-press-v3": "Press a handle down",
+    "handle-pull-side-v3": "Pull a handle up sideways",
+    "handle-pull-v3": "Pull a handle up",
+    "lever-pull-v3": "Pull a lever down 90 degrees",
+    "peg-insert-side-v3": "Insert a peg sideways",
+    "pick-place-wall-v3": "Pick a puck, bypass a wall and place the puck",
+    "pick-out-of-hole-v3": "Pick up a puck from a hole",
+    "reach-v3": "Reach a goal position",
+    "push-back-v3": "Push the puck back to a goal",
+    "push-v3": "Push the puck to a goal",
+    "pick-place-v3": "Pick and place a puck to a goal",
+    "plate-slide-v3": "Slide a plate into a cabinet",
+    "plate-slide-side-v3": "Slide a plate into a cabinet sideways",
+    "plate-slide-back-v3": "Get a plate from the cabinet",
+    "plate-slide-back-side-v3": "Get a plate from the cabinet sideways",
+    "peg-unplug-side-v3": "Unplug a peg sideways",
+    "soccer-v3": "Kick a soccer into the goal",
+    "stick-push-v3": "Grasp a stick and push a box using the stick",
+    "stick-pull-v3": "Grasp a stick and pull a box with the stick",
+    "push-wall-v3": "Bypass a wall and push a puck to a goal",
+    "reach-wall-v3": "Bypass a wall and reach a goal",
+    "shelf-place-v3": "Pick and place a puck onto a shelf",
+    "sweep-into-v3": "Sweep a puck into a hole",
+    "sweep-v3": "Sweep a puck off the table",
+    "window-open-v3": "Push and open a window",
+    "window-close-v3": "Push and close a window",
+}
+GROUPS = {  # difficulty, as in Seo et al., "Masked World Models for Visual Control" (2022)
+    "easy": ["button-press-v3", "button-press-topdown-v3", "button-press-topdown-wall-v3",
+             "button-press-wall-v3", "coffee-button-v3", "dial-turn-v3", "door-close-v3", "door-lock-v3",
+             "door-open-v3", "door-unlock-v3", "drawer-close-v3", "drawer-open-v3", "faucet-close-v3",
+             "faucet-open-v3", "handle-press-v3", "handle-press-side-v3", "handle-pull-v3",
+             "handle-pull-side-v3", "lever-pull-v3", "plate-slide-v3", "plate-slide-back-v3",
+             "plate-slide-back-side-v3", "plate-slide-side-v3", "reach-v3", "reach-wall-v3",
+             "window-close-v3", "window-open-v3", "peg-unplug-side-v3"],
+    "medium": ["basketball-v3", "bin-picking-v3", "box-close-v3", "coffee-pull-v3", "coffee-push-v3",
+               "hammer-v3", "peg-insert-side-v3", "push-wall-v3", "soccer-v3", "sweep-v3", "sweep-into-v3"],
+    "hard": ["assembly-v3", "hand-insert-v3", "pick-out-of-hole-v3", "pick-place-v3", "push-v3",
+             "push-back-v3"],
+    "very_hard": ["shelf-place-v3", "disassemble-v3", "stick-pull-v3", "stick-push-v3", "pick-place-wall-v3"],
+}
+TASKS = {
+    "demo": ["button-press-topdown-v3", "coffee-button-v3", "drawer-close-v3", "plate-slide-v3", "reach-v3",
+             "window-close-v3"],
+    "mt50": list(INSTRUCTIONS),
+    **GROUPS,
+}
+MAX_STEPS = 500  # simulator steps, Meta-World's own limit
+
+
+def task_names(names: list[str]) -> list[str]:
+    """Names of tasks and of lists of tasks -> tasks. Raises ValueError for one that does not exist."""
+    tasks = [task for name in names for task in TASKS.get(name, [name])]
+    if unknown := [task for task in tasks if task not in INSTRUCTIONS]:
+        raise ValueError(f"no task {unknown[0]!r}: choose {', '.join(TASKS)} or of {', '.join(INSTRUCTIONS)}")
+    return list(dict.fromkeys(tasks))
+
+
+class Simulator:
+    """One Meta-World task and its cameras."""
+
+    def __init__(self, task: str, cameras: list[str], image_size: int, jpeg_quality: int, action_repeat: int,
+                 renderer: mujoco.Renderer | None = None):
+        """cameras: `image` (Meta-World's corner2 where LeRobot puts it, turned upright) or names of
+        Meta-World, such as gripperPOV. action_repeat: simulator steps (80 per second) for which an action is
+        held. renderer: one that another Simulator of the same task in this process has made."""
+        self.cameras, self.jpeg_quality, self.action_repeat = cameras, jpeg_quality, action_repeat
+        env_class = ALL_V3_ENVIRONMENTS[task]
+        self.env = env_class()
+        # what metaworld.MT1 does, without resetting the task fifty times for positions that are not used
+        goal = {"env_cls": env_class, "rand_vec": None, "partially_observable": False}
+        self.env.set_task(metaworld.Task(env_name=task, data=pickle.dumps(goal)))
+        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # positions follow the seed
+        self.env.model.cam_pos[2] = [0.75, 0.075, 0.7]
+        self.env.model.vis.quality.offsamples = 0  # ten times faster in software, together with:
+        self.renderer = renderer
+        if renderer is None:
+            self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
+            weakref.finalize(self, self.renderer.close)  # also when Python ends, while OpenGL still exists
+        self.renderer._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self.renderer._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+
+    def reset(self, seed: int) -> None:
+        """Begin the episode that belongs to this seed."""
+        self.env.seed(seed)
+        self.state, _ = self.env.reset()
+        self.steps, self.success_at = 0, None  # both count simulator steps
+
+    @property
+    def over(self) -> bool:
+        """Has the task been solved, or is the time up?"""
+        return self.success_at is not None or self.steps >= MAX_STEPS
+
+    def observation(self) -> dict:
+        """{camera: JPEG bytes, ..., "state": (4,) float32: hand x, y, z in metres, gripper opening 0..1}."""
+        images = {camera: self.render(camera) for camera in self.cameras}
+        return {**images, "state": self.state[:4].astype(np.float32)}
+
+    def render(self, camera: str) -> bytes:
+        """A picture by one camera as JPEG, full of colour resolution where quality is wanted."""
+        self.renderer.update_scene(self.env.data, camera="corner2" if camera == "image" else camera)
+        pixels = self.renderer.render()
+        pixels = np.ascontiguousarray(pixels[::-1, ::-1]) if camera == "image" else pixels
+        encoded = io.BytesIO()
+        subsampling = 0 if self.jpeg_quality >= 90 else 2  # goals are dots of colour, a few pixels wide
+        Image.fromarray(pixels).save(encoded, "jpeg", quality=self.jpeg_quality, subsampling=subsampling)
+        return encoded.getvalue()
+
+    def step(self, action: np.ndarray) -> None:
+        """Hold the action (4,), hand velocity x, y, z and gripper effort in [-1, 1], for action_repeat
+        simulator steps, or until the episode is over."""
+        solved = self.success_at is not None  # then it goes on: demonstrations may have a tail
+        action = np.clip(np.asarray(action, np.float64), -1, 1)  # float32 would give other last bits
+        for _ in range(self.action_repeat):
+            self.state, *_, info = self.env.step(action)
+            self.steps += 1
+            if info["success"] and not solved:
+                self.success_at = self.steps
+            if self.steps >= MAX_STEPS or (self.over and not solved):
+                break
