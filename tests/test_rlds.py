@@ -178,6 +178,15 @@ def test_bytes_per_frame():
     assert table.frames.dtype.itemsize == 44
 
 
+def test_a_table_of_many_frames_stays_small():
+    """All files of the index together; bench/many_frames.py also times opening two million frames."""
+    done = subprocess.run([sys.executable, ROOT / "bench/many_frames.py", "--frames", "80000"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "open frames 80000" in done.stdout
+    assert float(done.stdout.split("per_frame")[1]) <= 64
+
+
 def test_a_stale_table_is_never_used(written, tmp_path):
     first = open_table(written, tmp_path / "index")
     assert open_table(written, tmp_path / "index").path == first.path
