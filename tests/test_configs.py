@@ -1,6 +1,8 @@
 """The YAML files of configs/: OpenVLA's experiments with its values, and its biggest mixture in training."""
 
 import json
+import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import RLDS, ROOT, TINY, launch, read_metrics
 
 import oxe
 from rlds import write_rlds
-from train_vla import load_config
+from train_vla import TrainConfig, load_config
 
 CONFIGS = ROOT / "configs"
 
@@ -133,3 +135,15 @@ def test_magic_soup_trains_and_every_dataset_is_reported(data_mix, count, magic_
         assert 0 <= metrics[f"accuracy/{name}"] <= 1 and 0 <= metrics[f"l1/{name}"] <= 2
     (run,) = (tmp_path / "runs").iterdir()
     assert set(json.loads((run / "dataset_statistics.json").read_text())) == set(names)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The guide for those who come from OpenVLA
+
+
+def test_the_options_that_the_guide_names_exist():
+    """`key:` anywhere, and options that are said to be the same."""
+    text = (ROOT / "docs/openvla_options.md").read_text()
+    same = [row.split("|")[1] for row in text.splitlines() if row.startswith("|") and "| same" in row]
+    named = re.findall(r"`(\w+):[^`]*`", text) + re.findall(r"`(\w+)`", " ".join(same))
+    assert len(named) > 40 and set(named) <= {f.name for f in fields(TrainConfig)} | {"inherits"}
