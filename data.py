@@ -176,6 +176,8 @@ class Mixture:
             empty = self.names[int(np.argmin(self.sizes))]
             kind, path = "training" if train else "held-out", find_dataset(cfg.data_root_dir, empty)
             raise DataError(f"{empty}: no {kind} frame with an instruction in {path}")
+        self.warnings = [f"{name}: left out {len(table.bad)} bad episodes, the first: {table.bad[0]}"
+                         for name, table in zip(self.names, self.tables, strict=True) if table.bad]
 
     def _open(self, name: str, recipe: oxe.Recipe) -> FrameTable:
         cfg = self.cfg

@@ -172,6 +172,8 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
             batch = next(batches)
             metrics.data_seconds += time.perf_counter() - waited
             if step == start_step and rank == 0:
+    for warning in mixture.warnings:
+        log.line(f"warning: {warning}")
                 log.first_batch(batch, mixture)
             loss, predicted, true = engine(**to_device(batch, engine.device))
             engine.backward(loss)

@@ -30,7 +30,7 @@ from PIL import Image
 
 import oxe
 from action_tokenizer import load_tokenizer
-from data import Mixture
+from data import Mixture, TrainBatches
 from rlds import _index_shard, find_dataset, step_features, write_rlds
 from train_vla import TrainConfig, make_loader
 
@@ -115,7 +115,8 @@ def index_speed(directory: Path, name: str) -> None:
 
 def ours(cfg: TrainConfig, tokenizer, samples: int) -> tuple[float, float, float]:
     """-> frames per second, growth of RSS in MB while loading, RSS in MB in the end. All processes count."""
-    loader = make_loader(Mixture(cfg, tokenizer), cfg, range(1 << 40), 0, 1)
+    batches = TrainBatches(Mixture(cfg, tokenizer), cfg.global_batch_size, cfg.per_device_batch_size, 0, 1)
+    loader = make_loader(batches, cfg.num_workers, range(1 << 40))
     for _ in range(10):
         next(loader)
 
@@ -123,11 +124,11 @@ def ours(cfg: TrainConfig, tokenizer, samples: int) -> tuple[float, float, float
         me = psutil.Process()
         return sum(p.memory_info().rss for p in [me, *me.children(recursive=True)]) / 1e6
 
-    batches = math.ceil(samples / cfg.per_device_batch_size)
+    steps = math.ceil(samples / cfg.per_device_batch_size)
     before, start = rss(), time.perf_counter()
-    for _ in range(batches):
+    for _ in range(steps):
         next(loader)
-    return batches * cfg.per_device_batch_size / (time.perf_counter() - start), rss() - before, rss()
+    return steps * cfg.per_device_batch_size / (time.perf_counter() - start), rss() - before, rss()
 
 
 def openvla(args, data_root_dir: str, augment: bool) -> tuple[float, float, float]:
