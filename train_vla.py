@@ -154,6 +154,8 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     log.line(f"model stage {stage} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M")
     shares = [f"{name}:{share:.4f}" for name, share in zip(mixture.names, mixture.weights, strict=True)]
     log.line(f"data frames {mixture.sizes.sum()} epoch_steps {steps_per_epoch} mixture {' '.join(shares)}")
+    for warning in mixture.warnings:
+        log.line(f"warning: {warning}")
     log.line(f"batch {cfg.global_batch_size} per_device {cfg.per_device_batch_size} ranks {world_size} "
              f"accumulation {accumulation} zero_stage {engine.zero_optimization_stage()} "
              f"total_steps {total_steps} startup_s {time.time() - started:.1f}")
@@ -172,8 +174,6 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
             batch = next(batches)
             metrics.data_seconds += time.perf_counter() - waited
             if step == start_step and rank == 0:
-    for warning in mixture.warnings:
-        log.line(f"warning: {warning}")
                 log.first_batch(batch, mixture)
             loss, predicted, true = engine(**to_device(batch, engine.device))
             engine.backward(loss)
