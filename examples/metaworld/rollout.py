@@ -1,0 +1,306 @@
+"""Let a trained policy act in Meta-World and count its successes.
+
+    python examples/metaworld/rollout.py --checkpoint runs/metaworld_mt50+n1+b256+x7 --tasks mt50 --trials 10
+
+All trials of a task are one batch from beginning to end: a process steps their simulators (play), the main
+process asks the policy (Policy.act), and trials that are over stay in the batch. So a task's result depends
+on the checkpoint, the task and its seeds alone, whatever else runs beside it. Each finished batch is a file
+in --out; an interrupted command goes on where it stopped. Then a table, a bar chart and a film are made.
+
+Evaluation as in LeRobot: positions drawn from Meta-World's ranges, with seeds that no demonstration has;
+success is Meta-World's, at any of the first 500 simulator steps (within 400 is reported too).
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+from collections import deque
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules; they are imported where
+# they are used, because the simulators' processes read this file too and need no torch
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
+from tqdm import tqdm
+
+FIRST_SEED = 200_000  # demonstrations have smaller ones
+TILE = 96  # pixels, the side of a film's picture
+
+
+def play(connection: Connection) -> None:
+    """A process that steps the trials of one task after another.
+
+    It receives (task, seeds, window_size, camera options); then it sends ("see", each trial's last
+    window_size observations) and receives each trial's next actions, until all are over: ("done",
+    observations, [{seed, steps, success_at}, ...]).
+    """
+    while job := connection.recv():
+        task, seeds, window, camera = job
+        trials = [Simulator(task, **camera)]
+        trials += [Simulator(task, **camera, renderer=trials[0].renderer) for _ in seeds[1:]]
+        histories = []
+        for trial, seed in zip(trials, seeds, strict=True):
+            trial.reset(seed)
+            histories.append(deque([trial.observation()] * window, maxlen=window))
+        while not all(trial.over for trial in trials):
+            connection.send(("see", histories))
+            for trial, history, actions in zip(trials, histories, connection.recv(), strict=True):
+                for i, action in enumerate(actions):
+                    if not trial.over:
+                        trial.step(action)
+                        if trial.over or len(actions) - i <= window:  # render only what will be seen
+                            history.append(trial.observation())
+        connection.send(("done", histories, [
+            {"seed": seed, "steps": trial.steps, "success_at": trial.success_at}
+            for seed, trial in zip(seeds, trials, strict=True)]))
+
+
+class Policy:
+    """A trained VLA, asked in the way its training data were recorded."""
+
+    def __init__(self, checkpoint: str, recording: Path | None, execute: int | None, device: str):
+        """recording: recording.json of the dataset; default: found through the run's data_root_dir. execute:
+        how many actions of a predicted chunk are carried out before the next look; default: half of them."""
+        import torch
+
+        import oxe
+        from rlds import find_dataset
+        from weights import load_vla
+
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.vla = load_vla(checkpoint, device=device, dtype=dtype)
+        cfg = self.cfg = self.vla.cfg
+        if len(self.vla.norm_stats) > 1:
+            raise ValueError(f"the model was trained on {sorted(self.vla.norm_stats)}, not on Meta-World alone")
+        (self.dataset,) = self.vla.norm_stats
+        ((_, _, recipe),) = oxe.resolve_mixture(self.dataset, cfg.datasets)
+        self.views = [getattr(recipe, camera) for camera in cfg.cameras]
+        path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
+        recorded = json.loads(path.read_text())
+        self.camera = {key: recorded[key] for key in ("image_size", "jpeg_quality", "action_repeat")}
+        self.camera["cameras"] = self.views
+        self.execute = execute or max(1, cfg.action_chunk // 2)
+
+    def act(self, task: str, histories: list[deque]) -> np.ndarray:
+        """Observations of each trial, oldest first -> the next actions (trials, execute, 4)."""
+        from data import decode_image
+
+        images = [[decode_image(observation[view], self.cfg.image_size) for observation in history
+                   for view in self.views] for history in histories]
+        state = np.stack([history[-1]["state"] for history in histories])
+        actions = self.vla.predict_action(images, [INSTRUCTIONS[task]] * len(images), self.dataset, state)
+        return actions.reshape(len(images), self.cfg.action_chunk, -1)[:, : self.execute]
+
+
+def run(policy: Policy, jobs: list[tuple[str, int]], trials: int, workers: int, out: Path) -> None:
+    """Play each (task, evaluation seed) and write OUT/<task>-<seed>.json and .jpg, the first trial's film."""
+    context, queue, playing, processes = get_context("spawn"), iter(jobs), {}, []
+
+    def begin(connection: Connection) -> None:
+        task, seed = playing[connection] = next(queue, (None, None))
+        if task is None:
+            del playing[connection]
+            return connection.send(None)
+        first = FIRST_SEED + 1000 * seed
+        films[connection] = []
+        connection.send((task, [*range(first, first + trials)], policy.cfg.window_size, policy.camera))
+
+    films = {}
+    for _ in range(min(workers, len(jobs))):
+        connection, end = context.Pipe()
+        processes.append(context.Process(target=play, args=(end,), daemon=True))
+        processes[-1].start()
+        end.close()  # so that a process that dies is noticed: as the end of its messages
+        begin(connection)
+    with tqdm(total=len(jobs) * trials, desc="roll out", unit="episode") as bar:
+        while playing:
+            for connection in wait([*playing]):
+                kind, histories, *results = connection.recv()
+                films[connection].append(histories[0][-1][policy.views[0]])
+                if kind == "see":
+                    connection.send(policy.act(playing[connection][0], histories))
+                    continue
+                path = out / "{}-{}.json".format(*playing[connection])
+                write_film(films[connection], path.with_suffix(".jpg"))
+                path.with_suffix(".tmp").write_text(json.dumps(results[0]))
+                path.with_suffix(".tmp").rename(path)
+                bar.update(trials)
+                begin(connection)
+    for process in processes:
+        process.join()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers and pictures
+
+
+def wilson(successes: int, trials: int) -> list[float]:
+    """The 95 % interval of a success rate (Wilson, 1927)."""
+    z, p = 1.96, successes / trials
+    centre, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
+    return [round((centre + sign * half) / (1 + z * z / trials), 4) for sign in (-1, 1)]
+
+
+def rate(episodes: list[dict], within: int = MAX_STEPS) -> dict:
+    """Episodes -> {successes, trials, rate, interval}."""
+    successes = sum(e["success_at"] is not None and e["success_at"] <= within for e in episodes)
+    return {"successes": successes, "trials": len(episodes), "rate": successes / len(episodes),
+            "interval": wilson(successes, len(episodes))}
+
+
+def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
+    """{(task, seed): episodes} -> success per task, per group, and two averages: over all tasks, and over the
+    groups present, which is what papers on MT50 call the average."""
+    tasks = list(dict.fromkeys(task for task, _ in results))
+    of = {task: [e for (t, _), episodes in results.items() if t == task for e in episodes] for task in tasks}
+    groups = {name: [e for task in members for e in of.get(task, [])] for name, members in GROUPS.items()}
+    groups = {name: rate(episodes) for name, episodes in groups.items() if episodes}
+    everything = [e for episodes in of.values() for e in episodes]
+    variance = sum(g["rate"] * (1 - g["rate"]) / g["trials"] for g in groups.values()) / len(groups) ** 2
+    summary = {"per_task_average": rate(everything), "per_task_average_400": rate(everything, 400),
+               "macro_average": {"rate": float(np.mean([g["rate"] for g in groups.values()])),
+                                 "standard_error": math.sqrt(variance)},
+               "groups": groups, "tasks": {task: rate(episodes) for task, episodes in of.items()}}
+    if len(seeds := {seed for _, seed in results}) > 1:
+        summary["seeds"] = {str(seed): summarize({key: episodes for key, episodes in results.items()
+                                                  if key[1] == seed}) for seed in sorted(seeds)}
+    return summary
+
+
+def table(summary: dict) -> str:
+    """The summary to read."""
+    def row(name: str, entry: dict) -> str:
+        low, high = entry["interval"]
+        counts = f"{entry['successes']}/{entry['trials']}"
+        return f"{name:32s} {entry['rate']:6.1%}  [{low:.1%}, {high:.1%}]  {counts}"
+
+    macro = summary["macro_average"]
+    rows = [row(name, entry) for kind in ("tasks", "groups") for name, entry in summary[kind].items()]
+    rows += [row(name, summary[name]) for name in ("per_task_average_400", "per_task_average")]
+    rows += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
+    for seed, part in summary.get("seeds", {}).items():
+        rows += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%} "
+                 f"macro_average {part['macro_average']['rate']:.1%}"]
+    return "\n".join(rows)
+
+
+def draw_chart(summary: dict, path: Path) -> None:
+    """Success of each task, by group, with intervals, as a picture."""
+    font, line, left, width = ImageFont.load_default(12), 16, 220, 400
+    bars = []
+    for group, members in GROUPS.items():
+        found = [task for task in members if task in summary["tasks"]]
+        found.sort(key=lambda task: -summary["tasks"][task]["rate"])
+        bars += [(group, summary["groups"][group], "#1f4e79")] if found else []
+        bars += [(f"  {task}", summary["tasks"][task], "#8fb8de") for task in found]
+    chart = Image.new("RGB", (left + width + 70, line * (len(bars) + 2)), "white")
+    pen = ImageDraw.Draw(chart)
+    macro, mean = summary["macro_average"]["rate"], summary["per_task_average"]["rate"]
+    pen.text((8, 2), f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", "black", font)
+    for i, (name, entry, colour) in enumerate(bars):
+        y = line * (i + 1) + 4
+        low, high = (left + int(width * edge) for edge in entry["interval"])
+        pen.text((8, y), name, "black", font)
+        pen.rectangle((left, y + 2, left + int(width * entry["rate"]), y + 12), colour)
+        pen.line((low, y + 7, high, y + 7), "black")
+        pen.text((left + width + 8, y), f"{entry['rate']:.0%}", "black", font)
+    chart.save(path)
+
+
+def write_film(frames: list[bytes], path: Path) -> None:
+    """JPEGs -> one picture with all of them in a row."""
+    strip = Image.new("RGB", (TILE * len(frames), TILE))
+    for i, frame in enumerate(frames):
+        strip.paste(Image.open(io.BytesIO(frame)).resize((TILE, TILE)), (TILE * i, 0))
+    strip.save(path, quality=90)
+
+
+def draw_films(results: dict[tuple[str, int], list[dict]], out: Path, columns: int = 10,
+               length: int = 40) -> None:
+    """The first trial of each task side by side, as an animation: a green border once it has succeeded, a red
+    one once its time is up."""
+    films = {}
+    for (task, seed), episodes in results.items():
+        if task not in films:
+            films[task] = Image.open(out / f"{task}-{seed}.jpg"), episodes[0]["success_at"] is not None
+    columns = min(columns, len(films))
+    longest = max(film.width // TILE for film, _ in films.values())
+    sheets = []
+    moments = np.linspace(0, longest - 1, min(length, longest)).round().astype(int)
+    for moment in [*moments.tolist(), *[longest] * 8]:  # the end stays for a second
+        sheet = Image.new("RGB", (TILE * columns, TILE * -(-len(films) // columns)), "white")
+        pen = ImageDraw.Draw(sheet)
+        for i, (film, success) in enumerate(films.values()):
+            x, y, last = i % columns * TILE, i // columns * TILE, film.width // TILE - 1
+            at = TILE * min(moment, last)
+            sheet.paste(film.crop((at, 0, at + TILE, TILE)), (x, y))
+            if moment >= last:
+                colour = "#00c000" if success else "#e00000"
+                pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=colour, width=3)
+        sheets.append(sheet)
+    sheets[0].save(out / "rollouts.gif", save_all=True, append_images=sheets[1:], duration=120, loop=0)
+    sheets[-1].save(out / "rollouts_end.png")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run's directory, or one of its checkpoints")
+    parser.add_argument("--tasks", nargs="+", default=["demo"],
+                        help="demo, mt50, easy, medium, hard, very_hard, or names such as reach-v3")
+    parser.add_argument("--trials", type=int, default=10, help="episodes per task and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="evaluation seeds")
+    parser.add_argument("--execute", type=int, help="actions carried out per predicted chunk; default: half")
+    parser.add_argument("--recording", type=Path, help="the dataset's recording.json; default: by the run")
+    parser.add_argument("--out", type=Path, help="default: a folder in the run")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", help="cuda or cpu")
+    args = parser.parse_args()
+    import torch
+
+    from checkpoint import CheckpointError
+    from rlds import DataError
+    from weights import open_weights
+
+    try:
+        tasks = task_names(args.tasks)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        policy = Policy(args.checkpoint, args.recording, args.execute, device)
+        checkpoint = Path(open_weights(args.checkpoint).where)
+        out = args.out or checkpoint.parents[1] / f"rollouts-{checkpoint.name}"
+        conditions = {"checkpoint": str(checkpoint), "execute": policy.execute, "trials": args.trials,
+                      **policy.camera, "device": device}
+        open_folder(out, conditions)
+    except (ValueError, DataError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    jobs = [(task, seed) for seed in args.seeds for task in tasks]
+    paths = {job: out / "{}-{}.json".format(*job) for job in jobs}
+    run(policy, [job for job in jobs if not paths[job].exists()], args.trials, args.workers, out)
+    results = {job: json.loads(path.read_text()) for job, path in paths.items()}
+    summary = summarize(results)
+    (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
+    draw_chart(summary, out / "success.png")
+    draw_films(results, out)
+    print(table(summary))
+    print(f"rollouts {out}")
+
+
+def open_folder(path: Path, conditions: dict) -> None:
+    """Make OUT, or go on with it if its results were made under the same conditions."""
+    path.mkdir(parents=True, exist_ok=True)
+    known = path / "conditions.json"
+    if known.exists() and json.loads(known.read_text()) != conditions:
+        raise ValueError(f"{path} holds results made under other conditions, {known.read_text()}: choose "
+                         "another --out, or remove it")
+    known.write_text(json.dumps(conditions))
+
+
+if __name__ == "__main__":
+    main()
