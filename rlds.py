@@ -324,11 +324,13 @@ def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bo
     for record, (offset, data) in enumerate(read_records(file)):
         try:
             episode = standardize(Steps(data, offset, features))
-            if not np.isfinite(episode["action"]).all():
-                raise DataError("an action is not finite")
+            for key in ("action", "proprio"):
+                if episode[key] is not None and not np.isfinite(episode[key]).all():
+                    raise DataError(f"its {key} is not finite")
         except (DataError, IndexError, ValueError) as error:
             if not skip_bad:
-                raise DataError(f"{file}: record {record}: {error}") from error
+                raise DataError(f"{file}: record {record}: {error}. If only some episodes are bad, "
+                                "skip_bad_episodes: true leaves them out.") from error
             bad.append(f"record {record}: {error}")
             continue
         action, proprio, images = episode["action"], episode["proprio"], episode["images"]

@@ -12,12 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests/fixtures"
 RLDS = FIXTURES / "rlds"
 GOLDEN_MODEL = FIXTURES / "model"
 LLAMA_TOKENIZER = GOLDEN_MODEL / "tokenizer_llama"
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 # a VLA of some 100,000 parameters on the demonstrations in the repository; seconds a run
 TINY = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ import data
 from action_tokenizer import load_tokenizer
 from data import Mixture, TrainBatches, augment, collate, decode_image, draw_augmentation, interleave, permute
 from rlds import DataError
+from train_vla import make_loader
 
 TOKENIZER = load_tokenizer(str(LLAMA_TOKENIZER))
 
@@ -39,7 +41,7 @@ def test_permute_looks_random():
 weights = st.lists(st.floats(1e-4, 1), min_size=1, max_size=27).map(lambda w: np.array(w) / np.sum(w))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights, st.integers(0, 10**7), st.integers(1, 500), st.integers(0, 500))
 def test_any_stretch_equals_the_same_stretch_of_a_longer_one(w, first, count, before):
     before = min(before, first)
@@ -49,7 +51,7 @@ def test_any_stretch_equals_the_same_stretch_of_a_longer_one(w, first, count, be
     np.testing.assert_array_equal(visit, longer[1][before:])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weights)
 def test_shares_are_exact_and_visits_are_counted(w):
     dataset, visit = interleave(w, 0, 2000)
@@ -110,6 +112,19 @@ def test_batch_k_is_a_function_of_seed_and_k(mixture):
     assert global_batch(mixture, 3, 1, 24) != global_batch(other, 3, 1, 24)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batch_k_reached_by_iterating_is_batch_k(mixture, workers):
+    """Through the training loop's loader, from the start and from step 3, and asked for by its number."""
+    batches = TrainBatches(mixture, 24, 12, 1, 2)
+    iterated = list(make_loader(batches, workers, range(6)))
+    resumed = iterated[:3] + list(make_loader(batches, workers, range(3, 6)))
+    for k in range(6):
+        for other in (iterated[k], resumed[k]):
+            assert batches[k].keys() == other.keys()
+            for key, value in batches[k].items():
+                np.testing.assert_array_equal(value, other[key])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Samples and batches
 
@@ -161,11 +176,16 @@ def test_too_long_instructions_are_refused_instead_of_cut(data_config):
         mixture.sample(0, int(mixture.runs[0][0][0]))
 
 
-def test_undecodable_images_are_named(data_config, tmp_path, monkeypatch):
-    mixture = Mixture(data_config(data_mix="viola"), TOKENIZER)
-    monkeypatch.setattr(type(mixture.tables[0]), "read_image", lambda *_: b"\xff\xd8 no jpeg at all")
+def test_undecodable_images_are_named(data_config, tmp_path):
+    """A shard is damaged after it was indexed."""
+    shutil.copytree(RLDS / "data/viola", tmp_path / "viola")
+    mixture = Mixture(data_config(data_mix="viola", data_root_dir=str(tmp_path)), TOKENIZER)
+    row = int(mixture.runs[0][0][0])
+    with open(next((tmp_path / "viola").rglob("*-train.tfrecord*")), "r+b") as file:
+        file.seek(mixture.tables[0].frames[row]["offset"][0])
+        file.write(b"no JPEG at all")
     with pytest.raises(DataError, match=r"viola-train.*record 0: agentview_rgb of frame 0: "):
-        mixture.sample(0, int(mixture.runs[0][0][0]))
+        mixture.sample(0, row)
 
 
 def test_worker_memory_stays_flat(mixture):

@@ -269,7 +269,7 @@ def test_unknown_names_and_fields_are_explained():
 
 
 def test_a_registered_dataset_that_lacks_a_key_is_named(data_config):
-    with pytest.raises(DataError, match=r"bridge-train.*its steps have no 'observation/image_1'; they have"):
+    with pytest.raises(DataError, match=r"bridge_oxe/.*its steps have no 'observation/image_1'; they have"):
         Mixture(data_config(data_mix="bridge_oxe", cameras=["secondary"]), Tokenizer())
 
 

@@ -208,7 +208,7 @@ def test_many_processes_build_one_table(written, tmp_path):
     assert not list((tmp_path / "index").rglob("*.tmp"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=300), st.sampled_from([0.01, 0.5, 0.99]))
 def test_quantile_agrees_with_numpy(values, q):
     values = np.array(values, np.float32)[:, None]
@@ -261,12 +261,14 @@ def test_damaged_shards_are_named(written, tmp_path, what, message):
     assert not left  # nothing half-written
 
 
-def test_bad_episodes_stop_the_index_or_are_counted(tmp_path):
+@pytest.mark.parametrize("key", ["action", "proprio"])
+def test_bad_episodes_stop_the_index_or_are_counted(key, tmp_path):
     bad = make_episode(3)
-    bad["steps"][2]["action"][4] = np.nan
+    step = bad["steps"][2]
+    (step["action"] if key == "action" else step["observation"]["state"])[1] = np.nan
     episodes = {"train": [make_episode(0), bad, make_episode(1)]}
     directory = write_rlds(tmp_path, "robot", "1.0.0", FEATURES, episodes)
-    with pytest.raises(DataError, match="record 1: an action is not finite"):
+    with pytest.raises(DataError, match=f"robot-train.*record 1: its {key} is not finite.*skip_bad"):
         open_table(directory, tmp_path / "index")
     table = open_table(directory, tmp_path / "index", skip_bad_episodes=True)
     assert len(table.frames) == 10 and len(table.bad) == 1 and "record 1" in table.bad[0]
