@@ -112,7 +112,7 @@ def _asin(x):
 
 
 def _atan2(y, x):
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(y == 0, np.copysign(np.float32(0), y) * np.copysign(np.float32(1), x), y / x)
         large = abs(ratio) > 1  # there, atan(r) = pi/2 - atan(1/r)
         v = np.where(large, 1 / abs(ratio), abs(ratio))
