@@ -15,8 +15,10 @@ until converted, has lost frozen weights (DeepSpeed#5439), and a job killed whil
 half-written.
 """
 
+import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
+
+from faults import patient_group
 
 FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
@@ -136,44 +140,57 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     every rank.
 
     Raises CheckpointError on every rank when any rank fails (a full disk, say); then nothing new is left
-    behind and the older checkpoints are untouched.
+    behind and the older checkpoints are untouched. A killed job leaves at most directories "*.tmp", which
+    nobody reads and the next save removes.
     """
     final, scratch = directory / tag, directory / f"{tag}.tmp"
-    rank, error, files = dist.get_rank(), None, {}
-    try:
+    rank = dist.get_rank()
+
+    def make_room():
         if rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
+            for leftover in directory.glob("*.tmp"):
+                shutil.rmtree(leftover)
             scratch.mkdir(parents=True)
-    except OSError as problem:
-        error = problem
-    dist.barrier()
+
+    def publish():
+        if rank == 0:
+            tensors = {name: {"shape": shape, "trainable": trainable}
+                       for name, (shape, trainable) in describe_parameters(engine.module).items()}
+            merged = {name: facts for part in files for name, facts in part.items()}
+            contents = json.dumps({**meta, "tensors": tensors, "files": merged})
+            write_durably(scratch / "checkpoint.json", contents.encode())
+            scratch.rename(final)
+            for old in list_checkpoints(directory)[:-keep] if keep else []:
+                shutil.rmtree(old.rename(f"{old}.tmp"))
+
     try:
-        if error is None:
-            files = write_local_files(engine, scratch, rank)
-    except OSError as problem:
-        error = problem
-    reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (files, error and f"rank {rank}: {error}"))
-    if errors := [problem for _, problem in reports if problem]:
+        together(make_room)
+        files = together(lambda: write_local_files(engine, scratch, rank))
+        together(publish)
+    except CheckpointError as error:
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-        raise CheckpointError(f"could not save {final}: {errors[0]}; older checkpoints are untouched")
-    if rank == 0:
-        tensors = {name: {"shape": shape, "trainable": trainable}
-                   for name, (shape, trainable) in describe_parameters(engine.module).items()}
-        files = {file: facts for report, _ in reports for file, facts in report.items()}
-        meta = meta | {"tensors": tensors, "files": files}
-        write_durably(scratch / "checkpoint.json", json.dumps(meta).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        scratch.rename(final)
-        for old in list_checkpoints(directory)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
+        raise CheckpointError(f"could not save {final}: {error}; older checkpoints are untouched") from None
     return final
 
 
+def together(action: Callable[[], object]) -> list:
+    """Do something on every rank -> the results of all. When it fails anywhere (OSError, CheckpointError),
+    CheckpointError with the first failure on all, so that nobody waits for a rank that gave up."""
+    result, error, reports = None, None, [None] * dist.get_world_size()
+    try:
+        result = action()
+    except (OSError, CheckpointError) as problem:
+        error = f"rank {dist.get_rank()}: {problem}"
+    dist.all_gather_object(reports, (result, error), group=patient_group())
+    if errors := [problem for _, problem in reports if problem]:
+        raise CheckpointError(errors[0])
+    return [result for result, _ in reports]
+
+
 def write_local_files(engine, scratch: Path, rank: int) -> dict[str, dict]:
-    """Write this rank's slices -> {file name: {"bytes": size, "crc32c": checksum}}."""
+    """Write this rank's slices -> {file name: {"bytes": size, "crc32c": checksum}}. Raises CheckpointError
+    rather than write a number that is not finite."""
     files, batch, size = {}, {}, 0
 
     def flush():
@@ -182,6 +199,8 @@ def write_local_files(engine, scratch: Path, rank: int) -> dict[str, dict]:
         files[name] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
 
     for key, tensor in local_tensors(engine):
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{key} is not finite")
         batch[key] = tensor.detach().to("cpu", copy=True)
         size += tensor.numel() * tensor.element_size()
         if size >= FILE_BYTES:
@@ -204,9 +223,14 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """All complete checkpoints in a run's checkpoints directory, oldest step first."""
-    found = [p for p in directory.glob("step-*") if p.suffix != ".tmp" and (p / "checkpoint.json").exists()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    """All checkpoints in a run's checkpoints directory, oldest step first, without those half written."""
+    found = [p for p in directory.glob("step-*") if p.suffix != ".tmp"]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.split("-")[1])
 
 
 class CheckpointReader:
@@ -281,31 +305,44 @@ def load_checkpoint(engine, path: Path) -> dict:
     """Restore weights, moments and step count from any stage and number of ranks; returns the checkpoint's
     meta data.
 
-    Every rank reads just the elements it owns. Raises CheckpointError when the checkpoint is damaged or does
-    not fit.
+    Every rank reads just the elements it owns. Raises CheckpointError on all ranks when the checkpoint does
+    not fit, or is damaged; then the message says how to go on from the newest intact one before it.
     """
-    reader, error = None, None
     try:
-        reader = CheckpointReader(path)
-        reader.verify(dist.get_rank(), dist.get_world_size())
-        check_same_parameters(reader, engine.module)
-    except CheckpointError as problem:
-        error = str(problem)
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        raise CheckpointError(next(filter(None, errors)))
-
+        verify_together(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {suggest_older(path)}") from None
+    reader = CheckpointReader(path)
+    check_same_parameters(reader, engine.module)
     set_tensors(engine, reader.read, ("weight", *MOMENTS))
     set_optimizer_step(engine, reader.meta["step"])
     return reader.meta
 
 
-def set_tensors(engine, read: Callable[[str, int, int], torch.Tensor], kinds: tuple[str, ...]) -> None:
-    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where they are known, the moments.
+def verify_together(path: Path) -> None:
+    """Check all files of a checkpoint, divided among the ranks. Raises CheckpointError on all of them."""
+    together(lambda: CheckpointReader(path).verify(dist.get_rank(), dist.get_world_size()))
 
-    read("<kind>/<parameter>", start, stop) returns elements [start, stop) of the flattened tensor in any dtype;
-    it is asked only for what this rank owns, a tensor at a time, so that host memory stays small.
+
+def suggest_older(damaged: Path) -> str:
+    """How to continue from the newest intact checkpoint before a damaged one, if there is one."""
+    older = list_checkpoints(damaged.parent)
+    for path in reversed(older[: older.index(damaged)] if damaged in older else []):
+        with contextlib.suppress(CheckpointError):
+            verify_together(path)
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            return (f"{path} is intact: to continue from there, start again after "
+                    f"`mv {shlex.quote(str(damaged))} {shlex.quote(str(aside))}`")
+    return "There is no intact checkpoint before it"
+
+
+def set_tensors(engine, read: Callable[[str, int, int], torch.Tensor | None], kinds: tuple[str, ...]) -> None:
+    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where they are known, the
+    moments.
+
+    read("<kind>/<parameter>", start, stop) returns elements [start, stop) of the flattened tensor in any
+    dtype, or None to leave the parameter as it is; it is asked only for what this rank owns, a tensor at a
+    time, so that host memory stays small.
     """
     zero3 = engine.zero_optimization_stage() == 3
     if zero3:
@@ -313,10 +350,13 @@ def set_tensors(engine, read: Callable[[str, int, int], torch.Tensor], kinds: tu
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
             first, part = frozen_slice(param) if zero3 else (0, param.data.view(-1))
-            part.copy_(read(f"weight/{name}", first, first + len(part)))
+            if (values := read(f"weight/{name}", first, first + len(part))) is not None:
+                part.copy_(values)
         elif (part := find_slice(engine, param)) is not None:
             for kind in kinds:
                 values = read(f"{kind}/{name}", part.first, part.first + part.count)
+                if values is None:
+                    continue
                 part.view(engine, kind).copy_(values)
                 if kind == "weight" and zero3:
                     param.ds_tensor.data.view(-1)[: part.count].copy_(values)

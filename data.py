@@ -319,13 +319,17 @@ class TrainBatches(torch.utils.data.Dataset):
         self.mixture, self.global_batch, self.micro_batch = mixture, global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+    def draw(self, i: int) -> list[tuple[int, int, int, int]]:
+        """The samples of micro-batch i: (number in the run, dataset, frame row, epoch of that dataset)."""
         step, micro = divmod(i, self.global_batch // (self.micro_batch * self.world_size))
         first = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
+        numbers = range(first, first + self.micro_batch)
+        return list(zip(numbers, *self.mixture.draw(first, self.micro_batch), strict=True))
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         augmented = self.mixture.cfg.image_aug and self.mixture.train
-        drawn = zip(*self.mixture.draw(first, self.micro_batch), strict=True)
         samples = [self.mixture.sample(d, row, epoch, number if augmented else None)
-                   for number, (d, row, epoch) in enumerate(drawn, start=first)]
+                   for number, d, row, epoch in self.draw(i)]
         return collate(samples, self.mixture.tokenizer.pad_token_id)
 
 
@@ -334,18 +338,19 @@ class TrainBatches(torch.utils.data.Dataset):
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """JPEG or PNG bytes -> (size, size, 3) uint8.
+    """JPEG or PNG bytes -> (size, size, 3) uint8. No bytes give a black image."""
+    return resize_image(decode_native(data), size) if data else np.zeros((size, size, 3), np.uint8)
 
-    No bytes give a black image. JPEGs are decoded with the fast DCT and plain upsampling, as TensorFlow's
-    decode_image does; the accurate ones differ from it on two thirds of all values.
+
+def decode_native(data: bytes) -> np.ndarray:
+    """JPEG or PNG bytes -> (H, W, 3) uint8.
+
+    JPEGs are decoded with the fast DCT and plain upsampling, as TensorFlow's decode_image does; the accurate
+    ones differ from it on two thirds of all values.
     """
-    if not data:
-        return np.zeros((size, size, 3), np.uint8)
     if simplejpeg.is_jpeg(data):
-        image = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
-    else:
-        image = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    return resize_image(image, size)
+        return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def resize_image(image: np.ndarray, size: int, strategy: str = "lanczos", fill: Sequence[int] = (0, 0, 0)

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import types
 import typing
 from dataclasses import dataclass, field
@@ -32,20 +33,26 @@ import psutil
 import torch
 import torch.distributed as dist
 import yaml
+from deepspeed.accelerator import get_accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from action_tokenizer import PROMPTS, load_tokenizer
 from checkpoint import (
     CheckpointError,
+    CheckpointReader,
+    checkpoint_step,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
     set_optimizer_step,
+    set_tensors,
 )
 from data import BOUNDS, Mixture, TrainBatches, contact_sheet
+from faults import Neighbour, Preemption, ignore_signals, naming_step, patient_group, stop_if_not_finite
 from model import VLA
 from rlds import DataError
+from weights import Weights, open_language_model, open_weights
 
 
 @dataclass
@@ -54,9 +61,13 @@ class TrainConfig:
 
     vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
 
-    # model: random weights of this shape
+    # model: begin with a VLM or VLA (see weights.py), which also sets what is left unsaid of its shape ...
+    base_vlm: str | None = None  # Prismatic id, directory or hub id
+    hf_token: str | None = None  # file or environment variable with a Hugging Face token; default: HF_TOKEN
+    # ... or with weights of this shape, random or, but for the projector, from timm and the hub
+    pretrained_backbones: bool = False
     vision_backbone: dict = field(default_factory=dict)  # one or two: {name: {model: timm name, ...}}
-    llm_backbone: dict | str = field(default_factory=dict)  # a transformers config, or its place
+    llm_backbone: dict | str = field(default_factory=dict)  # a transformers config, or directory or hub id
     tokenizer: str = ""  # directory or hub id
     add_action_tokens: bool = False  # append 256 ids instead of taking over the vocabulary's last 256
     arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
@@ -102,8 +113,13 @@ class TrainConfig:
     run_root_dir: str = "runs"
     run_id: str | None = None  # name of the run's directory; default: made of vla_id, nodes, batch and seed
     run_id_note: str | None = None  # appended to it
+    pretrained_checkpoint: str | None = None  # begin with it, unless the run has a later one of its own
+    is_resume: bool = True  # continue its training (step, optimizer, data); false: take its weights alone
+    resume_step: int | None = None  # refuse to start if it is not of this step
+    resume_epoch: int | None = None  # or epoch
     save_interval: int = 2500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest ones; 0 keeps all
+    on_save_error: str = "stop"  # or continue: a full disk ends the run, or is a warning and the run goes on
     log_interval: int = 10  # steps between lines of the log
     eval_interval: int = 500  # steps between evaluations on held-out episodes; 0: only at the end
     eval_samples: int = 1024  # how many held-out frames to evaluate on
@@ -118,25 +134,27 @@ class TrainConfig:
 
 
 def train(cfg: TrainConfig, ds_config: dict) -> None:
-    """Train as configured, on every rank of the job."""
-    if "RANK" not in os.environ:  # plain python: a job of one
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", "29500")
-    deepspeed.init_distributed()
+    """Train as configured, on every rank of the job, which start_job has connected."""
     rank, world_size, started = dist.get_rank(), dist.get_world_size(), time.time()
     accumulation = accumulation_steps(cfg, world_size)
+    check_pretrained(cfg)
     torch.manual_seed(cfg.seed)
     run_dir = prepare_run(cfg, world_size)
     log = Log(run_dir, rank)
 
+    cfg, weights = start_from(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
+    if cfg.pretrained_backbones:
+        weights = open_language_model(cfg.llm_backbone, len(tokenizer), cfg.hf_token)
     mixture = Mixture(cfg, tokenizer)
     held_out = open_held_out(cfg, tokenizer, log)
+    dist.barrier(patient_group())  # one machine may have been indexing its copy of the data for hours
     cfg.action_dim, cfg.proprio_dim = mixture.action_dim, mixture.proprio_dim
     steps_per_epoch = math.ceil(mixture.epoch_length / cfg.global_batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
-    vla = VLA(cfg, tokenizer)
+    complete_ds_config = with_batch_sizes(ds_config, cfg, accumulation)
+    vla = build_model(cfg, tokenizer, complete_ds_config, weights)
     stage = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone, cfg.unfreeze_last_llm_layer)
     if "activation_checkpointing" in ds_config:
         vla.recompute_activations()
@@ -147,10 +165,10 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
 
     engine, *_ = deepspeed.initialize(
         model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),
-        config=with_batch_sizes(ds_config, cfg, accumulation),
+        config=complete_ds_config,
     )
     set_optimizer_step(engine, 0)
-    start_step = resume(engine, run_dir, log)
+    start_step = resume(engine, cfg, weights, run_dir, log)
     log.line(f"model stage {stage} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M")
     shares = [f"{name}:{share:.4f}" for name, share in zip(mixture.names, mixture.weights, strict=True)]
     log.line(f"data frames {mixture.sizes.sum()} epoch_steps {steps_per_epoch} mixture {' '.join(shares)}")
@@ -161,7 +179,9 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
              f"total_steps {total_steps} startup_s {time.time() - started:.1f}")
 
     micro_batches = range(start_step * accumulation, total_steps * accumulation)
-    batches = make_loader(mixture, cfg, micro_batches, rank, world_size)
+    dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
+    batches = make_loader(dataset, cfg.num_workers, micro_batches)
+    preemption = Preemption()
     metrics = Metrics(mixture.names, engine.device, vla.action_tokenizer)
     baseline = most_frequent_tokens(mixture, cfg.eval_samples) if held_out else None
     for step in tqdm(range(start_step, total_steps), "train", initial=start_step, total=total_steps,
@@ -169,34 +189,67 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
         lr = learning_rate(cfg, step, total_steps)
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
-        for _ in range(accumulation):
-            waited = time.perf_counter()
-            batch = next(batches)
-            metrics.data_seconds += time.perf_counter() - waited
-            if step == start_step and rank == 0:
-                log.first_batch(batch, mixture)
-            loss, predicted, true = engine(**to_device(batch, engine.device))
-            engine.backward(loss)
-            metrics.add(loss, predicted, true, batch["dataset"])
-            grad_norm = optimizer_step(engine)
+        done, losses = step + 1, []
+        with naming_step(done):
+            for _ in range(accumulation):
+                waited = time.perf_counter()
+                batch = next(batches)
+                metrics.data_seconds += time.perf_counter() - waited
+                if step == start_step and rank == 0:
+                    log.first_batch(batch, mixture)
+                loss, predicted, true = engine(**to_device(batch, engine.device))
+                engine.backward(loss)
+                losses.append(loss.detach())
+                metrics.add(loss, predicted, true, batch["dataset"])
+                grad_norm = optimizer_step(engine)
 
-        done = step + 1
         epoch = done * cfg.global_batch_size // mixture.epoch_length
-        last, save = done == total_steps, done % cfg.save_interval == 0
-        if done % cfg.log_interval == 0 or save or last or engine.skipped_steps:
+        last, stop = done == total_steps, preemption.requested()
+        save = last or stop or done % cfg.save_interval == 0
+        if save or done % cfg.log_interval == 0 or engine.skipped_steps:
             values = {"epoch": epoch, "learning_rate": lr, "grad_norm": float(grad_norm), **metrics.read(cfg)}
             log.metrics(done, values)
-            stop_if_not_finite(values, done, batch, mixture)
-        if held_out and (last or (cfg.eval_interval and done % cfg.eval_interval == 0)):
+            stop_if_not_finite(values, losses, done, dataset)
+        if held_out and not stop and (last or (cfg.eval_interval and done % cfg.eval_interval == 0)):
             log.metrics(done, evaluate(engine, held_out, cfg, baseline))
             metrics.start_clock()
-        if save or last:
+        if save:
             tag = f"step-{done:06d}-epoch-{epoch:02d}-loss={average(loss):.4f}"
-            meta = {"step": done, "epoch": epoch}
-            path = save_checkpoint(engine, run_dir / "checkpoints", tag, meta, cfg.keep_checkpoints)
-            log.line(f"saved {path}")
+            save_or_warn(engine, cfg, run_dir, tag, {"step": done, "epoch": epoch}, log, must=last or stop)
             metrics.start_clock()
-    log.line(f"done steps {total_steps} seconds {time.time() - started:.0f} run {run_dir}")
+        if stop and not last:
+            log.line(f"stopped by {preemption.reason or 'a signal to another rank'} at step {done} of "
+                     f"{total_steps}: start the same command again to continue")
+            break
+    else:
+        log.line(f"done steps {total_steps} seconds {time.time() - started:.0f} run {run_dir}")
+    preemption.close()
+    engine.destroy()
+
+
+def start_from(cfg: TrainConfig) -> tuple[TrainConfig, Weights | None]:
+    """Open the weights to begin with, if any, and take from them what the config leaves unsaid of the model's
+    shape."""
+    where = cfg.pretrained_checkpoint or cfg.base_vlm
+    if where is None:
+        return cfg, None
+    weights, plain = open_weights(where, cfg.hf_token), TrainConfig()
+    shape = ("vision_backbone", "llm_backbone", "tokenizer", "add_action_tokens", "arch_specifier",
+             "prompt_style", "image_size")
+    unsaid = {key: weights.config[key] for key in shape
+              if key in weights.config and getattr(cfg, key) == getattr(plain, key)}
+    return dataclasses.replace(cfg, **unsaid), weights
+
+
+def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights | None) -> VLA:
+    """The model, on the GPU. Its weights are random, and `weights` are put in place once it is sharded; so
+    under ZeRO-3 the language model may be sharded as it is made, and never stands whole anywhere."""
+    if cfg.pretrained_backbones:
+        towers = {name: tower | {"pretrained": True} for name, tower in cfg.vision_backbone.items()}
+        cfg = dataclasses.replace(cfg, vision_backbone=towers)
+    sharded = ds_config["zero_optimization"].get("stage") == 3 and (weights or cfg.pretrained_backbones)
+    with torch.device(get_accelerator().current_device_name()):
+        return VLA(cfg, tokenizer, deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else None)
 
 
 def to_device(batch: dict, device) -> dict:
@@ -204,12 +257,12 @@ def to_device(batch: dict, device) -> dict:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "dataset"}
 
 
-def make_loader(mixture: Mixture, cfg: TrainConfig, micro_batches: range, rank: int, world_size: int):
+def make_loader(dataset: TrainBatches, num_workers: int, micro_batches: range):
     """Iterator over this rank's micro-batches with these numbers, loaded ahead by worker processes."""
-    dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
-    workers = {"num_workers": cfg.num_workers}
-    if cfg.num_workers:
-        workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+    workers = {"num_workers": num_workers}
+    if num_workers:
+        workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork",
+                    "worker_init_fn": ignore_signals}
     return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
                                             pin_memory=torch.cuda.is_available(), **workers))
 
@@ -239,22 +292,12 @@ def optimizer_step(engine) -> torch.Tensor:
     before clipping."""
     norm = None
     plain = not (engine.zero_optimization() or engine.bfloat16_enabled())
-    if plain and engine.is_gradient_accumulation_boundary():  # there, DeepSpeed does not report it
+    if plain and engine.is_gradient_accumulation_boundary():  # there, DeepSpeed neither reports nor checks it
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        engine.skipped_steps += not math.isfinite(norm)
     engine.step()
     return engine.get_global_grad_norm() if norm is None else norm
-
-
-def stop_if_not_finite(values: dict, step: int, batch: dict, mixture: Mixture) -> None:
-    """End the run with a message when loss or gradients became NaN or infinite (DeepSpeed has skipped that
-    update)."""
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-        names = sorted({mixture.names[d] for d in batch["dataset"].tolist()})
-        raise FloatingPointError(
-            f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']} on rank {dist.get_rank()}, "
-            f"whose last batch came from {', '.join(names)}. Resume from the last checkpoint with a smaller "
-            "learning_rate or max_grad_norm, or look at those datasets with data.py --inspect.")
 
 
 @torch.no_grad()
@@ -264,12 +307,13 @@ def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) 
     world_size = dist.get_world_size()
     samples = min(cfg.eval_samples, int(held_out.sizes.sum()))
     micro_batches = range(math.ceil(samples / (cfg.per_device_batch_size * world_size)))
-    dataset_cfg = dataclasses.replace(cfg, global_batch_size=cfg.per_device_batch_size * world_size)
+    batch_size = cfg.per_device_batch_size
+    dataset = TrainBatches(held_out, batch_size * world_size, batch_size, dist.get_rank(), world_size)
     metrics = Metrics(held_out.names, engine.device, engine.module.action_tokenizer)
     constant = torch.from_numpy(baseline).to(engine.device)
     guessed = torch.zeros(2, device=engine.device)
     engine.eval()
-    for batch in make_loader(held_out, dataset_cfg, micro_batches, dist.get_rank(), world_size):
+    for batch in make_loader(dataset, cfg.num_workers, micro_batches):
         loss, predicted, true = engine(**to_device(batch, engine.device))
         metrics.add(loss, predicted, true, batch["dataset"])
         guessed += torch.stack([(true == constant).sum(), torch.tensor(true.numel(), device=engine.device)])
@@ -413,17 +457,53 @@ def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, ru
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (run_dir / "config.json").write_text(json.dumps(values, indent=2))
     (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
+    mixture.tokenizer.save_pretrained(run_dir / "tokenizer")
     (run_dir / "dataset_statistics.json").write_text(json.dumps(mixture.statistics, indent=2))
 
 
-def resume(engine, run_dir: Path, log: Log) -> int:
-    """Restore the newest checkpoint of this run, if it has one; returns the number of steps already done."""
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
-    step = load_checkpoint(engine, checkpoints[-1])["step"] if checkpoints else 0
+def resume(engine, cfg: TrainConfig, weights: Weights | None, run_dir: Path, log: Log) -> int:
+    """Restore the newest checkpoint of this run, or cfg.pretrained_checkpoint if there is none or it is of a
+    later step; or begin with `weights`. Returns the number of steps already done."""
+    own, step = list_checkpoints(run_dir / "checkpoints"), 0
+    given = Path(cfg.pretrained_checkpoint) if cfg.pretrained_checkpoint and cfg.is_resume else None
+    if given and own and CheckpointReader(given).meta["step"] > checkpoint_step(own[-1]):
+        own = []
+    if path := own[-1] if own else given:
+        step = load_checkpoint(engine, path)["step"]
+        log.line(f"resumed {path} step {step}")
+    elif weights:
+        fresh = weights.check(engine.module)
+        set_tensors(engine, weights.read, ("weight",))
+        log.line(f"weights_from {weights.where}" + (f" except {', '.join(fresh)}" if fresh else ""))
     log.resume_at(step)
-    if checkpoints:
-        log.line(f"resumed {checkpoints[-1]} step {step}")
     return step
+
+
+def check_pretrained(cfg: TrainConfig) -> None:
+    """Raise ValueError when pretrained_checkpoint is not of the step and epoch that the config names."""
+    expected = {"step": cfg.resume_step, "epoch": cfg.resume_epoch}
+    given, resumes = cfg.pretrained_checkpoint, cfg.pretrained_checkpoint is not None and cfg.is_resume
+    meta = CheckpointReader(Path(given)).meta if resumes else {}
+    for key, value in expected.items():
+        if value is not None and not resumes:
+            raise ValueError(f"resume_{key} is {value}, but pretrained_checkpoint is {given} and is_resume "
+                             f"{cfg.is_resume}: name a checkpoint to resume, or remove resume_{key} (a run "
+                             "continues by itself from its newest checkpoint)")
+        if value not in (None, meta.get(key)):
+            raise ValueError(f"resume_{key} is {value}, but pretrained_checkpoint {given} is of {key} "
+                             f"{meta[key]}: correct one of them")
+
+
+def save_or_warn(engine, cfg: TrainConfig, run_dir: Path, tag: str, meta: dict, log: Log, must: bool) -> None:
+    """Save a checkpoint. A failure ends the run, unless on_save_error allows to continue and nothing says
+    that it must succeed."""
+    try:
+        path = save_checkpoint(engine, run_dir / "checkpoints", tag, meta, cfg.keep_checkpoints)
+    except CheckpointError as error:
+        if must or cfg.on_save_error == "stop":
+            raise
+        return log.line(f"warning: {error}; training goes on (on_save_error: continue)")
+    log.line(f"saved {path}")
 
 
 def open_held_out(cfg: TrainConfig, tokenizer, log: Log) -> Mixture | None:
@@ -513,7 +593,8 @@ def check_choices(cfg: TrainConfig) -> None:
     """Raise ValueError for values that cannot work, naming the choices."""
     choices = {"prompt_style": [*PROMPTS], "action_normalization": [*BOUNDS, "normal"],
                "image_resize_strategy": ["lanczos", "resize-naive", "resize-crop", "letterbox"],
-               "lr_scheduler_type": ["constant", "linear-warmup+cosine-decay"]}
+               "lr_scheduler_type": ["constant", "linear-warmup+cosine-decay"],
+               "on_save_error": ["stop", "continue"]}
     for key, allowed in choices.items():
         if getattr(cfg, key) not in allowed:
             raise ValueError(f"{key}: {getattr(cfg, key)!r} is not one of {', '.join(allowed)}")
@@ -524,9 +605,11 @@ def check_choices(cfg: TrainConfig) -> None:
                 "log_interval", "save_interval", "eval_samples"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}: {getattr(cfg, key)} must be at least 1")
-    for key in ("vision_backbone", "llm_backbone", "tokenizer", "cameras"):
-        if not getattr(cfg, key):
-            raise ValueError(f"{key} is missing: the model needs it")
+    for key in ("vision_backbone", "llm_backbone", "tokenizer"):
+        if not (getattr(cfg, key) or cfg.base_vlm or cfg.pretrained_checkpoint):
+            raise ValueError(f"{key} is missing: the model needs it, or a base_vlm to take it from")
+    if not cfg.cameras:
+        raise ValueError("cameras is empty: the model needs to see something")
 
 
 def load_ds_config(path: Path) -> dict:
@@ -564,11 +647,28 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK is used
     args = parser.parse_args()
     try:
-        train(load_config(args.config, args.set), load_ds_config(args.deepspeed_config))
+        cfg, ds_config = load_config(args.config, args.set), load_ds_config(args.deepspeed_config)
+        neighbour = start_job()
+        train(cfg, ds_config)
+        neighbour.release()
     except (ValueError, CheckpointError, FloatingPointError) as error:  # DataError is a ValueError
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: other ranks may be waiting in a collective, and the launcher ends them
+        os._exit(1)  # at once: other ranks may be waiting in a collective, and find that this one has gone
+    except Exception:
+        time.sleep(2)  # what fails because another rank went is meanwhile ended by Neighbour, without this text
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     dist.destroy_process_group()
+
+
+def start_job() -> Neighbour:
+    """Connect the ranks, under any launcher or none."""
+    if "RANK" not in os.environ:  # plain python: a job of one
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", "29500")
+    deepspeed.init_distributed()
+    return Neighbour()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""What may end a run early, and how all ranks learn of it: signals, dead ranks, bad data, broken numbers.
+
+A rank that stops alone leaves the others waiting in a collective, for minutes and without a word. So nothing
+is decided alone: with Preemption all ranks stop after the same step; Neighbour ends a rank within moments of
+any other's death; stop_if_not_finite goes by a norm that is the same everywhere.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from data import TrainBatches
+from rlds import DataError
+
+
+@functools.cache
+def patient_group() -> dist.ProcessGroup:
+    """All ranks, over TCP, without a timeout: for waiting on disks, beside the traffic of the training."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Preemption:
+    """Whether somebody wants the run to end: SIGTERM or SIGUSR1 to any rank, or the death of its launcher.
+
+    DeepSpeed's launcher is two processes. `deepspeed` passes no signal on, it just dies; its child,
+    deepspeed.launcher.launch, passes SIGTERM on to one rank after the other, and kills each after 30 seconds.
+    Therefore a signal to any rank counts for all, and every rank watches both of them.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.reason: str | None = None
+        self.flag, self.vote = torch.zeros(1), None
+        self.ancestors = self._ancestors()
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def _note(self, number, frame) -> None:
+        self.reason = signal.Signals(number).name
+
+    def _ancestors(self) -> list[int]:
+        """Process ids of the launchers above this process; when one ends, another process takes its place."""
+        try:
+            pids = [os.getppid(), psutil.Process(os.getppid()).ppid()] if launchers() else []
+        except psutil.NoSuchProcess:  # it ended just now
+            pids = []
+        return pids[: launchers()]
+
+    def requested(self) -> bool:
+        """Call it after every step on every rank -> had any rank been told to stop by the end of the step
+        before? The same answer everywhere, and one step late so that nobody waits for it."""
+        if self._ancestors() != self.ancestors:
+            self.reason = self.reason or "the end of its launcher"
+        if self.vote is not None:
+            self.vote.wait()
+        answer = bool(self.flag.item())
+        self.flag.fill_(self.reason is not None)
+        self.vote = dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=patient_group(), async_op=True)
+        return answer
+
+    def close(self) -> None:
+        """Wait for the last vote, which nobody needs, and give the signals back their old meaning."""
+        if self.vote is not None:
+            self.vote.wait()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@functools.cache
+def launchers() -> int:
+    """How many of our parent and grandparent belong to DeepSpeed's launcher: 0, 1 or 2."""
+    names = ["deepspeed.launcher.launch", "deepspeed"]
+    found = zip(names, psutil.Process().parents(), strict=False)
+    return sum(any(Path(word).name == name for word in process.cmdline()[:4]) for name, process in found)
+
+
+def ignore_signals(worker: int) -> None:
+    """For the DataLoader's workers: a whole job's signal reaches them, too. They end when their rank does."""
+    for number in Preemption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dead ranks
+
+
+class Neighbour:
+    """Ends this process when the rank before it dies, and so, round the ring, all ranks on all machines.
+
+    A thread waits for a message that comes only at the very end of the program. The kernel closes a dead
+    process' connections, whereupon the waiting fails. The first rank to go has printed why.
+    """
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        if dist.get_world_size() > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        before = (dist.get_rank() - 1) % dist.get_world_size()
+        try:
+            dist.recv(torch.zeros(1), before, group=self.group)
+        except RuntimeError:
+            print(f"rank {dist.get_rank()} ends because rank {before} ended", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def release(self) -> None:
+        """Tell the next rank that this one ends in good order."""
+        if dist.get_world_size() > 1:
+            dist.send(torch.zeros(1), (dist.get_rank() + 1) % dist.get_world_size(), group=self.group)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad data and broken numbers
+
+
+@contextlib.contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Put step and rank before what goes wrong with the data, whether it is read here or by a worker."""
+    where = f"step {step} rank {dist.get_rank()}"
+    try:
+        yield
+    except (DataError, OSError) as error:  # a worker's has the text of a traceback, whose last line says all
+        text = str(error).strip().splitlines()[-1].removeprefix("rlds.DataError: ")
+        raise DataError(f"{where}: {text}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"{where}: {error} (When a machine runs out of memory it kills processes: "
+                        "lower num_workers.)") from error
+
+
+def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batches: TrainBatches) -> None:
+    """Raise FloatingPointError on every rank when the loss or the gradients of a step became NaN or infinite.
+
+    values: "loss" and "grad_norm", the same on all ranks; losses: this rank's, one per micro-batch of the
+    step. The message names the first rank with a broken loss and the records of that micro-batch.
+    """
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+        return
+    broken = [i for i, loss in enumerate(losses) if not torch.isfinite(loss)]
+    mine, reports = None, [None] * dist.get_world_size()
+    if broken:
+        mine = f"the loss on rank {dist.get_rank()} came from {records(batches, step, broken[0])}"
+    dist.all_gather_object(reports, mine, group=patient_group())
+    cause = next(filter(None, reports), "this step's losses were finite, the gradients were not")
+    raise FloatingPointError(
+        f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']}: {cause}. Nothing of this step "
+        "was saved: continue from the last checkpoint with a smaller learning_rate or max_grad_norm, or look at "
+        "the dataset with data.py --inspect")
+
+
+def records(batches: TrainBatches, step: int, micro: int) -> str:
+    """Dataset, file and record of the samples in micro-batch number `micro` of step `step` (from 1)."""
+    mixture = batches.mixture
+    accumulation = batches.global_batch // (batches.micro_batch * batches.world_size)
+    found = sorted({f"{mixture.names[d]} {mixture.tables[d].where(row)}"
+                    for _, d, row, _ in batches.draw((step - 1) * accumulation + micro)})
+    return "; ".join(found[:8]) + (f" and {len(found) - 8} more records" if len(found) > 8 else "")
