@@ -369,7 +369,7 @@ def resize_image(image: np.ndarray, size: int, strategy: str = "lanczos", fill: 
         x = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
         return x[0].permute(1, 2, 0).numpy()
-    except (ValueError, NotImplementedError):  # before PyTorch 2.15; Pillow agrees to within 1, in four times the time
+    except (ValueError, NotImplementedError):  # before PyTorch 2.15; Pillow: within 1, four times as slow
         return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
 
 
@@ -432,7 +432,7 @@ def augment(image: np.ndarray, top: float, left: float, brightness: float, contr
     value, other = np.maximum(r, high), np.minimum(r, high)
     chroma = value - np.minimum(other, low)
     swapped, below = (g < b).view(np.int8), (r < high).view(np.int8)
-    sextant = below * (12 * swapped - 2) - 6 * swapped  # which part of the colour circle, 0..6, this order means
+    sextant = below * (12 * swapped - 2) - 6 * swapped  # which part of the colour circle this order means
     h = np.abs((other - low) / np.maximum(chroma, np.float32(1e-9)) + sextant) + np.float32(6 * hue)
     h -= np.float32(6) * np.floor(h * np.float32(1 / 6))
     chroma = np.minimum(chroma * np.float32(saturation), value)
