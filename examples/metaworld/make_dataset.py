@@ -32,7 +32,7 @@ from tqdm import tqdm
 from rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
-BLOCK = 5  # episodes per job: making a simulator takes half a second
+BLOCK = 10  # episodes per job: making a simulator takes half a second
 
 
 @functools.lru_cache(maxsize=1)  # one per process: a job's episodes are all of one task

@@ -78,7 +78,7 @@ class Policy:
         self.vla = load_vla(checkpoint, device=device, dtype=dtype)
         cfg = self.cfg = self.vla.cfg
         if len(self.vla.norm_stats) > 1:
-            raise ValueError(f"the model was trained on {sorted(self.vla.norm_stats)}, not on Meta-World alone")
+            raise ValueError(f"the model was trained on {sorted(self.vla.norm_stats)}, not Meta-World alone")
         (self.dataset,) = self.vla.norm_stats
         ((_, _, recipe),) = oxe.resolve_mixture(self.dataset, cfg.datasets)
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
