@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import settings
+
+from rlds import write_rlds
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests/fixtures"
@@ -76,9 +79,10 @@ def ds_json(path: Path, stage: int, bf16: bool = True, **changes) -> Path:
     return path
 
 
-def launch(config: Path, *arguments, ranks: int = 1, launcher: str = "deepspeed", timeout: int = 600):
+def launch(config: Path, *arguments, ranks: int = 1, launcher: str = "deepspeed", timeout: int = 600,
+           script: str = "train_vla.py"):
     """Run train_vla.py as a user does -> the finished process, with .text (all it printed) and .metrics."""
-    script = [str(ROOT / "train_vla.py"), "--config", str(config), *map(str, arguments)]
+    script = [str(ROOT / script), "--config", str(config), *map(str, arguments)]
     bin_dir = Path(sys.executable).parent
     port = str(20000 + os.getpid() % 20000)
     command = {
@@ -103,3 +107,50 @@ def read_metrics(runs: Path) -> dict[int, dict]:
         values = json.loads(line)
         steps.setdefault(values["step"], {}).update(values)
     return steps
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model that has learned to look, for what acts with it
+
+
+def write_colours(root: Path, name: str, scale: float, cameras: int = 1) -> Path:
+    """A dataset whose actions tell what the model saw: dimension 0 is +-scale for the image's red, 1 for its
+    blue, and the gripper's 0 or 1 comes from the instruction. The colour is in the outer quarters of a wide
+    image, so cropping that away or swapping red and blue shows."""
+    import tensorflow_datasets as tfds  # here: it takes a second
+
+    f = tfds.features
+    names, draw = ["image", "wrist"][:cameras], np.random.RandomState(len(name))
+    features = {"steps": f.Dataset({
+        "observation": {**{key: f.Image(shape=(32, 64, 3), encoding_format="jpeg") for key in names},
+                        "state": f.Tensor(shape=(2,), dtype=np.float32)},
+        "action": f.Tensor(shape=(3,), dtype=np.float32), "language_instruction": f.Text()})}
+
+    def episode() -> dict:
+        grip, steps = draw.randint(2), []
+        for red, blue in draw.randint(0, 2, (8, 2)):
+            image = draw.randint(100, 150, (32, 64, 3)).astype(np.uint8)
+            image[:, np.r_[:16, 48:64]] = [30 + 200 * red, 30, 30 + 200 * blue]
+            action = np.array([scale * (2 * red - 1), 3 * scale * (2 * blue - 1), grip], np.float32)
+            observation = {**dict.fromkeys(names, image), "state": draw.randn(2).astype(np.float32)}
+            steps.append({"observation": observation, "action": action,
+                          "language_instruction": ["let go", "hold it"][grip]})
+        return {"steps": steps}
+
+    return write_rlds(root, name, "1.0.0", features,
+                      {"train": [episode() for _ in range(40)], "val": [episode() for _ in range(8)]})
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """A run in float32 that has learned two datasets of write_colours, `cold` and `warmer`, well."""
+    path = tmp_path_factory.mktemp("colours")
+    for name, scale in (("cold", 0.1), ("warmer", 0.3)):
+        write_colours(path, name, scale)
+    config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
+              "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")}, "learning_rate": 3e-3,
+              "max_steps": 100, "log_interval": 5, "run_root_dir": str(path / "runs"), "run_id": "colours"}
+    (path / "colours.yaml").write_text(yaml.safe_dump(config))
+    done = launch(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    assert done.returncode == 0, done.text
+    return path / "runs/colours"

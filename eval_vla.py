@@ -1,0 +1,341 @@
+"""Evaluate a model in open loop: let it act on recorded frames, and compare with what was recorded.
+
+    python eval_vla.py --checkpoint runs/demo+n1+b32+x7                      on held-out episodes
+    python eval_vla.py --checkpoint runs/demo+n1+b32+x7 --on-train-frames    on frames it learned from
+
+Every frame is answered by vla.predict_action from the image as it was recorded, exactly as a robot would ask.
+For each dataset and action dimension this prints the accuracy of the action tokens, L1 in normalised units
+(-1..1) and in those of the dataset, and beside each what always answering the most frequent bin of the
+training data would give. eval.json keeps the numbers, eval.png shows some episodes, recorded against
+predicted. A low open-loop error does not prove a good policy, but a high one proves a bad one.
+
+Robots fail most often because acting prepares its inputs in another way than training did: red and blue
+swapped, another resize, another prompt, other statistics. So the same frames are answered in three ways:
+
+    accuracy_teacher_forced   training's inputs (data.py), each token after the recorded ones: as its log
+    accuracy_greedy           training's inputs, each token after the model's own
+    accuracy_inference        vla.predict_action on the recorded image
+
+The first reproduces the log (accuracy_logged; while training the weights still moved, and images were
+augmented). The last two agree, token for token (`agreement`), unless preparing the inputs differs: that is a
+warning, and with --on-train-frames an error. Where the model was trained with augmentation, all three see the
+centre crop it acts with.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, CheckpointReader
+from data import IGNORE_INDEX, Mixture, center_crop, collate, decode_native, unnormalize
+from model import VLA
+from rlds import DataError
+from weights import load_vla, open_weights
+
+BATCH = 16  # frames the model sees at once
+EPISODES, EPISODE_FRAMES = 3, 300  # drawn in the PNG
+TOLERANCE = 0.03  # "a few points" of accuracy
+UNSAID = {  # what describes the data, where a model of OpenVLA's has no word of it
+    "data_mix": "", "data_root_dir": "", "datasets": {}, "index_dir": None, "max_length": 2048, "seed": 7,
+    "skip_bad_episodes": False,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Three answers to the same frames. A frame is (dataset number, row of its frame table, epoch).
+
+
+def act(vla: VLA, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """What a robot would get, for frames of one dataset: (action tokens (B, T), actions (B, action_chunk,
+    action_dim) in the dataset's units)."""
+    dataset, tokens = frames[0][0], []
+    table, cfg = mixture.tables[dataset], mixture.cfg
+
+    def generate(*inputs) -> torch.Tensor:  # keeps the tokens: actions alone do not tell them exactly
+        tokens.append(VLA.generate(vla, *inputs))
+        return tokens[-1]
+
+    views, texts = [], []
+    for d, row, epoch in frames:
+        first = int(table.first_frames[table.episode_of(row)])
+        images = [table.read_image(max(row - past, first), table.cameras.index(key))
+                  for past in range(cfg.window_size - 1, -1, -1)
+                  for key in mixture.cameras_shown(d, row, epoch)]
+        black = np.zeros((cfg.image_size, cfg.image_size, 3), np.uint8)  # for a camera that is not there
+        views.append([decode_native(image) if image else black for image in images])
+        texts.append(table.instructions[table.frames["instruction"][row]])
+    proprio = [table.frames["proprio"][row] for _, row, _ in frames] if cfg.use_proprio else None
+    vla.generate = generate
+    try:
+        actions = vla.predict_action(views, texts, mixture.names[dataset], proprio)
+    finally:
+        del vla.generate
+    return tokens[0].cpu().numpy(), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
+
+
+@torch.inference_mode()
+def recall(vla: VLA, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From training's own inputs: (teacher-forced, greedy, true) action tokens, each (B, T)."""
+    samples = [mixture.sample(*frame) for frame in frames]
+    if mixture.cfg.image_aug:
+        for sample in samples:
+            sample["images"] = np.stack([center_crop(x, mixture.cfg.image_size) for x in sample["images"]])
+    prompts = [sample["input_ids"][sample["labels"] == IGNORE_INDEX].tolist() for sample in samples]
+    batch = collate(samples, mixture.tokenizer.pad_token_id)
+    batch = {key: value.to(vla.llm.device) for key, value in batch.items() if key != "dataset"}
+    _, forced, true = vla(**batch)
+    greedy = vla.generate(batch["images"], prompts, batch.get("proprio"))
+    return forced.cpu().numpy(), greedy.cpu().numpy(), true.cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def measure(vla: VLA, mixture: Mixture, d: int, rows: np.ndarray, answers: dict[str, np.ndarray],
+            constant: np.ndarray) -> dict:
+    """How good the answers to frames `rows` (R,) of dataset d are.
+
+    answers: tokens (R, T) by name: true, inference, ...; and `actions` (R, action_chunk, action_dim).
+    constant: the most frequent token for each of the T. Accuracy and normalised L1 are training's: of tokens,
+    and of their bins' centres. The L1 in the dataset's units is against the recorded action itself, as far as
+    the episode goes.
+    """
+    tokenizer, cfg = vla.action_tokenizer, mixture.cfg
+    recorded, shape = record(mixture, d, rows), (len(rows), cfg.action_chunk, cfg.action_dim)
+    frequent = np.broadcast_to(constant, answers["true"].shape)
+    kind, stats = cfg.action_normalization, mixture.statistics[mixture.names[d]]["action"]
+    frequent_actions = unnormalize(tokenizer.decode(frequent).reshape(shape), stats, kind)
+    result: dict = {"frames": len(rows)}
+    for name, tokens, actions in (("inference", answers["inference"], answers["actions"]),
+                                  ("most_frequent_bin", frequent, frequent_actions)):
+        correct = (tokens == answers["true"]).reshape(shape)
+        normalised = np.abs(tokenizer.decode(tokens) - tokenizer.decode(answers["true"])).reshape(shape)
+        physical = np.abs(actions - recorded)
+        result[name] = {
+            "accuracy": float(correct.mean()), "accuracy_per_dim": correct.mean((0, 1)).tolist(),
+            "l1": float(normalised.mean()), "l1_per_dim": normalised.mean((0, 1)).tolist(),
+            "l1_units_per_dim": np.nanmean(physical, (0, 1)).tolist()}
+    return result
+
+
+def record(mixture: Mixture, d: int, rows: np.ndarray) -> np.ndarray:
+    """The recorded actions (R, action_chunk, action_dim) that follow frames `rows`, in the dataset's units;
+    NaN past the end of the episode."""
+    table = mixture.tables[d]
+    episode = table.episodes[table.episode_of(rows)]
+    wanted = rows[:, None] + np.arange(mixture.cfg.action_chunk)
+    last = (episode["first"] + episode["count"])[:, None].astype(np.int64) - 1
+    actions = table.frames["action"][np.minimum(wanted, last)].astype(np.float64)
+    actions[wanted > last] = np.nan
+    return actions
+
+
+def most_frequent_tokens(mixture: Mixture, d: int, samples: int) -> np.ndarray:
+    """The most frequent id of each action token (T,) in dataset d: the answer that knows no image."""
+    index = np.linspace(0, mixture.sizes[d] - 1, min(samples, mixture.sizes[d])).astype(np.int64)
+    actions = mixture.actions(d, mixture.rows(np.full(len(index), d), index))
+    tokens = mixture.action_tokenizer.encode(actions.reshape(len(index), -1))
+    return np.array([np.bincount(column).argmax() for column in tokens.T])
+
+
+def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int, on_train_frames: bool
+                    ) -> float | None:
+    """What training logged: on held-out frames at this step, or on the last `samples` training frames."""
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not on_train_frames:
+        return next((line["eval/accuracy"] for line in lines
+                     if line["step"] == step and "eval/accuracy" in line), None)
+    lines = [line for line in lines if "accuracy" in line and line["step"] <= step]
+    total = seen = 0.0
+    for line, before in zip(reversed(lines), [*reversed(lines[:-1]), {"step": 0}], strict=True):
+        steps = line["step"] - before["step"]
+        total, seen = total + steps * line["accuracy"], seen + steps
+        if seen * global_batch >= samples:
+            break
+    return total / seen if seen else None
+
+
+def verdict(accuracy: dict[str, float], agreement: float, strategy: str) -> tuple[str | None, list[str]]:
+    """What the accuracies say: the mismatch between training and acting, if there is one, and what else is
+    worth knowing."""
+    mismatch, remarks = None, []
+    forced, greedy, inference = (accuracy[name] for name in ("teacher_forced", "greedy", "inference"))
+    if agreement < 1 - TOLERANCE:
+        mismatch = (f"{1 - agreement:.1%} of the action tokens are others when it acts on the recorded "
+                    f"images (accuracy {inference:.3f}) than on training's inputs ({greedy:.3f}), so acting "
+                    f"prepares them differently: compare image_resize_strategy ({strategy}), the order of "
+                    "colours and cameras, the prompt and the statistics")
+    if forced - greedy > TOLERANCE:
+        remarks.append(f"note: {forced:.3f} after the recorded tokens, {greedy:.3f} after its own: a mistake "
+                       "in one token leads to others; no fault of the inputs")
+    if forced < accuracy.get("logged", 0.0) - 2 * TOLERANCE:
+        remarks.append(f"warning: the saved weights reach {forced:.3f} where training logged "
+                       f"{accuracy['logged']:.3f}: config.json or the data are not those of the training")
+    return mismatch, remarks
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def draw_episodes(vla: VLA, mixture: Mixture, path: Path) -> None:
+    """Some episodes side by side, a row for each action dimension."""
+    dims, width, height, margin = mixture.action_dim, 380, 100, 60
+    sheet = Image.new("RGB", (width * EPISODES, height * dims + 40), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column in range(EPISODES):
+        d = column % len(mixture.names)
+        name, (first, count, _) = mixture.names[d], mixture.runs[d]
+        run = int((column + 0.5) / EPISODES * len(first))
+        rows = first[run] + np.arange(min(count[run], EPISODE_FRAMES))
+        batches = [[(d, row, 0) for row in rows[i : i + BATCH].tolist()] for i in range(0, len(rows), BATCH)]
+        predicted = np.concatenate([act(vla, mixture, batch)[1][:, 0] for batch in batches])  # (R, A)
+        recorded = record(mixture, d, rows)[:, 0]
+        table, stats = mixture.tables[d], mixture.statistics[name]["action"]
+        left, right = column * width + margin, (column + 1) * width - 10
+        text = table.instructions[table.frames["instruction"][rows[0]]]
+        title = f"{name}, frames {rows[0]}..{rows[-1]}: recorded black, predicted orange"
+        pen.multiline_text((left, 4), f"{title}\n{text[:50]}", "black")
+        for dim in range(dims):
+            box = (left, 40 + dim * height, right, 30 + (dim + 1) * height)
+            usual = [stats["q01"][dim], stats["q99"][dim]]
+            draw_curves(pen, box, f"dim {dim}", recorded[:, dim], predicted[:, dim], usual)
+    sheet.save(path)
+
+
+def draw_curves(pen: ImageDraw.ImageDraw, box: tuple, title: str, recorded: np.ndarray,
+                predicted: np.ndarray, usual: list[float]) -> None:
+    """Two curves (R,) in a frame that shows at least the usual range, with the range at its left."""
+    left, top, right, bottom = box
+    values = np.concatenate([recorded, predicted, usual])
+    low, high = values.min(), max(values.max(), values.min() + 1e-6)
+    pen.rectangle(box, outline="lightgray")
+    for y, text in ((top, f"{high:.3g}"), ((top + bottom) // 2 - 6, title), (bottom - 12, f"{low:.3g}")):
+        pen.text((left - 55, y), text, "black")
+    x = np.linspace(left, right, len(recorded))
+    for curve, colour in ((recorded, "black"), (predicted, "darkorange")):
+        y = bottom - 4 - (curve - low) / (high - low) * (bottom - top - 8)
+        pen.line([*zip(x.tolist(), y.tolist(), strict=True)], colour, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def evaluate(vla: VLA, checkpoint: Path, cfg: SimpleNamespace, samples: int, on_train_frames: bool, out: Path
+             ) -> None:
+    """Do all of it, and raise DataError if training and acting do not match on training frames."""
+    mixture, learned = open_mixture(vla, cfg, on_train_frames), open_mixture(vla, cfg, True)
+    step, run_dir = 0, checkpoint.parent.parent
+    if (checkpoint / "checkpoint.json").exists():
+        step = CheckpointReader(checkpoint).meta["step"]
+    known = cfg.global_batch_size * step if step and cfg.data_mix == vla.cfg.data_mix else 0
+    samples = min(samples, known or int(mixture.sizes.sum()))
+    frames = np.stack(mixture.draw(known - samples if known and on_train_frames else 0, samples), axis=1)
+
+    results, every = {}, []
+    for d in np.unique(frames[:, 0]).tolist():
+        chosen = frames[frames[:, 0] == d]
+        answers = ask(vla, mixture, chosen)
+        every.append(answers)
+        results[mixture.names[d]] = measure(vla, mixture, d, chosen[:, 1], answers,
+                                            most_frequent_tokens(learned, d, samples))
+        report(mixture.names[d], results[mixture.names[d]])
+    tokens = {name: np.concatenate([answers[name] for answers in every])
+              for name in ("teacher_forced", "greedy", "inference", "true")}
+    accuracy = {name: float((tokens[name] == tokens["true"]).mean()) for name in [*tokens][:3]}
+    agreement = float((tokens["greedy"] == tokens["inference"]).mean())
+    if known and (logged := logged_accuracy(run_dir, step, samples, cfg.global_batch_size, on_train_frames)):
+        accuracy = {"logged": logged, **accuracy}
+    print(f"{'train' if on_train_frames else 'held-out'} frames {samples} "
+          + " ".join(f"accuracy_{name} {value:.4f}" for name, value in accuracy.items())
+          + f" agreement {agreement:.4f}")
+    mismatch, remarks = verdict(accuracy, agreement, cfg.image_resize_strategy)
+    draw_episodes(vla, mixture, out)
+    facts = {"checkpoint": str(checkpoint), "data_mix": cfg.data_mix, "on_train_frames": on_train_frames,
+             "frames": samples, "accuracy": accuracy, "agreement": agreement, "mismatch": mismatch,
+             "datasets": results}
+    out.with_suffix(".json").write_text(json.dumps(facts, indent=2))
+    print(f"wrote {out} {out.with_suffix('.json')}")
+    for remark in remarks:
+        print(remark)
+    if mismatch and on_train_frames:
+        raise DataError(mismatch)
+    if mismatch:
+        print(f"warning: {mismatch}")
+
+
+def open_mixture(vla: VLA, cfg: SimpleNamespace, train: bool) -> Mixture:
+    """The data, normalised by the model's own statistics."""
+    mixture = Mixture(cfg, vla.tokenizer, train)
+    if mixture.action_dim != cfg.action_dim:
+        raise DataError(f"data_mix {cfg.data_mix}: its actions have {mixture.action_dim} dimensions, the "
+                        f"model's {cfg.action_dim}")
+    mixture.proprio_dim = cfg.proprio_dim
+    for name, ours in mixture.statistics.items():
+        theirs = vla.dataset_statistics(name)
+        if train and not all(np.allclose(ours["action"][key], theirs["action"][key], rtol=1e-3, atol=1e-6)
+                             for key in ("q01", "q99")):
+            print(f"warning: {name}: not the dataset that the model was trained on: its actions have other "
+                  "quantiles; the model's are used")
+        mixture.statistics[name] = theirs
+    return mixture
+
+
+def ask(vla: VLA, mixture: Mixture, frames: np.ndarray) -> dict[str, np.ndarray]:
+    """All answers to frames (R, 3) of one dataset, as `measure` takes them."""
+    parts = []
+    for i in tqdm(range(0, len(frames), BATCH), mixture.names[frames[0, 0]], unit="batch", leave=False):
+        batch = [tuple(frame) for frame in frames[i : i + BATCH].tolist()]
+        parts.append([*recall(vla, mixture, batch), *act(vla, mixture, batch)])
+    names = ("teacher_forced", "greedy", "true", "inference", "actions")
+    return {name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def report(name: str, result: dict) -> None:
+    """Print a dataset's numbers."""
+    model, constant = result["inference"], result["most_frequent_bin"]
+    print(f"dataset {name} frames {result['frames']} accuracy {model['accuracy']:.4f} most_frequent_bin "
+          f"{constant['accuracy']:.4f} l1 {model['l1']:.4f} most_frequent_bin {constant['l1']:.4f}")
+    for dim in range(len(model["l1_per_dim"])):
+        values = [(key, model[f"{key}_per_dim"][dim], constant[f"{key}_per_dim"][dim])
+                  for key in ("accuracy", "l1", "l1_units")]
+        print(f"dataset {name} dim {dim}",
+              *(f"{key} {ours:.4g} most_frequent_bin {theirs:.4g}" for key, ours, theirs in values))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, OpenVLA's, or a hub id")
+    parser.add_argument("--data_mix", help="mixture or dataset; default: the one it was trained on")
+    parser.add_argument("--data_root_dir", help="folder of the datasets; default: where training had it")
+    parser.add_argument("--samples", type=int, default=1024, help="how many frames")
+    parser.add_argument("--on-train-frames", action="store_true", help="the last frames it learned from")
+    parser.add_argument("--out", type=Path, default=Path("eval.png"), help="picture; numbers go beside it")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    try:
+        checkpoint = Path(open_weights(args.checkpoint).where)
+        vla = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+        vla.cfg = SimpleNamespace(**{**UNSAID, **vars(vla.cfg)})
+        given = {key: getattr(args, key) for key in ("data_mix", "data_root_dir") if getattr(args, key)}
+        cfg = SimpleNamespace(**{**vars(vla.cfg), **given})
+        if missing := [f"--{key}" for key in ("data_mix", "data_root_dir") if not getattr(cfg, key)]:
+            raise ValueError(f"{args.checkpoint} does not say on what data: give {' and '.join(missing)}")
+        evaluate(vla, checkpoint, cfg, args.samples, args.on_train_frames, args.out)
+    except (ValueError, CheckpointError) as error:  # DataError is a ValueError
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""eval_vla.py on real runs: the numbers training logged come back, and broken inputs are noticed."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY, launch, read_metrics, write_colours
+from PIL import Image
+
+import eval_vla
+from model import VLA
+
+
+def evaluate(monkeypatch, capsys, run, out, *arguments) -> tuple[dict, str]:
+    """Run eval_vla.py -> (eval.json, what it printed); raises SystemExit as it does."""
+    monkeypatch.setattr(sys, "argv", ["eval_vla.py", "--checkpoint", str(run), "--out", str(out / "eval.png"),
+                                      *map(str, arguments)])
+    eval_vla.main()
+    return json.loads((out / "eval.json").read_text()), capsys.readouterr().out
+
+
+def test_held_out_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
+    facts, printed = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32)
+    logged = read_metrics(colours.parent)[100]
+    accuracy = facts["accuracy"]
+    assert accuracy["logged"] == logged["eval/accuracy"]
+    assert accuracy["teacher_forced"] == pytest.approx(accuracy["logged"], abs=1e-6)
+    assert accuracy["teacher_forced"] == accuracy["greedy"] == accuracy["inference"] > 0.85
+    assert facts["agreement"] == 1 and facts["mismatch"] is None and "warning" not in printed
+    for name in ("cold", "warmer"):
+        ours, constant = (facts["datasets"][name][key] for key in ("inference", "most_frequent_bin"))
+        assert ours["l1"] == pytest.approx(logged[f"eval/l1/{name}"], abs=1e-6)
+        assert constant["accuracy"] < 0.7 and constant["l1"] > 0.5
+        # half a bin of +-0.1, +-0.3 in the dataset's units; the gripper's 0 and 1 are bins themselves
+        scale = {"cold": 0.1, "warmer": 0.3}[name]
+        assert max(ours["l1_units_per_dim"][0] / scale, ours["l1_units_per_dim"][1] / (3 * scale)) < 0.005
+        assert f"dataset {name} dim 2 accuracy 1 " in printed
+    picture = np.array(Image.open(tmp_path / "eval.png"))
+    assert (picture == [255, 140, 0]).all(-1).sum() > 500  # the predicted curves
+
+
+def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
+    facts, _ = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 80, "--on-train-frames")
+    assert facts["accuracy"]["logged"] == pytest.approx(read_metrics(colours.parent)[100]["accuracy"])
+    assert facts["accuracy"]["inference"] == pytest.approx(facts["accuracy"]["logged"], abs=0.05)
+    assert facts["frames"] == 80 and facts["mismatch"] is None
+
+
+def swapped(see):
+    return lambda vla, image: see(vla, np.asarray(image)[..., ::-1].copy())
+
+
+def test_swapped_colours_are_noticed(colours, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(VLA, "see", swapped(VLA.see))
+    facts, printed = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32)
+    assert facts["accuracy"]["inference"] < 0.8 < facts["accuracy"]["teacher_forced"]
+    assert "warning: " in printed and "the order of colours" in printed
+    with pytest.raises(SystemExit, match=r"error: .* of the action tokens are others when it acts"):
+        evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32, "--on-train-frames")
+
+
+def changed_run(run, path, **changes):
+    """A copy of a run whose config.json says something else."""
+    shutil.copytree(run, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    return path
+
+
+def test_another_resize_is_noticed(colours, monkeypatch, capsys, tmp_path):
+    run = changed_run(colours, tmp_path / "run", image_resize_strategy="resize-crop")
+    with pytest.raises(SystemExit, match=r"image_resize_strategy \(resize-crop\)"):
+        evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, "--on-train-frames")
+
+
+def test_a_config_that_is_not_the_training_s_is_noticed(colours, monkeypatch, capsys, tmp_path):
+    """Both paths go wrong together then, but not as well as the log says."""
+    run = changed_run(colours, tmp_path / "run", prompt_style="phi", action_normalization="normal")
+    facts, printed = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 64, "--on-train-frames")
+    assert facts["mismatch"] is None and "config.json or the data are not those of the training" in printed
+
+
+def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tmp_path):
+    """Everything a model can be trained with goes through inference as through training."""
+    write_colours(tmp_path, "arm", 0.2, cameras=2)
+    config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "image_aug": True,
+              "use_proprio": True,
+              "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
+              "window_size": 2, "action_chunk": 2, "max_steps": 30, "learning_rate": 3e-3,
+              "run_root_dir": str(tmp_path / "runs"), "run_id": "arm"}
+    (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
+    done = launch(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    assert done.returncode == 0, done.text
+    run = tmp_path / "runs/arm--image_aug"
+    for extra in ([], ["--on-train-frames"]):
+        facts, _ = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, *extra)
+        assert facts["agreement"] == 1
+        assert len(facts["datasets"]["arm"]["inference"]["l1_units_per_dim"]) == 3
+    monkeypatch.setattr(eval_vla, "center_crop", lambda image, size: image)
+    seen = []
+    generate = VLA.generate
+    monkeypatch.setattr(VLA, "generate", lambda vla, images, *rest: (seen.append(images),
+                                                                     generate(vla, images, *rest))[1])
+    evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 16)
+    assert not torch.equal(seen[0], seen[1])  # without the crop, training's inputs are others
+
+
+def test_mistakes_name_the_cure(colours, monkeypatch, capsys, tmp_path):
+    for arguments, message in (
+            (["--data_mix", "nothing_like_it"], "nothing_like_it"),
+            (["--data_root_dir", tmp_path], "no TFDS dataset there")):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            evaluate(monkeypatch, capsys, colours, tmp_path, *arguments)
+    write_colours(tmp_path, "unseen", 1.0)
+    run = changed_run(colours, tmp_path / "run", datasets={"unseen": {"primary": "image"}})
+    with pytest.raises(SystemExit, match=r"unnorm_key 'unseen' is not one of .*\['cold', 'warmer'\]"):
+        evaluate(monkeypatch, capsys, run, tmp_path, "--data_mix", "unseen", "--data_root_dir", tmp_path)
