@@ -194,7 +194,7 @@ def main() -> None:
     kept = record_all(wanted, recording, scratch, args.workers)
     splits = {split: episodes_of(split, kept, scratch) for split, count in counts.items() if count}
     path = write_rlds(args.out, args.name, "1.0.0", features(args.cameras, args.image_size), splits)
-    (path / "recording.json").write_text(json.dumps(recording))  # rollout.py acts under the same conditions
+    (path / "recording.json").write_text(json.dumps(recording) + "\n")  # for rollout.py, to do the same
     shutil.rmtree(scratch)
     print(path)
 

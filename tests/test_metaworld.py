@@ -1,0 +1,217 @@
+"""examples/metaworld: recording, closed loop and counting, with the real simulator.
+
+Skipped where Meta-World, MuJoCo or an OpenGL to render with is missing: nothing of the core needs them.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import Pipe
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY, launch
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+EXAMPLE = ROOT / "examples/metaworld"
+sys.path.insert(0, str(EXAMPLE))
+CAMERA = {"cameras": ["image", "gripperPOV"], "image_size": 32, "jpeg_quality": 90, "action_repeat": 4}
+RECORDING = {**CAMERA, "noise": 0.0, "tail": 0}
+
+try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its first context
+    import make_dataset
+    import rollout
+    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
+
+    Simulator("reach-v3", **CAMERA)
+except Exception as error:
+    pytest.skip(f"no simulator: {error!r}", allow_module_level=True)
+
+
+def python(script: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
+    """Run one of the example's scripts as a user does."""
+    command = [sys.executable, str(EXAMPLE / script), *map(str, arguments)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=600)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_tasks_are_meta_worlds_fifty():
+    assert len(INSTRUCTIONS) == len(set(INSTRUCTIONS.values())) == 50
+    assert {name: len(tasks) for name, tasks in GROUPS.items()} == {
+        "easy": 28, "medium": 11, "hard": 6, "very_hard": 5}
+    assert sorted(task for tasks in GROUPS.values() for task in tasks) == sorted(INSTRUCTIONS)
+    assert task_names(["reach-v3", "demo"])[:2] == ["reach-v3", "button-press-topdown-v3"]
+    with pytest.raises(ValueError, match="reach-v2"):
+        task_names(["reach-v2"])
+
+
+@pytest.mark.parametrize("task", ["reach-v3", "drawer-open-v3", "pick-place-v3"])
+def test_an_episode_is_a_function_of_its_seed(task):
+    def look(simulator, seed):
+        simulator.reset(seed)
+        for action in np.random.default_rng(0).uniform(-1, 1, (5, 4)):
+            simulator.step(action)
+        return simulator.observation()
+
+    used, fresh = Simulator(task, **CAMERA), Simulator(task, **CAMERA)
+    other = look(used, 3)
+    for simulator in (used, Simulator(task, **CAMERA, renderer=used.renderer)):
+        same, reference = look(simulator, 4), look(fresh, 4)
+        assert same["state"].tobytes() == reference["state"].tobytes()
+        assert all(same[camera] == reference[camera] for camera in CAMERA["cameras"])
+    assert other["image"] != reference["image"]
+
+
+def test_positions_are_the_benchmarks():
+    """Drawn from a seed, the positions have the range of metaworld.MT1's, and they place things as it does."""
+    import pickle
+
+    import metaworld
+
+    benchmark = metaworld.MT1("push-v3", seed=1)
+    theirs = [pickle.loads(task.data)["rand_vec"] for task in benchmark.train_tasks]
+    simulator, ours = Simulator("push-v3", **CAMERA), []
+    for seed in range(50):
+        simulator.reset(seed)
+        ours.append(np.array(simulator.env._last_rand_vec))
+    assert np.ptp(ours, axis=0) == pytest.approx(np.ptp(theirs, axis=0), rel=0.2)
+    placed = simulator.state.copy()
+    simulator.env._freeze_rand_vec = True  # what MT1's tasks do with a vector
+    assert np.array_equal(simulator.env.reset()[0], placed)
+
+
+def test_a_recording_can_be_played_back():
+    """A recorded action does in a rollout what the expert's did, and the policy sees what was recorded."""
+    episode = make_dataset.record("button-press-topdown-v3", 5, RECORDING)
+    simulator = Simulator("button-press-topdown-v3", **CAMERA)
+    simulator.reset(5)
+    for step in episode["steps"]:
+        seen = simulator.observation()
+        assert not simulator.over and seen["image"] == step["observation"]["image"]
+        assert seen["gripperPOV"] == step["observation"]["gripperPOV"]
+        assert np.array_equal(seen["state"], step["observation"]["state"])
+        simulator.step(step["action"])
+    assert simulator.success_at == simulator.steps
+
+
+def test_noise_and_tail():
+    plain, noisy, long = (make_dataset.record("reach-v3", 1, {**RECORDING, **changes})["steps"]
+                          for changes in ({}, {"noise": 0.5}, {"tail": 3}))
+    assert len(long) == len(plain) + 3 and long[-1]["is_last"] and not long[-2]["is_last"]
+    assert np.array_equal(plain[0]["action"], noisy[0]["action"])  # the expert's, not what was executed
+    assert not np.array_equal(plain[1]["observation"]["state"], noisy[1]["observation"]["state"])
+
+
+def test_an_interrupted_recording_goes_on_to_the_same_bytes(tmp_path):
+    def arguments(out):
+        return ["--tasks", "reach-v3", "coffee-button-v3", "--episodes", "12", "--val_episodes", "1",
+                "--workers", "2", "--image_size", "32", "--action_repeat", "4", "--name", "mw", "--out", out]
+
+    python("make_dataset.py", *arguments(tmp_path / "whole"))
+    command = [sys.executable, str(EXAMPLE / "make_dataset.py"), *map(str, arguments(tmp_path / "cut"))]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    scratch = tmp_path / "cut/.mw.episodes"
+    while process.poll() is None and len(list(scratch.glob("reach-v3-*"))) < 3:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert scratch.exists() and not (tmp_path / "cut/mw").exists()
+    other = python("make_dataset.py", *arguments(tmp_path / "cut"), "--noise", "0.5", check=False)
+    assert other.returncode == 1 and "recorded with other options" in other.stderr
+    python("make_dataset.py", *arguments(tmp_path / "cut"))
+
+    def digests(out):
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (out / "mw/1.0.0").iterdir()
+                if p.is_file()}
+
+    assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
+    assert not scratch.exists()
+    again = python("make_dataset.py", *arguments(tmp_path / "cut"), check=False)
+    assert again.returncode == 1 and "exists" in again.stderr
+
+
+def test_play_shows_the_last_frames_and_executes_chunks():
+    """The observations of a window are those of the last steps, oldest first; finished trials stay put."""
+    ours, theirs = Pipe()
+    player = threading.Thread(target=rollout.play, args=(theirs,))
+    player.start()
+    ours.send(("reach-v3", [7, 8], 3, CAMERA))
+    simulator = Simulator("reach-v3", **CAMERA)
+    simulator.reset(7)
+    expected = [simulator.observation()] * 3
+    actions = np.random.default_rng(0).uniform(-1, 1, (200, 4))
+    kind, histories = ours.recv()
+    for first in range(0, 40, 4):
+        assert kind == "see" and len(histories) == 2
+        for seen, wanted in zip(histories[0], expected[-3:], strict=True):
+            assert seen["image"] == wanted["image"] and np.array_equal(seen["state"], wanted["state"])
+        ours.send(np.stack([actions[first : first + 4]] * 2))
+        for action in actions[first : first + 4]:
+            simulator.step(action)
+            expected.append(simulator.observation())
+        kind, histories, *_ = ours.recv()
+    while kind == "see":
+        ours.send(np.zeros((2, 4, 4)))
+        kind, histories, *results = ours.recv()
+    assert kind == "done" and [trial["seed"] for trial in results[0]] == [7, 8]
+    assert all(trial["success_at"] == trial["steps"] or trial["steps"] == MAX_STEPS for trial in results[0])
+    ours.send(None)
+    player.join(30)
+
+
+def tiny_run(folder: Path) -> Path:
+    """A few steps of training on the demonstrations in the repository, with chunks and the robot's state."""
+    changes = {"run_root_dir": str(folder), "run_id": "run", "max_steps": 2, "use_proprio": True,
+               "action_chunk": 4, "parallel_decoding": True, "window_size": 2}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **changes}))
+    done = launch(folder / "tiny.yaml", launcher="python")
+    assert done.returncode == 0, done.text
+    return folder / "run"
+
+
+def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
+    """Twice the same command, one of them cut in two and with other tasks beside: the same results."""
+    folder = tmp_path_factory.mktemp("rollout")
+    run = tiny_run(folder)
+    common = ["--checkpoint", run, "--trials", "2", "--execute", "3", "--device", "cpu"]
+    python("rollout.py", *common, "--tasks", "reach-v3", "--out", folder / "alone")
+    python("rollout.py", *common, "--tasks", "coffee-button-v3", "--out", folder / "together")
+    done = python("rollout.py", *common, "--tasks", "coffee-button-v3", "reach-v3", "drawer-close-v3",
+                  "--out", folder / "together", "--workers", "3")
+    alone, together = (json.loads((folder / name / "reach-v3-0.json").read_text())
+                       for name in ("alone", "together"))
+    assert alone == together
+    assert [trial["seed"] for trial in alone] == [200_000, 200_001]
+    summary = json.loads((folder / "together/summary.json").read_text())
+    assert summary["execute"] == 3 and summary["per_task_average"]["trials"] == 6
+    assert "macro_average" in done.stdout
+    pictures = {path.name for path in (folder / "together").iterdir()}
+    assert {"success.png", "rollouts.gif", "rollouts_end.png"} <= pictures
+    refused = python("rollout.py", *common[:-4], "--execute", "1", "--device", "cpu", "--tasks", "reach-v3",
+                     "--out", folder / "alone", check=False)
+    assert refused.returncode == 1 and "other conditions" in refused.stderr
+
+
+def test_averages():
+    def episodes(*success_at):
+        return [{"seed": i, "steps": at or 500, "success_at": at} for i, at in enumerate(success_at)]
+
+    results = {("reach-v3", 0): episodes(10, 20), ("window-open-v3", 0): episodes(450, None),
+               ("push-v3", 0): episodes(None, None), ("push-v3", 1): episodes(30, 30)}
+    summary = rollout.summarize(results)
+    assert summary["groups"]["easy"]["rate"] == 0.75 and summary["groups"]["hard"]["rate"] == 0.5
+    assert summary["macro_average"]["rate"] == 0.625
+    assert summary["per_task_average"]["rate"] == 5 / 8 and summary["per_task_average_400"]["rate"] == 4 / 8
+    assert summary["seeds"]["1"]["macro_average"]["rate"] == 1
+    assert "seed 1 per_task_average 100.0%" in rollout.table(summary)
+    assert rollout.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # SciPy's figures
+    assert rollout.wilson(0, 10)[0] == 0 and rollout.wilson(10, 10)[1] == 1
