@@ -84,9 +84,14 @@ def find_slice(engine, param: torch.nn.Parameter) -> Slice | None:
     return Slice(flat, 0, 0, param.numel(), replicated=True)
 
 
+def optimizers(engine) -> list[torch.optim.Optimizer]:
+    """The optimizer; and when the JSON offloads only a part (`ratio`), also that of the part on the GPU."""
+    return [engine.basic_optimizer, *filter(None, [getattr(engine.optimizer, "backup_optimizer", None)])]
+
+
 def optimizer_state(engine, flat: torch.Tensor) -> dict:
     """AdamW's state of one flat tensor, made here if it has not stepped yet."""
-    state = engine.basic_optimizer.state[flat]
+    state = optimizers(engine)[-1 if flat.is_cuda else 0].state[flat]
     if "exp_avg" not in state:
         state.update({kind: torch.zeros_like(flat.data) for kind in MOMENTS})
         state["step"] = torch.zeros((), device=flat.device)  # a tensor, because it is PyTorch's fused AdamW
@@ -97,7 +102,7 @@ def set_optimizer_step(engine, step: int) -> None:
     """Set AdamW's step count, which its bias correction depends on. At the start of a run, too: in bf16
     and stage 0 DeepSpeed makes one step of its own while it initialises (at learning rate 0, so it only
     counts)."""
-    for state in engine.basic_optimizer.state.values():
+    for state in (state for optimizer in optimizers(engine) for state in optimizer.state.values()):
         if isinstance(state.get("step"), torch.Tensor):
             state["step"].fill_(step)
         elif "step" in state:

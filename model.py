@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from action_tokenizer import ActionTokenizer, prompt_ids
 from data import center_crop, normalize, resize_image, unnormalize
@@ -42,6 +42,7 @@ class VLA(nn.Module):
         self.action_tokenizer = ActionTokenizer(tokenizer.action_vocab_size)
         self.num_action_tokens = cfg.action_chunk * cfg.action_dim
         self.norm_stats: dict = {}  # the dataset_statistics.json of its training; predict_action needs it
+        self.graphs: dict | None = None  # see speed_up
 
         towers = {name: build_tower(cfg.image_size, **kwargs) for name, kwargs in cfg.vision_backbone.items()}
         names = [f"{name}_featurizer" for name in towers] if len(towers) > 1 else ["featurizer"]
@@ -132,50 +133,133 @@ class VLA(nn.Module):
                   (False, True): "vla-sandwich-train", (True, True): "vla-last-layer-train"}
         return stages[freeze_vision_backbone, freeze_llm_backbone]
 
+    def count_parameters(self) -> tuple[int, int]:
+        """(all, trained), also where ZeRO-3 has left only slices."""
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.parameters()]
+        return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All transformer blocks: of the towers, then of the language model."""
+        towers = [block for tower in self.vision_backbone.values() for block in tower.blocks]
+        return [*towers, *self.llm.base_model.layers]
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse the operations inside each block. Blocks of a kind share one compilation,
+        and what DeepSpeed does between modules stays outside."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward)
+
     def recompute_activations(self) -> None:
-        """Keep only the inputs of the language model's layers for the backward pass and compute the rest
-        again."""
-        for layer in self.llm.base_model.layers:
+        """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        for block in self.blocks:
             # nothing here is random (no dropout), so the generators' states need not be kept
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def training_flops(self, num_tokens: int, num_images: int = 1) -> float:
+        """Floating-point operations of one training sample with num_tokens of text, without recomputation.
+
+        The usual count: for each weight of a matrix and each token 2 in the forward pass, 2 for the gradient
+        of the input and 2 for that of the weight if it is trained; for attention, 4 x width x tokens^2 a
+        block forward and twice that backward. A frozen tower has no backward pass: nothing before it is
+        trained. Embedding tables are looked up, not multiplied; the LM head sees the action tokens only.
+        """
+        def block_flops(blocks, width, tokens):
+            weights = sum(weight_flops(p) for block in blocks for p in block.parameters() if p.ndim > 1)
+            return tokens * (weights + (4 + 8 * trained) * len(blocks) * width * tokens)
+
+        def weight_flops(p):  # ds_numel: where ZeRO-3 has left only slices
+            return getattr(p, "ds_numel", p.numel()) * (2 + trained * (2 + 2 * p.requires_grad))
+
+        total, patches = 0.0, 0
+        for tower in self.vision_backbone.values():
+            trained = any(p.requires_grad for p in tower.parameters())
+            patches = num_images * tower.patch_embed.num_patches
+            tokens = tower.patch_embed.num_patches + tower.num_prefix_tokens
+            total += num_images * block_flops(tower.blocks[:-1], tower.embed_dim, tokens)
+        trained = 1
+        total += patches * sum(weight_flops(p) for p in self.projector.parameters() if p.ndim > 1)
+        layers, width = self.llm.base_model.layers, self.llm.config.hidden_size
+        head = weight_flops(self.llm.get_output_embeddings().weight) * (self.num_action_tokens + 1)
+        return total + head + block_flops(layers, width, num_tokens + patches + self.cfg.use_proprio)
 
     # --------------------------------------------------------------------------------------------------------
     # Acting
 
     @torch.inference_mode()
     def generate(self, images, prompts: Sequence[Sequence[int]], proprio=None) -> torch.Tensor:
-        """Greedy action tokens (B, num_action_tokens) for images (B, N, H, W, 3) uint8 and prompts of
-        token ids, one after the other with a key-value cache; only action ids can be chosen."""
-        device, lengths = images.device, torch.tensor([len(prompt) for prompt in prompts])
-        longest, pad = int(lengths.max()), self.tokenizer.pad_token_id
-        input_ids = [[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts]
-        inputs = self.embed(images, torch.tensor(input_ids, device=device), proprio)
-        extra = inputs.shape[1] - longest  # image patches and the like
-        last = lengths.to(device) + extra - 1  # (B,) where each prompt ends
-        first, stop = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
+        """Greedy action tokens (B, num_action_tokens) for images (B, N, H, W, C) uint8 and prompts of token
+        ids; only action ids can be chosen."""
+        longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
+        if self.graphs is not None:  # few different shapes, so that few graphs are recorded
+            longest = -(-longest // 16) * 16
+        input_ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        inputs = [images, input_ids.to(images.device), lengths.to(images.device), proprio]
+        return self.decode(*inputs) if self.graphs is None else self.replay(*inputs)
+
+    def decode(self, images, input_ids, lengths, proprio) -> torch.Tensor:
+        """generate, for prompts padded on the right: input_ids (B, L), lengths (B,). Touches nothing but the
+        device, and its shapes depend on its inputs' shapes alone, so that it can be recorded."""
+        inputs, tokens, count = self.embed(images, input_ids, proprio), [], self.num_action_tokens
+        size, device = inputs.shape[1], inputs.device  # S = L + image patches (+ 1)
+        last = (lengths + size - input_ids.shape[1] - 1)[:, None]  # (B, 1) where each prompt ends
         if self.cfg.parallel_decoding:
-            positions = last[:, None] + 1 + torch.arange(self.num_action_tokens, device=device)
-            inputs = self.ask_in_parallel(F.pad(inputs, (0, 0, 0, self.num_action_tokens)), positions)
+            positions = last + 1 + torch.arange(count, device=device)
+            inputs = self.ask_in_parallel(F.pad(inputs, (0, 0, 0, count)), positions)
             hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            logits = self.llm.get_output_embeddings()(take(hidden, positions - 1))
-            return logits[..., first:stop].argmax(-1) + first
-        # prompts of different lengths leave padding in the cache, which later tokens must not look at
-        mask = torch.arange(inputs.shape[1], device=device) <= last[:, None]
-        mask = None if (lengths == longest).all() else mask
-        output = self.llm.base_model(inputs_embeds=inputs, use_cache=True)
-        hidden = output.last_hidden_state[torch.arange(len(prompts)), last][:, None]  # (B, 1, hidden)
-        tokens = []
-        for i in range(self.num_action_tokens):
-            if i > 0:
-                step = self.llm.get_input_embeddings()(tokens[-1])  # (B, 1, hidden)
-                if mask is not None:
-                    mask = F.pad(mask, (0, 1), value=True)
-                hidden = self.llm.base_model(
-                    inputs_embeds=step, attention_mask=mask, position_ids=(last + i)[:, None],
-                    past_key_values=output.past_key_values, use_cache=True).last_hidden_state
-            logits = self.llm.get_output_embeddings()(hidden)  # (B, 1, vocabulary)
-            tokens.append(logits[..., first:stop].argmax(-1) + first)
+            return self.best_action(take(hidden, positions - 1))
+
+        # one after the other, with keys and values of what came before in a cache of fixed size
+        slots = torch.arange(-(-(size + count) // 64) * 64, device=device)
+        cache = StaticCache(self.llm.config, max_cache_len=len(slots))
+        prompt_or_new = ((slots <= last) | (slots >= size))[:, None, None]  # (B, 1, 1, slots): not padding
+        mask = prompt_or_new & (slots <= slots[:size, None])  # (B, 1, S, slots): causal
+        hidden = self.cached_forward(inputs, mask, slots[None, :size], slots[:size], cache)
+        tokens.append(self.best_action(take(hidden, last)))
+        for i in range(count - 1):
+            step = self.llm.get_input_embeddings()(tokens[-1])  # (B, 1, hidden)
+            mask = prompt_or_new & (slots <= size + i)
+            hidden = self.cached_forward(step, mask, last + 1 + i, slots[size + i : size + i + 1], cache)
+            tokens.append(self.best_action(hidden))
         return torch.cat(tokens, dim=1)
+
+    def cached_forward(self, inputs, mask, positions, slots, cache):
+        """The language model on inputs (B, S, hidden), which go to these slots of the cache."""
+        output = self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
+                                     cache_position=slots, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state
+
+    def best_action(self, hidden) -> torch.Tensor:
+        """hidden (B, T, width) -> the likeliest action token at each place (B, T)."""
+        first, stop = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
+        return self.llm.get_output_embeddings()(hidden)[..., first:stop].argmax(-1) + first
+
+    def speed_up(self) -> None:
+        """For acting on a GPU: fuse kernels (torch.compile, a minute at the first action) and replay them as
+        one CUDA graph for each shape of batch and prompt."""
+        self.cached_forward = torch.compile(self.cached_forward, dynamic=False)
+        for tower in self.vision_backbone.values():
+            tower.forward = torch.compile(tower.forward, dynamic=False)
+        self.graphs = {}
+
+    def replay(self, *inputs) -> torch.Tensor:
+        """decode, recorded as a CUDA graph the first time that inputs of these shapes come."""
+        shapes = tuple(None if x is None else x.shape for x in inputs)
+        if shapes not in self.graphs:
+            fixed = [None if x is None else x.clone() for x in inputs]
+            for _ in range(3):  # compile, and let libraries allocate what they keep
+                self.decode(*fixed)
+            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, _, _ in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                tokens = self.decode(*fixed)
+            self.graphs[shapes] = graph, fixed, tokens
+        graph, fixed, tokens = self.graphs[shapes]
+        for place, x in zip(fixed, inputs, strict=True):
+            if x is not None:
+                place.copy_(x)
+        graph.replay()
+        return tokens.clone()
 
     def predict_action(self, image: np.ndarray | Sequence, instruction: str | Sequence[str],
                        unnorm_key: str | None = None, proprio: np.ndarray | None = None) -> np.ndarray:

@@ -44,6 +44,7 @@ from checkpoint import (
     checkpoint_step,
     list_checkpoints,
     load_checkpoint,
+    optimizers,
     save_checkpoint,
     set_optimizer_step,
     set_tensors,
@@ -108,6 +109,7 @@ class TrainConfig:
     lr_scheduler_type: str = "constant"  # or linear-warmup+cosine-decay
     warmup_ratio: float = 0.0  # share of all steps
     seed: int = 7
+    compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
 
     # run
     run_root_dir: str = "runs"
@@ -117,7 +119,7 @@ class TrainConfig:
     is_resume: bool = True  # continue its training (step, optimizer, data); false: take its weights alone
     resume_step: int | None = None  # refuse to start if it is not of this step
     resume_epoch: int | None = None  # or epoch
-    save_interval: int = 2500  # steps between checkpoints
+    save_interval: int = 2500  # steps between checkpoints; 0: none at all
     keep_checkpoints: int = 2  # the newest ones; 0 keeps all
     on_save_error: str = "stop"  # or continue: a full disk ends the run, or is a warning and the run goes on
     log_interval: int = 10  # steps between lines of the log
@@ -156,10 +158,11 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     complete_ds_config = with_batch_sizes(ds_config, cfg, accumulation)
     vla = build_model(cfg, tokenizer, complete_ds_config, weights)
     stage = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone, cfg.unfreeze_last_llm_layer)
+    if cfg.compile:
+        vla.compile_blocks()
     if "activation_checkpointing" in ds_config:
         vla.recompute_activations()
-    count = sum(p.numel() for p in vla.parameters())
-    trainable = sum(p.numel() for p in vla.parameters() if p.requires_grad)
+    count, trainable = vla.count_parameters()
     if rank == 0:
         save_run_description(cfg, ds_config, mixture, run_dir)
 
@@ -187,8 +190,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     for step in tqdm(range(start_step, total_steps), "train", initial=start_step, total=total_steps,
                      unit="step", disable=rank != 0):
         lr = learning_rate(cfg, step, total_steps)
-        for group in engine.basic_optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(engine, lr)
         done, losses = step + 1, []
         with naming_step(done):
             for _ in range(accumulation):
@@ -205,9 +207,10 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
 
         epoch = done * cfg.global_batch_size // mixture.epoch_length
         last, stop = done == total_steps, preemption.requested()
-        save = last or stop or done % cfg.save_interval == 0
-        if save or done % cfg.log_interval == 0 or engine.skipped_steps:
+        save = cfg.save_interval and (last or stop or done % cfg.save_interval == 0)
+        if save or last or done % cfg.log_interval == 0 or engine.skipped_steps:
             values = {"epoch": epoch, "learning_rate": lr, "grad_norm": float(grad_norm), **metrics.read(cfg)}
+            values |= utilisation(vla, batch, values["samples_per_second"])
             log.metrics(done, values)
             stop_if_not_finite(values, losses, done, dataset)
         if held_out and not stop and (last or (cfg.eval_interval and done % cfg.eval_interval == 0)):
@@ -278,6 +281,12 @@ def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
     return cfg.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def set_learning_rate(engine, lr: float) -> None:
+    """For the next step, in every optimizer there is."""
+    for group in (group for optimizer in optimizers(engine) for group in optimizer.param_groups):
+        group["lr"] = lr
+
+
 def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices, which decay, and biases and norms, which do not."""
     named = [(name, p) for name, p in vla.named_parameters() if p.requires_grad]
@@ -338,6 +347,21 @@ def average(value: torch.Tensor) -> float:
     value = value.detach().float().clone()
     dist.all_reduce(value)
     return float(value) / dist.get_world_size()
+
+
+# dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "GH200": 989, "B200": 2250,
+               "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165}
+
+
+def utilisation(vla: VLA, batch: dict, samples_per_second: float) -> dict[str, float]:
+    """Model TFLOP/s of each GPU and, for GPUs we know, MFU: the share of its peak. Recomputation does not
+    count as work."""
+    flops = vla.training_flops(batch["input_ids"].shape[1], batch["images"].shape[1])
+    values = {"tflops_per_gpu": samples_per_second * flops / dist.get_world_size() / 1e12}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
+    return values | ({"mfu": values["tflops_per_gpu"] / peak} if peak else {})
 
 
 class Metrics:
@@ -602,7 +626,7 @@ def check_choices(cfg: TrainConfig) -> None:
         if camera not in ("primary", "secondary", "wrist"):
             raise ValueError(f"cameras: {camera!r} is not one of primary, secondary, wrist")
     for key in ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
-                "log_interval", "save_interval", "eval_samples"):
+                "log_interval", "eval_samples"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}: {getattr(cfg, key)} must be at least 1")
     for key in ("vision_backbone", "llm_backbone", "tokenizer"):
@@ -655,7 +679,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: other ranks may be waiting in a collective, and find that this one has gone
     except Exception:
-        time.sleep(2)  # what fails because another rank went is meanwhile ended by Neighbour, without this text
+        time.sleep(2)  # if it failed because another rank ended, Neighbour ends this one first, in one line
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -667,6 +691,9 @@ def start_job() -> Neighbour:
     if "RANK" not in os.environ:  # plain python: a job of one
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", "29500")
+    # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
+    # meanwhile leaves a lock behind at which all later ones wait for ever
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     return Neighbour()
 

@@ -101,7 +101,8 @@ def _prismatic() -> dict[str, tuple[str, str, str]]:
         ("llama2-no-cotraining+7b", "llama2-7b-pure"), ("mistral-v0.1+7b", "mistral-v0.1-7b-pure"),
         ("mistral-instruct-v0.1+7b", "mistral-v0.1-7b-instruct"), ("phi-2+3b", "phi-2-3b"))}
     for size in ("7b", "13b"):  # the models its authors recommend
-        for name, vision in (("clip", clip), ("siglip", "siglip-vit-so400m-384px"), ("dinosiglip", dinosiglip)):
+        visions = {"clip": clip, "siglip": "siglip-vit-so400m-384px", "dinosiglip": dinosiglip}
+        for name, vision in visions.items():
             for variant in (f"prism-{name}-controlled+{size}", f"prism-{name}+{size}"):
                 rows[variant] = (vision, f"llama2-{size}-pure", "resize-naive")
     rows["prism-siglip+13b"] = (clip, "llama2-13b-pure", "resize-naive")  # so OpenVLA's registry has it
@@ -173,18 +174,18 @@ def open_weights(where: str | Path, hf_token: str | None = None) -> Weights:
         path = download(str(where), hf_token)
     if (path / "checkpoint.json").exists():
         return _open_ours(path, path.parents[1])
-    if checkpoints := list_checkpoints(path / "checkpoints"):
-        return _open_ours(checkpoints[-1], path)
     if path.suffix == ".pt":
         return _open_native(path, path.parents[1])
-    if native := sorted((path / "checkpoints").glob("*.pt")):
-        return _open_native(next((p for p in native if p.stem == "latest-checkpoint"), native[-1]), path)
+    if native := sorted((path / "checkpoints").glob("*.pt")):  # "latest-checkpoint" comes before "step-..."
+        return _open_native(native[-1], path)
+    if checkpoints := list_checkpoints(path / "checkpoints"):
+        return _open_ours(checkpoints[-1], path)
     config = path / "config.json"
     if config.exists() and _read_json(config).get("model_type") == "openvla":
         return _open_hugging_face(path)
-    raise CheckpointError(f"{where}: neither a run of this project (checkpoints/step-*), nor OpenVLA's native "
-                          "format (config.json, checkpoints/*.pt), nor its Hugging Face format (config.json "
-                          "with model_type openvla)")
+    raise CheckpointError(f"{where}: neither a run of this project (checkpoints/step-*), nor OpenVLA's "
+                          "native format (config.json, checkpoints/*.pt), nor its Hugging Face format "
+                          "(config.json with model_type openvla)")
 
 
 def download(name: str, hf_token: str | None = None) -> Path:
@@ -315,10 +316,10 @@ def open_language_model(where: str, num_tokens: int, hf_token: str | None = None
     for file in safetensors_files(path):
         with safe_open(file, "pt") as contents:
             for key in contents.keys():
-                vocabulary = key.endswith(("embed_tokens.weight", "lm_head.weight"))
-                tensors[f"llm_backbone.llm.{key}"] = partial(extended if vocabulary else map_tensor, file, key)
-                if key.endswith("rotary_emb.inv_freq"):  # a constant that old files have
-                    del tensors[f"llm_backbone.llm.{key}"]
+                if not key.endswith("rotary_emb.inv_freq"):  # a constant that old files have
+                    vocabulary = key.endswith(("embed_tokens.weight", "lm_head.weight"))
+                    tensor = partial(extended if vocabulary else map_tensor, file, key)
+                    tensors[f"llm_backbone.llm.{key}"] = tensor
     return Weights(where, {}, tensors)
 
 
@@ -371,8 +372,8 @@ ACTING = {  # what a file of OpenVLA's leaves unsaid
 def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
              hf_token: str | None = None) -> VLA:
     """A model to act with, from anything open_weights knows: `load_vla("openvla/openvla-7b", "cuda",
-    torch.bfloat16).predict_action(image, instruction, unnorm_key="bridge_orig")`. It takes no more memory than
-    the weights do."""
+    torch.bfloat16).predict_action(image, instruction, unnorm_key="bridge_orig")`. It takes no more memory
+    than the weights do."""
     weights = open_weights(where, hf_token)
     cfg = SimpleNamespace(**{**ACTING, **weights.config})
     with parameters_without_memory():
@@ -391,12 +392,13 @@ def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch
 
 @contextlib.contextmanager
 def parameters_without_memory() -> Iterator[None]:
-    """Modules made in here have parameters without values (on the meta device), but real buffers."""
+    """Modules made in here have matrices without values (on the meta device), but real buffers, vectors and
+    convolutions: timm's hybrid towers try theirs out as they are made."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module, name, param):
-        on_meta = param if param is None else nn.Parameter(param.to("meta"), param.requires_grad)
-        register(module, name, on_meta)
+        matrix = param is not None and param.ndim == 2
+        register(module, name, nn.Parameter(param.to("meta"), param.requires_grad) if matrix else param)
 
     nn.Module.register_parameter = register_on_meta
     try:

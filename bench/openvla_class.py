@@ -1,0 +1,109 @@
+"""Does OpenVLA's own Hugging Face class load our export and behave the same?
+
+    python bench/openvla_class.py --openvla ../openvla --openvla_python ../openvla-env/bin/python
+
+Makes a model with OpenVLA's two real towers and a small Llama, random weights, exports it, and lets OpenVLA's
+class in its own environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; without this project)
+process an image and a prompt. Prints the largest difference in pixels and logits, and both actions.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+
+from action_tokenizer import load_tokenizer, prompt_ids
+from export_vla import description, export
+from model import VLA
+from train_vla import TrainConfig
+from weights import load_vla, prismatic_config
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTRUCTION = "put the carrot on the plate"
+OFFICIAL = '''
+import sys, types, numpy as np, torch
+from PIL import Image
+for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf"):  # their __init__ files want everything
+    module = types.ModuleType(name); module.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
+    sys.modules[name] = module
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForVision2Seq, AutoProcessor
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
+AutoConfig.register("openvla", OpenVLAConfig)
+AutoImageProcessor.register(OpenVLAConfig, PrismaticImageProcessor)
+AutoProcessor.register(OpenVLAConfig, PrismaticProcessor)
+AutoModelForVision2Seq.register(OpenVLAConfig, OpenVLAForActionPrediction)
+export, image, prompt, out = sys.argv[2:6]
+processor = AutoProcessor.from_pretrained(export)
+vla = AutoModelForVision2Seq.from_pretrained(export, torch_dtype=torch.float32).eval()
+inputs = processor(prompt, Image.open(image))
+with torch.no_grad():
+    logits = vla(**inputs).logits
+    action = vla.predict_action(**inputs, unnorm_key="made_up", do_sample=False)
+np.savez(out, pixels=inputs["pixel_values"].numpy(), ids=inputs["input_ids"].numpy(), logits=logits.numpy(),
+         action=action)
+'''
+
+
+def make_model(folder: Path) -> None:
+    """A native run directory with OpenVLA-7B's towers, a Llama of 10 M parameters, and random weights."""
+    torch.manual_seed(0)
+    config = prismatic_config("dinosiglip-vit-so-224px", "llama2-7b-pure", "resize-naive")
+    config["llm_backbone"] |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+                               "num_attention_heads": 4}
+    config["tokenizer"] = str(ROOT / "tests/fixtures/model/tokenizer_llama")
+    cfg = TrainConfig(**config, action_dim=7)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    vla, modules = VLA(cfg, tokenizer), {}
+    with torch.no_grad():  # so that action tokens win: OpenVLA's class may choose any token
+        vla.llm.lm_head.weight[: tokenizer.vocab_size - 256] *= 0.1
+    for name, value in vla.state_dict().items():
+        modules.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"zerovla": description(cfg) | {"tokenizer": cfg.tokenizer}}))
+    stats = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    torch.save({"model": modules}, folder / "checkpoints/step-000000-epoch-00-loss=0.0000.pt")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--openvla", type=Path, required=True, help="a checkout of OpenVLA")
+    parser.add_argument("--openvla_python", type=Path, required=True, help="its environment's interpreter")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "native")
+        export(str(folder / "native"), folder / "hf", "hf")
+        image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(image).save(folder / "image.png")
+        prompt = f"In: What action should the robot take to {INSTRUCTION}?\nOut:"
+        subprocess.run([args.openvla_python, "-c", OFFICIAL, args.openvla, folder / "hf", folder / "image.png",
+                        prompt, folder / "official.npz"], check=True)
+        theirs = np.load(folder / "official.npz")
+        vla = load_vla(folder / "hf")
+        seen = torch.from_numpy(vla.see(image))[None, None]
+        ids = prompt_ids(vla.tokenizer, INSTRUCTION)[:-1]  # its class appends the last one later
+        with torch.no_grad():
+            hidden = vla.llm.base_model(inputs_embeds=vla.embed(seen, torch.tensor([ids]))).last_hidden_state
+            logits = vla.llm.lm_head(hidden).numpy()
+        pixels = torch.cat(vla.pixel_values(seen), dim=1).numpy()
+        print(f"prompt_ids {'equal' if theirs['ids'][0].tolist() == ids else 'differ'}")
+        print(f"pixels_max_difference {abs(pixels - theirs['pixels']).max():.2e}")
+        print(f"logits_max_difference {abs(logits - theirs['logits']).max():.2e} of {abs(logits).max():.2f}")
+        print(f"action_openvla {theirs['action'].tolist()}")
+        print(f"action_ours    {vla.predict_action(image, INSTRUCTION).tolist()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Export a model so that OpenVLA's own code loads it.
+
+    python export_vla.py runs/bridge+n1+b32+x7 exported --format hf --dtype bf16
+    python export_vla.py openvla/openvla-7b exported --format native
+
+The first argument is anything weights.py can open. hf: config.json, sharded safetensors, processor and
+tokenizer, for OpenVLA's Hugging Face class. native: config.json, dataset_statistics.json and
+checkpoints/*.pt, for OpenVLA's training code. Both keep this project's own description beside OpenVLA's (the
+key "zerovla" of config.json), so that load_vla and base_vlm take the export back exactly. Tensors pass
+through memory a few at a time; no GPU is needed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from action_tokenizer import load_tokenizer
+from checkpoint import CheckpointError
+from model import build_tower
+from weights import (
+    ACTING,
+    LANGUAGE_MODELS,
+    PRISMATIC,
+    VISION_BACKBONES,
+    Weights,
+    hugging_face_name,
+    open_weights,
+    parameters_without_memory,
+)
+
+SHARD_BYTES = 1 << 30
+HUB_CODE = "openvla/openvla-7b--"  # where transformers finds the classes, with trust_remote_code=True
+DESCRIPTION = ["vision_backbone", "llm_backbone", "arch_specifier", "prompt_style", "image_size",
+               "image_resize_strategy", *ACTING]  # keys of TrainConfig that make a model what it is
+
+
+def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:
+    """Write the model `where` to the new directory `out` in format "hf" or "native". dtype None keeps each
+    tensor's own. Raises CheckpointError when there is nothing to read or `out` exists."""
+    if out.exists():
+        raise CheckpointError(f"{out} exists: remove it or name another directory")
+    weights = open_weights(where)
+    cfg = SimpleNamespace(**{**ACTING, **weights.config})
+    scratch = out.with_name(out.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        save_tokenizer(cfg, scratch)
+        (scratch / "dataset_statistics.json").write_text(json.dumps(weights.norm_stats, indent=2))
+        (write_hugging_face if format == "hf" else write_native)(weights, cfg, scratch, dtype)
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def save_tokenizer(cfg: SimpleNamespace, out: Path) -> None:
+    """The tokenizer, in words that the libraries OpenVLA has pinned (transformers 4.40, tokenizers 0.19) know."""
+    load_tokenizer(cfg.tokenizer, cfg.add_action_tokens).save_pretrained(out)
+    config, vocabulary = (json.loads((out / file).read_text()) for file in ("tokenizer_config.json", "tokenizer.json"))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    if "merges" in vocabulary["model"]:  # pairs since tokenizers 0.20
+        pairs = vocabulary["model"]["merges"]
+        vocabulary["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (out / "tokenizer.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+
+
+def converted(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of everything, in order, one at a time."""
+    for name in tqdm(weights.tensors, "export", unit="tensor"):
+        yield name, weights.tensors[name]().to(dtype).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+def write_hugging_face(weights: Weights, cfg: SimpleNamespace, out: Path, dtype: torch.dtype | None) -> None:
+    """The directory that OpenVLA's scripts/extern/convert_openvla_weights_to_hf.py would have made."""
+    towers, shards, shard, size, total = tuple(cfg.vision_backbone), [], {}, 0, 0
+    for name, tensor in converted(weights, dtype):
+        if size + tensor.nbytes > SHARD_BYTES and shard:
+            shards.append(write_shard(shard, out, len(shards)))
+            shard, size = {}, 0
+        shard[hugging_face_name(name, towers)] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    shards.append(write_shard(shard, out, len(shards)))
+    places = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"{number}.safetensors").rename(out / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = hugging_face_config(cfg, weights.norm_stats, str(tensor.dtype).removeprefix("torch."))
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(cfg), indent=2))
+
+
+def write_shard(shard: dict[str, torch.Tensor], out: Path, number: int) -> list[str]:
+    """Write one file under a temporary name; returns what is in it."""
+    save_file(shard, out / f"{number}.safetensors", metadata={"format": "pt"})
+    return list(shard)
+
+
+def prismatic_ids(cfg: SimpleNamespace) -> tuple[str, str]:
+    """Prismatic's names of the towers and of the language model, or the nearest, with a warning."""
+    towers = [*description(cfg)["vision_backbone"].values()]
+    vision = next((name for name, (size, known) in VISION_BACKBONES.items()
+                   if size == cfg.image_size and towers == [*known.values()]), None)
+    style = getattr(cfg, "prompt_style", "pure")
+    llm, shape = text_config(cfg), ("model_type", "hidden_size", "num_hidden_layers")
+    fits = [name for name, (_, known, prompts) in LANGUAGE_MODELS.items()
+            if prompts == style and known["model_type"] == llm["model_type"]]
+    exact = [name for name in fits if all(LANGUAGE_MODELS[name][1][key] == llm.get(key) for key in shape)]
+    if vision is None or not fits or cfg.parallel_decoding or cfg.use_proprio or cfg.action_chunk > 1:
+        print("warning: OpenVLA has no name for this model's towers, language model or extensions: this "
+              "project takes the export back, OpenVLA's own code does not", file=sys.stderr)
+    return vision or "siglip-vit-so400m", (exact or fits or ["llama2-7b-pure"])[0]
+
+
+def text_config(cfg: SimpleNamespace) -> dict:
+    """The language model's whole description, with the vocabulary rounded up as in build_llm."""
+    spec = cfg.llm_backbone
+    config = AutoConfig.from_pretrained(spec) if isinstance(spec, str) else AutoConfig.for_model(**spec)
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
+    config.vocab_size, config.pad_token_id = -(-len(tokenizer) // 64) * 64, tokenizer.pad_token_id
+    keep = ("model_type", "vocab_size", "pad_token_id", "hidden_size", "intermediate_size",
+            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+            "layer_norm_eps", "max_position_embeddings", "sliding_window", "partial_rotary_factor",
+            "rope_theta", "hidden_act", "tie_word_embeddings")
+    values = config.to_dict()
+    values |= values.get("rope_parameters") or {}  # there since transformers 5; OpenVLA's version is older
+    return {key: values[key] for key in keep if key in values}
+
+
+def hugging_face_config(cfg: SimpleNamespace, norm_stats: dict, dtype: str) -> dict:
+    """config.json of OpenVLA's Hugging Face class (prismatic/extern/hf/configuration_prismatic.py)."""
+    vision, llm = prismatic_ids(cfg)
+    towers = cfg.vision_backbone.values()
+    return {
+        "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla",
+        "auto_map": {"AutoConfig": f"{HUB_CODE}configuration_prismatic.OpenVLAConfig",
+                     "AutoModelForVision2Seq": f"{HUB_CODE}modeling_prismatic.OpenVLAForActionPrediction"},
+        "vision_backbone_id": vision, "llm_backbone_id": llm, "arch_specifier": cfg.arch_specifier,
+        "use_fused_vision_backbone": len(towers) > 1,
+        "timm_model_ids": [tower["model"] for tower in towers],
+        "timm_override_act_layers": [tower.get("act_layer") for tower in towers],
+        "image_sizes": [cfg.image_size] * len(towers),
+        "image_resize_strategy": openvla_strategy(cfg),
+        "hf_llm_id": LANGUAGE_MODELS[llm][0], "llm_max_length": 2048, "pad_to_multiple_of": 64,
+        "pad_token_id": text_config(cfg)["pad_token_id"],
+        "text_config": text_config(cfg) | {"torch_dtype": dtype}, "torch_dtype": dtype,
+        "n_action_bins": 256, "norm_stats": norm_stats, "output_projector_states": False,
+        "transformers_version": "4.40.1", "zerovla": description(cfg),
+    }
+
+
+def openvla_strategy(cfg: SimpleNamespace) -> str:
+    """What the processor does to a camera's image; OpenVLA has no Lanczos there, and bicubic is nearest."""
+    return "resize-naive" if cfg.image_resize_strategy == "lanczos" else cfg.image_resize_strategy
+
+
+def description(cfg: SimpleNamespace) -> dict:
+    """What this project needs to build the model again."""
+    values = {key: getattr(cfg, key) for key in DESCRIPTION if hasattr(cfg, key)}
+    towers = {name: {key: value for key, value in tower.items() if key != "pretrained"}
+              for name, tower in cfg.vision_backbone.items()}
+    return values | {"vision_backbone": towers}
+
+
+def preprocessor_config(cfg: SimpleNamespace) -> dict:
+    """preprocessor_config.json of OpenVLA's PrismaticImageProcessor."""
+    with parameters_without_memory():
+        towers = description(cfg)["vision_backbone"].values()
+        towers = [build_tower(cfg.image_size, **tower) for tower in towers]
+    size, strategy = cfg.image_size, openvla_strategy(cfg)
+    float32 = [torch.tensor([tower.mean, tower.std]).tolist() for tower in towers]
+    return {
+        "image_processor_type": "PrismaticImageProcessor", "processor_class": "PrismaticProcessor",
+        "auto_map": {"AutoImageProcessor": f"{HUB_CODE}processing_prismatic.PrismaticImageProcessor",
+                     "AutoProcessor": f"{HUB_CODE}processing_prismatic.PrismaticProcessor"},
+        "image_resize_strategy": strategy, "input_sizes": [[3, size, size] for _ in towers],
+        "interpolations": ["bicubic" for _ in towers], "means": [[*tower.mean] for tower in towers],
+        "stds": [[*tower.std] for tower in towers],
+        "tvf_crop_params": [{"output_size": [size, size]} for _ in towers],
+        "tvf_do_letterbox": strategy == "letterbox",
+        "tvf_letterbox_fill": [int(255 * x) for x in towers[-1].mean] if strategy == "letterbox" else None,
+        "tvf_normalize_params": [{"inplace": False, "mean": mean, "std": std} for mean, std in float32],
+        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None,
+                               "size": [size, size] if strategy == "resize-naive" else size} for _ in towers],
+        "use_fused_vision_backbone": len(towers) > 1,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Native
+
+
+def write_native(weights: Weights, cfg: SimpleNamespace, out: Path, dtype: torch.dtype | None) -> None:
+    """A run directory of OpenVLA's training code, with one checkpoint under two names: its loader wants the
+    one, its converter the other."""
+    vision, llm = prismatic_ids(cfg)
+    row = (vision, llm, openvla_strategy(cfg))
+    base = next((name for name, known in reversed(PRISMATIC.items()) if known == row), None)
+    vla = {"vla_id": getattr(cfg, "vla_id", "zerovla"), "base_vlm": base}
+    (out / "config.json").write_text(json.dumps({"vla": vla, "zerovla": description(cfg)}, indent=2))
+    (out / "checkpoints").mkdir()
+    # torch.save wants all tensors at once: they are put in files first, which memory can forget again
+    staging, modules = out / "staging", {}
+    staging.mkdir()
+    for number, (name, tensor) in enumerate(converted(weights, dtype)):
+        mapped = torch.from_file(str(staging / str(number)), True, tensor.numel(), dtype=tensor.dtype)
+        module, _, key = name.partition(".")
+        modules.setdefault(module, {})[key] = mapped.view(tensor.shape).copy_(tensor)
+    tag = Path(weights.where).name.removesuffix(".pt")
+    tag = tag if tag.startswith("step-") else "step-000000-epoch-00-loss=0.0000"
+    path = out / "checkpoints" / f"{tag}.pt"
+    torch.save({"model": modules}, path)
+    shutil.rmtree(staging)
+    os.link(path, path.with_name("latest-checkpoint.pt"))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a run, a checkpoint, an export, a hub id: whatever weights.py opens")
+    parser.add_argument("out", type=Path, help="a new directory")
+    parser.add_argument("--format", choices=["hf", "native"], required=True)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
+    args = parser.parse_args()
+    try:
+        export(args.model, args.out, args.format,
+               {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype])
+    except (CheckpointError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Weights in and out: OpenVLA's names and files (tests/fixtures/model), round trips, and what is refused."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import GOLDEN_MODEL, LLAMA_TOKENIZER, ROOT, TINY, ds_json, launch, read_metrics
+from safetensors.torch import load_file, save_file
+from test_model import official_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import export_vla
+from action_tokenizer import load_tokenizer
+from checkpoint import CheckpointError, list_checkpoints
+from model import VLA
+from weights import (
+    ACTING,
+    PRISMATIC,
+    hugging_face_name,
+    load_vla,
+    native_name,
+    open_weights,
+    parameters_without_memory,
+    prismatic_config,
+    read_token,
+)
+
+GOLDEN = {name: json.loads((GOLDEN_MODEL / f"{name}.json").read_text()) for name in (
+    "keys_openvla7b_native", "keys_openvla_v01_native", "keys_openvla7b_hf", "keys_openvla_v01_hf",
+    "native_to_hf_key_map", "config_openvla7b_hf", "config_openvla_v01_hf", "preprocessor_config_openvla7b",
+    "preprocessor_config_openvla_v01")}
+RELEASED = [("openvla7b", "prism-dinosiglip-224px+7b"), ("openvla_v01", "siglip-224px+7b")]
+
+
+def released_config(base: str):
+    """The keys of TrainConfig of a model OpenVLA has released, with the tokenizer of the fixtures."""
+    config = prismatic_config(*PRISMATIC[base])
+    return type("Config", (), {**ACTING, **config, "tokenizer": str(LLAMA_TOKENIZER)})()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# OpenVLA's names
+
+
+@pytest.mark.parametrize("variant, base", RELEASED)
+def test_parameters_of_the_released_models(variant, base):
+    """Names and shapes of all 7.5 billion, in both formats."""
+    cfg = released_config(base)
+    with parameters_without_memory():
+        vla = VLA(cfg, load_tokenizer(cfg.tokenizer))
+    ours = {name: list(p.shape) for name, p in vla.named_parameters()}
+    native = {f"{module}.{name}": shape for module, names in GOLDEN[f"keys_{variant}_native"].items()
+              for name, shape in names.items()}
+    assert ours == native
+    towers = tuple(cfg.vision_backbone)
+    mapping = {name: hugging_face_name(name, towers) for name in ours}
+    assert mapping == GOLDEN["native_to_hf_key_map"][variant]
+    assert {mapping[name]: shape for name, shape in ours.items()} == GOLDEN[f"keys_{variant}_hf"]
+    assert {native_name(theirs, towers): theirs for theirs in mapping.values()} == mapping
+
+
+@pytest.mark.parametrize("variant, base", RELEASED)
+def test_exported_descriptions_say_what_openvlas_say(variant, base):
+    cfg, golden = released_config(base), GOLDEN[f"config_{variant}_hf"]["use_diff"]
+    config = export_vla.hugging_face_config(cfg, golden["norm_stats"], "bfloat16")
+    assert {key: config[key] for key in golden if key != "text_config"} == {
+        key: value for key, value in golden.items() if key != "text_config"}
+    text = golden["text_config"]
+    assert {key: config["text_config"][key] for key in text} == text
+    golden = GOLDEN[f"preprocessor_config_{variant}"]
+    processor = export_vla.preprocessor_config(cfg)
+    assert {key: processor[key] for key in golden} == golden
+
+
+# id: vision backbone, language model, resize strategy; what OpenVLA's registry says
+REGISTRY = {
+    "reproduction-llava-v15+13b": ("clip-vit-l-336px", "vicuna-v15-13b", "letterbox"),
+    "in1k-224px+7b": ("in1k-vit-l", "vicuna-v15-7b", "letterbox"),
+    "siglip-224px+7b": ("siglip-vit-so400m", "vicuna-v15-7b", "letterbox"),
+    "siglip-384px-resize-crop+7b": ("siglip-vit-so400m-384px", "vicuna-v15-7b", "resize-crop"),
+    "dinoclip-336px-resize-naive+7b": ("dinoclip-vit-l-336px", "vicuna-v15-7b", "resize-naive"),
+    "dinosiglip-384px-letterbox+7b": ("dinosiglip-vit-so-384px", "vicuna-v15-7b", "letterbox"),
+    "dinosiglip-224px-resize-naive+7b": ("dinosiglip-vit-so-224px", "vicuna-v15-7b", "resize-naive"),
+    "llama2-chat+13b": ("clip-vit-l-336px", "llama2-13b-chat", "letterbox"),
+    "mistral-instruct-v0.1+7b": ("clip-vit-l-336px", "mistral-v0.1-7b-instruct", "letterbox"),
+    "phi-2+3b": ("clip-vit-l-336px", "phi-2-3b", "letterbox"),
+    "prism-clip-controlled+13b": ("clip-vit-l-336px", "llama2-13b-pure", "resize-naive"),
+    "prism-siglip-controlled+13b": ("siglip-vit-so400m-384px", "llama2-13b-pure", "resize-naive"),
+    "prism-siglip+13b": ("clip-vit-l-336px", "llama2-13b-pure", "resize-naive"),
+    "prism-dinosiglip+13b": ("dinosiglip-vit-so-384px", "llama2-13b-pure", "resize-naive"),
+    "prism-dinosiglip-224px+7b": ("dinosiglip-vit-so-224px", "llama2-7b-pure", "resize-naive"),
+}
+
+
+def test_prismatic_ids():
+    assert len(PRISMATIC) == 50
+    assert {name: PRISMATIC[name] for name in REGISTRY} == REGISTRY
+    for name, row in PRISMATIC.items():
+        config = prismatic_config(*row)
+        assert config["image_size"] in (224, 336, 384) and AutoConfig.for_model(**config["llm_backbone"])
+        assert ("fused" in config["arch_specifier"]) == (len(config["vision_backbone"]) == 2), name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three steps with frozen towers, in float32 under ZeRO-3 on two ranks."""
+    path = tmp_path_factory.mktemp("run")
+    values = {**TINY, "run_root_dir": str(path / "runs"), "max_steps": 3, "freeze_vision_backbone": True}
+    (path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(path / "tiny.yaml", "--deepspeed_config", ds_json(path / "ds.json", 3, bf16=False), ranks=2)
+    assert done.returncode == 0, done.text
+    return next((path / "runs").iterdir())
+
+
+def tensors(where) -> dict[str, torch.Tensor]:
+    return {name: tensor() for name, tensor in open_weights(where).tensors.items()}
+
+
+def assert_equal(a, b) -> None:
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def test_round_trip_is_exact(run, tmp_path):
+    """native -> hf -> native -> hf, each from the one before; and all from the run's own checkpoint."""
+    export_vla.export(str(run), tmp_path / "native", "native")
+    export_vla.export(str(tmp_path / "native"), tmp_path / "hf", "hf")
+    export_vla.export(str(tmp_path / "hf"), tmp_path / "native2", "native")
+    export_vla.export(str(tmp_path / "native2"), tmp_path / "hf2", "hf")
+    for other in ("native", "hf", "native2", "hf2"):
+        assert_equal(run, tmp_path / other)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    actions = [load_vla(path).predict_action(image, "push") for path in (
+        run, tmp_path / "native", tmp_path / "hf", tmp_path / "native2", tmp_path / "hf2")]
+    assert all((action == actions[0]).all() for action in actions)
+    (native,) = {torch.load(path, weights_only=True)["model"].keys() == {"vision_backbone", "projector", "llm_backbone"}
+                 for path in (tmp_path / "native/checkpoints").iterdir()}
+    assert native and len(list((tmp_path / "native/checkpoints").iterdir())) == 2
+
+
+def test_export_in_bf16_and_several_shards(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_vla, "SHARD_BYTES", 100_000)
+    export_vla.export(str(run), tmp_path / "hf", "hf", torch.bfloat16)
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 2 and {path.name for path in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == 2 * sum(t.numel() for t in tensors(run).values())
+    expected = tensors(run)
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in tensors(tmp_path / "hf").items())
+    with pytest.raises(CheckpointError, match="exists: remove it or name another directory"):
+        export_vla.export(str(run), tmp_path / "hf", "hf")
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=f"{files[1].name} missing"):
+        open_weights(tmp_path / "hf")
+
+
+def test_a_directory_as_openvla_writes_it(tmp_path):
+    """Without our own description: what the model is follows from OpenVLA's keys."""
+    config = GOLDEN["config_openvla7b_hf"]["use_diff"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    keys = GOLDEN["keys_openvla7b_hf"]
+    save_file({key: torch.zeros(1) for key in keys}, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path)
+    expected = released_config("prism-dinosiglip-224px+7b")
+    for key in ("vision_backbone", "image_size", "arch_specifier", "prompt_style", "image_resize_strategy"):
+        assert weights.config[key] == getattr(expected, key)
+    llm = AutoConfig.for_model(**weights.config["llm_backbone"])
+    assert (llm.hidden_size, llm.rms_norm_eps, llm.vocab_size) == (4096, 1e-6, 32064)  # the file's, by its defaults
+    assert weights.norm_stats == config["norm_stats"]
+    assert set(weights.tensors) == set(GOLDEN["native_to_hf_key_map"]["openvla7b"])
+
+
+def test_the_official_models_native_checkpoint(tmp_path):
+    """A .pt laid out as OpenVLA's trainer does, in full and without the towers it had frozen."""
+    vla = official_model()
+    modules: dict = {"vision_backbone": {}, "projector": {}, "llm_backbone": {}}
+    for name, value in vla.state_dict().items():
+        modules[name.split(".")[0]][name.partition(".")[2]] = value
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model": {
+        "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
+        "image_resize_strategy": "resize-naive"}}))
+    torch.save({"model": modules, "optimizer": None}, tmp_path / "checkpoints/latest-checkpoint.pt")
+    weights = open_weights(tmp_path)
+    assert weights.check(vla) == []
+    assert all(torch.equal(weights.tensors[name](), value) for name, value in vla.state_dict().items())
+    del modules["vision_backbone"]
+    torch.save({"model": modules}, tmp_path / "checkpoints/latest-checkpoint.pt")
+    weights = open_weights(tmp_path / "checkpoints/latest-checkpoint.pt")
+    assert weights.check(vla) == ["vision_backbone"]
+    assert all(tower["pretrained"] for tower in weights.config["vision_backbone"].values())
+
+
+def test_keys_that_do_not_fit_are_listed(run, tmp_path):
+    export_vla.export(str(run), tmp_path / "hf", "hf")
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    contents = load_file(file)
+    del contents["projector.fc1.bias"]
+    contents["projector.fc2.bias"] = torch.zeros(3)
+    contents["language_model.extra"] = torch.zeros(1)
+    save_file(contents, file)
+    with pytest.raises(CheckpointError) as error:
+        load_vla(tmp_path / "hf")
+    for message in ("3 problems", "missing projector.projector.0.bias", "unexpected llm_backbone.llm.extra",
+                    "projector.projector.2.bias: shape [3], this model has [32]"):
+        assert message in str(error.value)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_pickles_are_never_run(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}}))
+    path = tmp_path / "checkpoints/step-000001-epoch-00-loss=0.1.pt"
+    torch.save({"model": {"projector": Malicious()}}, path)
+    with pytest.raises(CheckpointError, match="refused: it holds more than tensors"):
+        open_weights(tmp_path)
+    path.write_bytes(pickle.dumps({"model": Malicious()}))
+    with pytest.raises(CheckpointError):
+        open_weights(tmp_path)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as the variable of this name does
+    for where, message in (("prism-dinosiglip-224+7b", "did you mean prism-dinosiglip-224px"),
+                           ("openvla/openvla-7b", "could not download openvla/openvla-7b"),
+                           ("siglip-224px+7b", "could not download siglip-224px.7b from TRI-ML/prismatic-vlms"),
+                           (tmp_path, "neither a run of this project")):
+        with pytest.raises(CheckpointError, match=message):
+            open_weights(where)
+    (tmp_path / "token").write_text("hf_abc\n")
+    monkeypatch.setenv("MY_TOKEN", "hf_def")
+    assert read_token(str(tmp_path / "token")) == "hf_abc" and read_token("MY_TOKEN") == "hf_def"
+    with pytest.raises(ValueError, match="'nowhere' is neither a file nor an environment variable"):
+        read_token("nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training from them
+
+
+def train_from(path, stage: int, ranks: int, **changes) -> tuple:
+    """One step; what the YAML leaves unsaid of the model comes from the weights."""
+    shape = ("vision_backbone", "llm_backbone", "tokenizer", "add_action_tokens", "arch_specifier", "image_size")
+    values = {key: value for key, value in TINY.items() if key not in shape}
+    config = path / f"from{stage}.yaml"
+    config.write_text(yaml.safe_dump({**values, "run_root_dir": str(path / f"runs{stage}"), "max_steps": 1, **changes}))
+    done = launch(config, "--deepspeed_config", ds_json(path / "ds.json", stage, bf16=False), ranks=ranks)
+    assert done.returncode == 0, done.text
+    return read_metrics(path / f"runs{stage}")[1]["loss"], next((path / f"runs{stage}").iterdir()), done.text
+
+
+def test_training_from_weights_is_the_same_for_every_stage(run, tmp_path):
+    export_vla.export(str(run), tmp_path / "hf", "hf")
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    first = []
+    for stage, ranks, changes in ((0, 1, {"base_vlm": str(tmp_path / "hf")}), (3, 2, {"base_vlm": str(run)}),
+                                  (2, 2, {"pretrained_checkpoint": str(checkpoint), "is_resume": False})):
+        loss, _, text = train_from(tmp_path, stage, ranks, **changes)
+        assert "weights_from" in text
+        first.append(loss)
+    np.testing.assert_allclose(first, first[0], rtol=1e-6)
+
+
+def test_beginning_with_a_language_models_own_weights(tmp_path):
+    """Llama's weights from a directory, a larger vocabulary, towers from timm's files, a fresh projector."""
+    import timm
+
+    torch.manual_seed(1)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY["llm_backbone"], vocab_size=500))
+    llm.save_pretrained(tmp_path / "llm")
+    tower = TINY["vision_backbone"]["dino"]
+    kwargs = {key: value for key, value in tower.items() if key != "model"}
+    vit = timm.create_model(tower["model"], num_classes=0, img_size=28, **kwargs)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    towers = {"dino": {**tower, "pretrained_cfg_overlay": {"file": str(tmp_path / "vit.safetensors")}}}
+    changes = {"pretrained_backbones": True, "llm_backbone": str(tmp_path / "llm"), "vision_backbone": towers,
+               "tokenizer": TINY["tokenizer"], "add_action_tokens": True, "image_size": 28, "learning_rate": 0.0}
+    _, run, text = train_from(tmp_path, 3, 2, **changes)
+    assert "weights_from" in text and "except projector, vision_backbone" in text
+    state = tensors(run)
+    for name, value in llm.state_dict().items():
+        ours = state[f"llm_backbone.llm.{name}"]
+        assert torch.equal(ours[: len(value)], value), name
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            assert len(ours) > 500 and 0.01 < ours[500:].std() < 0.03
+    for name, value in vit.state_dict().items():
+        assert torch.equal(state[f"vision_backbone.featurizer.{name}"], value), name
+
+
+MEMORY = """
+import json, os, sys, psutil, deepspeed, torch
+sys.path.insert(0, {root!r})
+deepspeed.init_distributed()
+from types import SimpleNamespace
+from train_vla import TrainConfig, build_model
+from action_tokenizer import load_tokenizer
+tokenizer = load_tokenizer({tokenizer!r}, True)
+llm = dict(model_type="llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8)
+cfg = TrainConfig(vision_backbone={towers!r}, llm_backbone=llm, image_size=28, action_dim=4)
+ds = json.load(open({ds!r})) | dict(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
+before = psutil.Process().memory_info().rss
+vla = build_model(cfg, tokenizer, ds, weights=True)
+import resource
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+size = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in vla.parameters())
+print(f"rank {{torch.distributed.get_rank()}} grown {{(peak - before) / size:.3f}} size {{size / 1e9:.2f}}", flush=True)
+"""
+
+
+def test_under_zero3_no_rank_ever_holds_the_whole_model(tmp_path):
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY.format(root=str(ROOT), tokenizer=TINY["tokenizer"], towers=TINY["vision_backbone"],
+                                    ds=str(ROOT / "ds_configs/zero3.json")))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)],
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    grown = [float(line.split()[3]) for line in done.stdout.splitlines() if line.startswith("rank ")]
+    assert len(grown) == 2 and max(grown) < 0.6, done.stdout
