@@ -108,8 +108,9 @@ class Neighbour:
 
     def __init__(self):
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
         if dist.get_world_size() > 1:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self.watcher.start()
 
     def _watch(self) -> None:
         before = (dist.get_rank() - 1) % dist.get_world_size()
@@ -120,9 +121,10 @@ class Neighbour:
             os._exit(1)
 
     def release(self) -> None:
-        """Tell the next rank that this one ends in good order."""
+        """Tell the next rank that this one ends in good order, and wait to be told by the one before."""
         if dist.get_world_size() > 1:
             dist.send(torch.zeros(1), (dist.get_rank() + 1) % dist.get_world_size(), group=self.group)
+            self.watcher.join()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""How a training is sharded changes what it costs, never what it computes; nor does stopping and resuming.
+
+Some 250 short trainings of a very small model, in three jobs under the real launcher (see run_cells.py):
+ZeRO stage x ranks x what is frozen x recomputation x accumulation, with the same global batches everywhere.
+"""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, launch
+
+from action_tokenizer import load_tokenizer
+from checkpoint import CheckpointReader, list_checkpoints
+from model import VLA
+
+STEPS, RESUME_AT = 4, 2
+JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+FREEZING = {  # OpenVLA's four stages
+    "full": {},
+    "frozen_vision": {"freeze_vision_backbone": True},
+    "sandwich": {"freeze_llm_backbone": True, "unfreeze_last_llm_layer": True},
+    "last_layer": {"freeze_vision_backbone": True, "freeze_llm_backbone": True,
+                   "unfreeze_last_llm_layer": True},
+}
+MODEL = {  # still smaller than TINY, with a layer at each end of the language model and one between
+    **TINY, "arch_specifier": "gelu-mlp", "max_steps": STEPS, "global_batch_size": 8, "eval_samples": 8,
+    "vision_backbone": {"siglip": {"model": "vit_base_patch16_siglip_224", "patch_size": 14, "embed_dim": 16,
+                                   "depth": 2, "num_heads": 1}},
+    "llm_backbone": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
+                     "num_hidden_layers": 3, "num_attention_heads": 2},
+}
+
+
+def cell(root, name, json_name, ranks=1, freezing="full", recompute=False, accumulation=1, bf16=True, **changes):
+    """One entry for run_cells.py."""
+    ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())
+    ds_config |= {"bf16": {"enabled": bf16}} | ({"activation_checkpointing": {}} if recompute else {})
+    config = {**MODEL, **FREEZING[freezing], "run_root_dir": str(root), "run_id": name,
+              "per_device_batch_size": 8 // ranks // accumulation, **changes}
+    return {name: {"config": config, "ds_config": ds_config}}
+
+
+def matrix(root, ranks):
+    """All of it in float32, the offloading JSONs with recomputation and accumulation only."""
+    cells = {}
+    for json_name, freezing, recompute, accumulation in itertools.product(
+            JSONS, FREEZING, (False, True), (1, 4)):
+        if "offload" not in json_name or (recompute and accumulation == 4):
+            name = f"{json_name}-x{ranks}-{freezing}-recompute{recompute:d}-accumulation{accumulation}"
+            cells |= cell(root, name, json_name, ranks, freezing, recompute, accumulation, bf16=False)
+    return cells
+
+
+def bf16_cells(root):
+    """The JSONs as they are, on two ranks, with a checkpoint after every step; and each JSON for 20 steps."""
+    cells = {}
+    for name, freezing in itertools.product(JSONS, FREEZING):
+        cells |= cell(root, f"bf16-{name}-{freezing}", name, 2, freezing, True, 2, save_interval=1,
+                      keep_checkpoints=0)
+    for name in JSONS:
+        cells |= cell(root, f"long-{name}", name, 2, max_steps=20, global_batch_size=16,
+                      per_device_batch_size=4)
+    return cells
+
+
+def resumed_cells(root):
+    """Those of bf16_cells with checkpoints, continued from one of them in a new run."""
+    cells = {}
+    for name, freezing in itertools.product(JSONS, FREEZING):
+        begun = root / f"bf16-{name}-{freezing}/checkpoints/step-{RESUME_AT:06d}-*"
+        cells |= cell(root, f"resumed-{name}-{freezing}", name, 2, freezing, True, 2,
+                      pretrained_checkpoint=str(begun), resume_step=RESUME_AT, resume_epoch=0)
+    return cells
+
+
+def chain(root, name, first, second):
+    """Six steps of one run: two with JSON and ranks `first`, two with `second`, two with `first` again."""
+    return [cell(root, name, json_name, ranks, "frozen_vision", max_steps=steps)
+            for (json_name, ranks), steps in ((first, 2), (second, 4), (first, 6))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder with all runs."""
+    root = tmp_path_factory.mktemp("zero")
+    straight = cell(root, "chain-straight", "zero2", 2, "frozen_vision", max_steps=6)
+    stages_ranks = chain(root, "chain", ("zero2", 2), ("zero3", 1))
+    back = chain(root, "chain-back", ("zero3", 2), ("zero1", 1))
+    jobs = [(2, matrix(root, 2) | bf16_cells(root) | straight), (1, matrix(root, 1)), (2, resumed_cells(root))]
+    for number, (ranks, cells) in enumerate(jobs):
+        path = root / f"cells{number}.json"
+        path.write_text(json.dumps(cells | stages_ranks[number] | back[number]))
+        done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
+        assert done.returncode == 0, done.text[-5000:]
+    return root
+
+
+def read(run, key="loss") -> np.ndarray:
+    """One value of metrics.jsonl at every step."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return np.array([values[key] for values in lines if key in values])
+
+
+def tensors(checkpoint, kinds=("weight", "exp_avg", "exp_avg_sq")) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(checkpoint)
+    return {f"{kind}/{name}": reader.read(f"{kind}/{name}", 0, int(np.prod(facts["shape"])))
+            for name, facts in reader.meta["tensors"].items() for kind in kinds
+            if kind == "weight" or facts["trainable"]}
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("json_name", JSONS)
+def test_no_way_of_sharding_changes_the_losses_in_float32(json_name, ranks, freezing, runs):
+    reference = runs / f"zero0-x1-{freezing}-recompute0-accumulation1"
+    found = sorted(runs.glob(f"{json_name}-x{ranks}-{freezing}-*"))
+    assert len(found) == (1 if "offload" in json_name else 4)
+    for run in found:
+        assert len(read(run)) == STEPS, run
+        np.testing.assert_allclose(read(run), read(reference), rtol=1e-5, err_msg=run.name)
+        np.testing.assert_allclose(read(run, "grad_norm"), read(reference, "grad_norm"), rtol=1e-4,
+                                   err_msg=run.name)
+
+
+def test_what_is_frozen_matters(runs):
+    """So that the test above cannot pass because the matrix' columns are all alike."""
+    norms = {tuple(read(runs / f"zero0-x1-{freezing}-recompute0-accumulation1", "grad_norm").round(4))
+             for freezing in FREEZING}
+    assert len(norms) == len(FREEZING)
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+@pytest.mark.parametrize("name", JSONS)
+def test_every_json_agrees_with_float32_to_one_percent_in_bf16(name, freezing, runs):
+    reference = runs / f"zero0-x1-{freezing}-recompute0-accumulation1"
+    np.testing.assert_allclose(read(runs / f"bf16-{name}-{freezing}"), read(reference), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_every_json_learns(name, runs):
+    losses = read(runs / f"long-{name}")
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.25
+    np.testing.assert_allclose(losses, read(runs / "long-zero2"), rtol=1e-2)
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+@pytest.mark.parametrize("name", JSONS)
+def test_resuming_is_exact(name, freezing, runs):
+    """Losses, learning rates, weights and moments, bit for bit, in another run's directory."""
+    straight, resumed = runs / f"bf16-{name}-{freezing}", runs / f"resumed-{name}-{freezing}"
+    for key in ("loss", "grad_norm", "learning_rate", "accuracy"):
+        assert len(read(resumed, key)) == STEPS - RESUME_AT
+        assert (read(straight, key)[RESUME_AT:] == read(resumed, key)).all(), key
+    first, second = (tensors(list_checkpoints(run / "checkpoints")[-1]) for run in (straight, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_frozen_weights_survive_and_the_others_move(name, runs):
+    """DeepSpeed's own checkpoints have lost frozen weights under ZeRO-1 (DeepSpeed#5439); and frozen layers
+    with recomputation crashed ZeRO-3 (fixed by PR#8148). Compared with a new model of the same seed."""
+    tokenizer = load_tokenizer(MODEL["tokenizer"], add_action_tokens=True)
+    keys = {"action_chunk": 1, "use_proprio": False, "action_dim": 4, "prompt_style": "pure"}
+    for freezing in FREEZING:
+        torch.manual_seed(7)
+        reader = CheckpointReader(list_checkpoints(runs / f"resumed-{name}-{freezing}/checkpoints")[-1])
+        config = json.loads((runs / f"resumed-{name}-{freezing}/config.json").read_text())
+        for parameter, value in VLA(SimpleNamespace(**{**config, **keys}), tokenizer).named_parameters():
+            same = torch.equal(reader.weight(parameter).bfloat16(), value.detach().bfloat16())
+            trainable = reader.meta["tensors"][parameter]["trainable"]
+            used = not ("blocks.1" in parameter or "vision_backbone.featurizer.norm" in parameter)
+            assert same or trainable, f"{freezing}: frozen {parameter} changed"
+            assert not same or not trainable or not used or value.ndim == 1, f"{freezing}: {parameter} stayed"
+
+
+@pytest.mark.parametrize("name, rtol", [("chain", 2e-3), ("chain-back", 2e-3)])
+def test_a_run_may_change_stage_and_ranks_there_and_back(name, rtol, runs):
+    """2 ranks, 1 rank, 2 ranks and ZeRO 2, 3, 2 (and 3, 1, 3), against six steps at a stretch."""
+    assert len(read(runs / name)) == 6
+    np.testing.assert_allclose(read(runs / name), read(runs / "chain-straight"), rtol=rtol)
+    np.testing.assert_array_equal(read(runs / name, "epoch"), read(runs / "chain-straight", "epoch"))
