@@ -5,6 +5,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 demo: .venv/core  # train the small VLA and see that it learned (about six minutes on two CPU cores)
 	deepspeed --num_gpus 1 train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/cpu.json
 
+rollout: .venv/examples  # let what "make demo" has trained act in the simulator: success rates, picture, film
+	python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
+
 test: .venv/dev  # everything, on the CPU
 	python -m pytest -q
 
@@ -21,4 +24,8 @@ check: .venv/dev
 	pip install -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test check
+.venv/examples: .venv/core examples/metaworld/requirements.txt
+	pip install -r examples/metaworld/requirements.txt
+	touch $@
+
+.PHONY: demo rollout test check

@@ -15,9 +15,9 @@ case $stage in
         --name metaworld_mt50 "$@" ;;
   train)
     python train_vla.py --config configs/metaworld_mt50.yaml --deepspeed_config ds_configs/zero1.json \
-      --set "seed=$seed" "$@" ;;
+      --set "seed=$seed" "run_id=metaworld_mt50-seed$seed" "$@" ;;
   rollout)  # 10 episodes of each task
-    python examples/metaworld/rollout.py --checkpoint "runs/metaworld_mt50+n1+b256+x$seed--image_aug" \
+    python examples/metaworld/rollout.py --checkpoint "runs/metaworld_mt50-seed$seed--image_aug" \
       --tasks mt50 --trials 10 "$@" ;;
   *) echo "data, train or rollout?" >&2; exit 2 ;;
 esac

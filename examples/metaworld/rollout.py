@@ -1,6 +1,6 @@
 """Let a trained policy act in Meta-World and count its successes.
 
-    python examples/metaworld/rollout.py --checkpoint runs/metaworld_mt50+n1+b256+x7 --tasks mt50 --trials 10
+    python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
 
 All trials of a task are one batch from beginning to end: a process steps their simulators (play), the main
 process asks the policy (Policy.act), and trials that are over stay in the batch. So a task's result depends
