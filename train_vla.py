@@ -422,8 +422,12 @@ class Log:
             return
         self.board = SummaryWriter(self.run_dir, purge_step=step + 1)
         path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # a full disk may have cut one short
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(kept))
+        scratch.replace(path)  # at once, for this may be killed as well
 
     def line(self, text: str) -> None:
         """One line on the terminal, clear of the progress bar."""
@@ -437,11 +441,14 @@ class Log:
         if self.quiet:
             return
         self.line(f"step {step} " + " ".join(f"{key} {value:.4g}" for key, value in values.items()))
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
-        self.board.flush()
+        try:
+            with open(self.run_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+            self.board.flush()
+        except OSError as error:  # no reason to end a training
+            self.line(f"warning: not logged: {error}")
 
     def first_batch(self, batch: dict, mixture: Mixture) -> None:
         """Show what the model is about to see: one prompt here, the images with text and actions in

@@ -79,9 +79,17 @@ def ds_json(path: Path, stage: int, bf16: bool = True, **changes) -> Path:
     return path
 
 
-def launch(config: Path, *arguments, ranks: int = 1, launcher: str = "deepspeed", timeout: int = 600,
-           script: str = "train_vla.py"):
-    """Run train_vla.py as a user does -> the finished process, with .text (all it printed) and .metrics."""
+def launch(config: Path, *arguments, timeout: int = 600, **how):
+    """Run train_vla.py as a user does -> the finished process, with .text, all it printed."""
+    done = subprocess.run(**launch_command(config, *arguments, **how), timeout=timeout, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done.text = done.stdout
+    return done
+
+
+def launch_command(config: Path, *arguments, ranks: int = 1, launcher: str = "deepspeed",
+                   script: str = "train_vla.py") -> dict:
+    """What subprocess needs to know to run train_vla.py as a user does."""
     script = [str(ROOT / script), "--config", str(config), *map(str, arguments)]
     bin_dir = Path(sys.executable).parent
     port = str(20000 + os.getpid() % 20000)
@@ -93,10 +101,7 @@ def launch(config: Path, *arguments, ranks: int = 1, launcher: str = "deepspeed"
     }[launcher]
     env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
            "MASTER_PORT": port}
-    done = subprocess.run(command, env=env, cwd=ROOT, timeout=timeout, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    done.text = done.stdout
-    return done
+    return {"args": command, "env": env, "cwd": ROOT}
 
 
 def read_metrics(runs: Path) -> dict[int, dict]:
