@@ -145,7 +145,7 @@ def wilson(successes: int, trials: int) -> list[float]:
     """The 95 % interval of a success rate (Wilson, 1927)."""
     z, p = 1.96, successes / trials
     centre, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return [round((centre + sign * half) / (1 + z * z / trials), 4) for sign in (-1, 1)]
+    return [round(min(1.0, max(0.0, (centre + sign * half) / (1 + z * z / trials))), 4) for sign in (-1, 1)]
 
 
 def rate(episodes: list[dict], within: int = MAX_STEPS) -> dict:
