@@ -44,10 +44,18 @@ def test_held_out_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_pat
 
 
 def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
+    """The frames are the last ones before the checkpoint: those of steps 96 to 100, which the log's last line
+    is about."""
+    asked, ask = [], eval_vla.ask
+    monkeypatch.setattr(eval_vla, "ask", lambda vla, mixture, frames: (asked.append((mixture, frames)),
+                                                                       ask(vla, mixture, frames))[1])
     facts, _ = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 80, "--on-train-frames")
     assert facts["accuracy"]["logged"] == pytest.approx(read_metrics(colours.parent)[100]["accuracy"])
     assert facts["accuracy"]["inference"] == pytest.approx(facts["accuracy"]["logged"], abs=0.05)
     assert facts["frames"] == 80 and facts["mismatch"] is None
+    last = np.stack(asked[0][0].draw(95 * 16, 80), axis=1)
+    np.testing.assert_array_equal(np.concatenate([frames for _, frames in asked]),
+                                  np.concatenate([last[last[:, 0] == d] for d in (0, 1)]))
 
 
 def swapped(see):
@@ -96,17 +104,17 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
     done = launch(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
     assert done.returncode == 0, done.text
     run = tmp_path / "runs/arm--image_aug"
+    given, generate = [], VLA.generate
+    monkeypatch.setattr(VLA, "generate", lambda vla, *inputs: (given.append(inputs),
+                                                               generate(vla, *inputs))[1])
     for extra in ([], ["--on-train-frames"]):
+        given.clear()
         facts, _ = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, *extra)
         assert facts["agreement"] == 1
         assert len(facts["datasets"]["arm"]["inference"]["l1_units_per_dim"]) == 3
-    monkeypatch.setattr(eval_vla, "center_crop", lambda image, size: image)
-    seen = []
-    generate = VLA.generate
-    monkeypatch.setattr(VLA, "generate", lambda vla, images, *rest: (seen.append(images),
-                                                                     generate(vla, images, *rest))[1])
-    evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 16)
-    assert not torch.equal(seen[0], seen[1])  # without the crop, training's inputs are others
+        for training, acting in ((given[0], given[1]), (given[2], given[3])):  # two batches
+            assert training[0].shape == (16, 4, 28, 28, 3) and torch.equal(training[0], acting[0])
+            assert training[1] == acting[1] and torch.equal(training[2], acting[2])
 
 
 def test_mistakes_name_the_cure(colours, monkeypatch, capsys, tmp_path):
