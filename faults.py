@@ -117,7 +117,7 @@ class Neighbour:
         try:
             dist.recv(torch.zeros(1), before, group=self.group)
         except RuntimeError:
-            print(f"rank {dist.get_rank()} ends because rank {before} ended", file=sys.stderr, flush=True)
+            print(f"\nrank {dist.get_rank()} ends because rank {before} ended", file=sys.stderr, flush=True)
             os._exit(1)
 
     def release(self) -> None:

@@ -683,7 +683,7 @@ def main() -> None:
         train(cfg, ds_config)
         neighbour.release()
     except (ValueError, CheckpointError, FloatingPointError) as error:  # DataError is a ValueError
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)  # below the progress bar
         os._exit(1)  # at once: other ranks may be waiting in a collective, and find that this one has gone
     except Exception:
         time.sleep(2)  # if it failed because another rank ended, Neighbour ends this one first, in one line
