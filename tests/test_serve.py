@@ -1,0 +1,394 @@
+"""serve_vla.py as its clients meet it: a process of its own, real HTTP, a real checkpoint."""
+
+import base64
+import http.client
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY, launch, write_colours
+from PIL import Image
+
+import serve_vla
+from data import decode_native
+from weights import load_vla
+
+# ------------------------------------------------------------------------------------------------------------
+# A server and its clients
+
+
+class Client:
+    """One connection to a server, kept open."""
+
+    def __init__(self, port: int):
+        self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def send(self, body, path="/act", method="POST") -> tuple[int, object]:
+        """-> (status, the reply's JSON). body: bytes as they are, or anything to send as JSON."""
+        self.http.request(method, path, body if isinstance(body, bytes) else json.dumps(body).encode())
+        reply = self.http.getresponse()
+        data = reply.read()
+        assert reply.headers["content-type"] == "application/json", data
+        return reply.status, json.loads(data)
+
+
+@contextmanager
+def serving(run, directory):
+    """Start serve_vla.py as a user does -> (process, port, path of its log); stop it in good order."""
+    log = directory / "server.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen([sys.executable, ROOT / "serve_vla.py", "--checkpoint", run, "--port", "0",
+                                    "--device", "cpu"], stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while not (found := re.search(r"serving http://127\.0\.0\.1:(\d+) model ", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield process, int(found[1]), log
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0 and log.read_text().endswith("stopped\n")
+            assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(colours, tmp_path_factory):
+    with serving(colours, tmp_path_factory.mktemp("server")) as (_, port, log):
+        yield port, log
+
+
+@pytest.fixture(scope="module")
+def vla(colours):
+    return load_vla(colours)
+
+
+def json_numpy(array: np.ndarray) -> dict:
+    """As the package of that name encodes an array."""
+    return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str,
+            "shape": list(array.shape)}
+
+
+def from_json_numpy(value: dict) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(value["__numpy__"]), value["dtype"]).reshape(value["shape"])
+
+
+def file(image: np.ndarray, kind: str) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, kind)
+    return out.getvalue()
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def picture(red: int, blue: int, seed: int = 0) -> np.ndarray:
+    """What the model has learned to act on (see conftest.write_colours), of a size that varies."""
+    draw = np.random.RandomState(seed)
+    image = draw.randint(100, 150, (draw.randint(28, 60), draw.randint(40, 90), 3)).astype(np.uint8)
+    quarter = image.shape[1] // 4
+    image[:, :quarter] = image[:, -quarter:] = [30 + 200 * red, 30, 30 + 200 * blue]
+    return image
+
+
+def query(image, **changes) -> dict:
+    return {"image": image, "instruction": "hold it", "unnorm_key": "cold", **changes}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Good requests
+
+
+def test_openvla_clients(server, vla):
+    """Its deploy script answers a json_numpy array with one, and the encoded form with a string of one."""
+    client, image = Client(server[0]), picture(1, 0)
+    expected = vla.predict_action(image, "hold it", "cold")
+    assert expected.dtype == np.float64 and expected.shape == (3,)
+    np.testing.assert_allclose(expected, [0.1, -0.3, 1], atol=0.01)
+
+    status, reply = client.send(query(json_numpy(image)))
+    assert status == 200 and reply == json_numpy(expected) and reply["dtype"] == "<f8"
+    np.testing.assert_array_equal(from_json_numpy(reply), expected)
+    status, reply = client.send({"encoded": json.dumps(query(json_numpy(image)))})
+    assert status == 200 and isinstance(reply, str) and json.loads(reply) == json_numpy(expected)
+
+
+def test_plain_lists_and_files(server, vla):
+    client, image = Client(server[0]), picture(0, 1)
+    expected = vla.predict_action(image, "let go", "warmer").tolist()
+    rest = {"instruction": "let go", "unnorm_key": "warmer"}
+    png = text(file(image, "png"))
+    for sent in ({"image": image.tolist()}, {"image": png}, {"images": [image.tolist()]}):
+        assert client.send({**sent, **rest}) == (200, expected)
+    jpeg = file(image, "jpeg")
+    expected = vla.predict_action(decode_native(jpeg), "let go", "warmer").tolist()
+    assert client.send(query(text(jpeg), **rest)) == (200, expected)
+
+
+def test_the_readme_s_client(server, vla):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+                if "def act(" in block)
+    assert len(code.splitlines()) <= 15
+    names: dict = {}
+    exec(code.replace(":8000", f":{server[0]}"), names)
+    data = file(picture(1, 1), "png")
+    expected = vla.predict_action(picture(1, 1), "hold it", "cold").tolist()
+    assert names["act"](data, "hold it", "cold") == expected
+    with pytest.raises(ValueError, match=r"'hot' is not one of the model's datasets: \['cold', 'warmer'\]"):
+        names["act"](data, "hold it", "hot")
+
+
+def test_health(server, colours):
+    assert Client(server[0]).send(b"", "/health", "GET") == (200, {
+        "status": "ok", "model": str(colours), "unnorm_keys": ["cold", "warmer"], "images": 1,
+        "proprio": False, "action_shape": [1, 3]})
+
+
+def test_32_clients_at_once_get_what_one_would(server, vla):
+    """Requests that wait go through the model together; no answer changes, and none goes to another."""
+    port, log = server
+    texts = ["let go", "hold it", "hold it, whatever happens, until somebody comes and says let go"]
+    cases = [(picture(red, blue, seed), texts[seed % 3], key) for seed in range(4) for red in (0, 1)
+             for blue in (0, 1) for key in ("cold", "warmer")]
+    answers = [vla.predict_action(*case).tolist() for case in cases]
+    assert len({tuple(answer) for answer in answers}) >= 8
+    bodies = [json.dumps(query(json_numpy(image), instruction=words, unnorm_key=key)).encode()
+              for image, words, key in cases]
+
+    def ask_many(seed: int) -> int:
+        client, draw = Client(port), np.random.RandomState(seed)
+        for i in draw.randint(len(cases), size=20):
+            status, reply = client.send(bodies[i])
+            assert status == 200 and from_json_numpy(reply).tolist() == answers[i]
+        return 20
+
+    before = len(log.read_text().splitlines())
+    with ThreadPoolExecutor(32) as pool:
+        assert sum(pool.map(ask_many, range(32))) == 640
+    lines = log.read_text().splitlines()[before:]
+    sizes = [int(re.search(r"status 200 .* batch (\d+) ", line)[1]) for line in lines]
+    assert len(sizes) == 640 and max(sizes) > 4
+
+
+def test_cameras_history_state_and_chunks(tmp_path):
+    write_colours(tmp_path, "arm", 0.2, cameras=2)
+    config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "use_proprio": True,
+              "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
+              "window_size": 2, "action_chunk": 2, "max_steps": 60, "learning_rate": 3e-3,
+              "run_root_dir": str(tmp_path / "runs"), "run_id": "arm"}
+    (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
+    done = launch(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    assert done.returncode == 0, done.text
+    vla = load_vla(tmp_path / "runs/arm")
+    views, state = [picture(i & 1, i >> 1, i) for i in range(4)], np.array([0.3, -1.5])
+    expected = vla.predict_action(views, "hold it", None, state)
+    assert expected.shape == (2, 3)
+    good = {"images": [view.tolist() for view in views], "instruction": "hold it", "proprio": state.tolist()}
+    bad = [({"images": good["images"][:3]}, "images: must be a list of 4, this is a list of 3"),
+           ({"images": good["images"][0]}, "images: must be a list of 4"),
+           ({"images": [*good["images"][:3], [[1]]]}, "images[3]: has shape [1, 1], must be"),
+           ({"proprio": None}, "proprio: missing: this model needs the robot's state, 2 numbers"),
+           ({"proprio": [1.0]}, "proprio: has shape [1], must be [2]"),
+           ({"proprio": [1.0, float("nan")]}, "proprio: must hold finite"),
+           ({"proprio": [1e300, 0]}, "proprio: must hold finite"),
+           ({"proprio": "12"}, "proprio: must be"), ({"proprio": ["1", 2]}, "proprio: must hold numbers")]
+    with serving(tmp_path / "runs/arm", tmp_path) as (process, port, log):
+        client = Client(port)
+        for changes, message in bad:
+            status, reply = client.send({**good, **changes})
+            assert status == 400 and reply["error"].startswith(message), reply
+        status, reply = client.send({"image": good["images"][0], "instruction": "hold it"})
+        assert status == 400 and "looks at 4 images" in reply["error"]
+        assert client.send(good) == (200, expected.tolist())
+        sent = {**good, "proprio": json_numpy(state), "unnorm_key": "arm"}
+        assert client.send(sent) == (200, json_numpy(expected))
+        stop_while_a_request_is_under_way(process, port, log, json.dumps(good).encode(), expected)
+
+
+def stop_while_a_request_is_under_way(process, port, log, body, expected):
+    """It is still answered; then the server ends, successfully."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+                           b"Content-Length: %d\r\n\r\n" % len(body))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100")  # it has begun to read
+        connection.sendall(body[:100])
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=60)
+        connection.sendall(body[100:])
+        reply = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert reply.startswith(b"HTTP/1.1 200") and json.loads(reply.split(b"\r\n\r\n")[1]) == expected.tolist()
+    assert process.wait(30) == 0 and log.read_text().endswith("stopped\n")
+
+
+def test_what_cannot_be_served_is_an_error(tmp_path, monkeypatch, capsys):
+    for where in ("prism-dinosiglip-224px+8b", str(tmp_path)):
+        monkeypatch.setattr(sys, "argv", ["serve_vla.py", "--checkpoint", where])
+        with pytest.raises(SystemExit, match=f"error: .*{re.escape(where)}"):
+            serve_vla.main()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad requests
+
+JUNK = [None, True, 3.5, -1, 10**30, "", "?", [], {}, [[]], [None], {"a": 1}, [{}], "\ud800", [[["x"]]]]
+IMAGE = picture(1, 0)
+GOOD = query(json_numpy(IMAGE))
+
+
+def wrong_type(draw):
+    field = ("image", "instruction", "unnorm_key", "images")[draw.randint(4)]
+    junk = JUNK[draw.randint(len(JUNK))]
+    if field == "instruction" and isinstance(junk, str) and junk.strip() and junk != "\ud800":
+        junk = None
+    return {**GOOD, field: junk}
+
+
+def truncated(draw):
+    body = json.dumps(GOOD).encode()
+    return body[: draw.randint(len(body))]
+
+
+def noise(draw):
+    return draw.bytes(draw.randint(1, 3000))
+
+
+def wrong_shape(draw):
+    shapes = [[3, 40, 40], [40, 40], [4800], [40, 40, 1], [1, 40, 40, 3], [15, 40, 3], [40, 2, 3], [0, 40, 3],
+              [-1, 40, 3], [40.0, 40, 3], [40, 40, 3, 1, 1], [2**40, 2**40, 3], [], 4800, None, "40"]
+    shape = shapes[draw.randint(len(shapes))]
+    data = np.zeros(draw.choice([4800, 1600, 100]), np.uint8)
+    return {**GOOD, "image": {**json_numpy(data), "shape": shape}}
+
+
+def wrong_dtype(draw):
+    kinds = ["|O", "O", "|V8", "<U4", "|S3", "|b1", "<M8[s]", "<c8", "f16", "u3", "", "uint7", 7, None, [],
+             [["a", "<i4"]], "<f4", "<f8", "object", "|u1, |u1"]
+    kind = kinds[draw.randint(len(kinds))]
+    sizes = {"<f4": 4, "<f8": 8, "|O": 8, "O": 8, "<M8[s]": 8, "<c8": 8}
+    data = np.full(4800 * sizes.get(str(kind), 1), 7, np.uint8)
+    return {**GOOD, "image": {**json_numpy(data), "dtype": kind, "shape": [40, 40, 3]}}
+
+
+def wrong_number(draw):
+    image = IMAGE.tolist()
+    numbers = [float("nan"), float("inf"), -float("inf"), -1, 256, 1.5, 10**30, "7", None, [1]]
+    image[draw.randint(28)][draw.randint(40)][draw.randint(3)] = numbers[draw.randint(10)]
+    return {**GOOD, "image": image}
+
+
+def ragged(draw):
+    image = IMAGE.tolist()
+    del image[draw.randint(28)][draw.randint(40)]
+    return {**GOOD, "image": image} if draw.randint(2) else b"[" * draw.randint(2000, 200000)
+
+
+def broken_file(draw):
+    kind = ["png", "jpeg"][draw.randint(2)]
+    data = file(IMAGE, kind)
+    cmyk, small = io.BytesIO(), file(IMAGE[:8], kind)
+    Image.fromarray(IMAGE).convert("CMYK").save(cmyk, "jpeg")
+    header = bytearray(file(IMAGE, "png"))
+    header[16:24] = (60000).to_bytes(4, "big") * 2  # a PNG that says it is 60,000 x 60,000
+    choices = [data[: draw.randint(len(data) // 2)], file(IMAGE, "gif"), file(IMAGE, "bmp"), small,
+               cmyk.getvalue(), bytes(header), draw.bytes(500), data[: len(data) // 2] + draw.bytes(50)]
+    return {**GOOD, "image": text(choices[draw.randint(len(choices))])}
+
+
+def broken_base64(draw):
+    value = [*GOOD["image"]["__numpy__"]]
+    value[draw.randint(len(value) - 8)] = ["!", "é", "\n", "=", "\ud800", ""][draw.randint(6)]
+    return {**GOOD, "image": {**GOOD["image"], "__numpy__": "".join(value)}}
+
+
+def unknown_key(draw):
+    name = "".join(map(chr, draw.randint(32, 0xD7FF, draw.randint(1, 9))))
+    return [{**GOOD, name: 1}, {**GOOD, "unnorm_key": name}, {**GOOD, "\udfff": 1},
+            {**GOOD, "image": {**GOOD["image"], name: 1}}, {**GOOD, "proprio": [0.0]}][draw.randint(5)]
+
+
+def missing_key(draw):
+    gone = ["image", "instruction", "unnorm_key"][draw.randint(3)]  # two datasets: the last is needed, too
+    return {key: value for key, value in GOOD.items() if key != gone}
+
+
+def wrongly_encoded(draw):
+    return [{"encoded": GOOD}, {"encoded": json.dumps(GOOD), "image": 1}, {"encoded": json.dumps(GOOD)[:-9]},
+            {"encoded": json.dumps({"encoded": json.dumps(GOOD)})}, {"encoded": "[1]"},
+            {"encoded": json.dumps(wrong_type(draw))}][draw.randint(6)]
+
+
+def too_long(draw):
+    return {**GOOD, "instruction": "é" * draw.randint(501, 20000)}
+
+
+def no_object(draw):
+    return [b"", b"1", b"[]", b'"act"', b"null", b"\xff\xfe{}", b"{]", b"9" * 5000][draw.randint(8)]
+
+
+KINDS = [wrong_type, truncated, noise, wrong_shape, wrong_dtype, wrong_number, ragged, broken_file,
+         broken_base64, unknown_key, missing_key, wrongly_encoded, too_long, no_object]
+
+
+def test_2000_bad_requests_get_a_message_then_a_good_one_its_action(server, vla):
+    port, log = server
+    client, draw = Client(port), np.random.RandomState(11)
+    messages = set()
+    for number in range(2000):
+        kind = KINDS[number % len(KINDS)]
+        bad = kind(draw)
+        status, reply = client.send(bad)
+        assert status in (400, 413) and reply.keys() == {"error"}, (kind, bad, status, reply)
+        assert 10 < len(reply["error"]) < 2100 and "Traceback" not in reply["error"]
+        messages.add(re.sub(r"\d+", "0", reply["error"])[:40])
+    assert len(messages) > 40  # they say what is wrong
+    assert client.send(GOOD) == (200, json_numpy(vla.predict_action(IMAGE, "hold it", "cold")))
+    assert " status 500 " not in log.read_text() and "Traceback" not in log.read_text()
+
+
+def test_huge_and_broken_connections_and_other_addresses(server, vla):
+    port, _ = server
+    huge = Client(port)
+    for size in (serve_vla.MAX_BODY + 1, 3 * serve_vla.MAX_BODY):
+        status, reply = huge.send(b" " * size)
+        assert status == 413 and reply["error"].startswith("the request: longer than 33554432 bytes: send")
+    status, reply = huge.send(query([[[0, 0, 0]] * 40] * 5000))
+    assert (status, reply["error"]) == (400, "image: is 5000 x 40 pixels; each side must be 16..4096")
+    for method, path in (("GET", "/act"), ("PUT", "/act"), ("POST", "/health"), ("GET", "/")):
+        status, reply = Client(port).send(b"{}", path, method)
+        assert status in (404, 405) and reply["error"].endswith("POST /act or GET /health")
+    for start in (b"\x00\xff" * 500, b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", b"GET",
+                  b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n{\"ima"):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(start)  # and hang up in the middle
+    assert Client(port).send(GOOD)[0] == 200
+
+
+def test_one_failing_request_does_not_fail_its_batch(vla):
+    """The model's own errors reach whoever caused them, and nobody else."""
+    batcher = serve_vla.Batcher(vla, max_batch=8)
+    queries = [serve_vla.parse_request(json.dumps(GOOD).encode(), vla) for _ in range(3)]
+    queries[1].views = [np.zeros((28, 28), np.uint8)]  # which parse_request would never let through
+    futures = [batcher.ask(each) for each in queries]
+    gone = batcher.ask(queries[0])
+    gone.cancel()  # its client has hung up
+    batcher.start()
+    expected = vla.predict_action(IMAGE, "hold it", "cold").tolist()
+    for i in (0, 2):
+        assert futures[i].result(60)[0].tolist() == expected
+    assert futures[1].exception(60) is not None
+    assert batcher.ask(queries[0]).result(60)[0].tolist() == expected and threading.active_count() > 1
