@@ -252,7 +252,12 @@ def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights |
         cfg = dataclasses.replace(cfg, vision_backbone=towers)
     sharded = ds_config["zero_optimization"].get("stage") == 3 and (weights or cfg.pretrained_backbones)
     with torch.device(get_accelerator().current_device_name()):
-        return VLA(cfg, tokenizer, deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else None)
+        vla = VLA(cfg, tokenizer, deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else None)
+    if sharded:  # DeepSpeed now takes the other modules for made in bf16, too
+        dtype = next(vla.llm.parameters()).dtype
+        for param in vla.parameters():
+            param.data = param.data.to(dtype)
+    return vla
 
 
 def to_device(batch: dict, device) -> dict:
