@@ -3,9 +3,9 @@
     python serve_vla.py --checkpoint runs/demo+n1+b32+x7 --dtype fp32 &
     python bench/serve_load.py --url http://127.0.0.1:8000 --clients 32 --seconds 60
 
-First each of 24 requests (random images and instructions, all of the model's datasets) is made alone; then the
-clients repeat them in random order until the time is over. In float32 no answer may change; in bf16 a batch
-rounds otherwise than a single request, and some action tokens fall into a neighbouring bin: those are
+First each of 24 requests (images of random colours, instructions, all of the model's datasets) is made alone;
+then the clients repeat them in random order until the time is over. In float32 no answer may change; in bf16
+a batch rounds otherwise than a single request, so that some answers fall into a neighbouring bin: those are
 counted as different, too.
 """
 
@@ -32,11 +32,13 @@ def ask(connection: http.client.HTTPConnection, path: str, body: bytes | None = 
 def requests(health: dict, count: int) -> list[bytes]:
     """Bodies of different requests for the model that /health describes."""
     draw, keys = np.random.RandomState(0), itertools.cycle(health["unnorm_keys"])
+    images = [np.clip(draw.randint(0, 256, 3) + draw.randint(-20, 21, (96, 128, 3)), 0, 255).tolist()
+              for _ in range(count * health["images"])]
     words = "pick up the red cup and put it into the drawer next to the stove".split()
     return [json.dumps({
-        "images": [draw.randint(0, 256, (96, 128, 3)).tolist() for _ in range(health["images"])],
+        "images": images[i :: count],
         "instruction": " ".join(words[: draw.randint(2, len(words))]), "unnorm_key": next(keys),
-    }).encode() for _ in range(count)]
+    }).encode() for i in range(count)]
 
 
 def main() -> None:
