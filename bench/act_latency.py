@@ -1,0 +1,130 @@
+"""How fast a 7B model acts on one GPU: an image and an instruction to an action, in bf16.
+
+    python bench/act_latency.py --batch 1 8
+    python bench/act_latency.py --batch 1 --openvla ../openvla --openvla_python ../openvla-env/bin/python
+
+Weights are random, the shape is OpenVLA-7B's. Measured is predict_action as a user calls it, from a 256 px
+image in host memory to numbers; with kernels as they come, and fused and recorded (VLA.speed_up). OpenVLA's
+class (transformers 4.40.1) is timed in its own environment on the same GPU, one image at a time, as it cannot
+batch. The floor: each of 7 tokens reads all the language model's weights once.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from torch import nn
+
+from action_tokenizer import load_tokenizer
+from model import VLA
+from weights import ACTING, PRISMATIC, parameters_without_memory, prismatic_config
+
+INSTRUCTION = "put the carrot on the plate"
+STATS = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
+OPENVLA = '''
+import sys, time, types, numpy as np, torch
+from PIL import Image
+for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf"):  # their __init__ files want everything
+    module = types.ModuleType(name); module.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
+    sys.modules[name] = module
+from transformers import PreTrainedTokenizerFast
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor
+stats = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
+config = OpenVLAConfig(vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure",
+                       arch_specifier="no-align+fused-gelu-mlp", image_resize_strategy="resize-naive",
+                       text_config={"vocab_size": 32064, "pad_token_id": 32000}, norm_stats=stats)
+config._attn_implementation = "sdpa"
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("cuda"):
+    vla = OpenVLAForActionPrediction._from_config(config, attn_implementation="sdpa")
+vla = vla.to("cuda", torch.bfloat16).eval()
+torch.set_default_dtype(torch.float32)
+processor = PrismaticImageProcessor(use_fused_vision_backbone=True, image_resize_strategy="resize-naive",
+    input_sizes=[(3, 224, 224)] * 2, interpolations=["bicubic"] * 2,
+    means=[(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)], stds=[(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)])
+tokenizer = PreTrainedTokenizerFast(tokenizer_file=sys.argv[2] + "/tokenizer.json")
+image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+prompt = "In: What action should the robot take to " + sys.argv[3] + "?" + chr(10) + "Out:"
+times = []
+for _ in range(23):
+    started = time.perf_counter()
+    ids = tokenizer(prompt, return_tensors="pt")
+    pixels = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"].to("cuda", torch.bfloat16)
+    vla.predict_action(input_ids=ids["input_ids"].cuda(), attention_mask=ids["attention_mask"].cuda(),
+                       pixel_values=pixels, unnorm_key="made_up", do_sample=False)
+    times.append(time.perf_counter() - started)
+print("seconds", float(np.median(times[3:])))
+'''
+
+
+def random_model(base: str) -> VLA:
+    """A Prismatic VLM's shape with random bf16 weights, made on the GPU."""
+    config = {**ACTING, **prismatic_config(*PRISMATIC[base])}
+    config["tokenizer"] = str(ROOT / "tests/fixtures/model/tokenizer_llama")
+    cfg = SimpleNamespace(**config)
+    with parameters_without_memory():
+        vla = VLA(cfg, load_tokenizer(cfg.tokenizer))
+    for name, p in [*vla.named_parameters()]:
+        module, _, leaf = name.rpartition(".")
+        value = torch.randn(p.shape, device="cuda", dtype=torch.bfloat16) * 0.02
+        vla.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    vla.norm_stats = STATS
+    return vla.to("cuda").eval()
+
+
+def measure(vla: VLA, batch: int, repeats: int = 20) -> tuple[float, float]:
+    """Median seconds of predict_action for a batch, and of the first call."""
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    times = []
+    for _ in range(repeats + 3):
+        started = time.perf_counter()
+        vla.predict_action([image] * batch, [INSTRUCTION] * batch)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[3:])), times[0]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
+    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, to be timed too")
+    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
+    args = parser.parse_args()
+    print(f"gpu {torch.cuda.get_device_name()} torch {torch.__version__} model {args.base}", flush=True)
+    theirs = None
+    if args.openvla:
+        done = subprocess.run([args.openvla_python, "-c", OPENVLA, str(args.openvla),
+                               str(ROOT / "tests/fixtures/model/tokenizer_llama"), INSTRUCTION],
+                              text=True, capture_output=True)
+        if done.returncode:
+            print("openvla failed:", done.stderr[-1500:], flush=True)
+        else:
+            theirs = float(done.stdout.split("seconds")[-1])
+            print(f"openvla batch 1 seconds {theirs:.4f} actions_per_second {1 / theirs:.2f}", flush=True)
+    vla = random_model(args.base)
+    llm = sum(p.numel() for p in vla.llm.parameters()) - vla.llm.get_input_embeddings().weight.numel()
+    print(f"weights_gb {vla.count_parameters()[0] * 2e-9:.2f} read_per_token_gb {llm * 2e-9:.2f}", flush=True)
+    for fast in (False, True):
+        if fast:
+            vla.speed_up()
+        for batch in args.batch:
+            seconds, first = measure(vla, batch)
+            ratio = f" ratio_to_openvla {theirs * batch / seconds:.2f}" if theirs else ""
+            print(f"{'speed_up' if fast else 'plain'} batch {batch} seconds {seconds:.4f} actions_per_second "
+                  f"{batch / seconds:.2f}{ratio} first_call_seconds {first:.1f} "
+                  f"gpu_gb {torch.cuda.max_memory_allocated() / 1e9:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

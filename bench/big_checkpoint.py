@@ -1,0 +1,108 @@
+"""A 7.5-billion-parameter model through its whole life: load, train a step, save, export, act.
+
+    python bench/big_checkpoint.py --folder /tmp/big
+
+Writes a checkpoint in OpenVLA's Hugging Face layout with random bf16 weights (15 GB), then runs the project's
+own commands on it, one process each, and prints seconds and peak host memory of each. Trained are the towers, the
+projector and the language model's two ends (the "sandwich"), so that weights and moments fit a disk of 64 GB.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import yaml
+from act_latency import STATS
+from data_throughput import write_frames
+
+from action_tokenizer import load_tokenizer
+from checkpoint import list_checkpoints
+from export_vla import save_tokenizer, write_hugging_face
+from model import VLA
+from weights import ACTING, PRISMATIC, Weights, parameters_without_memory, prismatic_config
+
+ACT = """
+import sys, time, numpy as np, torch
+sys.path.insert(0, {root!r})
+from weights import load_vla
+started = time.time()
+vla = load_vla({export!r}, "cuda", torch.bfloat16)
+print("loaded_seconds", round(time.time() - started, 1), "gpu_gb", round(torch.cuda.max_memory_allocated() / 1e9, 1))
+print("action", vla.predict_action(np.zeros((224, 224, 3), np.uint8), "put the carrot on the plate").round(3).tolist())
+"""
+
+
+def make_checkpoint(folder: Path, base: str) -> None:
+    """Random weights in OpenVLA's Hugging Face layout."""
+    config = {**ACTING, **prismatic_config(*PRISMATIC[base])}
+    cfg = SimpleNamespace(**config | {"tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")})
+    with parameters_without_memory():
+        vla = VLA(cfg, load_tokenizer(cfg.tokenizer))
+
+    def draw(shape: torch.Size) -> torch.Tensor:
+        return (torch.randn(shape, device="cuda") * 0.02).bfloat16().cpu()
+
+    tensors = {name: partial(draw, p.shape) for name, p in vla.named_parameters()}
+    folder.mkdir(parents=True)
+    save_tokenizer(cfg, folder)
+    write_hugging_face(Weights(base, config, tensors, STATS), cfg, folder, None)
+
+
+def timed(name: str, command: list) -> str:
+    """Run a command; print its seconds and the peak memory of its largest process."""
+    started = time.time()
+    done = subprocess.run([str(part) for part in command], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(f"{name} seconds {time.time() - started:.0f} largest_host_gb_so_far {peak:.1f}", flush=True)
+    if done.returncode:
+        sys.exit(done.stdout[-3000:])
+    return done.stdout
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="on a disk with 50 GB free; emptied")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b")
+    args = parser.parse_args()
+    folder = args.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.time()
+    make_checkpoint(folder / "hf", args.base)
+    print(f"made seconds {time.time() - started:.0f}", flush=True)
+    torch.cuda.empty_cache()
+    write_frames(folder / "data", 200)
+    (folder / "config.yaml").write_text(yaml.safe_dump({
+        "base_vlm": str(folder / "hf"), "data_root_dir": str(folder / "data"), "eval_interval": 0, "max_steps": 1,
+        "data_mix": "libero_spatial_no_noops", "run_root_dir": str(folder / "runs"), "run_id": "big",
+        "freeze_llm_backbone": True, "unfreeze_last_llm_layer": True, "global_batch_size": 16, "eval_samples": 16,
+        "per_device_batch_size": 16}))
+    text = timed("train", [sys.executable, ROOT / "train_vla.py", "--config", folder / "config.yaml"])
+    print("\n".join(line for line in text.splitlines()
+                    if line.startswith(("weights_from", "model", "batch", "step", "saved", "done"))), flush=True)
+    shutil.rmtree(folder / "hf")
+    (checkpoint,) = list_checkpoints(folder / "runs/big/checkpoints")
+    size = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e9
+    print(f"checkpoint_gb {size:.1f} parameters "
+          f"{len(json.loads((checkpoint / 'checkpoint.json').read_text())['tensors'])}", flush=True)
+    timed("export", [sys.executable, ROOT / "export_vla.py", folder / "runs/big", folder / "exported", "--format",
+                     "hf", "--dtype", "bf16"])
+    text = timed("act", [sys.executable, "-c", ACT.format(root=str(ROOT), export=str(folder / "exported"))])
+    print("\n".join(line for line in text.splitlines() if line.startswith(("loaded", "action"))))
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

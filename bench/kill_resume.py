@@ -1,0 +1,158 @@
+"""Kill a training again and again, at any moment, and see that it ends as if nothing had happened.
+
+    python bench/kill_resume.py --cycles 100 --ranks 2
+
+Each run of --steps steps is killed with SIGKILL, all ranks at once, after a random time: while it starts,
+trains, saves or resumes. It is then started again, until it is through. The ZeRO stage is drawn once per run
+and not at every start: each stage repeats itself bit for bit, but two stages do not give each other's last
+bit, because they sum the norm of the gradients, by which these are clipped, in another order. (With --mixed,
+which clips nothing, trains in float32 on one rank and draws the stage at every start, they do.)
+
+A run passes if losses, gradient norms, accuracies and learning rates of all its steps, and all weights and
+moments of its last checkpoint, are those of the same run left alone. Runs follow one another until there
+were --cycles kills. The processes are forked from one that has imported everything, or starting would take
+nearly all of the time.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from conftest import ROOT, TINY
+
+import train_vla
+from checkpoint import CheckpointReader, list_checkpoints
+
+STAGES = ["zero0", "zero1", "zero2", "zero3"]
+
+
+def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
+    """Fork the ranks of a job -> their process ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(ranks):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        status = 1
+        try:
+            neighbour = train_vla.start_job()
+            train_vla.train(train_vla.TrainConfig(**cfg), ds_config)
+            neighbour.release()
+            status = 0
+        except BaseException as error:
+            print(f"error: {type(error).__name__} {error}", flush=True)
+        finally:
+            os._exit(status)
+    return pids
+
+
+def run_for(pids: list[int], seconds: float) -> bool:
+    """Let a job run, and kill it after so many seconds -> did it end before, and well?"""
+    deadline, statuses = time.time() + seconds, {}
+    while len(statuses) < len(pids) and time.time() < deadline:
+        time.sleep(0.002)
+        for pid in set(pids) - statuses.keys():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                statuses[pid] = status
+    for pid in (left := set(pids) - statuses.keys()):
+        os.kill(pid, signal.SIGKILL)
+    for pid in left:
+        os.waitpid(pid, 0)
+    if any(statuses.values()):
+        raise RuntimeError(f"a rank failed by itself: {statuses}")
+    return not left
+
+
+def result(run: Path) -> tuple[list, dict]:
+    """What must be the same: the curves, and the last checkpoint's tensors."""
+    keys = ("step", "loss", "grad_norm", "accuracy", "learning_rate")
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    curves = [[values[key] for key in keys] for values in lines if "loss" in values]
+    reader = CheckpointReader(list_checkpoints(run / "checkpoints")[-1])
+    tensors = {name: reader.read(name, 0, max(stop for _, stop, *_ in slices))
+               for name, slices in reader.slices.items()}
+    return curves, tensors
+
+
+def same(first: tuple, second: tuple) -> bool:
+    """Bit for bit?"""
+    (curves, tensors), (curves2, tensors2) = first, second
+    return (curves == curves2 and tensors.keys() == tensors2.keys()
+            and all(torch.equal(tensors[name], tensors2[name]) for name in tensors))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cycles", type=int, default=100, help="how many kills")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--longest", type=float, default=8.0, help="seconds until the latest kill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed", action="store_true")
+    args = parser.parse_args()
+    draw, root = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="kill_resume"))
+    ranks = 1 if args.mixed else args.ranks
+    configs = {stage: json.loads((ROOT / f"ds_configs/{stage}.json").read_text()) for stage in STAGES}
+    cfg = {**TINY, "run_root_dir": str(root), "max_steps": args.steps, "save_interval": 2, "freeze_vision_backbone": True,
+           "lr_scheduler_type": "linear-warmup+cosine-decay", "warmup_ratio": 0.1, "image_aug": True}
+    if args.mixed:
+        cfg["max_grad_norm"] = 1e9
+        configs = {stage: {**config, "bf16": {"enabled": False}} for stage, config in configs.items()}
+
+    references, kills, passed, runs, where = {}, 0, 0, 0, Counter()
+    while kills < args.cycles:
+        stage = draw.choice(STAGES)
+        if (reference := "mixed" if args.mixed else stage) not in references:
+            name = f"straight-{reference}"
+            assert run_for(start({**cfg, "run_id": name}, configs[stage], ranks, root / f"{name}.log"), 3600)
+            references[reference] = result(root / f"{name}--image_aug")
+        name, cycles = f"run{runs}", 0
+        run = root / f"{name}--image_aug"
+        while True:
+            if args.mixed:
+                stage = draw.choice(STAGES)
+            # the last ones, once there were enough kills, may end in peace
+            seconds = draw.uniform(0, args.longest) if kills < args.cycles else 3600
+            before = len(list_checkpoints(run / "checkpoints"))
+            done = run_for(start({**cfg, "run_id": name}, configs[stage], ranks, root / f"{name}.log"), seconds)
+            if done:
+                break
+            kills, cycles = kills + 1, cycles + 1
+            if list(run.glob("checkpoints/*.tmp")):
+                where["saving"] += 1
+            elif not before and not list_checkpoints(run / "checkpoints"):
+                where["before_the_first_checkpoint"] += 1
+            else:
+                where["elsewhere"] += 1
+        good = same(result(run), references[reference])
+        runs, passed = runs + 1, passed + good
+        print(f"run {runs} stage {reference} ranks {ranks} kills {cycles} identical {good} kills_so_far {kills} "
+              f"{' '.join(f'{key} {value}' for key, value in where.items())}", flush=True)
+        shutil.rmtree(run) if good else print(f"kept {run}", flush=True)
+    print(f"kills {kills} runs {runs} identical {passed}/{runs}")
+    sys.exit(passed != runs)
+
+
+if __name__ == "__main__":
+    main()
