@@ -253,10 +253,11 @@ def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights |
     sharded = ds_config["zero_optimization"].get("stage") == 3 and (weights or cfg.pretrained_backbones)
     with torch.device(get_accelerator().current_device_name()):
         vla = VLA(cfg, tokenizer, deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else None)
-    if sharded:  # DeepSpeed now takes the other modules for made in bf16, too
-        dtype = next(vla.llm.parameters()).dtype
-        for param in vla.parameters():
-            param.data = param.data.to(dtype)
+        if sharded:
+            # zero.Init makes everything in bf16, also the rotary frequencies, which must not be rounded ...
+            vla.llm.base_model.rotary_emb = type(vla.llm.base_model.rotary_emb)(vla.llm.config)
+            for param in vla.parameters():  # ... and DeepSpeed takes it that the towers were made in it, too
+                param.data = param.data.to(next(vla.llm.parameters()).dtype)
     return vla
 
 
