@@ -30,5 +30,6 @@ if __name__ == "__main__":
             (cfg.pretrained_checkpoint,) = glob.glob(cfg.pretrained_checkpoint)
         train_vla.train(cfg, cell["ds_config"])
         gc.collect()  # an engine and its hooks refer to each other
+    gc.unfreeze()
     neighbour.release()
     train_vla.dist.destroy_process_group()

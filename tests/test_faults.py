@@ -1,0 +1,372 @@
+"""What goes wrong in long runs, done to real ones: signals, kills, full disks, damaged files, broken data."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, TINY, ds_json, launch, launch_command, read_metrics
+
+import data
+from action_tokenizer import load_tokenizer
+from checkpoint import CheckpointReader, list_checkpoints
+from rlds import write_rlds
+from train_vla import TrainConfig
+
+
+class Job:
+    """A job that runs while the test does something to it."""
+
+    def __init__(self, path: Path, **command):
+        self.output = path
+        with open(path, "w") as output:
+            self.process = subprocess.Popen(**command, stdout=output, stderr=subprocess.STDOUT,
+                                            start_new_session=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, rank 0 first: children of `deepspeed`'s only child."""
+        (launcher,) = psutil.Process(self.process.pid).children()
+        return sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
+
+    def wait(self, seconds: float = 90) -> tuple[int, str, float]:
+        """-> (exit status, all it printed, how long it took)"""
+        start = time.time()
+        status = self.process.wait(seconds)
+        while members(self.process.pid):  # who may outlive the launcher
+            assert time.time() - start < seconds, self.output.read_text()
+            time.sleep(0.2)
+        return status, self.output.read_text(), time.time() - start
+
+    def kill(self) -> None:
+        for process in members(self.process.pid):
+            process.kill()
+        self.process.wait()
+
+
+def members(session: int) -> list[psutil.Process]:
+    """All living processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != "zombie":
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            pass
+    return found
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a job; whatever is left of it when the test ends is killed."""
+    jobs = []
+
+    def start(**command) -> Job:
+        jobs.append(Job(tmp_path / f"output{len(jobs)}", **command))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+def wait_for_steps(runs: Path, steps: int, job: Job) -> None:
+    """Until the only run below `runs` has logged so many steps."""
+    for _ in range(1200):
+        logs = list(runs.glob("*/metrics.jsonl"))
+        if logs and logs[0].read_text().count("\n") >= steps:
+            return
+        assert job.process.poll() is None, job.output.read_text()
+        time.sleep(0.1)
+    raise AssertionError(job.output.read_text())
+
+
+def losses(runs: Path) -> np.ndarray:
+    return np.array([values["loss"] for _, values in sorted(read_metrics(runs).items())])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize("number, to", [
+    (signal.SIGTERM, "the deepspeed command"), (signal.SIGTERM, "its child"), (signal.SIGTERM, "everyone"),
+    (signal.SIGUSR1, "rank 1"),
+])
+def test_a_signal_saves_and_ends_the_job(number, to, tiny, tmp_path, start):
+    """SLURM signals every process of a job step; people, the one they started."""
+    config = tiny(max_steps=5000, num_workers=1)
+    job = start(**launch_command(config, ranks=2))
+    wait_for_steps(tmp_path / "runs", 3, job)
+    match to:
+        case "the deepspeed command":
+            job.process.send_signal(number)
+        case "its child":
+            psutil.Process(job.process.pid).children()[0].send_signal(number)
+        case "rank 1":
+            job.ranks()[1].send_signal(number)
+        case "everyone":
+            os.killpg(job.process.pid, number)
+    status, text, _ = job.wait()
+    assert re.search(r"stopped by .* at step \d+ of 5000: start the same command again to continue", text), text
+    assert "Traceback" not in text and "killed by signal" not in text, text
+    assert status == (0 if to == "rank 1" else status)  # the others' status is the launcher's own
+    (checkpoint,) = list_checkpoints(next((tmp_path / "runs").iterdir()) / "checkpoints")
+    CheckpointReader(checkpoint).verify()
+    done = CheckpointReader(checkpoint).meta["step"]
+    assert max(read_metrics(tmp_path / "runs")) == done
+    if to == "everyone":  # and is it as if nothing had happened?
+        assert launch(config, "--set", f"max_steps={done + 3}", ranks=2).returncode == 0
+        config = tiny(max_steps=done + 3, run_root_dir=str(tmp_path / "straight"))
+        assert launch(config, ranks=2).returncode == 0
+        assert (losses(tmp_path / "runs") == losses(tmp_path / "straight")).all()
+
+
+def test_a_run_without_launcher_ends_with_status_0(tiny, tmp_path, start):
+    job = start(**launch_command(tiny(max_steps=5000), launcher="python"))
+    wait_for_steps(tmp_path / "runs", 2, job)
+    job.process.send_signal(signal.SIGUSR1)
+    status, text, _ = job.wait()
+    assert status == 0 and "stopped by SIGUSR1 at step" in text, text
+
+
+def test_killed_in_the_middle_of_saving(tiny, tmp_path, start):
+    config = tiny(max_steps=5000, save_interval=1)
+    job = start(**launch_command(config, ranks=2))
+    wait_for_steps(tmp_path / "runs", 3, job)
+    (run,) = (tmp_path / "runs").iterdir()
+    for _ in range(100_000):
+        if list(run.glob("checkpoints/*.tmp")):
+            break
+    job.kill()
+    assert list(run.glob("checkpoints/*.tmp"))
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    CheckpointReader(newest).verify()
+    step = CheckpointReader(newest).meta["step"]
+    done = launch(config, "--set", f"max_steps={step + 2}", ranks=2)
+    assert done.returncode == 0 and f"resumed {newest} step {step}" in done.text, done.text
+    assert sorted(read_metrics(tmp_path / "runs")) == list(range(1, step + 3))
+    assert not list(run.glob("checkpoints/*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranks and workers that die
+
+
+@pytest.mark.parametrize("victim", ["rank", "worker"])
+def test_one_death_ends_all_ranks_with_the_cause_on_top(victim, tiny, tmp_path, start):
+    job = start(**launch_command(tiny(max_steps=5000, num_workers=1), ranks=2))
+    wait_for_steps(tmp_path / "runs", 3, job)
+    rank = job.ranks()[1]
+    (rank if victim == "rank" else rank.children()[0]).kill()
+    status, text, seconds = job.wait()
+    assert status != 0 and seconds < 60
+    if victim == "rank":
+        assert "rank 0 ends because rank 1 ended" in text, text
+    else:
+        first = re.search(r"^(error|rank|Traceback).*", text, re.MULTILINE)[0]
+        assert re.match(r"error: step \d+ rank 1: DataLoader worker \(pid.*\) (exited|is killed)", first), text
+
+
+@pytest.fixture
+def nodes(tmp_path, start):
+    """Start a job as on two machines: a launcher for each, which know of each other only host names and a
+    port."""
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+
+    def begin(config) -> list[Job]:
+        command = launch_command(config)
+        deepspeed, _, _, *port_and_script = command.pop("args")
+        options = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", "127.0.0.1"]
+        return [start(args=[deepspeed, *options, "--node_rank", str(rank), *port_and_script], **command)
+                for rank in range(2)]
+
+    return begin
+
+
+def test_two_nodes(tiny, tmp_path, nodes):
+    jobs = nodes(tiny(max_steps=6))
+    for job in jobs:
+        status, text, _ = job.wait()
+        assert status == 0, text
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["tiny+n2+b4+x7"]
+    done = launch(tiny(max_steps=6, run_root_dir=str(tmp_path / "one_node")), ranks=2)
+    assert done.returncode == 0, done.text
+    assert (losses(tmp_path / "runs") == losses(tmp_path / "one_node")).all()
+
+
+def test_a_death_on_one_node_ends_the_other(tiny, tmp_path, nodes):
+    jobs = nodes(tiny(max_steps=5000))
+    wait_for_steps(tmp_path / "runs", 2, jobs[0])
+    jobs[1].ranks()[0].kill()
+    status, text, seconds = jobs[0].wait()
+    assert status != 0 and seconds < 60 and "rank 0 ends because rank 1 ended" in text, text
+
+
+def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
+    """One machine finds its index ready, another needs longer for it than a collective may take."""
+    config, seconds = tiny(max_steps=1), 5
+    cfg = TrainConfig(**{**yaml.safe_load(config.read_text()), "index_dir": str(tmp_path / "rank0")})
+    mixture = data.Mixture(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
+    ready = mixture.tables[0].path
+    waiting = tmp_path / "rank1" / ready.parent.name
+    waiting.mkdir(parents=True)
+    script = tmp_path / "train_with_timeout.py"
+    script.write_text(
+        f"import datetime, os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport deepspeed, train_vla\n"
+        f"deepspeed.init_distributed(timeout=datetime.timedelta(seconds={seconds}))\n"
+        f"sys.argv += ['--set', 'index_dir={tmp_path}/rank' + os.environ['RANK']]\n"
+        "print('connected', flush=True)\ntrain_vla.main()\n")
+    with open(waiting / f"{ready.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = start(**launch_command(config, ranks=2, script=script))
+        while "connected" not in job.output.read_text():
+            assert job.process.poll() is None, job.output.read_text()
+            time.sleep(0.2)
+        time.sleep(4 * seconds)
+    status, text, _ = job.wait()
+    assert status == 0 and "done steps 1" in text, text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Disks and checkpoints
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 14 MB: room for three checkpoints of the tiny model."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(path)], check=False).returncode:
+        pytest.skip("may not mount file systems")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_keeps_the_old_checkpoints(small_disk, tiny):
+    config = tiny(run_root_dir=str(small_disk), save_interval=2, keep_checkpoints=0, max_steps=13)
+    done = launch(config, "--set", "on_save_error=continue", ranks=2)
+    failed = re.findall(r"warning: could not save .*/(step-\d+).*: rank \d: .*No space left on device; older "
+                        r"checkpoints are untouched; training goes on", done.text)
+    assert failed and "error: could not save" in done.text and done.returncode != 0, done.text  # the last must
+    assert sorted(read_metrics(small_disk)) == list(range(1, 14))
+    kept = list_checkpoints(next(small_disk.iterdir()) / "checkpoints")
+    assert len(kept) + len(failed) == 6
+    for checkpoint in kept:
+        CheckpointReader(checkpoint).verify()
+    done = launch(config, ranks=2)  # on_save_error: stop
+    assert f"resumed {kept[-1]}" in done.text and done.returncode != 0, done.text
+    assert "error: could not save" in done.text and "goes on" not in done.text
+    assert "Traceback" not in done.text
+    assert list_checkpoints(kept[0].parent) == kept
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory):
+    """A run with checkpoints at steps 2, 4 and 6."""
+    path = tmp_path_factory.mktemp("three")
+    values = {**TINY, "run_root_dir": str(path / "runs"), "run_id": "run", "max_steps": 6, "save_interval": 2,
+              "keep_checkpoints": 0}
+    (path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(path / "tiny.yaml", launcher="python")
+    assert done.returncode == 0, done.text
+    return path
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_last_intact_one_offered(three_checkpoints, tiny, tmp_path):
+    shutil.copytree(three_checkpoints / "runs", tmp_path / "runs")
+    older, middle, newest = list_checkpoints(tmp_path / "runs/run/checkpoints")
+    (newest / "checkpoint.json").unlink()
+    (file,) = middle.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    config = tiny(run_id="run", max_steps=7)
+    done = launch(config, ranks=2)
+    assert done.returncode != 0 and "Traceback" not in done.text
+    assert f"{newest}: not a readable checkpoint" in done.text, done.text
+    assert f"{older} is intact" in done.text, done.text
+    for damaged in (newest, middle):
+        command = re.search(rf"`(mv {re.escape(str(damaged))} .*)`", done.text)[1]
+        assert subprocess.run(shlex.split(command), check=False).returncode == 0
+        done = launch(config, launcher="python")
+    assert done.returncode == 0 and f"resumed {older} step 2" in done.text, done.text
+    assert (losses(tmp_path / "runs")[:6] == losses(three_checkpoints / "runs")).all()
+
+
+def test_resuming_a_given_checkpoint(three_checkpoints, tiny, tmp_path):
+    """OpenVLA's way: pretrained_checkpoint, is_resume, resume_step and resume_epoch."""
+    _, middle, _ = list_checkpoints(three_checkpoints / "runs/run/checkpoints")
+    config = tiny(pretrained_checkpoint=str(middle), resume_step=4, resume_epoch=0, max_steps=6)
+    done = launch(config, launcher="python")
+    assert done.returncode == 0 and f"resumed {middle} step 4" in done.text, done.text
+    assert (losses(tmp_path / "runs") == losses(three_checkpoints / "runs")[4:]).all()
+    # the new run's own checkpoint of step 6 comes before the given one of step 4
+    done = launch(config, "--set", "max_steps=7", launcher="python")
+    assert re.search(rf"resumed {tmp_path}.* step 6", done.text) and done.returncode == 0, done.text
+
+    for changes, message in [
+        ({"resume_step": 5}, f"resume_step is 5, but pretrained_checkpoint {middle} is of step 4"),
+        ({"resume_epoch": 2}, f"resume_epoch is 2, but pretrained_checkpoint {middle} is of epoch 0"),
+        ({"pretrained_checkpoint": None}, "resume_step is 4, but pretrained_checkpoint is None"),
+        ({"is_resume": False}, f"resume_step is 4, but pretrained_checkpoint is {middle} and is_resume False"),
+    ]:
+        settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        done = launch(config, "--set", "run_id=other", *settings, launcher="python")
+        assert done.returncode == 1 and f"error: {message}" in done.text, done.text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data and numbers
+
+
+def test_an_image_that_cannot_be_decoded_names_step_rank_and_record(tiny, tmp_path):
+    import tensorflow_datasets as tfds
+
+    f = tfds.features
+    features = {"steps": f.Dataset({
+        "observation": {"image": f.Image(shape=(32, 32, 3), encoding_format="png")},
+        "action": f.Tensor(shape=(4,), dtype=np.float32), "language_instruction": f.Text()})}
+    rng = np.random.default_rng(0)
+    episodes = [{"steps": [{"observation": {"image": rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)},
+                            "action": rng.uniform(-1, 1, 4).astype(np.float32), "language_instruction": "push"}
+                           for _ in range(10)]} for _ in range(20)]
+    episodes[13]["steps"][4]["observation"]["image"] = b"\x89PNG, but not really"
+    write_rlds(tmp_path, "broken", "1.0.0", features, {"train": episodes, "val": episodes[:2]})
+    config = tiny(data_root_dir=str(tmp_path), data_mix="broken", datasets={"broken": {"primary": "image"}},
+                  num_workers=1)
+    started = time.time()
+    done = launch(config, ranks=2)
+    first = re.search(r"^(error|rank|Traceback).*", done.text, re.MULTILINE)[0]
+    where = rf"{tmp_path}/broken/1.0.0/broken-train.*: record 13: image of frame 4: "
+    assert re.match(rf"error: step \d+ rank \d: {where}", first), done.text
+    assert done.returncode != 0 and time.time() - started < 90 and "Traceback" not in done.text
+
+
+@pytest.mark.parametrize("stage, bf16, ranks", [(0, False, 1), (2, True, 2)])
+def test_a_step_that_is_not_finite_ends_the_run_at_once(stage, bf16, ranks, tiny, tmp_path):
+    """Even between two lines of the log; and no checkpoint holds what came of it."""
+    config = tiny(learning_rate=1e30, log_interval=1000, max_steps=10)
+    done = launch(config, "--deepspeed_config", ds_json(tmp_path / "ds.json", stage, bf16), ranks=ranks)
+    assert done.returncode != 0
+    message = re.search(r"^error: step 2: loss nan grad_norm \w+: the loss on rank 0 came from (.*)\. Nothing "
+                        r"of this step was saved", done.text, re.MULTILINE)
+    assert message, done.text
+    records = [text.rpartition(": record ") for text in message[1].partition(" and ")[0].split("; ")]
+    assert all(Path(file.removeprefix("metaworld_demo ")).exists() and int(number) >= 0
+               for file, _, number in records)
+    assert not list_checkpoints(next((tmp_path / "runs").iterdir()) / "checkpoints")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
+    done = launch(tiny(learning_rate=1e39, save_interval=1, on_save_error="continue"), launcher="python")
+    assert "is not finite; older checkpoints are untouched; training goes on" in done.text, done.text
+    assert done.returncode == 1 and "error: step 2: loss nan" in done.text, done.text
+    assert not list((next((tmp_path / "runs").iterdir()) / "checkpoints").iterdir())
