@@ -196,9 +196,22 @@ class VLA(nn.Module):
         input_ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         inputs = [images, input_ids.to(images.device), lengths.to(images.device), proprio]
-        return self.decode(*inputs) if self.graphs is None else self.replay(*inputs)
+        if self.graphs is not None:
+            return self.replay(*inputs)
+        return self.decode(*inputs, None if self.cfg.parallel_decoding else self.make_cache(images, longest))
 
-    def decode(self, images, input_ids, lengths, proprio) -> torch.Tensor:
+    def make_cache(self, images, longest: int) -> StaticCache:
+        """Room for the keys and values of everything the language model will see, rounded up."""
+        config, views = self.llm.config, images.shape[1]
+        patches = next(iter(self.vision_backbone.values())).patch_embed.num_patches
+        tokens = longest + views * patches + self.cfg.use_proprio + self.num_action_tokens
+        cache = StaticCache(config, max_cache_len=-(-tokens // 64) * 64)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cache.early_initialization(len(images), heads, width, self.llm.dtype, images.device)
+        return cache
+
+    def decode(self, images, input_ids, lengths, proprio, cache: StaticCache | None) -> torch.Tensor:
         """generate, for prompts padded on the right: input_ids (B, L), lengths (B,). Touches nothing but the
         device, and its shapes depend on its inputs' shapes alone, so that it can be recorded."""
         inputs, tokens, count = self.embed(images, input_ids, proprio), [], self.num_action_tokens
@@ -210,24 +223,24 @@ class VLA(nn.Module):
             hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
             return self.best_action(take(hidden, positions - 1))
 
-        # one after the other, with keys and values of what came before in a cache of fixed size
-        slots = torch.arange(-(-(size + count) // 64) * 64, device=device)
-        cache = StaticCache(self.llm.config, max_cache_len=len(slots))
+        # one after the other, with keys and values of what came before in the cache
+        cache.reset()
+        slots = torch.arange(cache.layers[0].keys.shape[2], device=device)
         prompt_or_new = ((slots <= last) | (slots >= size))[:, None, None]  # (B, 1, 1, slots): not padding
         mask = prompt_or_new & (slots <= slots[:size, None])  # (B, 1, S, slots): causal
-        hidden = self.cached_forward(inputs, mask, slots[None, :size], slots[:size], cache)
+        hidden = self.cached_forward(inputs, mask, slots[None, :size], cache)
         tokens.append(self.best_action(take(hidden, last)))
         for i in range(count - 1):
             step = self.llm.get_input_embeddings()(tokens[-1])  # (B, 1, hidden)
             mask = prompt_or_new & (slots <= size + i)
-            hidden = self.cached_forward(step, mask, last + 1 + i, slots[size + i : size + i + 1], cache)
+            hidden = self.cached_forward(step, mask, last + 1 + i, cache)
             tokens.append(self.best_action(hidden))
         return torch.cat(tokens, dim=1)
 
-    def cached_forward(self, inputs, mask, positions, slots, cache):
-        """The language model on inputs (B, S, hidden), which go to these slots of the cache."""
+    def cached_forward(self, inputs, mask, positions, cache):
+        """The language model on inputs (B, S, hidden), which come after what is in the cache."""
         output = self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
-                                     cache_position=slots, past_key_values=cache, use_cache=True)
+                                     past_key_values=cache, use_cache=True)
         return output.last_hidden_state
 
     def best_action(self, hidden) -> torch.Tensor:
@@ -248,11 +261,12 @@ class VLA(nn.Module):
         shapes = tuple(None if x is None else x.shape for x in inputs)
         if shapes not in self.graphs:
             fixed = [None if x is None else x.clone() for x in inputs]
+            cache = None if self.cfg.parallel_decoding else self.make_cache(fixed[0], fixed[1].shape[1])
             for _ in range(3):  # compile, and let libraries allocate what they keep
-                self.decode(*fixed)
+                self.decode(*fixed, cache)
             graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, _, _ in self.graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool):
-                tokens = self.decode(*fixed)
+                tokens = self.decode(*fixed, cache)
             self.graphs[shapes] = graph, fixed, tokens
         graph, fixed, tokens = self.graphs[shapes]
         for place, x in zip(fixed, inputs, strict=True):
