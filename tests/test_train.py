@@ -13,49 +13,9 @@ from safetensors import safe_open
 from checkpoint import CheckpointError, CheckpointReader, list_checkpoints
 from rlds import write_rlds
 
-JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-
 
 def losses(runs) -> np.ndarray:
     return np.array([values["loss"] for _, values in sorted(read_metrics(runs).items())])
-
-
-@pytest.fixture(scope="module")
-def bf16_losses(tmp_path_factory):
-    """{JSON: losses of 20 steps on two ranks}, each JSON as it is in the repository."""
-    found = {}
-    for name in JSONS:
-        path = tmp_path_factory.mktemp(name)
-        (path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "run_root_dir": str(path / "runs")}))
-        done = launch(path / "tiny.yaml", "--deepspeed_config", f"ds_configs/{name}.json", ranks=2)
-        assert done.returncode == 0, done.text
-        found[name] = losses(path / "runs")
-    return found
-
-
-@pytest.mark.parametrize("name", JSONS)
-def test_every_json_trains_and_agrees_in_bf16(name, bf16_losses):
-    ours, reference = bf16_losses[name], bf16_losses["zero2"]
-    assert len(ours) == 20 and ours[-1] < ours[0] - 0.5
-    np.testing.assert_allclose(ours, reference, rtol=1e-2)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stages_agree_in_float32(stage, tiny, tmp_path, float32_reference):
-    config = tiny()
-    done = launch(config, "--deepspeed_config", ds_json(tmp_path / "ds.json", stage, bf16=False), ranks=2)
-    assert done.returncode == 0, done.text
-    np.testing.assert_allclose(losses(tmp_path / "runs"), float32_reference, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def float32_reference(tmp_path_factory):
-    """Losses of stage 0 in float32 on one rank, under torchrun."""
-    path = tmp_path_factory.mktemp("float32")
-    (path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "run_root_dir": str(path / "runs")}))
-    done = launch(path / "tiny.yaml", "--deepspeed_config", ds_json(path / "ds.json", 0, bf16=False), launcher="torchrun")
-    assert done.returncode == 0, done.text
-    return losses(path / "runs")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -121,7 +81,8 @@ def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, ranks, finished
     (tmp_path / f"runs/{run.name}/checkpoints/step-000009-epoch-00-loss=1.0000.tmp").mkdir()  # a save that was killed
     values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(tmp_path / "tiny.yaml", "--deepspeed_config", f"ds_configs/zero{stage}.json", ranks=ranks)
+    done = launch(tmp_path / "tiny.yaml", "--deepspeed_config", f"ds_configs/zero{stage}.json", ranks=ranks,
+                  launcher="torchrun" if ranks == 1 else "deepspeed")
     assert done.returncode == 0 and "resumed" in done.text, done.text
     before, after = losses(path / "runs"), losses(tmp_path / "runs")
     first = weights(list_checkpoints(run / "checkpoints")[-1])
