@@ -108,8 +108,18 @@ class VLA(nn.Module):
 
     def patch_features(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
         """For each tower (B, 3, H, W) -> (B, patches, sum of the towers' widths)."""
-        towers = zip(self.vision_backbone.values(), pixel_values, strict=True)
-        return torch.cat([tower(pixels)[0] for tower, pixels in towers], dim=-1)
+        towers = [*zip(self.vision_backbone.values(), pixel_values, strict=True)]
+        if self.graphs is None or len(towers) == 1:
+            return torch.cat([tower(pixels)[0] for tower, pixels in towers], dim=-1)
+        # acting: an image does not fill a GPU, so the towers run side by side
+        (first, first_pixels), (second, second_pixels) = towers
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            second_features = second(second_pixels)[0]
+        first_features = first(first_pixels)[0]
+        main.wait_stream(side)
+        return torch.cat([first_features, second_features], dim=-1)
 
     # --------------------------------------------------------------------------------------------------------
     # What is trained
@@ -246,7 +256,9 @@ class VLA(nn.Module):
     def best_action(self, hidden) -> torch.Tensor:
         """hidden (B, T, width) -> the likeliest action token at each place (B, T)."""
         first, stop = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
-        return self.llm.get_output_embeddings()(hidden)[..., first:stop].argmax(-1) + first
+        head = self.llm.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[first:stop]
+        return F.linear(hidden, head.weight[first:stop], bias).argmax(-1) + first
 
     def speed_up(self) -> None:
         """For acting on a GPU: fuse kernels (torch.compile, a minute at the first action) and replay them as

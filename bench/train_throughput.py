@@ -88,7 +88,7 @@ def measure(case: str, args, folder: Path) -> dict:
     steps = [line for line in lines if "loss" in line and line["step"] > args.warmup]
     if not steps:
         reasons = [line for line in text.splitlines() if "Error" in line or "error" in line]
-        return {"failed": (reasons or text.splitlines()[-1:] or ["no output"])[-1][:200], "log": text[-3000:]}
+        return {"failed": (reasons or text.splitlines()[-1:] or ["no output"])[-1][:200], "log": text[-9000:]}
     startup = [line for line in text.splitlines() if "startup_s" in line]
     middle = {key: float(np.median([step[key] for step in steps])) for key in (
         "samples_per_second", "tflops_per_gpu", "mfu", "gpu_gb", "host_gb", "step_seconds", "data_seconds")
