@@ -3,8 +3,8 @@
     python bench/big_checkpoint.py --folder /tmp/big
 
 Writes a checkpoint in OpenVLA's Hugging Face layout with random bf16 weights (15 GB), then runs the project's
-own commands on it, one process each, and prints seconds and peak host memory of each. Only the language model's
-two ends and last layer are trained ("last layer"), so that weights and moments fit a disk of 64 GB.
+own commands on it, one process each, and prints seconds and peak host memory of each. Only the language
+model's two ends and last layer are trained ("last layer"), so that weights and moments fit a disk of 64 GB.
 """
 
 import argparse
@@ -38,7 +38,8 @@ sys.path.insert(0, {root!r})
 from weights import load_vla
 started = time.time()
 vla = load_vla({export!r}, "cuda", torch.bfloat16)
-print("loaded_seconds", round(time.time() - started, 1), "gpu_gb", torch.cuda.max_memory_allocated() // 1e8 / 10)
+gpu_gb = torch.cuda.max_memory_allocated() / 1e9
+print("loaded_seconds", round(time.time() - started, 1), "gpu_gb", round(gpu_gb, 1))
 image = np.zeros((224, 224, 3), np.uint8)
 print("action", vla.predict_action(image, "put the carrot on the plate").round(3).tolist())
 """
@@ -85,14 +86,34 @@ def main() -> None:
     print(f"made seconds {time.time() - started:.0f}", flush=True)
     torch.cuda.empty_cache()
     write_frames(folder / "data", 200)
-    (folder / "config.yaml").write_text(yaml.safe_dump({
-        "base_vlm": str(folder / "hf"), "data_root_dir": str(folder / "data"), "eval_interval": 0, "max_steps": 1,
-        "data_mix": "libero_spatial_no_noops", "run_root_dir": str(folder / "runs"), "run_id": "big",
-        "freeze_vision_backbone": True, "freeze_llm_backbone": True, "unfreeze_last_llm_layer": True,
-        "global_batch_size": 16, "per_device_batch_size": 16, "eval_samples": 16}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "base_vlm": str(folder / "hf"),
+                "data_root_dir": str(folder / "data"),
+                "eval_interval": 0,
+                "max_steps": 1,
+                "data_mix": "libero_spatial_no_noops",
+                "run_root_dir": str(folder / "runs"),
+                "run_id": "big",
+                "freeze_vision_backbone": True,
+                "freeze_llm_backbone": True,
+                "unfreeze_last_llm_layer": True,
+                "global_batch_size": 16,
+                "per_device_batch_size": 16,
+                "eval_samples": 16,
+            }
+        )
+    )
     text = timed("train", [sys.executable, ROOT / "train_vla.py", "--config", folder / "config.yaml"])
-    print("\n".join(line for line in text.splitlines()
-                    if line.startswith(("weights_from", "model", "batch", "step", "saved", "done"))), flush=True)
+    print(
+        "\n".join(
+            line
+            for line in text.splitlines()
+            if line.startswith(("weights_from", "model", "batch", "step", "saved", "done"))
+        ),
+        flush=True,
+    )
     shutil.rmtree(folder / "hf")
     (checkpoint,) = list_checkpoints(folder / "runs/big/checkpoints")
     size = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e9

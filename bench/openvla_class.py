@@ -69,7 +69,9 @@ def make_model(folder: Path) -> None:
     for name, value in vla.state_dict().items():
         modules.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"zerovla": description(cfg) | {"tokenizer": cfg.tokenizer}}))
+    (folder / "config.json").write_text(
+        json.dumps({"zerovla": description(cfg) | {"tokenizer": cfg.tokenizer}})
+    )
     stats = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
     (folder / "dataset_statistics.json").write_text(json.dumps(stats))
     torch.save({"model": modules}, folder / "checkpoints/step-000000-epoch-00-loss=0.0000.pt")
@@ -85,11 +87,24 @@ def main() -> None:
         folder = Path(name)
         make_model(folder / "native")
         export(str(folder / "native"), folder / "hf", "hf")
-        image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        image = (
+            np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        )
         Image.fromarray(image).save(folder / "image.png")
         prompt = f"In: What action should the robot take to {INSTRUCTION}?\nOut:"
-        subprocess.run([args.openvla_python, "-c", OFFICIAL, args.openvla, folder / "hf", folder / "image.png",
-                        prompt, folder / "official.npz"], check=True)
+        subprocess.run(
+            [
+                args.openvla_python,
+                "-c",
+                OFFICIAL,
+                args.openvla,
+                folder / "hf",
+                folder / "image.png",
+                prompt,
+                folder / "official.npz",
+            ],
+            check=True,
+        )
         theirs = np.load(folder / "official.npz")
         vla = load_vla(folder / "hf")
         seen = torch.from_numpy(vla.see(image))[None, None]
