@@ -214,7 +214,7 @@ def test_a_death_on_one_node_ends_the_other(tiny, tmp_path, nodes):
 
 def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
     """One machine finds its index ready, another needs longer for it than a collective may take."""
-    config, seconds = tiny(max_steps=1), 5
+    config, seconds = tiny(max_steps=1), 10
     cfg = TrainConfig(**{**yaml.safe_load(config.read_text()), "index_dir": str(tmp_path / "rank0")})
     mixture = data.Mixture(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
     ready = mixture.tables[0].path
@@ -223,7 +223,9 @@ def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
     script = tmp_path / "train_with_timeout.py"
     script.write_text(
         f"import datetime, os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport deepspeed, train_vla\n"
-        f"deepspeed.init_distributed(timeout=datetime.timedelta(seconds={seconds}))\n"
+        f"timeout = datetime.timedelta(seconds={seconds})\n"
+        "train_vla.dist.distributed_c10d.default_pg_timeout = timeout\n"  # of DeepSpeed's further groups
+        "deepspeed.init_distributed(timeout=timeout)\n"
         f"sys.argv += ['--set', 'index_dir={tmp_path}/rank' + os.environ['RANK']]\n"
         "print('connected', flush=True)\ntrain_vla.main()\n")
     with open(waiting / f"{ready.name}.lock", "w") as lock:
@@ -232,7 +234,8 @@ def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
         while "connected" not in job.output.read_text():
             assert job.process.poll() is None, job.output.read_text()
             time.sleep(0.2)
-        time.sleep(4 * seconds)
+        time.sleep(3 * seconds)
+        assert "total_steps" not in job.output.read_text()  # it waits
     status, text, _ = job.wait()
     assert status == 0 and "done steps 1" in text, text
 
