@@ -163,8 +163,8 @@ def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batc
     cause = next(filter(None, reports), "this step's losses were finite, the gradients were not")
     raise FloatingPointError(
         f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']}: {cause}. Nothing of this step "
-        "was saved: continue from the last checkpoint with a smaller learning_rate or max_grad_norm, or look at "
-        "the dataset with data.py --inspect")
+        "was saved: continue from the last checkpoint with a smaller learning_rate or max_grad_norm, or look "
+        "at the dataset with data.py --inspect")
 
 
 def records(batches: TrainBatches, step: int, micro: int) -> str:
