@@ -56,6 +56,7 @@ class VLA(nn.Module):
                                                    nn.Linear(hidden, hidden))
         if cfg.parallel_decoding:  # not OpenVLA's: inputs that stand for "the next action token, please"
             self.action_queries = nn.Embedding(self.num_action_tokens, hidden)
+            nn.init.normal_(self.action_queries.weight, std=0.02)  # as large as Llama's own embeddings
 
     @property
     def llm(self) -> nn.Module:

@@ -119,7 +119,7 @@ class TrainConfig:
     is_resume: bool = True  # continue its training (step, optimizer, data); false: take its weights alone
     resume_step: int | None = None  # refuse to start if it is not of this step
     resume_epoch: int | None = None  # or epoch
-    save_interval: int = 2500  # steps between checkpoints; 0: none at all
+    save_interval: int = 2500  # steps between checkpoints; 0: none unless the run is preempted
     keep_checkpoints: int = 2  # the newest ones; 0 keeps all
     on_save_error: str = "stop"  # or continue: a full disk ends the run, or is a warning and the run goes on
     log_interval: int = 10  # steps between lines of the log
@@ -155,28 +155,11 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     steps_per_epoch = math.ceil(mixture.epoch_length / cfg.global_batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
-    complete_ds_config = with_batch_sizes(ds_config, cfg, accumulation)
-    vla = build_model(cfg, tokenizer, complete_ds_config, weights)
-    stage = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone, cfg.unfreeze_last_llm_layer)
-    if cfg.compile:
-        vla.compile_blocks()
-    if "activation_checkpointing" in ds_config:
-        vla.recompute_activations()
-    count, trainable = vla.count_parameters()
     if rank == 0:
         save_run_description(cfg, ds_config, mixture, run_dir)
-
-    engine, *_ = deepspeed.initialize(
-        model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),
-        config=complete_ds_config,
-    )
-    set_optimizer_step(engine, 0)
+    engine = make_engine(cfg, with_batch_sizes(ds_config, cfg, accumulation), tokenizer, weights, log)
     start_step = resume(engine, cfg, weights, run_dir, log)
-    log.line(f"model stage {stage} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M")
-    shares = [f"{name}:{share:.4f}" for name, share in zip(mixture.names, mixture.weights, strict=True)]
-    log.line(f"data frames {mixture.sizes.sum()} epoch_steps {steps_per_epoch} mixture {' '.join(shares)}")
-    for warning in mixture.warnings:
-        log.line(f"warning: {warning}")
+    log.mixture(mixture, steps_per_epoch)
     log.line(f"batch {cfg.global_batch_size} per_device {cfg.per_device_batch_size} ranks {world_size} "
              f"accumulation {accumulation} zero_stage {engine.zero_optimization_stage()} "
              f"total_steps {total_steps} startup_s {time.time() - started:.1f}")
@@ -185,7 +168,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
     batches = make_loader(dataset, cfg.num_workers, micro_batches)
     preemption = Preemption()
-    metrics = Metrics(mixture.names, engine.device, vla.action_tokenizer)
+    metrics = Metrics(mixture.names, engine.device, mixture.action_tokenizer)
     baseline = most_frequent_tokens(mixture, cfg.eval_samples) if held_out else None
     for step in tqdm(range(start_step, total_steps), "train", initial=start_step, total=total_steps,
                      unit="step", disable=rank != 0):
@@ -193,11 +176,11 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
         set_learning_rate(engine, lr)
         done, losses = step + 1, []
         with naming_step(done):
-            for _ in range(accumulation):
+            for micro in range(accumulation):
                 waited = time.perf_counter()
                 batch = next(batches)
                 metrics.data_seconds += time.perf_counter() - waited
-                if step == start_step and rank == 0:
+                if step == start_step and micro == 0 and rank == 0:
                     log.first_batch(batch, mixture)
                 loss, predicted, true = engine(**to_device(batch, engine.device))
                 engine.backward(loss)
@@ -207,10 +190,10 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
 
         epoch = done * cfg.global_batch_size // mixture.epoch_length
         last, stop = done == total_steps, preemption.requested()
-        save = cfg.save_interval and (last or stop or done % cfg.save_interval == 0)
+        save = stop or (cfg.save_interval and (last or done % cfg.save_interval == 0))
         if save or last or done % cfg.log_interval == 0 or engine.skipped_steps:
             values = {"epoch": epoch, "learning_rate": lr, "grad_norm": float(grad_norm), **metrics.read(cfg)}
-            values |= utilisation(vla, batch, values["samples_per_second"])
+            values |= utilisation(engine.module, batch, values["samples_per_second"])
             log.metrics(done, values)
             stop_if_not_finite(values, losses, done, dataset)
         if held_out and not stop and (last or (cfg.eval_interval and done % cfg.eval_interval == 0)):
@@ -242,6 +225,22 @@ def start_from(cfg: TrainConfig) -> tuple[TrainConfig, Weights | None]:
     unsaid = {key: weights.config[key] for key in shape
               if key in weights.config and getattr(cfg, key) == getattr(plain, key)}
     return dataclasses.replace(cfg, **unsaid), weights
+
+
+def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights | None, log):
+    """The model with its trainable parameters chosen, sharded by DeepSpeed as the JSON says."""
+    vla = build_model(cfg, tokenizer, ds_config, weights)
+    stage = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone, cfg.unfreeze_last_llm_layer)
+    if cfg.compile:
+        vla.compile_blocks()
+    if "activation_checkpointing" in ds_config:
+        vla.recompute_activations()
+    count, trainable = vla.count_parameters()
+    log.line(f"model stage {stage} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M")
+    groups = parameter_groups(vla, cfg.weight_decay)
+    engine, *_ = deepspeed.initialize(model=vla, model_parameters=groups, config=ds_config)
+    set_optimizer_step(engine, 0)
+    return engine
 
 
 def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights | None) -> VLA:
@@ -455,6 +454,13 @@ class Log:
             self.board.flush()
         except OSError as error:  # no reason to end a training
             self.line(f"warning: not logged: {error}")
+
+    def mixture(self, mixture: Mixture, steps_per_epoch: int) -> None:
+        """What is trained on, and what is odd about it."""
+        shares = " ".join(f"{n}:{share:.4f}" for n, share in zip(mixture.names, mixture.weights, strict=True))
+        self.line(f"data frames {mixture.sizes.sum()} epoch_steps {steps_per_epoch} mixture {shares}")
+        for warning in mixture.warnings:
+            self.line(f"warning: {warning}")
 
     def first_batch(self, batch: dict, mixture: Mixture) -> None:
         """Show what the model is about to see: one prompt here, the images with text and actions in

@@ -364,8 +364,8 @@ def _prefixes(towers: tuple[str, ...]) -> dict[str, str]:
 
 ACTING = {  # what a file of OpenVLA's leaves unsaid
     "action_chunk": 1, "action_dim": 7, "action_normalization": "bounds_q99", "add_action_tokens": False,
-    "cameras": ["primary"], "image_aug": False, "parallel_decoding": False, "proprio_dim": 0,
-    "use_proprio": False, "window_size": 1,
+    "cameras": ["primary"], "image_aug": False, "image_resize_strategy": "lanczos",
+    "parallel_decoding": False, "proprio_dim": 0, "use_proprio": False, "window_size": 1,
 }
 
 

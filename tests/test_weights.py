@@ -296,6 +296,18 @@ def test_training_from_weights_is_the_same_for_every_stage(run, tmp_path):
     np.testing.assert_allclose(first, first[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_frozen_weights_survive_training_saving_and_export(stage, run, tmp_path):
+    """DeepSpeed's own ZeRO-1 checkpoints have lost them (DeepSpeed#5439)."""
+    _, trained, _ = train_from(tmp_path, stage, 2, base_vlm=str(run), freeze_vision_backbone=True)
+    export_vla.export(str(trained), tmp_path / "native", "native")
+    before, after = tensors(run), tensors(tmp_path / "native")
+    assert before.keys() == after.keys()
+    for name in before:
+        frozen = name.startswith("vision_backbone")
+        assert torch.equal(before[name], after[name]) == frozen, name
+
+
 def test_beginning_with_a_language_models_own_weights(tmp_path):
     """Llama's weights from a directory, a larger vocabulary, towers from timm's files, a fresh projector."""
     import timm
