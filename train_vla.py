@@ -155,9 +155,9 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     steps_per_epoch = math.ceil(mixture.epoch_length / cfg.global_batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
+    engine = make_engine(cfg, with_batch_sizes(ds_config, cfg, accumulation), tokenizer, weights, log)
     if rank == 0:
         save_run_description(cfg, ds_config, mixture, run_dir)
-    engine = make_engine(cfg, with_batch_sizes(ds_config, cfg, accumulation), tokenizer, weights, log)
     start_step = resume(engine, cfg, weights, run_dir, log)
     log.mixture(mixture, steps_per_epoch)
     log.line(f"batch {cfg.global_batch_size} per_device {cfg.per_device_batch_size} ranks {world_size} "

@@ -1,13 +1,17 @@
 """The real thing: train_vla.py under its launchers, on CPU, with real data and checkpoints."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FIXTURES, TINY, ds_json, launch, read_metrics
+from conftest import FIXTURES, ROOT, TINY, ds_json, launch, read_metrics
 from safetensors import safe_open
 
 from checkpoint import CheckpointError, CheckpointReader, list_checkpoints
@@ -172,9 +176,41 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
 # Mistakes are explained, and leave nothing behind
 
 
-def plain_run(config, *arguments):
-    """Configuration is checked before anything else, so no launcher is needed."""
-    return launch(config, *arguments, launcher="python", timeout=120)
+SERVER = """
+import json, os, sys, tempfile
+import train_vla
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as output:
+        if not (child := os.fork()):
+            for stream in (0, 1, 2):
+                os.dup2(output.fileno(), stream)
+            sys.argv = ["train_vla.py", *json.loads(line)]
+            train_vla.main()
+            os._exit(0)
+        returncode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        print("reply", json.dumps([returncode, output.read().decode()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_run():
+    """Run train_vla.py without a launcher, in a process that has done the seconds of importing already:
+    it forks for each call."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29876"}
+    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=env, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def run(config, *arguments) -> SimpleNamespace:
+        print(json.dumps(["--config", str(config), *map(str, arguments)]), file=server.stdin, flush=True)
+        while not (line := server.stdout.readline()).startswith("reply "):
+            assert line, "the process ended"
+        returncode, text = json.loads(line.removeprefix("reply "))
+        return SimpleNamespace(returncode=returncode, text=text)
+
+    yield run
+    server.stdin.close()
+    server.wait()
 
 
 @pytest.mark.parametrize(
@@ -210,13 +246,13 @@ def plain_run(config, *arguments):
         ({"freeze_llm_backbone": True}, "set unfreeze_last_llm_layer: true"),
     ],
 )
-def test_configuration_mistakes(changes, message, tiny, tmp_path):
+def test_configuration_mistakes(changes, message, tiny, tmp_path, plain_run):
     done = plain_run(tiny(**changes))
     assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
 
 
-def test_mistakes_in_files_and_overrides(tiny, tmp_path):
+def test_mistakes_in_files_and_overrides(tiny, tmp_path, plain_run):
     assert "error: --config" in plain_run(tmp_path / "none.yaml").text
     assert "--set max_steps: expected key=value" in plain_run(tiny(), "--set", "max_steps").text
     done = plain_run(tiny(), "--set", "max_stps=3")
@@ -241,7 +277,7 @@ def test_mistakes_in_files_and_overrides(tiny, tmp_path):
         ),
     ],
 )
-def test_the_json_may_not_repeat_the_yaml(change, message, tiny, tmp_path):
+def test_the_json_may_not_repeat_the_yaml(change, message, tiny, tmp_path, plain_run):
     done = plain_run(tiny(), "--deepspeed_config", ds_json(tmp_path / "ds.json", 2, **change))
     assert done.returncode == 1 and message in done.text, done.text
 
