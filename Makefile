@@ -9,7 +9,7 @@ rollout: .venv/examples  # let what "make demo" has trained act in the simulator
 	python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
 
 test: .venv/dev  # everything, on the CPU
-	python -m pytest -q
+	python -m pytest -q -n 2 --dist loadfile
 
 check: .venv/dev
 	ruff check .
