@@ -1,16 +1,19 @@
-"""Training speed of OpenVLA-7B's shape, through train_vla.py itself: a table of samples/s, MFU and memory.
+"""Training speed through train_vla.py itself: a table of samples/s, MFU and memory, and loss curves.
 
     python bench/train_throughput.py --num_gpus 1 --cases zero3_partial_offload:32:compile zero2:8
+    python bench/train_throughput.py --config configs/demo.yaml --own_data --global_batch 64 --steps 200 \\
+        --cases zero1:64 zero1:64:compile zero3:64:recompute --out rows.jsonl --figure curves.png
 
-A case is JSON:micro-batch[:recompute][:compile]; JSONs are those of ds_configs/. Weights are random and the
-data synthetic (photo-like 256 px JPEGs, written first), but the path is the real one: loader, engine, step,
-log.
-Every case is a run of its own; its figures are medians over the steps after the warm-up.
+A case is JSON:micro-batch[:recompute][:compile]; JSONs are those of ds_configs/. The model has OpenVLA-7B's
+shape, or that of --config, and random weights; the data are synthetic (photo-like 256 px JPEGs, written
+first), unless they are the config's own. The path is the real one: loader, engine, step, log. Every case is
+a run of its own; its figures are medians over the steps after the warm-up.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,46 +27,60 @@ import numpy as np
 import yaml
 from data_throughput import write_frames
 
+from train_vla import read_yaml
 from weights import PRISMATIC, prismatic_config
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", default=["zero2:32", "zero3:32:recompute"])
+    parser.add_argument("--cases", nargs="*", default=["zero2:32", "zero3:32:recompute"])
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--global_batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
     parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
+    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
+    parser.add_argument("--own_data", action="store_true", help="and for its data")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
     parser.add_argument("--num_workers", type=int, default=8)
     parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
-    parser.add_argument("--out", type=Path, help="also write the table's rows here, as JSON lines")
+    parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
+    parser.add_argument("--figure", type=Path, help="draw the losses of all rows in --out as this PNG")
     args = parser.parse_args()
+    if (args.own_data and not args.config) or (args.figure and not args.out):
+        parser.error("--own_data needs --config, and --figure needs --out")
     with tempfile.TemporaryDirectory() as folder:
-        write_frames(Path(folder), 2000)
-        print("case samples/s/GPU TFLOP/s MFU GPU_GB host_GB step_s data_s startup_s", flush=True)
+        if not args.own_data:
+            write_frames(Path(folder), 2000)
         for case in args.cases:
             row = measure(case, args, Path(folder))
-            print(case, " ".join(f"{value:.4g}" for value in row.values() if isinstance(value, float))
-                  or row["failed"], flush=True)
+            numbers = {key: f"{value:.4g}" for key, value in row.items() if isinstance(value, float)}
+            print("case", case, *(f"{key} {value}" for key, value in numbers.items()),
+                  f"failed {row['failed']}" if "failed" in row else "", flush=True)
             if args.out:
                 with open(args.out, "a") as file:
                     file.write(json.dumps({"case": case, **row}) + "\n")
+    if args.figure:
+        draw_losses([json.loads(line) for line in args.out.read_text().splitlines()], args.figure)
 
 
 def measure(case: str, args, folder: Path) -> dict:
     """Train a few steps -> medians over those after the warm-up."""
     name, micro, *switches = case.split(":")
-    config = prismatic_config(*PRISMATIC[args.base])
+    if args.config:
+        config = {key: value for key, (value, _) in read_yaml(args.config).items()}
+    else:
+        config = prismatic_config(*PRISMATIC[args.base])
+        config |= {"tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama"), "learning_rate": 2e-5}
     if args.num_layers:
         config["llm_backbone"] = {**config["llm_backbone"], "num_hidden_layers": args.num_layers}
+    if not args.own_data:
+        config |= {"data_root_dir": str(folder), "data_mix": "libero_spatial_no_noops"}
     config |= {
-        "vla_id": case.replace(":", "-"), "data_root_dir": str(folder), "data_mix": "libero_spatial_no_noops",
-        "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama"), "run_root_dir": str(folder / "runs"),
-        "max_steps": args.steps, "learning_rate": 2e-5, "global_batch_size": args.global_batch,
-        "per_device_batch_size": int(micro),
+        "run_id": case.replace(":", "-"), "run_root_dir": str(folder / "runs"), "max_steps": args.steps,
+        "global_batch_size": args.global_batch, "per_device_batch_size": int(micro),
         "num_workers": args.num_workers, "log_interval": 1, "eval_interval": 0, "eval_samples": int(micro),
         "save_interval": 0, "compile": "compile" in switches,
     }
@@ -74,16 +91,20 @@ def measure(case: str, args, folder: Path) -> dict:
     (folder / "ds.json").write_text(json.dumps(ds_config))
     command = ["deepspeed", "--num_gpus", str(args.num_gpus)] if args.num_gpus > 1 else [sys.executable]
     started = time.time()
-    try:
-        done = subprocess.run(
-            [*command, str(ROOT / "train_vla.py"), "--config", str(folder / "config.yaml"),
-             "--deepspeed_config", str(folder / "ds.json")],
-            env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, timeout=args.timeout,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        text = done.stdout
-    except subprocess.TimeoutExpired as late:
-        text = (late.stdout or b"").decode()
-    metrics = next(folder.glob(f"runs/{config['vla_id']}+*/metrics.jsonl"), None)
+    command += [str(ROOT / "train_vla.py"), "--config", str(folder / "config.yaml"),
+                "--deepspeed_config", str(folder / "ds.json"), *(["--set", *args.set] if args.set else [])]
+    with open(folder / "log", "w+") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, cwd=ROOT,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(args.timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would keep the GPU's memory
+            process.wait()
+        log.seek(0)
+        text = log.read()
+    metrics = next(folder.glob(f"runs/{config['run_id']}*/metrics.jsonl"), None)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics else []
     steps = [line for line in lines if "loss" in line and line["step"] > args.warmup]
     if not steps:
@@ -100,6 +121,27 @@ def measure(case: str, args, folder: Path) -> dict:
         "wall_s": time.time() - started,
         "losses": [line["loss"] for line in lines if "loss" in line],
     }
+
+
+def draw_losses(rows: list[dict], path: Path) -> None:
+    """A PNG of each case's loss over the steps, and below it the difference from the first case's."""
+    import matplotlib.pyplot as plt  # here: the table can be had without it
+
+    figure, (curves, differences) = plt.subplots(2, sharex=True, height_ratios=[2, 1], figsize=(8, 6))
+    rows = [row for row in rows if row.get("losses")]
+    for row in rows:
+        shared = min(len(row["losses"]), len(rows[0]["losses"]))
+        difference = np.subtract(row["losses"][:shared], rows[0]["losses"][:shared])
+        curves.plot(range(1, len(row["losses"]) + 1), row["losses"], label=row["case"], linewidth=1)
+        differences.plot(range(1, shared + 1), difference, linewidth=1)
+        print(f"{row['case']} largest_difference {np.abs(difference).max():.4f} last_20_mean "
+              f"{np.mean(row['losses'][-20:]):.4f}")
+    curves.set_ylabel("loss")
+    curves.legend()
+    differences.set_ylabel(f"minus {rows[0]['case']}")
+    differences.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
