@@ -258,7 +258,7 @@ class Mixture:
     def sample(self, d: int, row: int, epoch: int = 0, augment_seed: int | None = None) -> dict:
         """One training sample: images (N, H, W, 3) uint8, N = window_size x cameras; input_ids and labels
         (L,) int64; dataset; proprio (P,) float32 if used. With augment_seed, images are augmented, each
-        with its own numbers."""
+        with its own numbers; without, a model trained with augmentation sees the crop it will act with."""
         cfg, table, name = self.cfg, self.tables[d], self.names[d]
         first = int(table.first_frames[table.episode_of(row)])
         images = []
@@ -271,6 +271,8 @@ class Mixture:
                     raise DataError(f"{table.where(row)}: {key} of frame {row - first}: {error}") from error
         if augment_seed is not None:
             images = [augment(image, **draw_augmentation(augment_seed, i)) for i, image in enumerate(images)]
+        elif cfg.image_aug:
+            images = [center_crop(image, cfg.image_size) for image in images]
 
         frame = table.frames[row]
         prompt = self._prompt(table.instructions[frame["instruction"]])

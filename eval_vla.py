@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, CheckpointReader
-from data import IGNORE_INDEX, Mixture, center_crop, collate, decode_native, unnormalize
+from data import IGNORE_INDEX, Mixture, collate, decode_native, unnormalize
 from model import VLA
 from rlds import DataError
 from weights import load_vla, open_weights
@@ -84,9 +84,6 @@ def act(vla: VLA, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np
 def recall(vla: VLA, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """From training's own inputs: (teacher-forced, greedy, true) action tokens, each (B, T)."""
     samples = [mixture.sample(*frame) for frame in frames]
-    if mixture.cfg.image_aug:
-        for sample in samples:
-            sample["images"] = np.stack([center_crop(x, mixture.cfg.image_size) for x in sample["images"]])
     prompts = [sample["input_ids"][sample["labels"] == IGNORE_INDEX].tolist() for sample in samples]
     batch = collate(samples, mixture.tokenizer.pad_token_id)
     batch = {key: value.to(vla.llm.device) for key, value in batch.items() if key != "dataset"}

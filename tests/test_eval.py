@@ -111,6 +111,8 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
         given.clear()
         facts, _ = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, *extra)
         assert facts["agreement"] == 1
+        if not extra:  # training's evaluation looked through the centre crop, too
+            assert facts["accuracy"]["teacher_forced"] == pytest.approx(facts["accuracy"]["logged"], abs=1e-6)
         assert len(facts["datasets"]["arm"]["inference"]["l1_units_per_dim"]) == 3
         for training, acting in ((given[0], given[1]), (given[2], given[3])):  # two batches
             assert training[0].shape == (16, 4, 28, 28, 3) and torch.equal(training[0], acting[0])
