@@ -264,8 +264,8 @@ class Mixture:
         images = []
         for past in range(cfg.window_size - 1, -1, -1):
             for key in self.cameras_shown(d, row, epoch):
-                data = table.read_image(max(row - past, first), table.cameras.index(key))
                 try:
+                    data = table.read_image(max(row - past, first), table.cameras.index(key))
                     images.append(decode_image(data, cfg.image_size))
                 except (ValueError, OSError) as error:
                     raise DataError(f"{table.where(row)}: {key} of frame {row - first}: {error}") from error

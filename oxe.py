@@ -250,9 +250,14 @@ def standardize(steps: Steps, recipe: Recipe, cameras: list[str | None], load_pr
 
 def fingerprint(recipe: Recipe, load_proprio: bool) -> str:
     """Text that changes when the recipe, or the code that carries it out, changes."""
-    used = {h for fields in (recipe.action, recipe.state) for _, _, helpers in parse_fields(fields) for h in helpers}
-    code = [read_fields, read_instructions, decode_code_points, standardize, *sorted(used, key=lambda h: h.__name__)]
-    return repr((asdict(recipe), load_proprio)) + "".join(map(inspect.getsource, code))
+    fields = [*parse_fields(recipe.action), *parse_fields(recipe.state)]
+    code, todo = {}, ["standardize", *(helper.__name__ for _, _, helpers in fields for helper in helpers)]
+    while todo:  # these, and every function that they name
+        name = todo.pop()
+        if name not in code and inspect.isfunction(function := globals().get(name)):
+            code[name] = inspect.getsource(function)
+            todo += re.findall(r"\w+", code[name])
+    return repr((asdict(recipe), load_proprio, sorted(code.items())))
 
 
 # ------------------------------------------------------------------------------------------------------------
