@@ -12,11 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY, launch
+from transformers import get_cosine_schedule_with_warmup
 
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointReader, list_checkpoints
+from data import Mixture, TrainBatches
 from model import VLA
+from train_vla import TrainConfig
 
 STEPS, RESUME_AT = 4, 2
 JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -27,6 +31,10 @@ FREEZING = {  # OpenVLA's four stages
     "last_layer": {"freeze_vision_backbone": True, "freeze_llm_backbone": True,
                    "unfreeze_last_llm_layer": True},
 }
+# settings that all show in the losses of four steps; without a large eps AdamW hardly notices clipping
+SCHEDULED = {"learning_rate": 0.01, "weight_decay": 5.0, "max_grad_norm": 0.5, "warmup_ratio": 0.25,
+             "lr_scheduler_type": "linear-warmup+cosine-decay"}
+EPS = 1e-3
 MODEL = {  # still smaller than TINY, with a layer at each end of the language model and one between
     **TINY, "arch_specifier": "gelu-mlp", "max_steps": STEPS, "global_batch_size": 8, "eval_samples": 8,
     "vision_backbone": {"siglip": {"model": "vit_base_patch16_siglip_224", "patch_size": 14, "embed_dim": 16,
@@ -98,7 +106,10 @@ def runs(tmp_path_factory):
     straight = cell(root, "chain-straight", "zero2", 2, "frozen_vision", max_steps=6)
     stages_ranks = chain(root, "chain", ("zero2", 2), ("zero3", 1))
     back = chain(root, "chain-back", ("zero3", 2), ("zero1", 1))
-    jobs = [(2, lambda: matrix(root, 2) | bf16_cells(root) | straight), (1, lambda: matrix(root, 1)),
+    scheduled = cell(root, "scheduled", "zero2", 1, "sandwich", accumulation=4, bf16=False, **SCHEDULED)
+    scheduled["scheduled"]["ds_config"]["optimizer"]["params"]["eps"] = EPS
+    jobs = [(2, lambda: matrix(root, 2) | bf16_cells(root) | straight),
+            (1, lambda: matrix(root, 1) | scheduled),
             (2, lambda: resumed_cells(root))]
     for number, (ranks, cells) in enumerate(jobs):
         path = root / f"cells{number}.json"
@@ -133,6 +144,35 @@ def test_no_way_of_sharding_changes_the_losses_in_float32(json_name, ranks, free
         np.testing.assert_allclose(read(run), read(reference), rtol=1e-5, err_msg=run.name)
         np.testing.assert_allclose(read(run, "grad_norm"), read(reference, "grad_norm"), rtol=1e-4,
                                    err_msg=run.name)
+
+
+def test_a_run_computes_what_a_plain_loop_does(runs):
+    """The same batches without DeepSpeed, with PyTorch's AdamW and clipping and transformers' schedule."""
+    cfg = TrainConfig(**yaml.safe_load((runs / "scheduled/config.yaml").read_text()))
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
+    batches = TrainBatches(Mixture(cfg, tokenizer), 8, 8, rank=0, world_size=1)
+    torch.manual_seed(cfg.seed)
+    vla = VLA(cfg, tokenizer)
+    vla.freeze(**FREEZING["sandwich"], freeze_vision_backbone=False)
+    trained = [p for p in vla.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": 5.0},
+                                   {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}],
+                                  lr=0.01, eps=EPS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1, num_training_steps=STEPS)
+    values = []
+    for step in range(STEPS):
+        batch = batches[step]
+        del batch["dataset"]
+        loss = vla(**batch)[0]
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        values.append((loss.item(), norm.item(), schedule.get_last_lr()[0]))
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    for key, expected in zip(("loss", "grad_norm", "learning_rate"), np.transpose(values), strict=True):
+        np.testing.assert_allclose(read(runs / "scheduled", key), expected, rtol=1e-5, err_msg=key)
+    assert min(norm for _, norm, _ in values) > 0.5  # each of them was clipped
 
 
 def test_what_is_frozen_matters(runs):

@@ -1,0 +1,145 @@
+"""OpenVLA's own model class with random weights, timed on this machine: what our figures are compared with.
+
+    OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA act
+    OPENVLA_ENV/bin/torchrun --nproc-per-node 2 bench/openvla_peer.py OPENVLA train --micro 32 --recompute
+
+OPENVLA is a checkout of it, the environment has transformers 4.40.1, timm 0.9.10 and tokenizers 0.19.1.
+act_latency.py and train_throughput.py run this; it imports nothing of this project. A training step is that
+of prismatic/training/strategies: FSDP around each ViT, ViT block, decoder layer and the projector, sharding
+gradients and optimizer (and, --full_shard, weights), float32 masters, bf16 arithmetic, AdamW, clipping, and
+the accuracy and L1 it computes. Its batch lies on the GPU already: loading data is not timed.
+"""
+
+import argparse
+import os
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+STATS = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
+TOKENIZER = Path(__file__).resolve().parents[1] / "tests/fixtures/model/tokenizer_llama/tokenizer.json"
+
+
+def make_model(checkout: str, layers: int, dtype: torch.dtype, device: str):
+    """OpenVLAForActionPrediction of the 7B's shape, and the modules of its file."""
+    for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf"):  # not their __init__ files
+        module = types.ModuleType(name)
+        module.__path__ = [f"{checkout}/{name.replace('.', '/')}"]
+        sys.modules[name] = module
+    from prismatic.extern.hf import modeling_prismatic, processing_prismatic
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+
+    text = {"vocab_size": 32064, "pad_token_id": 32000, "num_hidden_layers": layers}
+    config = OpenVLAConfig(
+        vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure",
+        arch_specifier="no-align+fused-gelu-mlp", image_resize_strategy="resize-naive", text_config=text,
+        norm_stats=STATS)
+    config._attn_implementation = "sdpa"
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        vla = modeling_prismatic.OpenVLAForActionPrediction._from_config(config, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.float32)
+    return vla.to(device, dtype), modeling_prismatic, processing_prismatic
+
+
+def act(args) -> None:
+    """Print the median seconds of an action, from an image in host memory to numbers."""
+    from PIL import Image
+    from transformers import PreTrainedTokenizerFast
+
+    vla, _, processing = make_model(args.checkout, args.layers, torch.bfloat16, "cuda")
+    vla.eval()
+    processor = processing.PrismaticImageProcessor(
+        use_fused_vision_backbone=True, image_resize_strategy="resize-naive", input_sizes=[(3, 224, 224)] * 2,
+        interpolations=["bicubic"] * 2, means=[(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)],
+        stds=[(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER))
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    prompt = f"In: What action should the robot take to {args.instruction}?\nOut:"
+    times = []
+    for _ in range(23):
+        started = time.perf_counter()
+        text = tokenizer(prompt, return_tensors="pt")
+        pixels = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+        vla.predict_action(
+            input_ids=text["input_ids"].cuda(), attention_mask=text["attention_mask"].cuda(),
+            pixel_values=pixels.to("cuda", torch.bfloat16), unnorm_key="made_up", do_sample=False)
+        times.append(time.perf_counter() - started)
+    print("seconds", float(np.median(times[3:])))
+
+
+def train(args) -> None:
+    """Print the median seconds of a training step and the peak memory of rank 0's GPU."""
+    from timm.models.vision_transformer import Block, VisionTransformer
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    device, backend = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
+    dist.init_process_group(backend, rank=int(os.environ.get("RANK", 0)),
+                            world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    vla, modeling, _ = make_model(args.checkout, args.layers, torch.float32, device)
+    vla.language_model.config.use_cache = False  # as prismatic/models/backbones/llm/base_llm.py
+    sharding = ShardingStrategy.FULL_SHARD if args.full_shard else ShardingStrategy.SHARD_GRAD_OP
+    vla = FullyShardedDataParallel(
+        vla, sharding_strategy=sharding, use_orig_params=True, limit_all_gathers=True,
+        auto_wrap_policy=ModuleWrapPolicy({VisionTransformer, Block, LlamaDecoderLayer,
+                                           modeling.PrismaticProjector}),
+        mixed_precision=MixedPrecision(*[torch.bfloat16] * 3),
+        device_id=torch.cuda.current_device() if device == "cuda" else None)
+    if args.recompute:
+        checkpoint_wrapper.apply_activation_checkpointing(
+            vla, checkpoint_wrapper_fn=checkpoint_wrapper.checkpoint_wrapper,  # not reentrant, its default
+            check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    optimizer = torch.optim.AdamW(vla.parameters(), lr=2e-5)
+    pixels = torch.randn(args.micro, 6, 224, 224, device=device, dtype=torch.bfloat16)
+    ids = torch.randint(1000, 31000, (args.micro, args.tokens), device=device)
+    ids[:, -8:-1] = torch.randint(31744, 32000, (args.micro, 7), device=device)
+    labels = ids.clone()
+    labels[:, :-8] = -100
+    times = []
+    for _ in range(args.steps):
+        started = time.perf_counter()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            output = vla(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), pixel_values=pixels,
+                         labels=labels)
+        output.loss.backward()
+        predicted, true = output.logits[:, 256:-1].argmax(dim=2), labels[:, 1:]
+        mask = true > 31743
+        accuracy = ((predicted == true) & mask).sum().float() / mask.sum().float()
+        predicted_bins, true_bins = (ids[mask].cpu().numpy().clip(31744, 31999) for ids in (predicted, true))
+        l1 = np.abs(predicted_bins - true_bins).mean() * 2 / 255
+        vla.clip_grad_norm_(max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = output.loss.item()  # its progress bar shows it at every step
+        times.append(time.perf_counter() - started)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+    if dist.get_rank() == 0:
+        print(f"loss {loss:.3f} accuracy {float(accuracy):.3f} l1 {l1:.3f} gpu_gb {memory:.1f}")
+        print("seconds", float(np.median(times[2:])))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkout")
+    parser.add_argument("what", choices=["act", "train"])
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers of the language model")
+    parser.add_argument("--instruction", default="put the carrot on the plate")
+    parser.add_argument("--micro", type=int, default=32, help="samples a GPU takes")
+    parser.add_argument("--tokens", type=int, default=32, help="of text, with action and stop")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--full_shard", action="store_true")
+    arguments = parser.parse_args()
+    {"act": act, "train": train}[arguments.what](arguments)
