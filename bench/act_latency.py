@@ -29,42 +29,6 @@ from weights import ACTING, PRISMATIC, parameters_without_memory, prismatic_conf
 
 INSTRUCTION = "put the carrot on the plate"
 STATS = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
-OPENVLA = '''
-import sys, time, types, numpy as np, torch
-from PIL import Image
-for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf"):  # their __init__ files want everything
-    module = types.ModuleType(name); module.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
-    sys.modules[name] = module
-from transformers import PreTrainedTokenizerFast
-from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor
-stats = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
-config = OpenVLAConfig(vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure",
-                       arch_specifier="no-align+fused-gelu-mlp", image_resize_strategy="resize-naive",
-                       text_config={"vocab_size": 32064, "pad_token_id": 32000}, norm_stats=stats)
-config._attn_implementation = "sdpa"
-torch.set_default_dtype(torch.bfloat16)
-with torch.device("cuda"):
-    vla = OpenVLAForActionPrediction._from_config(config, attn_implementation="sdpa")
-vla = vla.to("cuda", torch.bfloat16).eval()
-torch.set_default_dtype(torch.float32)
-processor = PrismaticImageProcessor(use_fused_vision_backbone=True, image_resize_strategy="resize-naive",
-    input_sizes=[(3, 224, 224)] * 2, interpolations=["bicubic"] * 2,
-    means=[(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)], stds=[(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)])
-tokenizer = PreTrainedTokenizerFast(tokenizer_file=sys.argv[2] + "/tokenizer.json")
-image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-prompt = "In: What action should the robot take to " + sys.argv[3] + "?" + chr(10) + "Out:"
-times = []
-for _ in range(23):
-    started = time.perf_counter()
-    ids = tokenizer(prompt, return_tensors="pt")
-    pixels = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"].to("cuda", torch.bfloat16)
-    vla.predict_action(input_ids=ids["input_ids"].cuda(), attention_mask=ids["attention_mask"].cuda(),
-                       pixel_values=pixels, unnorm_key="made_up", do_sample=False)
-    times.append(time.perf_counter() - started)
-print("seconds", float(np.median(times[3:])))
-'''
 
 
 def random_model(base: str) -> VLA:
@@ -104,9 +68,8 @@ def main() -> None:
     print(f"gpu {torch.cuda.get_device_name()} torch {torch.__version__} model {args.base}", flush=True)
     theirs = None
     if args.openvla:
-        done = subprocess.run([args.openvla_python, "-c", OPENVLA, str(args.openvla),
-                               str(ROOT / "tests/fixtures/model/tokenizer_llama"), INSTRUCTION],
-                              text=True, capture_output=True)
+        done = subprocess.run([args.openvla_python, str(ROOT / "bench/openvla_peer.py"), str(args.openvla),
+                               "act", "--instruction", INSTRUCTION], text=True, capture_output=True)
         if done.returncode:
             print("openvla failed:", done.stderr[-1500:], flush=True)
         else:

@@ -1,10 +1,14 @@
 """Training speed through train_vla.py itself: a table of samples/s, MFU and memory, and loss curves.
 
     python bench/train_throughput.py --num_gpus 1 --cases zero3_partial_offload:32:compile zero2:8
+    python bench/train_throughput.py --num_gpus 2 --cases zero2:32:compile openvla:32 openvla:32:recompute \\
+        --openvla ../openvla --openvla_python ../openvla-env/bin/python
     python bench/train_throughput.py --config configs/demo.yaml --own_data --global_batch 64 --steps 200 \\
         --cases zero1:64 zero1:64:compile zero3:64:recompute --out rows.jsonl --figure curves.png
 
-A case is JSON:micro-batch[:recompute][:compile]; JSONs are those of ds_configs/. The model has OpenVLA-7B's
+A case is JSON:micro-batch[:recompute][:compile]; JSONs are those of ds_configs/, and `openvla` stands for
+OpenVLA's class under FSDP (openvla_peer.py), with --openvla. It cannot accumulate: to compare, let
+--global_batch be micro-batch x GPUs. The model has OpenVLA-7B's
 shape, or that of --config, and random weights; the data are synthetic (photo-like 256 px JPEGs, written
 first), unless they are the config's own. The path is the real one: loader, engine, step, log. Every case is
 a run of its own; its figures are medians over the steps after the warm-up.
@@ -13,6 +17,7 @@ a run of its own; its figures are medians over the steps after the warm-up.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,16 +51,20 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
     parser.add_argument("--num_workers", type=int, default=8)
     parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
+    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
+    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
     parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
     parser.add_argument("--figure", type=Path, help="draw the losses of all rows in --out as this PNG")
     args = parser.parse_args()
     if (args.own_data and not args.config) or (args.figure and not args.out):
         parser.error("--own_data needs --config, and --figure needs --out")
+    if any(case.startswith("openvla") for case in args.cases) and (not args.openvla or args.config):
+        parser.error("the case `openvla` needs --openvla, and has the shape of the 7B only")
     with tempfile.TemporaryDirectory() as folder:
         if not args.own_data:
             write_frames(Path(folder), 2000)
         for case in args.cases:
-            row = measure(case, args, Path(folder))
+            row = (measure_openvla if case.startswith("openvla") else measure)(case, args, Path(folder))
             numbers = {key: f"{value:.4g}" for key, value in row.items() if isinstance(value, float)}
             print("case", case, *(f"{key} {value}" for key, value in numbers.items()),
                   f"failed {row['failed']}" if "failed" in row else "", flush=True)
@@ -93,23 +102,12 @@ def measure(case: str, args, folder: Path) -> dict:
     started = time.time()
     command += [str(ROOT / "train_vla.py"), "--config", str(folder / "config.yaml"),
                 "--deepspeed_config", str(folder / "ds.json"), *(["--set", *args.set] if args.set else [])]
-    with open(folder / "log", "w+") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, cwd=ROOT,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(args.timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would keep the GPU's memory
-            process.wait()
-        log.seek(0)
-        text = log.read()
+    text = run(command, args.timeout, folder)
     metrics = next(folder.glob(f"runs/{config['run_id']}*/metrics.jsonl"), None)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics else []
     steps = [line for line in lines if "loss" in line and line["step"] > args.warmup]
     if not steps:
-        reasons = [line for line in text.splitlines() if "Error" in line or "error" in line]
-        return {"failed": (reasons or text.splitlines()[-1:] or ["no output"])[-1][:200], "log": text[-9000:]}
+        return failure(text)
     startup = [line for line in text.splitlines() if "startup_s" in line]
     middle = {key: float(np.median([step[key] for step in steps])) for key in (
         "samples_per_second", "tflops_per_gpu", "mfu", "gpu_gb", "host_gb", "step_seconds", "data_seconds")
@@ -121,6 +119,41 @@ def measure(case: str, args, folder: Path) -> dict:
         "wall_s": time.time() - started,
         "losses": [line["loss"] for line in lines if "loss" in line],
     }
+
+
+def measure_openvla(case: str, args, folder: Path) -> dict:
+    """OpenVLA's training step; `compile` is nothing that it has."""
+    _, micro, *switches = case.split(":")
+    text = run([args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(args.num_gpus),
+                str(ROOT / "bench/openvla_peer.py"), str(args.openvla), "train", "--micro", micro,
+                "--steps", str(args.steps + args.warmup), "--layers", str(args.num_layers or 32),
+                *(["--recompute"] if "recompute" in switches else [])], args.timeout, folder)
+    found = dict(re.findall(r"(seconds|gpu_gb) ([\d.]+)", text))
+    if "seconds" not in found:
+        return failure(text)
+    return {"samples_per_second": int(micro) / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
+            "step_seconds": float(found["seconds"])}
+
+
+def run(command: list[str], timeout: int, folder: Path) -> str:
+    """What a command printed, until it ended or its time was up."""
+    with open(folder / "log", "w+") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, cwd=ROOT,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would keep the GPU's memory
+            process.wait()
+        log.seek(0)
+        return log.read()
+
+
+def failure(text: str) -> dict:
+    """The likeliest reason in a failed command's output."""
+    reasons = [line for line in text.splitlines() if "Error:" in line or "error:" in line]
+    return {"failed": (reasons or text.splitlines()[-1:] or ["no output"])[-1][:200], "log": text[-9000:]}
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
