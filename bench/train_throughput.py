@@ -153,7 +153,7 @@ def run(command: list[str], timeout: int, folder: Path) -> str:
 def failure(text: str) -> dict:
     """The likeliest reason in a failed command's output."""
     reasons = [line for line in text.splitlines() if "Error:" in line or "error:" in line]
-    return {"failed": (reasons or text.splitlines()[-1:] or ["no output"])[-1][:200], "log": text[-9000:]}
+    return {"failed": (reasons or text.splitlines()[-1:] or ["no output"])[0][:200], "log": text[-9000:]}
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
