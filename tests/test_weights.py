@@ -1,8 +1,8 @@
 """Weights in and out: OpenVLA's names and files (tests/fixtures/model), round trips, and what is refused."""
 
 import json
-import re
 import pickle
+import re
 import subprocess
 import sys
 
