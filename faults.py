@@ -135,16 +135,18 @@ class Neighbour:
 def naming_step(step: int) -> Iterator[None]:
     """Put step and rank before what goes wrong with the data, whether it is read here or by a worker."""
     where = f"step {step} rank {dist.get_rank()}"
+    memory = "(When a machine runs out of memory it kills processes: lower num_workers.)"
     try:
         yield
+    except (ConnectionError, EOFError) as error:  # a dying process' connections end a moment before it does
+        raise DataError(f"{where}: DataLoader worker ended while it sent a batch {memory}") from error
     except (DataError, OSError) as error:  # a worker's has the text of a traceback, whose last line says all
         text = str(error).strip().splitlines()[-1].removeprefix("rlds.DataError: ")
         raise DataError(f"{where}: {text}") from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(f"{where}: {error} (When a machine runs out of memory it kills processes: "
-                        "lower num_workers.)") from error
+        raise DataError(f"{where}: {error} {memory}") from error
 
 
 def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batches: TrainBatches) -> None:

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -271,8 +272,12 @@ def make_loader(dataset: TrainBatches, num_workers: int, micro_batches: range):
     if num_workers:
         workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork",
                     "worker_init_fn": ignore_signals}
-    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
-                                            pin_memory=torch.cuda.is_available(), **workers))
+    batches = iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
+                                               pin_memory=torch.cuda.is_available(), **workers))
+    # a worker's death is an error where its batch is missing; PyTorch's handler would also raise it anywhere
+    # between two lines, while a checkpoint is written for one
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches
 
 
 def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:

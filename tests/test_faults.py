@@ -174,7 +174,8 @@ def test_one_death_ends_all_ranks_with_the_cause_on_top(victim, tiny, tmp_path, 
         assert "rank 0 ends because rank 1 ended" in text, text
     else:
         first = re.search(r"^(error|rank|Traceback).*", text, re.MULTILINE)[0]
-        assert re.match(r"error: step \d+ rank 1: DataLoader worker \(pid.*(exited|is killed)", first), text
+        assert re.match(r"error: step \d+ rank 1: DataLoader worker .*(exited|is killed|ended)", first), text
+        assert "lower num_workers" in text, text
 
 
 @pytest.fixture
