@@ -67,13 +67,10 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
 def save_tokenizer(cfg: SimpleNamespace, out: Path) -> None:
     """The tokenizer, in words that the versions OpenVLA pins (transformers 4.40, tokenizers 0.19) know."""
     load_tokenizer(cfg.tokenizer, cfg.add_action_tokens).save_pretrained(out)
-    config, vocabulary = (
-        json.loads((out / file).read_text()) for file in ("tokenizer_config.json", "tokenizer.json")
-    )
-    config |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    vocabulary = json.loads((out / "tokenizer.json").read_text())
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast",
+               "model_input_names": ["input_ids", "attention_mask"]}
     if "merges" in vocabulary["model"]:  # pairs since tokenizers 0.20
         pairs = vocabulary["model"]["merges"]
         vocabulary["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]

@@ -21,14 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from openvla_peer import INSTRUCTION, STATS
 from torch import nn
 
 from action_tokenizer import load_tokenizer
 from model import VLA
 from weights import ACTING, PRISMATIC, parameters_without_memory, prismatic_config
-
-INSTRUCTION = "put the carrot on the plate"
-STATS = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
 
 
 def random_model(base: str) -> VLA:
@@ -69,7 +67,7 @@ def main() -> None:
     theirs = None
     if args.openvla:
         done = subprocess.run([args.openvla_python, str(ROOT / "bench/openvla_peer.py"), str(args.openvla),
-                               "act", "--instruction", INSTRUCTION], text=True, capture_output=True)
+                               "act"], text=True, capture_output=True)
         if done.returncode:
             print("openvla failed:", done.stderr[-1500:], flush=True)
         else:

@@ -86,34 +86,15 @@ def main() -> None:
     print(f"made seconds {time.time() - started:.0f}", flush=True)
     torch.cuda.empty_cache()
     write_frames(folder / "data", 200)
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "base_vlm": str(folder / "hf"),
-                "data_root_dir": str(folder / "data"),
-                "eval_interval": 0,
-                "max_steps": 1,
-                "data_mix": "libero_spatial_no_noops",
-                "run_root_dir": str(folder / "runs"),
-                "run_id": "big",
-                "freeze_vision_backbone": True,
-                "freeze_llm_backbone": True,
-                "unfreeze_last_llm_layer": True,
-                "global_batch_size": 16,
-                "per_device_batch_size": 16,
-                "eval_samples": 16,
-            }
-        )
-    )
+    (folder / "config.yaml").write_text(yaml.safe_dump({
+        "base_vlm": str(folder / "hf"), "data_root_dir": str(folder / "data"),
+        "data_mix": "libero_spatial_no_noops", "run_root_dir": str(folder / "runs"), "run_id": "big",
+        "freeze_vision_backbone": True, "freeze_llm_backbone": True, "unfreeze_last_llm_layer": True,
+        "global_batch_size": 16, "per_device_batch_size": 16, "max_steps": 1, "eval_interval": 0,
+        "eval_samples": 16}))
     text = timed("train", [sys.executable, ROOT / "train_vla.py", "--config", folder / "config.yaml"])
-    print(
-        "\n".join(
-            line
-            for line in text.splitlines()
-            if line.startswith(("weights_from", "model", "batch", "step", "saved", "done"))
-        ),
-        flush=True,
-    )
+    wanted = ("weights_from", "model", "batch", "step", "saved", "done")
+    print("\n".join(line for line in text.splitlines() if line.startswith(wanted)), flush=True)
     shutil.rmtree(folder / "hf")
     (checkpoint,) = list_checkpoints(folder / "runs/big/checkpoints")
     size = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e9

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from openvla_peer import INSTRUCTION, STATS
 from PIL import Image
 
 from action_tokenizer import load_tokenizer, prompt_ids
@@ -27,31 +28,6 @@ from train_vla import TrainConfig
 from weights import load_vla, prismatic_config
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTRUCTION = "put the carrot on the plate"
-OFFICIAL = '''
-import sys, types, numpy as np, torch
-from PIL import Image
-for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf"):  # their __init__ files want everything
-    module = types.ModuleType(name); module.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
-    sys.modules[name] = module
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForVision2Seq, AutoProcessor
-from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
-AutoConfig.register("openvla", OpenVLAConfig)
-AutoImageProcessor.register(OpenVLAConfig, PrismaticImageProcessor)
-AutoProcessor.register(OpenVLAConfig, PrismaticProcessor)
-AutoModelForVision2Seq.register(OpenVLAConfig, OpenVLAForActionPrediction)
-export, image, prompt, out = sys.argv[2:6]
-processor = AutoProcessor.from_pretrained(export)
-vla = AutoModelForVision2Seq.from_pretrained(export, torch_dtype=torch.float32).eval()
-inputs = processor(prompt, Image.open(image))
-with torch.no_grad():
-    logits = vla(**inputs).logits
-    action = vla.predict_action(**inputs, unnorm_key="made_up", do_sample=False)
-np.savez(out, pixels=inputs["pixel_values"].numpy(), ids=inputs["input_ids"].numpy(), logits=logits.numpy(),
-         action=action)
-'''
 
 
 def make_model(folder: Path) -> None:
@@ -69,11 +45,9 @@ def make_model(folder: Path) -> None:
     for name, value in vla.state_dict().items():
         modules.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.json").write_text(
-        json.dumps({"zerovla": description(cfg) | {"tokenizer": cfg.tokenizer}})
-    )
-    stats = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
-    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    description_of_it = description(cfg) | {"tokenizer": cfg.tokenizer}
+    (folder / "config.json").write_text(json.dumps({"zerovla": description_of_it}))
+    (folder / "dataset_statistics.json").write_text(json.dumps(STATS))
     torch.save({"model": modules}, folder / "checkpoints/step-000000-epoch-00-loss=0.0000.pt")
 
 
@@ -87,24 +61,11 @@ def main() -> None:
         folder = Path(name)
         make_model(folder / "native")
         export(str(folder / "native"), folder / "hf", "hf")
-        image = (
-            np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-        )
+        image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        image = image.repeat(8, 0).repeat(8, 1)
         Image.fromarray(image).save(folder / "image.png")
-        prompt = f"In: What action should the robot take to {INSTRUCTION}?\nOut:"
-        subprocess.run(
-            [
-                args.openvla_python,
-                "-c",
-                OFFICIAL,
-                args.openvla,
-                folder / "hf",
-                folder / "image.png",
-                prompt,
-                folder / "official.npz",
-            ],
-            check=True,
-        )
+        subprocess.run([args.openvla_python, ROOT / "bench/openvla_peer.py", args.openvla, "answer",
+                        folder / "hf", folder / "image.png", folder / "official.npz"], check=True)
         theirs = np.load(folder / "official.npz")
         vla = load_vla(folder / "hf")
         seen = torch.from_numpy(vla.see(image))[None, None]

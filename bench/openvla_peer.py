@@ -1,10 +1,12 @@
-"""OpenVLA's own model class with random weights, timed on this machine: what our figures are compared with.
+"""OpenVLA's own model class, timed on this machine with random weights: what our figures are compared with.
 
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA act
     OPENVLA_ENV/bin/torchrun --nproc-per-node 2 bench/openvla_peer.py OPENVLA train --micro 32 --recompute
+    OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA answer EXPORT IMAGE OUT.npz
 
 OPENVLA is a checkout of it, the environment has transformers 4.40.1, timm 0.9.10 and tokenizers 0.19.1.
-act_latency.py and train_throughput.py run this; it imports nothing of this project. A training step is that
+act_latency.py, train_throughput.py and openvla_class.py run this; it imports nothing of this project. The
+last asks an exported model about an image and keeps what the class saw and said. A training step is that
 of prismatic/training/strategies: FSDP around each ViT, ViT block, decoder layer and the projector, sharding
 gradients and optimizer (and, --full_shard, weights), float32 masters, bf16 arithmetic, AdamW, clipping, and
 the accuracy and L1 it computes. Its batch lies on the GPU already: loading data is not timed.
@@ -21,30 +23,36 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+INSTRUCTION = "put the carrot on the plate"
+PROMPT = f"In: What action should the robot take to {INSTRUCTION}?\nOut:"
 STATS = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests/fixtures/model/tokenizer_llama/tokenizer.json"
 
 
-def make_model(checkout: str, layers: int, dtype: torch.dtype, device: str):
-    """OpenVLAForActionPrediction of the 7B's shape, and the modules of its file."""
+def import_openvla(checkout: str):
+    """Its three modules: configuration, model and processor."""
     for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf"):  # not their __init__ files
         module = types.ModuleType(name)
         module.__path__ = [f"{checkout}/{name.replace('.', '/')}"]
         sys.modules[name] = module
-    from prismatic.extern.hf import modeling_prismatic, processing_prismatic
-    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+    from prismatic.extern.hf import configuration_prismatic, modeling_prismatic, processing_prismatic
 
+    return configuration_prismatic, modeling_prismatic, processing_prismatic
+
+
+def make_model(configuration, modeling, layers: int, dtype: torch.dtype, device: str):
+    """OpenVLAForActionPrediction of the 7B's shape."""
     text = {"vocab_size": 32064, "pad_token_id": 32000, "num_hidden_layers": layers}
-    config = OpenVLAConfig(
+    config = configuration.OpenVLAConfig(
         vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure",
         arch_specifier="no-align+fused-gelu-mlp", image_resize_strategy="resize-naive", text_config=text,
         norm_stats=STATS)
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        vla = modeling_prismatic.OpenVLAForActionPrediction._from_config(config, attn_implementation="sdpa")
+        vla = modeling.OpenVLAForActionPrediction._from_config(config, attn_implementation="sdpa")
     torch.set_default_dtype(torch.float32)
-    return vla.to(device, dtype), modeling_prismatic, processing_prismatic
+    return vla.to(device, dtype)
 
 
 def act(args) -> None:
@@ -52,19 +60,18 @@ def act(args) -> None:
     from PIL import Image
     from transformers import PreTrainedTokenizerFast
 
-    vla, _, processing = make_model(args.checkout, args.layers, torch.bfloat16, "cuda")
-    vla.eval()
+    configuration, modeling, processing = import_openvla(args.checkout)
+    vla = make_model(configuration, modeling, args.layers, torch.bfloat16, "cuda").eval()
     processor = processing.PrismaticImageProcessor(
         use_fused_vision_backbone=True, image_resize_strategy="resize-naive", input_sizes=[(3, 224, 224)] * 2,
         interpolations=["bicubic"] * 2, means=[(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)],
         stds=[(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER))
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    prompt = f"In: What action should the robot take to {args.instruction}?\nOut:"
     times = []
     for _ in range(23):
         started = time.perf_counter()
-        text = tokenizer(prompt, return_tensors="pt")
+        text = tokenizer(PROMPT, return_tensors="pt")
         pixels = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
         vla.predict_action(
             input_ids=text["input_ids"].cuda(), attention_mask=text["attention_mask"].cuda(),
@@ -87,7 +94,8 @@ def train(args) -> None:
                             world_size=int(os.environ.get("WORLD_SIZE", 1)))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    vla, modeling, _ = make_model(args.checkout, args.layers, torch.float32, device)
+    configuration, modeling, _ = import_openvla(args.checkout)
+    vla = make_model(configuration, modeling, args.layers, torch.float32, device)
     vla.language_model.config.use_cache = False  # as prismatic/models/backbones/llm/base_llm.py
     sharding = ShardingStrategy.FULL_SHARD if args.full_shard else ShardingStrategy.SHARD_GRAD_OP
     vla = FullyShardedDataParallel(
@@ -130,16 +138,37 @@ def train(args) -> None:
     dist.destroy_process_group()
 
 
+def answer(args) -> None:
+    """Let an exported model look at an image; write pixels, token ids, logits and the action to a file."""
+    from PIL import Image
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForVision2Seq, AutoProcessor
+
+    configuration, modeling, processing = import_openvla(args.checkout)
+    AutoConfig.register("openvla", configuration.OpenVLAConfig)
+    AutoImageProcessor.register(configuration.OpenVLAConfig, processing.PrismaticImageProcessor)
+    AutoProcessor.register(configuration.OpenVLAConfig, processing.PrismaticProcessor)
+    AutoModelForVision2Seq.register(configuration.OpenVLAConfig, modeling.OpenVLAForActionPrediction)
+    export, image, out = args.files
+    processor = AutoProcessor.from_pretrained(export)
+    vla = AutoModelForVision2Seq.from_pretrained(export, torch_dtype=torch.float32).eval()
+    inputs = processor(PROMPT, Image.open(image))
+    with torch.no_grad():
+        logits = vla(**inputs).logits
+        action = vla.predict_action(**inputs, unnorm_key="made_up", do_sample=False)
+    np.savez(out, pixels=inputs["pixel_values"].numpy(), ids=inputs["input_ids"].numpy(),
+             logits=logits.numpy(), action=action)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout")
-    parser.add_argument("what", choices=["act", "train"])
+    parser.add_argument("what", choices=["act", "train", "answer"])
+    parser.add_argument("files", nargs="*", help="answer: the export, an image, and where to write")
     parser.add_argument("--layers", type=int, default=32, help="decoder layers of the language model")
-    parser.add_argument("--instruction", default="put the carrot on the plate")
     parser.add_argument("--micro", type=int, default=32, help="samples a GPU takes")
     parser.add_argument("--tokens", type=int, default=32, help="of text, with action and stop")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--full_shard", action="store_true")
     arguments = parser.parse_args()
-    {"act": act, "train": train}[arguments.what](arguments)
+    {"act": act, "train": train, "answer": answer}[arguments.what](arguments)

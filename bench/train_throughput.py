@@ -114,11 +114,8 @@ def measure(case: str, args, folder: Path) -> dict:
         if key in steps[0]}
     middle["samples_per_second"] /= args.num_gpus
     middle["startup_s"] = float(startup[0].split("startup_s")[1]) if startup else float("nan")
-    return {
-        **middle,
-        "wall_s": time.time() - started,
-        "losses": [line["loss"] for line in lines if "loss" in line],
-    }
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return {**middle, "wall_s": time.time() - started, "losses": losses}
 
 
 def measure_openvla(case: str, args, folder: Path) -> dict:

@@ -30,16 +30,8 @@ def losses(runs) -> np.ndarray:
 def finished(tmp_path_factory):
     """A finished run of 12 steps on two ranks with checkpoints every 5, and what it printed."""
     path = tmp_path_factory.mktemp("finished")
-    values = {
-        **TINY,
-        "run_root_dir": str(path / "runs"),
-        "max_steps": 12,
-        "save_interval": 5,
-        "keep_checkpoints": 0,
-        "eval_interval": 6,
-        "run_id_note": "note",
-        "image_aug": True,
-    }
+    values = {**TINY, "run_root_dir": str(path / "runs"), "max_steps": 12, "save_interval": 5,
+              "keep_checkpoints": 0, "eval_interval": 6, "run_id_note": "note", "image_aug": True}
     (path / "tiny.yaml").write_text(yaml.safe_dump(values))
     done = launch(path / "tiny.yaml", ranks=2)
     assert done.returncode == 0, done.text
@@ -50,14 +42,8 @@ def test_run_directory(finished):
     path, text = finished
     run = path / "runs/tiny+n1+b4+x7--note--image_aug"  # OpenVLA's way to name it
     assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
-        "checkpoints",
-        "config.json",
-        "config.yaml",
-        "dataset_statistics.json",
-        "ds_config.json",
-        "metrics.jsonl",
-        "tokenizer",
-    ]
+        "checkpoints", "config.json", "config.yaml", "dataset_statistics.json", "ds_config.json",
+        "metrics.jsonl", "tokenizer"]
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config == json.loads((run / "config.json").read_text())
     assert config["action_dim"] == 4 and config["max_steps"] == 12
@@ -68,20 +54,9 @@ def test_run_directory(finished):
         "step-000005-epoch-00", "step-000010-epoch-00", "step-000012-epoch-00"]
     assert all(len(tag.split("loss=")[1]) == 6 for tag in tags)
     values = read_metrics(path / "runs")[12]
-    assert {
-        "loss",
-        "accuracy",
-        "l1",
-        "learning_rate",
-        "grad_norm",
-        "step_seconds",
-        "data_seconds",
-        "host_gb",
-        "samples_per_second",
-        "eval/loss",
-        "eval/accuracy",
-        "eval/accuracy_of_most_frequent_bin",
-    } <= set(values)
+    assert {"loss", "accuracy", "l1", "learning_rate", "grad_norm", "step_seconds", "data_seconds", "host_gb",
+            "samples_per_second", "eval/loss", "eval/accuracy",
+            "eval/accuracy_of_most_frequent_bin"} <= set(values)
     assert "stage vla-full-train parameters" in text and "first_prompt '<s>In: What action should" in text
 
 
@@ -109,9 +84,8 @@ def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, ranks, finished
     shutil.copytree(run, tmp_path / "runs" / run.name)
     for checkpoint in list_checkpoints(tmp_path / "runs" / run.name / "checkpoints")[1:]:
         shutil.rmtree(checkpoint)
-    (
-        tmp_path / f"runs/{run.name}/checkpoints/step-000009-epoch-00-loss=1.0000.tmp"
-    ).mkdir()  # a save that was killed
+    killed = tmp_path / f"runs/{run.name}/checkpoints/step-000009-epoch-00-loss=1.0000.tmp"
+    killed.mkdir()  # what a save leaves behind that was killed
     values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     done = launch(tmp_path / "tiny.yaml", "--deepspeed_config", f"ds_configs/zero{stage}.json", ranks=ranks,
@@ -217,31 +191,23 @@ def plain_run():
     "changes, message",
     [
         ({"learnin_rate": 1e-3}, "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
-        (
-            {"learning_rate": "2e-5"},
-            "learning_rate: '2e-5' is a str, expected float (YAML takes 2e-5 for text; write 2.0e-5)",
-        ),
+        ({"learning_rate": "2e-5"},
+         "learning_rate: '2e-5' is a str, expected float (YAML takes 2e-5 for text; write 2.0e-5)"),
         ({"max_steps": 1.5}, "max_steps: 1.5 is a float, expected int or null"),
         ({"image_aug": "yes"}, "image_aug: 'yes' is a str, expected bool"),
-        (
-            {"global_batch_size": 10},
-            "global_batch_size 10 is not a multiple of per_device_batch_size 4 x 1 ranks = 4",
-        ),
+        ({"global_batch_size": 10},
+         "global_batch_size 10 is not a multiple of per_device_batch_size 4 x 1 ranks = 4"),
         ({"expected_world_size": 8}, "expected_world_size is 8, but the job has 1 ranks"),
         ({"lr_scheduler_type": "cosine"}, "'cosine' is not one of constant, linear-warmup+cosine-decay"),
         ({"cameras": ["front"]}, "'front' is not one of primary, secondary, wrist"),
         ({"data_root_dir": "/nowhere"}, "/nowhere/metaworld_demo: no TFDS dataset there"),
-        (
-            {"data_root_dir": str(FIXTURES), "data_mix": "model", "datasets": {"model": {}}},
-            "no TFDS dataset there",
-        ),
+        ({"data_root_dir": str(FIXTURES), "data_mix": "model", "datasets": {"model": {}}},
+         "no TFDS dataset there"),
         ({"data_mix": "metawrld_demo"}, "did you mean metaworld_demo"),
         ({"data_mix": {}}, "the mixture is empty"),
         ({"data_mix": "roboset"}, "the mixture is empty"),
-        (
-            {"datasets": {"metaworld_demo": {"primary": "front"}}},
-            "its steps have no 'observation/front'; they have",
-        ),
+        ({"datasets": {"metaworld_demo": {"primary": "front"}}},
+         "its steps have no 'observation/front'; they have"),
         ({"arch_specifier": "mlp"}, "arch_specifier 'mlp': choose linear"),
         ({"freeze_llm_backbone": True}, "set unfreeze_last_llm_layer: true"),
     ],
@@ -262,19 +228,12 @@ def test_mistakes_in_files_and_overrides(tiny, tmp_path, plain_run):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            {"train_batch_size": 8},
-            "remove 'train_batch_size': it is set once, by global_batch_size in the YAML",
-        ),
+        ({"train_batch_size": 8}, "remove 'train_batch_size': it is set once, by global_batch_size"),
         ({"gradient_clipping": 1.0}, "remove 'gradient_clipping': it is set once, by max_grad_norm"),
-        (
-            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
-            "remove 'optimizer.params.lr': it is set once, by learning_rate",
-        ),
-        (
-            {"activation_checkpointing": {"cpu_checkpointing": True}},
-            "activation_checkpointing.cpu_checkpointing is not",
-        ),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
+         "remove 'optimizer.params.lr': it is set once, by learning_rate"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}},
+         "activation_checkpointing.cpu_checkpointing is not"),
     ],
 )
 def test_the_json_may_not_repeat_the_yaml(change, message, tiny, tmp_path, plain_run):
@@ -311,31 +270,16 @@ def test_ten_times_the_data_takes_no_more_memory(tiny, tmp_path):
 
     def episodes(n):
         for _ in range(n):
-            yield {
-                "steps": [
-                    {
-                        "observation": {"image": rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)},
-                        "action": rng.uniform(-1, 1, 4).astype(np.float32),
-                        "language_instruction": "push",
-                    }
-                    for _ in range(40)
-                ]
-            }
+            yield {"steps": [{"observation": {"image": rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)},
+                              "action": rng.uniform(-1, 1, 4).astype(np.float32),
+                              "language_instruction": "push"} for _ in range(40)]}
 
     memory = {}
     for size in (10, 100):
         write_rlds(tmp_path, f"noise{size}", "1.0.0", features, {"train": episodes(size)})
-        done = launch(
-            tiny(
-                data_root_dir=str(tmp_path),
-                data_mix=f"noise{size}",
-                run_id=f"r{size}",
-                num_workers=2,
-                datasets={f"noise{size}": {"primary": "image"}},
-                log_interval=20,
-            ),
-            launcher="python",
-        )
+        config = tiny(data_root_dir=str(tmp_path), data_mix=f"noise{size}", run_id=f"r{size}", num_workers=2,
+                      datasets={f"noise{size}": {"primary": "image"}}, log_interval=20)
+        done = launch(config, launcher="python")
         assert done.returncode == 0, done.text
         lines = (tmp_path / f"runs/r{size}/metrics.jsonl").read_text().splitlines()
         memory[size] = json.loads(lines[0])["host_gb"]

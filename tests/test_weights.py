@@ -144,11 +144,9 @@ def test_round_trip_is_exact(run, tmp_path):
     actions = [load_vla(path).predict_action(image, "push") for path in (
         run, tmp_path / "native", tmp_path / "hf", tmp_path / "native2", tmp_path / "hf2")]
     assert all((action == actions[0]).all() for action in actions)
-    (native,) = {
-        torch.load(path, weights_only=True)["model"].keys()
-        == {"vision_backbone", "projector", "llm_backbone"}
-        for path in (tmp_path / "native/checkpoints").iterdir()
-    }
+    modules = {"vision_backbone", "projector", "llm_backbone"}
+    (native,) = {torch.load(path, weights_only=True)["model"].keys() == modules
+                 for path in (tmp_path / "native/checkpoints").iterdir()}
     assert native and len(list((tmp_path / "native/checkpoints").iterdir())) == 2
 
 
@@ -160,9 +158,8 @@ def test_export_in_bf16_and_several_shards(run, tmp_path, monkeypatch):
     assert len(files) > 2 and {path.name for path in files} == set(index["weight_map"].values())
     assert index["metadata"]["total_size"] == 2 * sum(t.numel() for t in tensors(run).values())
     expected = tensors(run)
-    assert all(
-        torch.equal(tensor, expected[name].bfloat16()) for name, tensor in tensors(tmp_path / "hf").items()
-    )
+    exported = tensors(tmp_path / "hf")
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in exported.items())
     with pytest.raises(CheckpointError, match="exists: remove it or name another directory"):
         export_vla.export(str(run), tmp_path / "hf", "hf")
     files[1].unlink()
@@ -181,11 +178,8 @@ def test_a_directory_as_openvla_writes_it(tmp_path):
     for key in ("vision_backbone", "image_size", "arch_specifier", "prompt_style", "image_resize_strategy"):
         assert weights.config[key] == getattr(expected, key)
     llm = AutoConfig.for_model(**weights.config["llm_backbone"])
-    assert (llm.hidden_size, llm.rms_norm_eps, llm.vocab_size) == (
-        4096,
-        1e-6,
-        32064,
-    )  # the file's, by its defaults
+    # the file's, by its defaults
+    assert (llm.hidden_size, llm.rms_norm_eps, llm.vocab_size) == (4096, 1e-6, 32064)
     assert weights.norm_stats == config["norm_stats"]
     assert set(weights.tensors) == set(GOLDEN["native_to_hf_key_map"]["openvla7b"])
 
@@ -267,19 +261,12 @@ def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
 
 def train_from(path, stage: int, ranks: int, **changes) -> tuple:
     """One step; what the YAML leaves unsaid of the model comes from the weights."""
-    shape = (
-        "vision_backbone",
-        "llm_backbone",
-        "tokenizer",
-        "add_action_tokens",
-        "arch_specifier",
-        "image_size",
-    )
+    shape = ("vision_backbone", "llm_backbone", "tokenizer", "add_action_tokens", "arch_specifier",
+             "image_size")
     values = {key: value for key, value in TINY.items() if key not in shape}
     config = path / f"from{stage}.yaml"
-    config.write_text(
-        yaml.safe_dump({**values, "run_root_dir": str(path / f"runs{stage}"), "max_steps": 1, **changes})
-    )
+    values |= {"run_root_dir": str(path / f"runs{stage}"), "max_steps": 1, **changes}
+    config.write_text(yaml.safe_dump(values))
     done = launch(config, "--deepspeed_config", ds_json(path / "ds.json", stage, bf16=False), ranks=ranks)
     assert done.returncode == 0, done.text
     return read_metrics(path / f"runs{stage}")[1]["loss"], next((path / f"runs{stage}").iterdir()), done.text
@@ -322,15 +309,9 @@ def test_beginning_with_a_language_models_own_weights(tmp_path):
     vit = timm.create_model(tower["model"], num_classes=0, img_size=28, **kwargs)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     towers = {"dino": {**tower, "pretrained_cfg_overlay": {"file": str(tmp_path / "vit.safetensors")}}}
-    changes = {
-        "pretrained_backbones": True,
-        "llm_backbone": str(tmp_path / "llm"),
-        "vision_backbone": towers,
-        "tokenizer": TINY["tokenizer"],
-        "add_action_tokens": True,
-        "image_size": 28,
-        "learning_rate": 0.0,
-    }
+    changes = {"pretrained_backbones": True, "llm_backbone": str(tmp_path / "llm"), "image_size": 28,
+               "vision_backbone": towers, "tokenizer": TINY["tokenizer"], "add_action_tokens": True,
+               "learning_rate": 0.0}
     _, run, text = train_from(tmp_path, 3, 2, **changes)
     assert "weights_from" in text and "except projector, vision_backbone" in text
     state = tensors(run)
@@ -366,14 +347,8 @@ print(f"rank {{torch.distributed.get_rank()}} grown {{(peak - before) / size:.3f
 
 def test_under_zero3_no_rank_ever_holds_the_whole_model(tmp_path):
     script = tmp_path / "memory.py"
-    script.write_text(
-        MEMORY.format(
-            root=str(ROOT),
-            tokenizer=TINY["tokenizer"],
-            towers=TINY["vision_backbone"],
-            ds=str(ROOT / "ds_configs/zero3.json"),
-        )
-    )
+    script.write_text(MEMORY.format(root=str(ROOT), tokenizer=TINY["tokenizer"],
+                                    towers=TINY["vision_backbone"], ds=str(ROOT / "ds_configs/zero3.json")))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)],
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
     # not by lines: two processes may print on one
