@@ -389,8 +389,8 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
 
     features: what an episode looks like, in tensorflow_datasets.features:  {"steps": Dataset({...}), ...}
     episodes: {"train": iterable of episodes, "val": ...}; an episode is {"steps": [step, ...], ...} with
-              NumPy values. Images are (H, W, 3) uint8 and stored in the feature's encoding_format; bytes are
-              stored as they are.
+              NumPy values. Images are (H, W, 3) or (H, W, 1) uint8, or (H, W, 1) uint16, and stored in the
+              feature's encoding_format; bytes are stored as they are.
 
     Nothing is left behind unless all was written; an existing dataset is never overwritten (FileExistsError).
     """
@@ -449,6 +449,7 @@ def _encode_images(feature, value, quality: int):
         return value
     if isinstance(value, np.ndarray):
         encoded = io.BytesIO()
+        value = value[..., 0] if value.shape[-1] == 1 else value  # grey or depth
         Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=quality)
         value = encoded.getvalue()
     return io.BytesIO(value)
