@@ -2,9 +2,10 @@
 
     python bench/openvla_class.py --openvla ../openvla --openvla_python ../openvla-env/bin/python
 
-Makes a model with OpenVLA's two real towers and a small Llama, random weights, exports it, and lets OpenVLA's
-class in its own environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; without this project)
-process an image and a prompt. Prints the largest difference in pixels and logits, and both actions.
+Makes two models as OpenVLA-7B and OpenVLA-v01 but with a small Llama (DINOv2 + SigLIP, and SigLIP alone with
+letterboxed images and Vicuna's prompt), random weights, exports them, and lets OpenVLA's class in its own
+environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; without this project) process an image and a
+prompt. Prints the largest difference in pixels and logits, and both actions.
 """
 
 import argparse
@@ -21,19 +22,19 @@ import torch
 from openvla_peer import INSTRUCTION, STATS
 from PIL import Image
 
-from action_tokenizer import load_tokenizer, prompt_ids
+from action_tokenizer import PROMPTS, load_tokenizer, prompt_ids
 from export_vla import description, export
 from model import VLA
 from train_vla import TrainConfig
-from weights import load_vla, prismatic_config
+from weights import PRISMATIC, load_vla, prismatic_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_model(folder: Path) -> None:
-    """A native run directory with OpenVLA-7B's towers, a Llama of 10 M parameters, and random weights."""
+def make_model(base: str, folder: Path) -> None:
+    """A native run directory: a Prismatic VLM but with a Llama of 10 M parameters, and random weights."""
     torch.manual_seed(0)
-    config = prismatic_config("dinosiglip-vit-so-224px", "llama2-7b-pure", "resize-naive")
+    config = prismatic_config(*PRISMATIC[base])
     config["llm_backbone"] |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
                                "num_attention_heads": 4}
     config["tokenizer"] = str(ROOT / "tests/fixtures/model/tokenizer_llama")
@@ -57,28 +58,36 @@ def main() -> None:
     parser.add_argument("--openvla", type=Path, required=True, help="a checkout of OpenVLA")
     parser.add_argument("--openvla_python", type=Path, required=True, help="its environment's interpreter")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder / "native")
-        export(str(folder / "native"), folder / "hf", "hf")
-        image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        image = image.repeat(8, 0).repeat(8, 1)
-        Image.fromarray(image).save(folder / "image.png")
-        subprocess.run([args.openvla_python, ROOT / "bench/openvla_peer.py", args.openvla, "answer",
-                        folder / "hf", folder / "image.png", folder / "official.npz"], check=True)
-        theirs = np.load(folder / "official.npz")
-        vla = load_vla(folder / "hf")
-        seen = torch.from_numpy(vla.see(image))[None, None]
-        ids = prompt_ids(vla.tokenizer, INSTRUCTION)[:-1]  # its class appends the last one later
-        with torch.no_grad():
-            hidden = vla.llm.base_model(inputs_embeds=vla.embed(seen, torch.tensor([ids]))).last_hidden_state
-            logits = vla.llm.lm_head(hidden).numpy()
-        pixels = torch.cat(vla.pixel_values(seen), dim=1).numpy()
-        print(f"prompt_ids {'equal' if theirs['ids'][0].tolist() == ids else 'differ'}")
-        print(f"pixels_max_difference {abs(pixels - theirs['pixels']).max():.2e}")
-        print(f"logits_max_difference {abs(logits - theirs['logits']).max():.2e} of {abs(logits).max():.2f}")
-        print(f"action_openvla {theirs['action'].tolist()}")
-        print(f"action_ours    {vla.predict_action(image, INSTRUCTION).tolist()}")
+    image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    for base in ("prism-dinosiglip-224px+7b", "siglip-224px+7b"):
+        with tempfile.TemporaryDirectory() as folder:
+            compare(base, image, Path(folder), args)
+
+
+def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
+    """Ask the same of an export in OpenVLA's class and here."""
+    make_model(base, folder / "native")
+    export(str(folder / "native"), folder / "hf", "hf")
+    vla = load_vla(folder / "hf")
+    style = vla.cfg.prompt_style
+    prompt = PROMPTS[style].format(q=f"What action should the robot take to {INSTRUCTION}?")
+    Image.fromarray(image).save(folder / "image.png")
+    subprocess.run([args.openvla_python, ROOT / "bench/openvla_peer.py", args.openvla, "answer",
+                    folder / "hf", folder / "image.png", folder / "official.npz", "--prompt", prompt],
+                   check=True)
+    theirs = np.load(folder / "official.npz")
+    seen = torch.from_numpy(vla.see(image))[None, None]
+    ids = prompt_ids(vla.tokenizer, INSTRUCTION, style)[:-1]  # its class appends the last one later
+    with torch.no_grad():
+        hidden = vla.llm.base_model(inputs_embeds=vla.embed(seen, torch.tensor([ids]))).last_hidden_state
+        logits = vla.llm.lm_head(hidden).numpy()
+    pixels = torch.cat(vla.pixel_values(seen), dim=1).numpy()
+    print(f"model {base}")
+    print(f"prompt_ids {'equal' if theirs['ids'][0].tolist() == ids else 'differ'}")
+    print(f"pixels_max_difference {abs(pixels - theirs['pixels']).max():.2e}")
+    print(f"logits_max_difference {abs(logits - theirs['logits']).max():.2e} of {abs(logits).max():.2f}")
+    print(f"action_openvla {theirs['action'].tolist()}")
+    print(f"action_ours    {vla.predict_action(image, INSTRUCTION).tolist()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def answer(args) -> None:
     export, image, out = args.files
     processor = AutoProcessor.from_pretrained(export)
     vla = AutoModelForVision2Seq.from_pretrained(export, torch_dtype=torch.float32).eval()
-    inputs = processor(PROMPT, Image.open(image))
+    inputs = processor(args.prompt, Image.open(image))
     with torch.no_grad():
         logits = vla(**inputs).logits
         action = vla.predict_action(**inputs, unnorm_key="made_up", do_sample=False)
@@ -164,6 +164,7 @@ if __name__ == "__main__":
     parser.add_argument("checkout")
     parser.add_argument("what", choices=["act", "train", "answer"])
     parser.add_argument("files", nargs="*", help="answer: the export, an image, and where to write")
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--layers", type=int, default=32, help="decoder layers of the language model")
     parser.add_argument("--micro", type=int, default=32, help="samples a GPU takes")
     parser.add_argument("--tokens", type=int, default=32, help="of text, with action and stop")
