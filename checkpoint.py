@@ -27,7 +27,7 @@ from pathlib import Path
 import google_crc32c
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from faults import patient_group
@@ -229,7 +229,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """All checkpoints in a run's checkpoints directory, oldest step first, without those half written."""
-    found = [p for p in directory.glob("step-*") if p.suffix != ".tmp"]
+    found = [p for p in directory.glob("step-[0-9]*") if p.suffix != ".tmp"]
     return sorted(found, key=checkpoint_step)
 
 
@@ -254,7 +254,7 @@ class CheckpointReader:
                         name, _, first = key.rpartition("@")
                         count = tensors.get_slice(key).get_shape()[0]
                         self.slices.setdefault(name, []).append((int(first), int(first) + count, file, key))
-        except (OSError, ValueError, KeyError, CheckpointError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError) as error:
             raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
 
     def verify(self, part: int = 0, parts: int = 1) -> None:

@@ -70,7 +70,7 @@ def interleave(weights: np.ndarray, first: int, count: int) -> tuple[np.ndarray,
     """Samples first .. first+count-1 of the mixture -> (which dataset, how many samples of it came before).
 
     Visit j of dataset d is due at time (j + phase_d) / weight_d, and samples come in the order of their due
-    times. So each dataset's share is exact to within two samples at every moment, and any stretch can be
+    times. So each dataset's share is exact to within a few samples at every moment, and any stretch can be
     computed on its own. weights: (D,) positive, sum 1.
     """
     phase = (np.arange(len(weights)) + 0.5) / len(weights)
@@ -156,6 +156,9 @@ class Mixture:
         self.statistics = {}  # what dataset_statistics.json holds
         for name, recipe, table in zip(self.names, self.recipes, self.tables, strict=True):
             relative = table.frames.dtype["action"].shape[0] - recipe.absolute
+            if relative < 0:
+                raise DataError(f"{name}: {recipe.absolute} absolute action dimensions of "
+                                f"{relative + recipe.absolute}: lower `absolute` in its recipe")
             action = {**table.statistics["action"], "mask": [True] * relative + [False] * recipe.absolute}
             self.statistics[name] = {**table.statistics, "action": action}
         dims = {name: len(self.statistics[name]["action"]["mask"]) for name in self.names}
@@ -178,6 +181,9 @@ class Mixture:
             raise DataError(f"{empty}: no {kind} frame with an instruction in {path}")
         self.warnings = [f"{name}: left out {len(table.bad)} bad episodes, the first: {table.bad[0]}"
                          for name, table in zip(self.names, self.tables, strict=True) if table.bad]
+        self.warnings += [f"{name}: its recipe has no {' or '.join(cfg.cameras)} camera: its images are black"
+                          for name, recipe in zip(self.names, self.recipes, strict=True)
+                          if not any(recipe.camera_keys(cfg.cameras))]
 
     def _open(self, name: str, recipe: oxe.Recipe) -> FrameTable:
         cfg = self.cfg
@@ -352,7 +358,10 @@ def decode_native(data: bytes) -> np.ndarray:
     """
     if simplejpeg.is_jpeg(data):
         return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
-    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    image = Image.open(io.BytesIO(data))
+    if image.mode == "I;16":  # depth, for example: its upper eight bits, as TensorFlow
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def resize_image(image: np.ndarray, size: int, strategy: str = "lanczos", fill: Sequence[int] = (0, 0, 0)
@@ -468,9 +477,10 @@ def guess_recipe(directory: Path) -> oxe.Recipe:
     images = [name.removeprefix("observation/") for name, (_, _, image) in features.items() if image]
     texts = [name for name, (_, dtype, image) in features.items() if dtype.kind == "O" and not image]
     texts.sort(key=lambda name: "language_instruction" not in name)
-    if "action" not in features or not texts:
-        raise DataError(f"{directory}: cannot guess what is action and instruction among {sorted(features)}: "
-                        "describe it under `datasets:` in a YAML and train, or use OXE's names")
+    if "action" not in features or not texts or not images:
+        raise DataError(f"{directory}: cannot guess what is action, image and instruction in "
+                        f"{sorted(features)}: describe it under `datasets:` in a YAML and train, or use the "
+                        "names of OXE")
     return oxe.Recipe(**dict(zip(oxe.CAMERAS, images, strict=False)), instruction=texts[0])
 
 
@@ -480,6 +490,7 @@ def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
         directory, name = directory.parent, directory.name
     path = find_dataset(directory, name or "")
     name = name or path.resolve().parent.name
+    name = name.partition(":")[0]
     recipe = oxe.DATASETS.get(name) or guess_recipe(path)
     cameras = [camera for camera in oxe.CAMERAS if getattr(recipe, camera)]
     keys = recipe.camera_keys(cameras)
@@ -513,10 +524,15 @@ def dataset_warnings(table: FrameTable, recipe: oxe.Recipe) -> list[str]:
     stats, actions = table.statistics["action"], table.frames["action"]
     spread = np.array(stats["q99"]) - np.array(stats["q01"])
     relative = actions[:, : actions.shape[1] - recipe.absolute]
-    idle = float((np.abs(relative) < 1e-3 * np.maximum(spread, 1e-9)[: relative.shape[1]]).all(1).mean())
-    unlabeled = int((~table.episodes["labeled"]).sum())
+    idle = (np.abs(relative) < 1e-3 * np.maximum(spread, 1e-9)[: relative.shape[1]]).all(1)
+    idle = float(idle.mean()) if relative.shape[1] else 0.0
+    unlabeled = int((~table.episodes["labeled"] & (table.episodes["count"] > 0)).sum())
+    beyond = [d for d in range(relative.shape[1], actions.shape[1])
+              if min(stats["min"][d], -stats["max"][d]) < -1]
     found = [f"action dimension {d} never changes (always {stats['min'][d]:.4g}): it will be trained as 0"
              for d in np.flatnonzero(np.array(stats["min"]) == np.array(stats["max"]))]
+    found += [f"action dimension {d} is absolute and reaches {max(stats['max'][d], -stats['min'][d]):.4g}: "
+              "what lies beyond -1..1 is cut off" for d in beyond]
     if idle > 0.05:
         found.append(f"{idle:.0%} of all frames command no motion: policies copy such pauses; remove them")
     if unlabeled:

@@ -257,11 +257,11 @@ def evaluate(vla: VLA, checkpoint: Path, cfg: SimpleNamespace, samples: int, on_
           + " ".join(f"accuracy_{name} {value:.4f}" for name, value in accuracy.items())
           + f" agreement {agreement:.4f}")
     mismatch, remarks = verdict(accuracy, agreement, cfg.image_resize_strategy)
-    draw_episodes(vla, mixture, out)
     facts = {"checkpoint": str(checkpoint), "data_mix": cfg.data_mix, "on_train_frames": on_train_frames,
              "frames": samples, "accuracy": accuracy, "agreement": agreement, "mismatch": mismatch,
              "datasets": results}
     out.with_suffix(".json").write_text(json.dumps(facts, indent=2))
+    draw_episodes(vla, mixture, out)
     print(f"wrote {out} {out.with_suffix('.json')}")
     for remark in remarks:
         print(remark)
@@ -322,6 +322,9 @@ def main() -> None:
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     try:
+        if args.samples < 1 or args.out.suffix not in (".png", ".jpg"):
+            raise ValueError(f"--samples {args.samples} --out {args.out}: expected at least 1 and a .png")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = Path(open_weights(args.checkpoint).where)
         vla = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
         vla.cfg = SimpleNamespace(**{**UNSAID, **vars(vla.cfg)})

@@ -22,11 +22,10 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointError
-from model import build_tower
+from model import build_tower, llm_config
 from weights import (
     ACTING,
     LANGUAGE_MODELS,
@@ -126,7 +125,10 @@ def prismatic_ids(cfg: SimpleNamespace) -> tuple[str, str]:
     fits = [name for name, (_, known, prompts) in LANGUAGE_MODELS.items()
             if prompts == style and known["model_type"] == llm["model_type"]]
     exact = [name for name in fits if all(LANGUAGE_MODELS[name][1][key] == llm.get(key) for key in shape)]
-    if vision is None or not fits or cfg.parallel_decoding or cfg.use_proprio or cfg.action_chunk > 1:
+    whole = llm_config(cfg.llm_backbone, llm["vocab_size"]).to_dict()
+    odd = (whole.get("attention_bias") or whole.get("mlp_bias")  # of which text_config says nothing
+           or "factor" in (whole.get("rope_parameters") or {}))
+    if vision is None or not fits or odd or cfg.parallel_decoding or cfg.use_proprio or cfg.action_chunk > 1:
         print("warning: OpenVLA has no name for this model's towers, language model or extensions: this "
               "project takes the export back, OpenVLA's own code does not", file=sys.stderr)
     return vision or "siglip-vit-so400m", (exact or fits or ["llama2-7b-pure"])[0]
@@ -134,10 +136,9 @@ def prismatic_ids(cfg: SimpleNamespace) -> tuple[str, str]:
 
 def text_config(cfg: SimpleNamespace) -> dict:
     """The language model's whole description, with the vocabulary rounded up as in build_llm."""
-    spec = cfg.llm_backbone
-    config = AutoConfig.from_pretrained(spec) if isinstance(spec, str) else AutoConfig.for_model(**spec)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
-    config.vocab_size, config.pad_token_id = -(-len(tokenizer) // 64) * 64, tokenizer.pad_token_id
+    config = llm_config(cfg.llm_backbone, len(tokenizer))
+    config.pad_token_id = tokenizer.pad_token_id
     keep = ("model_type", "vocab_size", "pad_token_id", "hidden_size", "intermediate_size",
             "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
             "layer_norm_eps", "max_position_embeddings", "sliding_window", "partial_rotary_factor",
@@ -150,7 +151,8 @@ def text_config(cfg: SimpleNamespace) -> dict:
 def hugging_face_config(cfg: SimpleNamespace, norm_stats: dict, dtype: str) -> dict:
     """config.json of OpenVLA's Hugging Face class (prismatic/extern/hf/configuration_prismatic.py)."""
     vision, llm = prismatic_ids(cfg)
-    towers = cfg.vision_backbone.values()
+    towers, text = cfg.vision_backbone.values(), text_config(cfg)
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     return {
         "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla",
         "auto_map": {"AutoConfig": f"{HUB_CODE}configuration_prismatic.OpenVLAConfig",
@@ -161,9 +163,11 @@ def hugging_face_config(cfg: SimpleNamespace, norm_stats: dict, dtype: str) -> d
         "timm_override_act_layers": [tower.get("act_layer") for tower in towers],
         "image_sizes": [cfg.image_size] * len(towers),
         "image_resize_strategy": openvla_strategy(cfg),
-        "hf_llm_id": LANGUAGE_MODELS[llm][0], "llm_max_length": 2048, "pad_to_multiple_of": 64,
-        "pad_token_id": text_config(cfg)["pad_token_id"],
-        "text_config": text_config(cfg) | {"torch_dtype": dtype}, "torch_dtype": dtype,
+        "hf_llm_id": LANGUAGE_MODELS[llm][0], "llm_max_length": 2048,
+        # how many rows of the vocabulary lie above the action tokens, whatever the name says
+        "pad_to_multiple_of": text["vocab_size"] - tokenizer.action_vocab_size,
+        "pad_token_id": text["pad_token_id"], "text_config": text | {"torch_dtype": dtype},
+        "torch_dtype": dtype,
         "n_action_bins": 256, "norm_stats": norm_stats, "output_projector_states": False,
         "transformers_version": "4.40.1", "zerovla": description(cfg),
     }

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from action_tokenizer import ActionTokenizer, prompt_ids
 from data import center_crop, normalize, resize_image, unnormalize
@@ -47,8 +47,13 @@ class VLA(nn.Module):
         towers = {name: build_tower(cfg.image_size, **kwargs) for name, kwargs in cfg.vision_backbone.items()}
         names = [f"{name}_featurizer" for name in towers] if len(towers) > 1 else ["featurizer"]
         self.vision_backbone = nn.ModuleDict(dict(zip(names, towers.values(), strict=True)))
+        patches = {tower.patch_embed.num_patches for tower in towers.values()}
+        if len(patches) > 1:
+            raise ValueError(f"vision_backbone: the towers cut an image into {sorted(patches)} patches; they "
+                             "must agree")
+        config = llm_config(cfg.llm_backbone, len(tokenizer))
         with llm_context or nullcontext():
-            self.llm_backbone = nn.ModuleDict({"llm": build_llm(cfg.llm_backbone, len(tokenizer))})
+            self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size
         self.projector = nn.ModuleDict({"projector": build_projector(cfg.arch_specifier, features, hidden)})
         if cfg.use_proprio:  # not OpenVLA's: the robot's state as one more token after the image patches
@@ -301,14 +306,21 @@ class VLA(nn.Module):
         batched = not isinstance(instruction, str)
         images, instructions = (image, instruction) if batched else ([image], [instruction])
         stats, device = self.dataset_statistics(unnorm_key), self.llm.device
-        pixels = [[self.see(view) for view in (views if isinstance(views, list | tuple) else [views])]
-                  for views in images]
+        images = [views if isinstance(views, list | tuple) else [views] for views in images]
+        count = self.cfg.window_size * len(self.cfg.cameras)
+        if len(images) != len(instructions) or any(len(views) != count for views in images):
+            raise ValueError(f"{len(instructions)} instructions came with {[*map(len, images)]} images; the "
+                             f"model needs {count} for each (window_size x cameras)")
+        pixels = [[self.see(view) for view in views] for views in images]
         pixels = torch.from_numpy(np.array(pixels)).to(device)  # (B, N, H, W, C)
         prompts = [prompt_ids(self.tokenizer, text, self.cfg.prompt_style) for text in instructions]
         if self.cfg.use_proprio:
             if proprio is None:
                 raise ValueError("the model was trained with the robot's state: pass proprio")
             states = np.atleast_2d(np.asarray(proprio, np.float32))
+            expected = (len(images), len(next(iter(stats["proprio"].values()))))
+            if states.shape != expected or not np.isfinite(states).all():
+                raise ValueError(f"proprio of shape {states.shape}: expected {expected}, all finite")
             states = normalize(states, stats["proprio"], self.cfg.action_normalization)
             states = np.pad(states, ((0, 0), (0, self.cfg.proprio_dim - states.shape[1])))
             proprio = torch.from_numpy(states).to(device)
@@ -322,10 +334,13 @@ class VLA(nn.Module):
     def see(self, image: np.ndarray) -> np.ndarray:
         """A camera's image (H, W, 3) uint8 -> what the model was trained to look at, (size, size, 3), or with
         3 channels for each tower where the towers differ."""
-        cfg, means = self.cfg, [(0.0, 0.0, 0.0)]
+        cfg, means, image = self.cfg, [(0.0, 0.0, 0.0)], np.asarray(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"an image of shape {image.shape} and type {image.dtype}: expected (height, "
+                             "width, 3) uint8")
         if cfg.image_resize_strategy == "letterbox":  # each tower wants the margins in its own mean colour
             means = [vit.mean for vit in self.vision_backbone.values()]
-        image, fills = np.asarray(image), [[int(255 * value) for value in mean] for mean in means]
+        fills = [[int(255 * value) for value in mean] for mean in means]
         seen = [resize_image(image, cfg.image_size, cfg.image_resize_strategy, fill) for fill in fills]
         seen = [center_crop(x, cfg.image_size) for x in seen] if cfg.image_aug else seen
         return np.concatenate(seen, axis=-1)
@@ -353,7 +368,12 @@ def build_tower(image_size: int, *, model: str, **kwargs) -> nn.Module:
     """A timm ViT by name, with any of timm's arguments, whose output is [(B, patches, width)]: the
     second-to-last block's, without final norm and class or register tokens (Prismatic's choice,
     prismatic/.../base_vision.py)."""
-    vit = timm.create_model(model, num_classes=0, img_size=image_size, **kwargs)
+    try:
+        vit = timm.create_model(model, num_classes=0, img_size=image_size, **kwargs)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"vision_backbone: timm cannot make {model!r}: {error}") from error
+    if not hasattr(vit, "blocks") or any("running_mean" in name for name, _ in vit.named_buffers()):
+        raise ValueError(f"vision_backbone: {model!r} is not a ViT without batch normalisation")
     # through forward, because ZeRO-3 gathers a module's parameters when the module is called
     vit.forward = partial(vit.forward_intermediates, indices=[len(vit.blocks) - 2], norm=False,
                           stop_early=True, output_fmt="NLC", intermediates_only=True)
@@ -368,13 +388,24 @@ def normalize_pixels(pixels: torch.Tensor, tower: nn.Module) -> torch.Tensor:
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
-def build_llm(spec: dict | str, num_tokens: int) -> nn.Module:
-    """A causal language model with random weights. spec: the fields of a transformers config with its
-    model_type, or a directory or hub id to read them from. The vocabulary is num_tokens, rounded up to a
-    multiple of 64."""
+def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
+    """The language model's transformers config. spec: its fields with model_type, or a directory or hub id
+    to read them from. The vocabulary is num_tokens, rounded up to a multiple of 64. There is no dropout: a
+    step depends on its batch alone, and recomputation finds the same activations again."""
     config = AutoConfig.from_pretrained(spec) if isinstance(spec, str) else AutoConfig.for_model(**spec)
     config.vocab_size = -(-num_tokens // 64) * 64
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def build_llm(config: PretrainedConfig) -> nn.Module:
+    """A causal language model with random weights."""
+    llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if not hasattr(llm.base_model, "layers"):
+        raise ValueError(f"llm_backbone: {config.model_type} has no decoder blocks in `layers`, as Llama has")
+    return llm
 
 
 def build_projector(arch_specifier: str, features: int, hidden: int) -> nn.Module:

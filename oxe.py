@@ -21,6 +21,7 @@ import ctypes.util
 import difflib
 import functools
 import inspect
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from rlds import Steps
+from rlds import DataError, Steps
 
 CAMERAS = ("primary", "secondary", "wrist")
 
@@ -167,7 +168,10 @@ def euler(q):
 
 def unzip(strings):
     """zlib-compressed little-endian float32 (Kuka's observations)."""
-    return np.stack([np.frombuffer(zlib.decompress(s), "<f4") for s in strings[:, 0]])
+    try:
+        return np.stack([np.frombuffer(zlib.decompress(s), "<f4") for s in strings[:, 0]])
+    except zlib.error as error:
+        raise DataError(f"damaged zlib data: {error}") from error
 
 
 HELPERS = {f.__name__: f for f in (clip, invert, delta, binarize, rel2abs, euler, unzip)}
@@ -207,7 +211,10 @@ def read_fields(fields: str, steps: Steps, prefix: str, first: int, length: int 
         values = steps[key[1:] if key.startswith("/") else prefix + key]
         values = (values if isinstance(values, np.ndarray) else np.array(values, object))[first:]
         length = len(values)
-        values = values.reshape(length, -1 if length else int(np.prod(values.shape[1:])))[:, part]
+        width = int(np.prod(values.shape[1:]))
+        values = values.reshape(length, width)[:, part]
+        if not values.shape[1]:
+            raise DataError(f"field {key!r}: no columns left of its {width}")
         for helper in helpers:
             values = helper(values)
         columns.append(values.astype(np.float32))
@@ -407,6 +414,16 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
+def check_types(recipe: Recipe) -> None:
+    """Raise TypeError when a field of a user's recipe is of another type than its default."""
+    for name, value in asdict(recipe).items():
+        wanted = (str, type(None)) if name in CAMERAS else (type(Recipe.__dataclass_fields__[name].default),)
+        if type(value) not in wanted:
+            raise TypeError(f"{name} is {value!r}, expected {wanted[0].__name__}")
+    if recipe.absolute < 0:
+        raise TypeError(f"absolute is {recipe.absolute}, expected 0 or more")
+
+
 def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Mapping] | None = None
                     ) -> list[tuple[str, float, Recipe]]:
     """A mixture's or a dataset's name, or {dataset: weight} -> [(dataset, weight, recipe), ...].
@@ -418,25 +435,28 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Mappi
     for name, fields in (own or {}).items():
         try:
             recipes[name] = Recipe(**fields)
+            check_types(recipes[name])
             parse_fields(recipes[name].action), parse_fields(recipes[name].state)
         except (TypeError, ValueError) as error:
             raise ValueError(f"datasets: {name}: {error}; a dataset has the fields "
                              f"{', '.join(Recipe.__dataclass_fields__)}") from None
     if isinstance(data_mix, str):
-        data_mix = MIXTURES.get(data_mix, {data_mix: 1.0})
+        data_mix = {data_mix: 1.0} if data_mix in (own or {}) else MIXTURES.get(data_mix, {data_mix: 1.0})
     mixture = []
     for name, weight in data_mix.items():
-        if name in REFUSED:
-            print(f"warning: skipping dataset {name}: {REFUSED[name]}")
-        elif name.partition(":")[0] not in recipes:
-            near = difflib.get_close_matches(name, [*recipes, *MIXTURES], n=3)
+        plain = str(name).partition(":")[0]
+        if plain in REFUSED:
+            print(f"warning: skipping dataset {name}: {REFUSED[plain]}")
+        elif plain not in recipes:
+            near = difflib.get_close_matches(plain, [*recipes, *MIXTURES], n=3)
             raise ValueError(f"data_mix: no dataset or mixture is called {name!r}"
                              + (f"; did you mean {' or '.join(near)}?" if near else ".")
                              + " Describe your own datasets under `datasets:` in the YAML.")
-        elif not weight > 0:
-            raise ValueError(f"data_mix: the weight of {name} must be positive, it is {weight}")
+        elif not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            raise ValueError(f"data_mix: the weight of {name} must be positive, it is {weight!r}"
+                             + " (YAML takes 1e-1 for text; write 0.1)" * isinstance(weight, str))
         else:
-            mixture.append((name, float(weight), recipes[name.partition(":")[0]]))
+            mixture.append((name, float(weight), recipes[plain]))
     if not mixture:
         raise ValueError("data_mix: the mixture is empty: nothing to train on")
     return mixture

@@ -15,6 +15,7 @@ write_rlds goes the other way. What the names in a dataset mean is oxe.py's busi
 data.py's.
 """
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -23,6 +24,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -196,9 +198,10 @@ class FrameTable:
     episodes: per episode  `split`, `shard`, `record` (numbers), `first`, `count` (its frames), `labeled`
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, directory: Path):
+        """path: the table; directory: the dataset, which may have moved since it was indexed."""
         meta = json.loads((path / "table.json").read_text())
-        self.path, self.directory = path, Path(meta["directory"])
+        self.path, self.directory = path, directory
         self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
         self.instructions, self.statistics = meta["instructions"], meta["statistics"]
         self.bad = meta["bad_episodes"]
@@ -218,7 +221,10 @@ class FrameTable:
         if length == 0:
             return b""
         shard = self.directory / self.shards[self.episodes["shard"][self.episode_of(row)]]
-        return os.pread(_open_shard(shard).fileno(), length, int(frame["offset"][camera]))
+        data = os.pread(_open_shard(shard).fileno(), length, int(frame["offset"][camera]))
+        if len(data) < length:
+            raise DataError("the file is shorter than it was when it was indexed")
+        return data
 
     def where(self, row: int) -> str:
         """File and record of a frame, for error messages."""
@@ -239,12 +245,12 @@ def frame_table(directory: Path, standardize: Callable, cameras: list[str], fing
                  "images": (T, len(cameras), 2) int64 spans, "instructions": T byte strings}
     fingerprint: text that changes whenever `standardize` would produce something else.
     index_dir:   where tables are kept; by default in the dataset's directory, or ~/.cache/zerovla if that
-                 is read-only.
+                 is read-only and has none.
 
     The table's name is a hash of the fingerprint, of the code below, and of the names, sizes and modification
     times of the data files, so a stale table is never used. It appears by one rename. Safe when many
     processes call it at once: one builds, the others wait for its lock (not inside a collective, so nothing
-    times out however long it takes).
+    times out however long it takes). The lock is one that forked processes do not inherit.
     """
     directory = directory.resolve()
     listing = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir()
@@ -252,16 +258,29 @@ def frame_table(directory: Path, standardize: Callable, cameras: list[str], fing
     code = map(inspect.getsource, (Steps, build_frame_table, _index_shard, statistics, quantile))
     key = repr((list(code), EPISODE, fingerprint, cameras, skip_bad_episodes, listing))
     root = Path(index_dir) / directory.parent.name if index_dir else directory / ".frame_table"
-    if not index_dir and not os.access(directory, os.W_OK):
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not index_dir and not (root / name).exists() and not writable(root):
         root = Path.home() / ".cache/zerovla" / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    path = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = root / name
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / f"{path.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
             if not path.exists():
+                for leftover in root.glob(f"{name}.*.tmp"):  # of a process that was killed
+                    shutil.rmtree(leftover)
                 build_frame_table(directory, standardize, cameras, path, skip_bad_episodes)
-    return FrameTable(path)
+    return FrameTable(path, directory)
+
+
+def writable(directory: Path) -> bool:
+    """May we write into it, or make it?"""
+    return os.access(directory if directory.exists() else directory.parent, os.W_OK)
+
+
+def end_with_parent() -> None:
+    """Call it in a child process: it will be killed with its parent, and not wait for work for ever."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def build_frame_table(directory: Path, standardize: Callable, cameras: list[str], path: Path,
@@ -275,20 +294,17 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
     read = functools.partial(_index_shard, features=features, standardize=standardize, skip_bad=skip_bad)
 
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     episodes, instructions, bad, rows = [], {}, [], 0
     workers = min(len(os.sched_getaffinity(0)), max(len(shards), 1))
     try:
-        with (ProcessPoolExecutor(workers, get_context("fork")) as pool,
+        with (ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) as pool,
               open(scratch / "frames.bin", "wb") as out,
               tqdm(total=len(shards), desc=f"index {directory.parent.name}", unit="shard", leave=False,
                    delay=1) as bar):
-            results = pool.map(read, [file for _, file, _ in shards])
-            for number, ((split, file, count), result) in enumerate(zip(shards, results, strict=True)):
+            results = pool.map(read, [file for _, file, _ in shards], [count for *_, count in shards])
+            for number, ((split, file, _), result) in enumerate(zip(shards, results, strict=True)):
                 frames, found, texts, skipped = result
-                if (records := len(found) + len(skipped)) != count:
-                    raise DataError(f"{file}: has {records} records, dataset_info.json says {count}")
                 renumber = [instructions.setdefault(text, len(instructions)) for text in texts]
                 if frames is not None:
                     dtype = frames.dtype
@@ -300,11 +316,11 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
                 bad += [f"{file}: {reason}" for reason in skipped]
                 bar.update()
         if not rows:
-            raise DataError(f"{directory}: no usable frame in its {len(shards)} files")
+            raise DataError(f"{directory}: no usable frame in its {len(shards)} files"
+                            + (f"; the first problem: {bad[0]}" if bad else ""))
         np.save(scratch / "episodes.npy", np.array(episodes, EPISODE))
         table = np.memmap(scratch / "frames.bin", dtype, "r")
-        meta = {"directory": str(directory), "splits": list(splits),
-                "shards": [file.name for _, file, _ in shards],
+        meta = {"splits": list(splits), "shards": [file.name for _, file, _ in shards],
                 "cameras": cameras, "instructions": list(instructions), "bad_episodes": bad,
                 "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
                 "statistics": statistics(table, num_trajectories=len(episodes))}
@@ -315,9 +331,9 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
         raise
 
 
-def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bool):
-    """One shard -> (frame rows, [(record, frames, labeled)], distinct instructions, [reason for each bad
-    episode])."""
+def _index_shard(file: Path, count: int, features: dict, standardize: Callable, skip_bad: bool):
+    """One shard of `count` records -> (frame rows, [(record, frames, labeled)], distinct instructions,
+    [reason for each bad episode])."""
     if not file.exists():
         raise DataError(f"{file}: missing, but dataset_info.json lists it (incomplete download?)")
     rows, episodes, texts, bad = [], [], {}, []
@@ -327,7 +343,8 @@ def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bo
             for key in ("action", "proprio"):
                 if episode[key] is not None and not np.isfinite(episode[key]).all():
                     raise DataError(f"its {key} is not finite")
-        except (DataError, IndexError, ValueError) as error:
+            instructions = [text.decode() for text in episode["instructions"]]
+        except (ValueError, IndexError, TypeError) as error:  # DataError is a ValueError
             if not skip_bad:
                 raise DataError(f"{file}: record {record}: {error}. If only some episodes are bad, "
                                 "skip_bad_episodes: true leaves them out.") from error
@@ -340,12 +357,13 @@ def _index_shard(file: Path, features: dict, standardize: Callable, skip_bad: bo
             dtype.append(("proprio", "<f4", proprio.shape[1:]))
         frames = np.zeros(len(action), dtype)
         frames["offset"], frames["length"], frames["action"] = images[..., 0], images[..., 1], action
-        frames["instruction"] = [texts.setdefault(text.decode(), len(texts))
-                                 for text in episode["instructions"]]
+        frames["instruction"] = [texts.setdefault(text, len(texts)) for text in instructions]
         if proprio is not None:
             frames["proprio"] = proprio
         rows.append(frames)
-        episodes.append((record, len(frames), any(episode["instructions"])))
+        episodes.append((record, len(frames), any(instructions)))
+    if (records := len(episodes) + len(bad)) != count:
+        raise DataError(f"{file}: has {records} records, dataset_info.json says {count}")
     return np.concatenate(rows) if rows else None, episodes, list(texts), bad
 
 
@@ -448,6 +466,9 @@ def _encode_images(feature, value, quality: int):
     if kind != "Image":
         return value
     if isinstance(value, np.ndarray):
+        if len(value.shape) != 3 or any(want not in (None, have)
+                                        for want, have in zip(feature.shape, value.shape, strict=True)):
+            raise ValueError(f"an image of shape {value.shape}, where the feature says {feature.shape}")
         encoded = io.BytesIO()
         value = value[..., 0] if value.shape[-1] == 1 else value  # grey or depth
         Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=quality)

@@ -24,6 +24,7 @@ elsewhere: `ssh -L 8000:127.0.0.1:8000 this-machine`). Nothing that comes in is 
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import queue
@@ -51,7 +52,8 @@ from data import decode_native
 from model import VLA
 from weights import load_vla
 
-MAX_BODY = 32 << 20  # bytes of a request: a full-HD image as plain lists has 25 million
+MAX_BODY = 32 << 20  # bytes of a request: as plain lists, images up to about full HD
+BIG_BODY = 1 << 20  # bytes; longer ones are parsed one at a time, so that others get their turn
 MAX_INSTRUCTION = 1000  # bytes; no token is shorter than one, so the prompt stays below max_length
 SIDES = (16, 4096)  # pixels: smallest and largest height or width; also what one request can cost in memory
 MAX_CONNECTIONS = 256  # more get status 503
@@ -305,13 +307,14 @@ class Batcher(threading.Thread):
 
 def make_app(batcher: Batcher, model: str) -> Starlette:
     """The two addresses of the server."""
-    vla = batcher.vla
+    vla, one_at_a_time = batcher.vla, asyncio.Semaphore(1)
 
     async def act(request: Request) -> Response:
         started, facts = time.perf_counter(), ""
         try:
             body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
-            query = await asyncio.to_thread(parse_request, body, vla)
+            async with one_at_a_time if len(body) > BIG_BODY else contextlib.nullcontext():
+                query = await asyncio.to_thread(parse_request, body, vla)
             action, size = await asyncio.wrap_future(batcher.ask(query))
             status, reply = 200, encode_action(action, query.form)
             facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
@@ -371,6 +374,7 @@ def serve(vla: VLA, model: str, host: str, port: int, max_batch: int) -> None:
     batcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn sends itself the signal once more after it stopped
+    listener.listen()  # who reads the next line may connect
     host, port, *_ = listener.getsockname()
     log(f"serving http://{host}:{port} model {model} unnorm_keys {','.join(sorted(vla.norm_stats))}")
     uvicorn.Server(config).run([listener])

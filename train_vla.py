@@ -52,9 +52,9 @@ from checkpoint import (
 )
 from data import BOUNDS, Mixture, TrainBatches, contact_sheet
 from faults import Neighbour, Preemption, ignore_signals, naming_step, patient_group, stop_if_not_finite
-from model import VLA
+from model import VLA, llm_config
 from rlds import DataError
-from weights import Weights, open_language_model, open_weights
+from weights import Weights, open_language_model, open_weights, use_token
 
 
 @dataclass
@@ -94,7 +94,7 @@ class TrainConfig:
     parallel_decoding: bool = False  # predict a chunk's tokens all at once instead of one after the other
     action_normalization: str = "bounds_q99"  # or bounds, normal
     image_aug: bool = False  # random crop and colours, as OpenVLA
-    skip_bad_episodes: bool = False  # leave out broken episodes (and count them) instead of stopping
+    skip_bad_episodes: bool = False  # leave out (and count) broken episodes; damaged files always stop
     index_dir: str | None = None  # where frame tables go; default: beside each dataset
     num_workers: int = 4  # DataLoader processes per rank
 
@@ -131,6 +131,8 @@ class TrainConfig:
     action_dim: int = 0
     proprio_dim: int = 0
 
+    stated = frozenset()  # not a knob: the keys that YAML and --set state (see load_config)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # The program
@@ -141,6 +143,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     rank, world_size, started = dist.get_rank(), dist.get_world_size(), time.time()
     accumulation = accumulation_steps(cfg, world_size)
     check_pretrained(cfg)
+    use_token(cfg.hf_token)
     torch.manual_seed(cfg.seed)
     run_dir = prepare_run(cfg, world_size)
     log = Log(run_dir, rank)
@@ -148,7 +151,8 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     cfg, weights = start_from(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     if cfg.pretrained_backbones:
-        weights = open_language_model(cfg.llm_backbone, len(tokenizer), cfg.hf_token)
+        weights = open_language_model(cfg.llm_backbone, len(tokenizer))
+    cfg.llm_backbone = json.loads(llm_config(cfg.llm_backbone, len(tokenizer)).to_json_string())
     mixture = Mixture(cfg, tokenizer)
     held_out = open_held_out(cfg, tokenizer, log)
     dist.barrier(patient_group())  # one machine may have been indexing its copy of the data for hours
@@ -157,9 +161,9 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
     engine = make_engine(cfg, with_batch_sizes(ds_config, cfg, accumulation), tokenizer, weights, log)
+    start_step = resume(engine, cfg, weights, mixture, run_dir, log)
     if rank == 0:
         save_run_description(cfg, ds_config, mixture, run_dir)
-    start_step = resume(engine, cfg, weights, run_dir, log)
     log.mixture(mixture, steps_per_epoch)
     log.line(f"batch {cfg.global_batch_size} per_device {cfg.per_device_batch_size} ranks {world_size} "
              f"accumulation {accumulation} zero_stage {engine.zero_optimization_stage()} "
@@ -192,17 +196,19 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
         epoch = done * cfg.global_batch_size // mixture.epoch_length
         last, stop = done == total_steps, preemption.requested()
         save = stop or (cfg.save_interval and (last or done % cfg.save_interval == 0))
-        if save or last or done % cfg.log_interval == 0 or engine.skipped_steps:
+        look = held_out and not stop and (last or (cfg.eval_interval and done % cfg.eval_interval == 0))
+        if save or look or last or done % cfg.log_interval == 0 or engine.skipped_steps:
             values = {"epoch": epoch, "learning_rate": lr, "grad_norm": float(grad_norm), **metrics.read(cfg)}
             values |= utilisation(engine.module, batch, values["samples_per_second"])
             log.metrics(done, values)
             stop_if_not_finite(values, losses, done, dataset)
-        if held_out and not stop and (last or (cfg.eval_interval and done % cfg.eval_interval == 0)):
-            log.metrics(done, evaluate(engine, held_out, cfg, baseline))
-            metrics.start_clock()
         if save:
             tag = f"step-{done:06d}-epoch-{epoch:02d}-loss={average(loss):.4f}"
             save_or_warn(engine, cfg, run_dir, tag, {"step": done, "epoch": epoch}, log, must=last or stop)
+        if look:
+            with naming_step(done):
+                log.metrics(done, evaluate(engine, held_out, cfg, baseline))
+        if save or look:
             metrics.start_clock()
         if stop and not last:
             log.line(f"stopped by {preemption.reason or 'a signal to another rank'} at step {done} of "
@@ -220,11 +226,10 @@ def start_from(cfg: TrainConfig) -> tuple[TrainConfig, Weights | None]:
     where = cfg.pretrained_checkpoint or cfg.base_vlm
     if where is None:
         return cfg, None
-    weights, plain = open_weights(where, cfg.hf_token), TrainConfig()
+    weights = open_weights(where)
     shape = ("vision_backbone", "llm_backbone", "tokenizer", "add_action_tokens", "arch_specifier",
              "prompt_style", "image_size")
-    unsaid = {key: weights.config[key] for key in shape
-              if key in weights.config and getattr(cfg, key) == getattr(plain, key)}
+    unsaid = {key: weights.config[key] for key in shape if key in weights.config and key not in cfg.stated}
     return dataclasses.replace(cfg, **unsaid), weights
 
 
@@ -250,7 +255,8 @@ def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights |
     if cfg.pretrained_backbones:
         towers = {name: tower | {"pretrained": True} for name, tower in cfg.vision_backbone.items()}
         cfg = dataclasses.replace(cfg, vision_backbone=towers)
-    sharded = ds_config["zero_optimization"].get("stage") == 3 and (weights or cfg.pretrained_backbones)
+    stage = ds_config.get("zero_optimization", {}).get("stage")
+    sharded = stage == 3 and (weights or cfg.pretrained_backbones)
     with torch.device(get_accelerator().current_device_name()):
         vla = VLA(cfg, tokenizer, deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else None)
         if sharded:
@@ -420,6 +426,14 @@ class Metrics:
         return values
 
 
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that a full disk has cut short."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
 class Log:
     """Where rank 0 writes: the terminal, metrics.jsonl and TensorBoard. Other ranks write nothing."""
 
@@ -433,8 +447,7 @@ class Log:
         self.board = SummaryWriter(self.run_dir, purge_step=step + 1)
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # a full disk may have cut one short
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if step_of(line) <= step]
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(kept))
         scratch.replace(path)  # at once, for this may be killed as well
@@ -509,13 +522,16 @@ def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, ru
     (run_dir / "dataset_statistics.json").write_text(json.dumps(mixture.statistics, indent=2))
 
 
-def resume(engine, cfg: TrainConfig, weights: Weights | None, run_dir: Path, log: Log) -> int:
+def resume(engine, cfg: TrainConfig, weights: Weights | None, mixture: Mixture, run_dir: Path, log: Log
+           ) -> int:
     """Restore the newest checkpoint of this run, or cfg.pretrained_checkpoint if there is none or it is of a
     later step; or begin with `weights`. Returns the number of steps already done."""
     own, step = list_checkpoints(run_dir / "checkpoints"), 0
     given = Path(cfg.pretrained_checkpoint) if cfg.pretrained_checkpoint and cfg.is_resume else None
     if given and own and CheckpointReader(given).meta["step"] > checkpoint_step(own[-1]):
         own = []
+    if own:
+        check_same_data(run_dir, mixture)
     if path := own[-1] if own else given:
         step = load_checkpoint(engine, path)["step"]
         log.line(f"resumed {path} step {step}")
@@ -527,10 +543,25 @@ def resume(engine, cfg: TrainConfig, weights: Weights | None, run_dir: Path, log
     return step
 
 
+def check_same_data(run_dir: Path, mixture: Mixture) -> None:
+    """Raise ValueError when a run with checkpoints was trained on other data: acting undoes the normalisation
+    by the statistics that lie beside them."""
+    path = run_dir / "dataset_statistics.json"
+    known = json.loads(path.read_text()) if path.exists() else mixture.statistics
+    if known != mixture.statistics:
+        raise ValueError(f"{run_dir} was trained on {', '.join(known)}, with other statistics than those of "
+                         f"{', '.join(mixture.names)} now: give this run another run_id; "
+                         "pretrained_checkpoint with is_resume: false begins with the weights of the old one")
+
+
 def check_pretrained(cfg: TrainConfig) -> None:
     """Raise ValueError when pretrained_checkpoint is not of the step and epoch that the config names."""
     expected = {"step": cfg.resume_step, "epoch": cfg.resume_epoch}
     given, resumes = cfg.pretrained_checkpoint, cfg.pretrained_checkpoint is not None and cfg.is_resume
+    if resumes and not (Path(given) / "checkpoint.json").exists():
+        raise ValueError(f"pretrained_checkpoint {given} is no checkpoint of this project (a directory with "
+                         "checkpoint.json), so its training cannot be resumed: set is_resume: false to begin "
+                         "with its weights")
     meta = CheckpointReader(Path(given)).meta if resumes else {}
     for key, value in expected.items():
         if value is not None and not resumes:
@@ -599,7 +630,10 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: expected key=value")
-        values[key] = (yaml.safe_load(value), "--set")
+        try:
+            values[key] = (yaml.safe_load(value), "--set")
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {text}: {error}") from error
     types_ = typing.get_type_hints(TrainConfig)
     for key, (value, source) in values.items():
         if key not in types_:
@@ -608,12 +642,15 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
         check_type(key, value, types_[key], source)
     cfg = TrainConfig(**{key: float(value) if types_[key] is float else value
                          for key, (value, _) in values.items()})
+    cfg.stated = frozenset(values)
     check_choices(cfg)
     return cfg
 
 
-def read_yaml(path: Path) -> dict[str, tuple[object, str]]:
-    """{key: (value, the file it stands in)}, the parent's first."""
+def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, tuple[object, str]]:
+    """{key: (value, the file it stands in)}, the parent's first. heirs: the files that inherit from this."""
+    if path in heirs:
+        raise ValueError(f"{path}: inherits from itself, by way of {', '.join(map(str, heirs))}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
@@ -621,7 +658,7 @@ def read_yaml(path: Path) -> dict[str, tuple[object, str]]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines")
     parent = values.pop("inherits", None)
-    inherited = read_yaml(path.parent / parent) if parent else {}
+    inherited = read_yaml(path.parent / str(parent), (*heirs, path)) if parent else {}
     return inherited | {key: (value, str(path)) for key, value in values.items()}
 
 
@@ -649,10 +686,19 @@ def check_choices(cfg: TrainConfig) -> None:
     for camera in cfg.cameras:
         if camera not in ("primary", "secondary", "wrist"):
             raise ValueError(f"cameras: {camera!r} is not one of primary, secondary, wrist")
-    for key in ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
-                "log_interval", "eval_samples"):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key}: {getattr(cfg, key)} must be at least 1")
+    at_least_1 = ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
+                  "log_interval", "eval_samples", "epochs", "max_steps")
+    at_least_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "num_workers",
+                  "save_interval", "keep_checkpoints", "eval_interval")
+    for key in (*at_least_1, *at_least_0):
+        value, least = getattr(cfg, key), int(key in at_least_1)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{key}: {value} must be at least {least}")
+    if cfg.warmup_ratio > 1:
+        raise ValueError(f"warmup_ratio: {cfg.warmup_ratio} must be at most 1: it is a share of all steps")
+    if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
+        raise ValueError("pretrained_backbones: llm_backbone must be a directory or hub id then, to take the "
+                         "weights from")
     for key in ("vision_backbone", "llm_backbone", "tokenizer"):
         if not (getattr(cfg, key) or cfg.base_vlm or cfg.pretrained_checkpoint):
             raise ValueError(f"{key} is missing: the model needs it, or a base_vlm to take it from")
@@ -666,6 +712,9 @@ def load_ds_config(path: Path) -> dict:
         ds_config = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
+    for key in ("zero_optimization", "optimizer", "activation_checkpointing"):
+        if not isinstance(ds_config.get(key, {}) if isinstance(ds_config, dict) else None, dict):
+            raise ValueError(f"{path}: {key} must be an object, {{...}}")
     in_yaml = {"train_batch_size": "global_batch_size", "gradient_clipping": "max_grad_norm",
                "train_micro_batch_size_per_gpu": "per_device_batch_size",
                "gradient_accumulation_steps": "global_batch_size", "scheduler": "lr_scheduler_type",
@@ -677,6 +726,9 @@ def load_ds_config(path: Path) -> dict:
     if "optimizer" not in ds_config:
         raise ValueError(f"{path}: needs an \"optimizer\", for example "
                          '{"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
+    if str(ds_config["optimizer"].get("type")).lower() not in ("adam", "adamw") or params.get("amsgrad"):
+        raise ValueError(f"{path}: optimizer.type must be Adam or AdamW, without amsgrad: checkpoints hold "
+                         "their two moments")
     for key, value in ds_config.get("activation_checkpointing", {}).items():
         if value:
             raise ValueError(f"{path}: activation_checkpointing.{key} is not supported; the section by "
@@ -699,7 +751,7 @@ def main() -> None:
         neighbour = start_job()
         train(cfg, ds_config)
         neighbour.release()
-    except (ValueError, CheckpointError, FloatingPointError) as error:  # DataError is a ValueError
+    except (ValueError, CheckpointError, FloatingPointError, OSError) as error:  # DataError is a ValueError
         print(f"\nerror: {error}", file=sys.stderr, flush=True)  # below the progress bar
         os._exit(1)  # at once: other ranks may be waiting in a collective, and find that this one has gone
     except Exception:
@@ -714,7 +766,7 @@ def start_job() -> Neighbour:
     """Connect the ranks, under any launcher or none."""
     if "RANK" not in os.environ:  # plain python: a job of one
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.setdefault("MASTER_PORT", "0")  # any free one
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -26,9 +26,8 @@ from types import SimpleNamespace
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig
 
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointError, CheckpointReader, describe_parameters, list_checkpoints
@@ -117,6 +116,9 @@ PRISMATIC_HUB = "TRI-ML/prismatic-vlms"  # a folder for each id
 
 def prismatic_config(vision_backbone_id: str, llm_backbone_id: str, image_resize_strategy: str) -> dict:
     """Prismatic's names -> this project's keys of TrainConfig."""
+    for name, known in ((vision_backbone_id, VISION_BACKBONES), (llm_backbone_id, LANGUAGE_MODELS)):
+        if name not in known:
+            raise CheckpointError(f"{name!r} is none of Prismatic's backbones: {', '.join(known)}")
     image_size, towers = VISION_BACKBONES[vision_backbone_id]
     repository, llm, prompt_style = LANGUAGE_MODELS[llm_backbone_id]
     return {"vision_backbone": towers, "image_size": image_size, "llm_backbone": llm, "tokenizer": repository,
@@ -162,16 +164,15 @@ class Weights:
         return sorted({name.split(".")[0] for name in shapes} - present)
 
 
-def open_weights(where: str | Path, hf_token: str | None = None) -> Weights:
+def open_weights(where: str | Path) -> Weights:
     """Find out what `where` is and open it: a run or checkpoint of this project, a directory or hub id of
-    OpenVLA (Hugging Face or native format), a native .pt file, or the id of a Prismatic VLM.
-
-    hf_token: name of a file or environment variable with a Hugging Face token; the variable HF_TOKEN needs no
-    mention. Raises CheckpointError.
-    """
-    path = Path(where)
+    OpenVLA (Hugging Face or native format), a native .pt file, or the id of a Prismatic VLM. Raises
+    CheckpointError."""
+    path = Path(os.path.abspath(where))
     if not path.exists():
-        path = download(str(where), hf_token)
+        path = download(str(where))
+    if (path / "checkpoint.json").exists():
+        path = path.resolve()  # a link to a checkpoint: its run is where it points
     if (path / "checkpoint.json").exists():
         return _open_ours(path, path.parents[1])
     if path.suffix == ".pt":
@@ -188,7 +189,7 @@ def open_weights(where: str | Path, hf_token: str | None = None) -> Weights:
                           "(config.json with model_type openvla)")
 
 
-def download(name: str, hf_token: str | None = None) -> Path:
+def download(name: str) -> Path:
     """Fetch a Prismatic VLM or a hub repository into the cache (once per node) and return its directory."""
     if name not in PRISMATIC and name.count("/") != 1:
         near = difflib.get_close_matches(name, PRISMATIC, n=3)
@@ -199,7 +200,7 @@ def download(name: str, hf_token: str | None = None) -> Path:
         repository = PRISMATIC_HUB
         patterns = [f"{name}/config.json", f"{name}/checkpoints/latest-checkpoint.pt"]
     try:
-        folder = snapshot_download(repository, allow_patterns=patterns, token=read_token(hf_token))
+        folder = snapshot_download(repository, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"could not download {name} from {repository}: {reason} (for gated models set "
@@ -207,13 +208,14 @@ def download(name: str, hf_token: str | None = None) -> Path:
     return Path(folder) / name if name in PRISMATIC else Path(folder)
 
 
-def read_token(hf_token: str | None) -> str | None:
-    """The token that a file or an environment variable of this name holds."""
-    if hf_token is None or hf_token in os.environ:
-        return os.environ.get(hf_token or "HF_TOKEN")
-    if not Path(hf_token).exists():
+def use_token(hf_token: str | None) -> None:
+    """Let downloads use the Hugging Face token that a file or an environment variable of this name holds. A
+    token in the variable HF_TOKEN is used anyway."""
+    if hf_token is None:
+        return
+    if hf_token not in os.environ and not Path(hf_token).exists():
         raise ValueError(f"hf_token: {hf_token!r} is neither a file nor an environment variable")
-    return Path(hf_token).read_text().strip()
+    os.environ["HF_TOKEN"] = os.environ.get(hf_token) or Path(hf_token).read_text().strip()
 
 
 def _read_json(path: Path) -> dict:
@@ -280,8 +282,7 @@ def _open_hugging_face(path: Path) -> Weights:
     towers = tuple(config["vision_backbone"])
     tensors = {}
     for file in safetensors_files(path):
-        with safe_open(file, "pt") as contents:
-            tensors |= {native_name(key, towers): partial(map_tensor, file, key) for key in contents.keys()}
+        tensors |= {native_name(key, towers): partial(map_tensor, file, key) for key in tensor_names(file)}
     return Weights(str(path), config, tensors, facts.get("norm_stats") or {})
 
 
@@ -295,31 +296,39 @@ def safetensors_files(path: Path) -> list[Path]:
     return files
 
 
+def tensor_names(file: Path) -> list[str]:
+    """What a safetensors file holds."""
+    try:
+        with safe_open(file, "pt") as contents:
+            return list(contents.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: no safetensors file ({error}): damaged, or a Git LFS pointer that "
+                              "was not pulled") from error
+
+
 def map_tensor(file: Path, key: str) -> torch.Tensor:
     """A tensor of a safetensors file, mapped into memory."""
     with safe_open(file, "pt") as contents:
         return contents.get_tensor(key)
 
 
-def open_language_model(where: str, num_tokens: int, hf_token: str | None = None) -> Weights:
+def open_language_model(where: str, num_tokens: int) -> Weights:
     """A plain causal language model's own weights, by directory or hub id, for a vocabulary of num_tokens
     (rounded up to a multiple of 64): new rows are drawn as its initialisation would."""
-    path = Path(where) if Path(where).exists() else download(where, hf_token)
+    path = Path(where) if Path(where).exists() else download(where)
     rows, tensors = -(-num_tokens // 64) * 64, {}
-    width = AutoConfig.from_pretrained(path).hidden_size
 
     def extended(file: Path, key: str) -> torch.Tensor:
         known, fixed = map_tensor(file, key), torch.Generator().manual_seed(0)
-        new = torch.empty(max(rows - len(known), 0), width).normal_(0, 0.02, generator=fixed)
+        new = torch.empty(max(rows - len(known), 0), *known.shape[1:]).normal_(0, 0.02, generator=fixed)
         return torch.cat([known[:rows], new.to(known.dtype)])
 
     for file in safetensors_files(path):
-        with safe_open(file, "pt") as contents:
-            for key in contents.keys():
-                if not key.endswith("rotary_emb.inv_freq"):  # a constant that old files have
-                    vocabulary = key.endswith(("embed_tokens.weight", "lm_head.weight"))
-                    tensor = partial(extended if vocabulary else map_tensor, file, key)
-                    tensors[f"llm_backbone.llm.{key}"] = tensor
+        for key in tensor_names(file):
+            if not key.endswith("rotary_emb.inv_freq"):  # a constant that old files have
+                vocabulary = key.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.bias"))
+                tensor = partial(extended if vocabulary else map_tensor, file, key)
+                tensors[f"llm_backbone.llm.{key}"] = tensor
     return Weights(where, {}, tensors)
 
 
@@ -369,12 +378,12 @@ ACTING = {  # what a file of OpenVLA's leaves unsaid
 }
 
 
-def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             hf_token: str | None = None) -> VLA:
+def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+             ) -> VLA:
     """A model to act with, from anything open_weights knows: `load_vla("openvla/openvla-7b", "cuda",
     torch.bfloat16).predict_action(image, instruction, unnorm_key="bridge_orig")`. It takes no more memory
     than the weights do."""
-    weights = open_weights(where, hf_token)
+    weights = open_weights(where)
     cfg = SimpleNamespace(**{**ACTING, **weights.config})
     with parameters_without_memory():
         vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))

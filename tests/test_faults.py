@@ -230,7 +230,7 @@ def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
         f"sys.argv += ['--set', 'index_dir={tmp_path}/rank' + os.environ['RANK']]\n"
         "print('connected', flush=True)\ntrain_vla.main()\n")
     with open(waiting / f"{ready.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         job = start(**launch_command(config, ranks=2, script=script))
         while "connected" not in job.output.read_text():
             assert job.process.poll() is None, job.output.read_text()

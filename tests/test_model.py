@@ -232,6 +232,37 @@ def test_actions_need_statistics():
         vla.predict_action(image, "push")
 
 
+def test_no_action_from_what_was_never_seen_in_training():
+    image = np.zeros((28, 28, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"1 instructions came with \[1\] images; the model needs 2"):
+        tiny_model(window_size=2).predict_action(image, "push")
+    with pytest.raises(ValueError, match=r"2 instructions came with \[1\] images"):
+        tiny_model().predict_action([image], ["push", "pull"])
+    for wrong in (image / 255, image[..., :1], image.transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match=r"expected \(height, width, 3\) uint8"):
+            tiny_model().predict_action(wrong, "push")
+    for state in (np.full(4, np.nan), np.zeros(1)):
+        with pytest.raises(ValueError, match=r"expected \(1, 4\), all finite"):
+            tiny_model(use_proprio=True).predict_action(image, "push", proprio=state)
+
+
+def test_parts_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="timm cannot make 'vit_nowhere'"):
+        tiny_model(vision_backbone={"a": {"model": "vit_nowhere"}})
+    with pytest.raises(ValueError, match="'resnet18'"):
+        tiny_model(vision_backbone={"a": {"model": "resnet18"}})
+    with pytest.raises(ValueError, match="gpt2 has no decoder blocks in `layers`"):
+        tiny_model(llm_backbone={"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2})
+
+
+def test_dropout_is_off_whatever_the_language_models_config_says():
+    vla = tiny_model(llm_backbone={**TINY["llm_backbone"], "attention_dropout": 0.5}).train()
+    images = torch.randint(0, 256, (1, 1, 28, 28, 3), dtype=torch.uint8)
+    ids = torch.tensor([[1, 5, 6, 7, 8, *range(600, 604), 2]])
+    labels = torch.where(torch.arange(10) < 5, -100, ids)
+    assert vla(images, ids, labels)[0] == vla(images, ids, labels)[0]
+
+
 def test_recomputation_changes_no_gradient():
     images = torch.randint(0, 256, (2, 1, 28, 28, 3), dtype=torch.uint8)
     ids = torch.tensor([[1, 5, 6, 7, 8, *range(600, 604), 2]] * 2)

@@ -260,12 +260,37 @@ def test_unknown_names_and_fields_are_explained():
         oxe.resolve_mixture("my_robot_42")
     with pytest.raises(ValueError, match="the weight of bridge_orig must be positive"):
         oxe.resolve_mixture({"bridge_orig": 0})
+    with pytest.raises(ValueError, match="must be positive, it is '1e-1' .YAML takes 1e-1 for text"):
+        oxe.resolve_mixture({"bridge_orig": "1e-1"})
     with pytest.raises(ValueError, match="the mixture is empty"):
         oxe.resolve_mixture({})
+    with pytest.raises(ValueError, match="the mixture is empty"):
+        oxe.resolve_mixture("roboset:1.0.0")
+    with pytest.raises(ValueError, match=r"robot: state is None, expected str; a dataset has the fields"):
+        oxe.resolve_mixture("robot", {"robot": {"primary": "image", "state": None}})
     with pytest.raises(ValueError, match=r"robot: .*unknown helper 'flip'"):
         oxe.resolve_mixture("robot", {"robot": {"action": "action[:6], action[-1:] flip"}})
     with pytest.raises(ValueError, match=r"robot: .*camera.*a dataset has the fields primary"):
         oxe.resolve_mixture("robot", {"robot": {"camera": "image"}})
+
+
+def test_a_users_dataset_comes_before_a_mixture_of_its_name():
+    ((name, _, recipe),) = oxe.resolve_mixture("bridge", {"bridge": {"primary": "front"}})
+    assert name == "bridge" and recipe.primary == "front"
+
+
+def test_columns_that_are_not_there_are_named(data_config):
+    own = {"bridge_orig": {"primary": "image_0", "action": "action[:6], action[7:8] clip"}}
+    with pytest.raises(DataError, match="field 'action': no columns left of its 7"):
+        Mixture(data_config(data_mix="bridge_orig", datasets=own), Tokenizer())
+    own = {"bridge_orig": {"primary": "image_0", "absolute": 8}}
+    with pytest.raises(DataError, match="8 absolute action dimensions of 7"):
+        Mixture(data_config(data_mix="bridge_orig", datasets=own), Tokenizer())
+
+
+def test_a_dataset_without_the_camera_is_warned_of(data_config):
+    (warning,) = Mixture(data_config(data_mix="berkeley_gnm_recon"), Tokenizer()).warnings
+    assert warning == "berkeley_gnm_recon: its recipe has no primary camera: its images are black"
 
 
 def test_a_registered_dataset_that_lacks_a_key_is_named(data_config):

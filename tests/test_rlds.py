@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oxe
-from data import guess_recipe
+from data import decode_native, guess_recipe
 from rlds import (
     DataError,
     FrameTable,
@@ -208,6 +209,57 @@ def test_many_processes_build_one_table(written, tmp_path):
     assert not list((tmp_path / "index").rglob("*.tmp"))
 
 
+def test_a_moved_dataset_is_read_where_it_is(written, tmp_path):
+    """Its table goes with it, and something else may stand in its old place by now."""
+    before = open_table(written)
+    moved = tmp_path / "elsewhere/robot/1.2.0"
+    moved.parent.mkdir(parents=True)
+    written.rename(moved)
+    write_rlds(tmp_path / "data", "robot", "1.2.0", FEATURES, {"train": [make_episode(50)]})
+    after = open_table(moved)
+    assert after.path.name == before.path.name and after.directory == moved
+    first = next(iter(all_steps(moved)))
+    (offset, length), *_ = first.spans("observation/image").tolist()
+    assert after.read_image(0, 0) == sorted(moved.glob("*.tfrecord*"))[0].read_bytes()[offset:][:length]
+
+
+SLOW = """
+import sys, time; sys.path[:0] = {paths!r}
+from pathlib import Path
+import rlds, test_rlds
+read_records = rlds.read_records
+def slowly(path):
+    for record in read_records(path):
+        time.sleep(0.3)
+        yield record
+rlds.read_records = slowly
+test_rlds.open_table(Path({data!r}), Path({index!r}))
+"""
+
+
+def test_a_killed_index_stops_nobody(written, tmp_path):
+    """Its workers must not go on holding the lock, for ever."""
+    index = tmp_path / "index"
+    code = SLOW.format(paths=[str(ROOT), str(ROOT / "tests")], data=str(written), index=str(index))
+    builder = subprocess.Popen([sys.executable, "-c", code])
+    while not list(index.rglob("*.tmp")):
+        assert builder.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)  # its workers are under way
+    builder.kill()
+    builder.wait()
+    subprocess.run([sys.executable, "-c", code.replace("0.3", "0")], check=True, timeout=60)
+    assert not list(index.rglob("*.tmp")) and list(index.rglob("table.json"))
+
+
+def test_a_file_that_shrank_is_no_black_image(written, tmp_path):
+    table = open_table(written, tmp_path / "index")
+    shard = written / table.shards[0]
+    os.truncate(shard, 100)
+    with pytest.raises(DataError, match="shorter than it was when it was indexed"):
+        table.read_image(0, 0)
+
+
 @settings(max_examples=200)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=300), st.sampled_from([0.01, 0.5, 0.99]))
 def test_quantile_agrees_with_numpy(values, q):
@@ -272,6 +324,31 @@ def test_bad_episodes_stop_the_index_or_are_counted(key, tmp_path):
         open_table(directory, tmp_path / "index")
     table = open_table(directory, tmp_path / "index", skip_bad_episodes=True)
     assert len(table.frames) == 10 and len(table.bad) == 1 and "record 1" in table.bad[0]
+
+
+def test_an_instruction_that_is_no_utf8_is_a_bad_episode(tmp_path):
+    bad = make_episode(3, text=b"caf\xe9")
+    directory = write_rlds(tmp_path, "robot", "1.0.0", FEATURES, {"train": [make_episode(0), bad]})
+    with pytest.raises(DataError, match="robot-train.*record 1: 'utf-8' codec"):
+        open_table(directory, tmp_path / "index")
+    assert len(open_table(directory, tmp_path / "index", skip_bad_episodes=True).bad) == 1
+    directory = write_rlds(tmp_path, "robot", "1.0.1", FEATURES, {"train": [bad]})
+    with pytest.raises(DataError, match="no usable frame in its 1 files; the first problem: .*'utf-8' codec"):
+        open_table(directory, tmp_path / "index", skip_bad_episodes=True)
+
+
+def test_depth_images(tmp_path):
+    """Sixteen bits are kept; seen as a camera they are the upper eight, as TensorFlow's decode_image."""
+    image = F.Image(shape=(4, 4, 1), dtype=np.uint16, encoding_format="png")
+    features = {"steps": F.Dataset({"depth": image})}
+    depth = np.arange(0, 16000, 1000, dtype=np.uint16).reshape(4, 4, 1)
+    directory = write_rlds(tmp_path, "robot", "1.0.0", features, {"train": [{"steps": [{"depth": depth}]}]})
+    (steps,) = all_steps(directory)
+    (image,) = steps["depth"]
+    assert (decode_native(image) == depth >> 8).all()
+    with pytest.raises(ValueError, match=r"shape \(5, 4, 1\), where the feature says \(4, 4, 1\)"):
+        write_rlds(tmp_path, "robot", "1.0.1", features,
+                   {"train": [{"steps": [{"depth": np.zeros((5, 4, 1), np.uint16)}]}]})
 
 
 def test_a_missing_camera_is_named(written, tmp_path):

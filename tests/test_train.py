@@ -103,6 +103,39 @@ def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, ranks, finished
         assert all(torch.allclose(first[name], second[name], atol=2e-2) for name in first)
 
 
+def test_a_run_is_not_continued_on_other_data(finished, tmp_path):
+    """And what describes it is still there afterwards: it is what acting goes by."""
+    path, _ = finished
+    (run,) = (path / "runs").iterdir()
+    copy = shutil.copytree(run, tmp_path / "runs" / run.name)
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "los{"step": 12}\n')  # what a full disk has left
+    values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
+    values["datasets"] = {"metaworld_demo": {"primary": "image", "action": "action[:3], action[-1:] invert"}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(tmp_path / "tiny.yaml", launcher="python")
+    assert done.returncode == 1, done.text
+    assert "was trained on metaworld_demo, with other statistics than those of" in done.text, done.text
+    for name in ("dataset_statistics.json", "config.yaml"):
+        assert (copy / name).read_text() == (run / name).read_text()
+    values["datasets"] = TINY["datasets"]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(tmp_path / "tiny.yaml", launcher="python")
+    assert done.returncode == 0, done.text
+    assert (copy / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+
+
+def test_what_the_yaml_says_of_the_model_counts(finished, tmp_path):
+    """Also where it is what the default would be."""
+    (checkpoint, *_) = list_checkpoints(next((finished[0] / "runs").iterdir()) / "checkpoints")
+    values = {key: TINY[key] for key in TINY if key not in ("image_size", "tokenizer", "llm_backbone")}
+    values |= {"run_root_dir": str(tmp_path / "runs"), "run_id": "r", "max_steps": 1, "num_workers": 0,
+               "pretrained_checkpoint": str(checkpoint), "is_resume": False, "add_action_tokens": False}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = launch(tmp_path / "tiny.yaml", launcher="python")
+    assert done.returncode == 1 and "does not fit this model" in done.text  # its vocabulary would be smaller
+
+
 def test_starting_a_finished_run_again_does_nothing(finished):
     path, _ = finished
     before = sorted(p.stat().st_mtime_ns for p in path.rglob("*.safetensors"))
@@ -210,6 +243,13 @@ def plain_run():
          "its steps have no 'observation/front'; they have"),
         ({"arch_specifier": "mlp"}, "arch_specifier 'mlp': choose linear"),
         ({"freeze_llm_backbone": True}, "set unfreeze_last_llm_layer: true"),
+        ({"keep_checkpoints": -1}, "keep_checkpoints: -1 must be at least 0"),
+        ({"max_steps": 0}, "max_steps: 0 must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate: nan must be at least 0"),
+        ({"warmup_ratio": 5.0}, "warmup_ratio: 5.0 must be at most 1"),
+        ({"pretrained_backbones": True}, "llm_backbone must be a directory or hub id"),
+        ({"inherits": "tiny.yaml"}, "tiny.yaml: inherits from itself"),
+        ({"pretrained_checkpoint": "openvla/openvla-7b"}, "set is_resume: false to begin with its weights"),
     ],
 )
 def test_configuration_mistakes(changes, message, tiny, tmp_path, plain_run):
@@ -221,6 +261,7 @@ def test_configuration_mistakes(changes, message, tiny, tmp_path, plain_run):
 def test_mistakes_in_files_and_overrides(tiny, tmp_path, plain_run):
     assert "error: --config" in plain_run(tmp_path / "none.yaml").text
     assert "--set max_steps: expected key=value" in plain_run(tiny(), "--set", "max_steps").text
+    assert "error: --set data_mix={a: 1: " in plain_run(tiny(), "--set", "data_mix={a: 1").text
     done = plain_run(tiny(), "--set", "max_stps=3")
     assert "--set: unknown key 'max_stps'; did you mean 'max_steps'?" in done.text
 
@@ -234,6 +275,8 @@ def test_mistakes_in_files_and_overrides(tiny, tmp_path, plain_run):
          "remove 'optimizer.params.lr': it is set once, by learning_rate"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}},
          "activation_checkpointing.cpu_checkpointing is not"),
+        ({"zero_optimization": 2}, "zero_optimization must be an object"),
+        ({"optimizer": {"type": "SGD"}}, "optimizer.type must be Adam or AdamW"),
     ],
 )
 def test_the_json_may_not_repeat_the_yaml(change, message, tiny, tmp_path, plain_run):

@@ -3,9 +3,11 @@
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ from weights import (
     open_weights,
     parameters_without_memory,
     prismatic_config,
-    read_token,
+    use_token,
 )
 
 GOLDEN = {name: json.loads((GOLDEN_MODEL / f"{name}.json").read_text()) for name in (
@@ -76,6 +78,19 @@ def test_exported_descriptions_say_what_openvlas_say(variant, base):
     golden = GOLDEN[f"preprocessor_config_{variant}"]
     processor = export_vla.preprocessor_config(cfg)
     assert {key: processor[key] for key in golden} == golden
+
+
+def test_openvlas_class_finds_the_action_tokens_of_any_vocabulary(tmp_path):
+    """It takes them to end pad_to_multiple_of rows below the vocabulary's end."""
+    tokenizer = load_tokenizer(str(LLAMA_TOKENIZER))
+    tokenizer.add_tokens([f"more{i}" for i in range(16)])
+    tokenizer.save_pretrained(tmp_path)
+    for path in (LLAMA_TOKENIZER, tmp_path):
+        cfg = released_config("prism-dinosiglip-224px+7b")
+        cfg.tokenizer = str(path)
+        config = export_vla.hugging_face_config(cfg, {}, "bfloat16")
+        known = load_tokenizer(str(path)).action_vocab_size
+        assert config["text_config"]["vocab_size"] - config["pad_to_multiple_of"] == known
 
 
 # id: vision backbone, language model, resize strategy; what OpenVLA's registry says
@@ -250,9 +265,32 @@ def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
             open_weights(where)
     (tmp_path / "token").write_text("hf_abc\n")
     monkeypatch.setenv("MY_TOKEN", "hf_def")
-    assert read_token(str(tmp_path / "token")) == "hf_abc" and read_token("MY_TOKEN") == "hf_def"
+    monkeypatch.setenv("HF_TOKEN", "hf_before")
+    for where, token in ((str(tmp_path / "token"), "hf_abc"), ("MY_TOKEN", "hf_def")):
+        use_token(where)
+        assert huggingface_hub.get_token() == token  # what every download asks for
     with pytest.raises(ValueError, match="'nowhere' is neither a file nor an environment variable"):
-        read_token("nowhere")
+        use_token("nowhere")
+
+
+def test_a_checkpoint_by_any_way_to_it(run, tmp_path, monkeypatch):
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    (tmp_path / "best").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    for where in (".", tmp_path / "best", f"../{checkpoint.name}"):
+        assert open_weights(where).config["action_dim"] == 4
+
+
+def test_damaged_files_are_named(run, tmp_path):
+    export_vla.export(str(run), tmp_path / "hf", "hf")
+    (tmp_path / "hf/model-00001-of-00001.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(CheckpointError, match="model-00001-of-00001.safetensors: no safetensors file"):
+        open_weights(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    del config["zerovla"]
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"vision_backbone_id": "vit-x"}))
+    with pytest.raises(CheckpointError, match="'vit-x' is none of Prismatic's backbones: clip-vit"):
+        open_weights(tmp_path / "hf")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -314,6 +352,8 @@ def test_beginning_with_a_language_models_own_weights(tmp_path):
                "learning_rate": 0.0}
     _, run, text = train_from(tmp_path, 3, 2, **changes)
     assert "weights_from" in text and "except projector, vision_backbone" in text
+    shutil.rmtree(tmp_path / "llm")  # the run describes it
+    assert load_vla(run).llm.config.hidden_size == 32
     state = tensors(run)
     for name, value in llm.state_dict().items():
         ours = state[f"llm_backbone.llm.{name}"]
