@@ -329,11 +329,11 @@ def test_bad_episodes_stop_the_index_or_are_counted(key, tmp_path):
 def test_an_instruction_that_is_no_utf8_is_a_bad_episode(tmp_path):
     bad = make_episode(3, text=b"caf\xe9")
     directory = write_rlds(tmp_path, "robot", "1.0.0", FEATURES, {"train": [make_episode(0), bad]})
-    with pytest.raises(DataError, match="robot-train.*record 1: 'utf-8' codec"):
+    with pytest.raises(DataError, match=r"robot-train.*record 1: 'utf-8' codec"):
         open_table(directory, tmp_path / "index")
     assert len(open_table(directory, tmp_path / "index", skip_bad_episodes=True).bad) == 1
     directory = write_rlds(tmp_path, "robot", "1.0.1", FEATURES, {"train": [bad]})
-    with pytest.raises(DataError, match="no usable frame in its 1 files; the first problem: .*'utf-8' codec"):
+    with pytest.raises(DataError, match=r"its 1 files; the first problem: .*'utf-8' codec"):
         open_table(directory, tmp_path / "index", skip_bad_episodes=True)
 
 

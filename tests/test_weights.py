@@ -284,7 +284,7 @@ def test_a_checkpoint_by_any_way_to_it(run, tmp_path, monkeypatch):
 def test_damaged_files_are_named(run, tmp_path):
     export_vla.export(str(run), tmp_path / "hf", "hf")
     (tmp_path / "hf/model-00001-of-00001.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(CheckpointError, match="model-00001-of-00001.safetensors: no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00001.safetensors: no safetensors file"):
         open_weights(tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     del config["zerovla"]
