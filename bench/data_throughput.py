@@ -102,13 +102,14 @@ def index_speed(directory: Path, name: str) -> None:
     keys = recipe.camera_keys(["primary"])
     features = {key: (shape, dtype) for key, (shape, dtype, _) in step_features(path).items()}
     standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys, load_proprio=False)
-    shards = sorted(path.glob("*.tfrecord*"))
-    size = sum(len(shard.read_bytes()) for shard in shards)
-    for shard in shards[:1]:
-        _index_shard(shard, features, standardize, False)  # imports
+    splits = tfds.builder_from_directory(path).info.splits.values()
+    shards = [(Path(file), count) for split in splits
+              for file, count in zip(split.filepaths, split.shard_lengths, strict=True)]
+    size = sum(len(shard.read_bytes()) for shard, _ in shards)
+    _index_shard(*shards[0], features, standardize, False)  # imports
     start = time.perf_counter()
-    for shard in shards:
-        _index_shard(shard, features, standardize, False)
+    for shard, count in shards:
+        _index_shard(shard, count, features, standardize, False)
     speed = size / (time.perf_counter() - start) / 1e9
     print(f"index bytes {size} gb_per_s_per_core {speed:.2f}", flush=True)
 
