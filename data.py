@@ -70,8 +70,8 @@ def interleave(weights: np.ndarray, first: int, count: int) -> tuple[np.ndarray,
     """Samples first .. first+count-1 of the mixture -> (which dataset, how many samples of it came before).
 
     Visit j of dataset d is due at time (j + phase_d) / weight_d, and samples come in the order of their due
-    times. So each dataset's share is exact to within a few samples at every moment, and any stretch can be
-    computed on its own. weights: (D,) positive, sum 1.
+    times. So each dataset's share is exact to within 1 + weight_d x D / 2 samples at every moment, and any
+    stretch can be computed on its own. weights: (D,) positive, sum 1.
     """
     phase = (np.arange(len(weights)) + 0.5) / len(weights)
     start = max(first - len(weights), 0)  # so early that no more than `first` samples can be due before it
@@ -155,11 +155,12 @@ class Mixture:
         self.tables = [self._open(name, recipe) for name, _, recipe in mixture]
         self.statistics = {}  # what dataset_statistics.json holds
         for name, recipe, table in zip(self.names, self.recipes, self.tables, strict=True):
-            relative = table.frames.dtype["action"].shape[0] - recipe.absolute
-            if relative < 0:
-                raise DataError(f"{name}: {recipe.absolute} absolute action dimensions of "
-                                f"{relative + recipe.absolute}: lower `absolute` in its recipe")
-            action = {**table.statistics["action"], "mask": [True] * relative + [False] * recipe.absolute}
+            size, absolute = table.frames.dtype["action"].shape[0], recipe.absolute
+            if absolute > size:
+                raise DataError(f"{name}: {absolute} absolute action dimensions of {size}: lower `absolute` "
+                                "in its recipe")
+            mask = [True] * (size - absolute) + [False] * absolute
+            action = {**table.statistics["action"], "mask": mask}
             self.statistics[name] = {**table.statistics, "action": action}
         dims = {name: len(self.statistics[name]["action"]["mask"]) for name in self.names}
         if len(set(dims.values())) > 1:
@@ -489,8 +490,7 @@ def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
     if name is None and not (directory / "features.json").exists():  # the folder that holds the versions
         directory, name = directory.parent, directory.name
     path = find_dataset(directory, name or "")
-    name = name or path.resolve().parent.name
-    name = name.partition(":")[0]
+    name = (name or path.resolve().parent.name).partition(":")[0]
     recipe = oxe.DATASETS.get(name) or guess_recipe(path)
     cameras = [camera for camera in oxe.CAMERAS if getattr(recipe, camera)]
     keys = recipe.camera_keys(cameras)
@@ -524,15 +524,14 @@ def dataset_warnings(table: FrameTable, recipe: oxe.Recipe) -> list[str]:
     stats, actions = table.statistics["action"], table.frames["action"]
     spread = np.array(stats["q99"]) - np.array(stats["q01"])
     relative = actions[:, : actions.shape[1] - recipe.absolute]
-    idle = (np.abs(relative) < 1e-3 * np.maximum(spread, 1e-9)[: relative.shape[1]]).all(1)
-    idle = float(idle.mean()) if relative.shape[1] else 0.0
+    still = np.abs(relative) < 1e-3 * np.maximum(spread, 1e-9)[: relative.shape[1]]
+    idle = still.all(1).mean() if relative.shape[1] else 0.0
     unlabeled = int((~table.episodes["labeled"] & (table.episodes["count"] > 0)).sum())
-    beyond = [d for d in range(relative.shape[1], actions.shape[1])
-              if min(stats["min"][d], -stats["max"][d]) < -1]
+    largest = np.abs([stats["min"], stats["max"]]).max(0)
     found = [f"action dimension {d} never changes (always {stats['min'][d]:.4g}): it will be trained as 0"
              for d in np.flatnonzero(np.array(stats["min"]) == np.array(stats["max"]))]
-    found += [f"action dimension {d} is absolute and reaches {max(stats['max'][d], -stats['min'][d]):.4g}: "
-              "what lies beyond -1..1 is cut off" for d in beyond]
+    found += [f"action dimension {d} is absolute and reaches {largest[d]:.4g}: what lies beyond -1..1 is cut "
+              "off" for d in range(relative.shape[1], actions.shape[1]) if largest[d] > 1]
     if idle > 0.05:
         found.append(f"{idle:.0%} of all frames command no motion: policies copy such pauses; remove them")
     if unlabeled:

@@ -686,12 +686,12 @@ def check_choices(cfg: TrainConfig) -> None:
     for camera in cfg.cameras:
         if camera not in ("primary", "secondary", "wrist"):
             raise ValueError(f"cameras: {camera!r} is not one of primary, secondary, wrist")
-    at_least_1 = ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
-                  "log_interval", "eval_samples", "epochs", "max_steps")
-    at_least_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "num_workers",
-                  "save_interval", "keep_checkpoints", "eval_interval")
-    for key in (*at_least_1, *at_least_0):
-        value, least = getattr(cfg, key), int(key in at_least_1)
+    at_least = {1: ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
+                    "log_interval", "eval_samples", "epochs", "max_steps"),
+                0: ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "num_workers",
+                    "save_interval", "keep_checkpoints", "eval_interval")}
+    for least, key in ((least, key) for least, keys in at_least.items() for key in keys):
+        value = getattr(cfg, key)
         if value is not None and not least <= value < math.inf:
             raise ValueError(f"{key}: {value} must be at least {least}")
     if cfg.warmup_ratio > 1:
@@ -712,8 +712,10 @@ def load_ds_config(path: Path) -> dict:
         ds_config = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
+    if not isinstance(ds_config, dict):
+        raise ValueError(f"{path}: expected an object, {{...}}")
     for key in ("zero_optimization", "optimizer", "activation_checkpointing"):
-        if not isinstance(ds_config.get(key, {}) if isinstance(ds_config, dict) else None, dict):
+        if not isinstance(ds_config.get(key, {}), dict):
             raise ValueError(f"{path}: {key} must be an object, {{...}}")
     in_yaml = {"train_batch_size": "global_batch_size", "gradient_clipping": "max_grad_norm",
                "train_micro_batch_size_per_gpu": "per_device_batch_size",

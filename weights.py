@@ -173,7 +173,6 @@ def open_weights(where: str | Path) -> Weights:
         path = download(str(where))
     if (path / "checkpoint.json").exists():
         path = path.resolve()  # a link to a checkpoint: its run is where it points
-    if (path / "checkpoint.json").exists():
         return _open_ours(path, path.parents[1])
     if path.suffix == ".pt":
         return _open_native(path, path.parents[1])

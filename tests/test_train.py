@@ -206,7 +206,7 @@ for line in sys.stdin:
 def plain_run():
     """Run train_vla.py without a launcher, in a process that has done the seconds of importing already:
     it forks for each call."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29876"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=env, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
