@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from data import TrainBatches
-from rlds import DataError
+from rlds import DataError, end_with_parent
 
 
 @functools.cache
@@ -89,10 +89,12 @@ def launchers() -> int:
     return sum(any(Path(word).name == name for word in process.cmdline()[:4]) for name, process in found)
 
 
-def ignore_signals(worker: int) -> None:
-    """For the DataLoader's workers: a whole job's signal reaches them, too. They end when their rank does."""
+def follow_rank(worker: int) -> None:
+    """For the DataLoader's workers: they ignore a signal to the whole job, and end with their rank, at once,
+    because they hold its connections open."""
     for number in Preemption.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from checkpoint import (
     set_tensors,
 )
 from data import BOUNDS, Mixture, TrainBatches, contact_sheet
-from faults import Neighbour, Preemption, ignore_signals, naming_step, patient_group, stop_if_not_finite
+from faults import Neighbour, Preemption, follow_rank, naming_step, patient_group, stop_if_not_finite
 from model import VLA, llm_config
 from rlds import DataError
 from weights import Weights, open_language_model, open_weights, use_token
@@ -160,8 +160,16 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     steps_per_epoch = math.ceil(mixture.epoch_length / cfg.global_batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
+    checkpoint, start_step = starting_point(cfg, mixture, run_dir)
+    dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
+    micro_batches = range(start_step * accumulation, total_steps * accumulation)
+    # the workers part from this process while it is small: what they share with it would be copied as soon
+    # as it changes, and an optimizer in host memory changes at every step
+    batches = make_loader(dataset, cfg.num_workers, micro_batches)
+
     engine = make_engine(cfg, with_batch_sizes(ds_config, cfg, accumulation), tokenizer, weights, log)
-    start_step = resume(engine, cfg, weights, mixture, run_dir, log)
+    set_weights(engine, checkpoint, weights, log)
+    log.resume_at(start_step)
     if rank == 0:
         save_run_description(cfg, ds_config, mixture, run_dir)
     log.mixture(mixture, steps_per_epoch)
@@ -169,9 +177,6 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
              f"accumulation {accumulation} zero_stage {engine.zero_optimization_stage()} "
              f"total_steps {total_steps} startup_s {time.time() - started:.1f}")
 
-    micro_batches = range(start_step * accumulation, total_steps * accumulation)
-    dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
-    batches = make_loader(dataset, cfg.num_workers, micro_batches)
     preemption = Preemption()
     metrics = Metrics(mixture.names, engine.device, mixture.action_tokenizer)
     baseline = most_frequent_tokens(mixture, cfg.eval_samples) if held_out else None
@@ -277,7 +282,7 @@ def make_loader(dataset: TrainBatches, num_workers: int, micro_batches: range):
     workers = {"num_workers": num_workers}
     if num_workers:
         workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork",
-                    "worker_init_fn": ignore_signals}
+                    "worker_init_fn": follow_rank}
     batches = iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
                                                pin_memory=torch.cuda.is_available(), **workers))
     # a worker's death is an error where its batch is missing; PyTorch's handler would also raise it anywhere
@@ -522,25 +527,28 @@ def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, ru
     (run_dir / "dataset_statistics.json").write_text(json.dumps(mixture.statistics, indent=2))
 
 
-def resume(engine, cfg: TrainConfig, weights: Weights | None, mixture: Mixture, run_dir: Path, log: Log
-           ) -> int:
-    """Restore the newest checkpoint of this run, or cfg.pretrained_checkpoint if there is none or it is of a
-    later step; or begin with `weights`. Returns the number of steps already done."""
-    own, step = list_checkpoints(run_dir / "checkpoints"), 0
+def starting_point(cfg: TrainConfig, mixture: Mixture, run_dir: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint of this run, or cfg.pretrained_checkpoint if there is none or it is of a later
+    step; and the number of steps done in it."""
+    own = list_checkpoints(run_dir / "checkpoints")
     given = Path(cfg.pretrained_checkpoint) if cfg.pretrained_checkpoint and cfg.is_resume else None
     if given and own and CheckpointReader(given).meta["step"] > checkpoint_step(own[-1]):
         own = []
     if own:
         check_same_data(run_dir, mixture)
-    if path := own[-1] if own else given:
-        step = load_checkpoint(engine, path)["step"]
-        log.line(f"resumed {path} step {step}")
+    path = own[-1] if own else given
+    return path, CheckpointReader(path).meta["step"] if path else 0
+
+
+def set_weights(engine, checkpoint: Path | None, weights: Weights | None, log: Log) -> None:
+    """Continue from a checkpoint, with its optimizer, or begin with `weights` if there are any."""
+    if checkpoint:
+        step = load_checkpoint(engine, checkpoint)["step"]
+        log.line(f"resumed {checkpoint} step {step}")
     elif weights:
         fresh = weights.check(engine.module)
         set_tensors(engine, weights.read, ("weight",))
         log.line(f"weights_from {weights.where}" + (f" except {', '.join(fresh)}" if fresh else ""))
-    log.resume_at(step)
-    return step
 
 
 def check_same_data(run_dir: Path, mixture: Mixture) -> None:
@@ -772,6 +780,7 @@ def start_job() -> Neighbour:
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it after the model is made
     deepspeed.init_distributed()
     return Neighbour()
 
