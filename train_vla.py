@@ -279,7 +279,7 @@ def to_device(batch: dict, device) -> dict:
 
 def make_loader(dataset: TrainBatches, num_workers: int, micro_batches: range):
     """Iterator over this rank's micro-batches with these numbers, loaded ahead by worker processes."""
-    workers = {"num_workers": num_workers}
+    workers = {"num_workers": num_workers, "generator": torch.Generator()}  # the global one makes the weights
     if num_workers:
         workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork",
                     "worker_init_fn": follow_rank}
@@ -532,12 +532,11 @@ def starting_point(cfg: TrainConfig, mixture: Mixture, run_dir: Path) -> tuple[P
     step; and the number of steps done in it."""
     own = list_checkpoints(run_dir / "checkpoints")
     given = Path(cfg.pretrained_checkpoint) if cfg.pretrained_checkpoint and cfg.is_resume else None
-    if given and own and CheckpointReader(given).meta["step"] > checkpoint_step(own[-1]):
-        own = []
-    if own:
-        check_same_data(run_dir, mixture)
-    path = own[-1] if own else given
-    return path, CheckpointReader(path).meta["step"] if path else 0
+    step = CheckpointReader(given).meta["step"] if given else 0
+    if not own or step > checkpoint_step(own[-1]):
+        return given, step
+    check_same_data(run_dir, mixture)
+    return own[-1], checkpoint_step(own[-1])
 
 
 def set_weights(engine, checkpoint: Path | None, weights: Weights | None, log: Log) -> None:
