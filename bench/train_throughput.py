@@ -32,6 +32,7 @@ import numpy as np
 import yaml
 from data_throughput import write_frames
 
+from rlds import end_with_parent
 from train_vla import read_yaml
 from weights import PRISMATIC, prismatic_config
 
@@ -137,7 +138,7 @@ def run(command: list[str], timeout: int, folder: Path) -> str:
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(
             command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, cwd=ROOT,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
