@@ -10,6 +10,7 @@ ViT blocks are timm's and the decoder layers transformers'; there is no remote c
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -30,8 +31,8 @@ class VLA(nn.Module):
     """A vision-language-action model with random weights.
 
     cfg: vision_backbone, llm_backbone, arch_specifier, image_size, image_resize_strategy, image_aug,
-         action_dim, action_chunk, action_normalization, parallel_decoding, use_proprio, proprio_dim,
-         prompt_style (see train_vla.TrainConfig)
+         cameras, window_size, action_dim, action_chunk, action_normalization, parallel_decoding, use_proprio,
+         proprio_dim, prompt_style (see train_vla.TrainConfig)
     tokenizer: from action_tokenizer.load_tokenizer
     llm_context: where the language model is made; under ZeRO-3 it is sharded layer by layer at its birth
     """
@@ -52,6 +53,10 @@ class VLA(nn.Module):
             raise ValueError(f"vision_backbone: the towers cut an image into {sorted(patches)} patches; they "
                              "must agree")
         config = llm_config(cfg.llm_backbone, len(tokenizer))
+        tokens = cfg.window_size * len(cfg.cameras) * patches.pop() + self.num_action_tokens
+        if tokens > (window := getattr(config, "sliding_window", None) or math.inf):
+            raise ValueError(f"llm_backbone: {config.model_type} looks back {window} tokens only; images and "
+                             f"actions are {tokens}: take another model, fewer cameras or smaller images")
         with llm_context or nullcontext():
             self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size

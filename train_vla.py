@@ -10,6 +10,7 @@ checkpoint. Also starts under torchrun, or as plain `python train_vla.py ...` on
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import itertools
 import json
 import math
@@ -444,6 +445,14 @@ class Log:
 
     def __init__(self, run_dir: Path, rank: int):
         self.run_dir, self.quiet, self.board = run_dir, rank != 0, None
+        if self.quiet:
+            return
+        self.lock = open(run_dir / "lock", "w")  # the system takes it back when this process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"{run_dir}: another job is training there: wait for its end, or give this "
+                             "one a run_id of its own") from error
 
     def resume_at(self, step: int) -> None:
         """Start or continue the files; what an interrupted run logged after the checkpoint is dropped."""

@@ -99,8 +99,7 @@ def launch_command(config: Path, *arguments, ranks: int = 1, launcher: str = "de
                      *script],
         "python": [sys.executable, *script],
     }[launcher]
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-           "MASTER_PORT": port}
+    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return {"args": command, "env": env, "cwd": ROOT}
 
 

@@ -131,9 +131,11 @@ def test_a_signal_saves_and_ends_the_job(number, to, tiny, tmp_path, start):
         assert (losses(tmp_path / "runs") == losses(tmp_path / "straight")).all()
 
 
-def test_a_run_without_launcher_ends_with_status_0(tiny, tmp_path, start):
+def test_a_run_without_launcher_is_alone_in_its_directory_and_ends_with_status_0(tiny, tmp_path, start):
     job = start(**launch_command(tiny(max_steps=5000), launcher="python"))
     wait_for_steps(tmp_path / "runs", 2, job)
+    second = launch(tiny(max_steps=5000), launcher="python")
+    assert second.returncode == 1 and "another job is training there" in second.text, second.text
     job.process.send_signal(signal.SIGUSR1)
     status, text, _ = job.wait()
     assert status == 0 and "stopped by SIGUSR1 at step" in text, text
