@@ -447,7 +447,7 @@ class Log:
         self.run_dir, self.quiet, self.board = run_dir, rank != 0, None
         if self.quiet:
             return
-        self.lock = open(run_dir / "lock", "w")  # the system takes it back when this process ends
+        self.lock = open(run_dir / ".lock", "w")  # the system takes it back when this process ends
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

@@ -42,7 +42,7 @@ def test_run_directory(finished):
     path, text = finished
     run = path / "runs/tiny+n1+b4+x7--note--image_aug"  # OpenVLA's way to name it
     assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
-        "checkpoints", "config.json", "config.yaml", "dataset_statistics.json", "ds_config.json",
+        ".lock", "checkpoints", "config.json", "config.yaml", "dataset_statistics.json", "ds_config.json",
         "metrics.jsonl", "tokenizer"]
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config == json.loads((run / "config.json").read_text())
