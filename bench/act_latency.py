@@ -55,6 +55,33 @@ def measure(vla: VLA, batch: int, repeats: int = 20) -> tuple[float, float]:
     return float(np.median(times[3:])), times[0]
 
 
+@torch.inference_mode()
+def parts(vla: VLA) -> tuple[float, float, float]:
+    """Milliseconds of a recorded action's parts: the image, the prompt, one token."""
+    _, (images, input_ids, lengths, _), _ = next(iter(vla.graphs.values()))
+    cache, count = vla.make_cache(images, input_ids.shape[1]), vla.num_action_tokens
+
+    def milliseconds(function) -> float:
+        for _ in range(3):
+            function()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            graph.replay()
+        torch.cuda.synchronize()
+        return 100 * (time.perf_counter() - started)
+
+    image = milliseconds(lambda: vla.embed(images, input_ids))
+    whole = milliseconds(lambda: vla.decode(images, input_ids, lengths, None, cache))
+    vla.num_action_tokens = 1
+    first = milliseconds(lambda: vla.decode(images, input_ids, lengths, None, cache))
+    vla.num_action_tokens = count
+    return image, first - image, (whole - first) / (count - 1)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -85,6 +112,9 @@ def main() -> None:
             print(f"{'speed_up' if fast else 'plain'} batch {batch} seconds {seconds:.4f} actions_per_second "
                   f"{batch / seconds:.2f}{ratio} first_call_seconds {first:.1f} "
                   f"gpu_gb {torch.cuda.max_memory_allocated() / 1e9:.1f}", flush=True)
+    image, prompt, token = parts(vla)
+    print(f"parts image_ms {image:.2f} prompt_ms {prompt:.2f} token_ms {token:.2f} token_gb_per_second "
+          f"{llm * 2e-6 / token:.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
     parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
     parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
+    parser.add_argument("--profile", action="store_true", help="also say what the GPU does (profile_step.py)")
     parser.add_argument("--figure", type=Path, help="draw the losses of all rows in --out as this PNG")
     args = parser.parse_args()
     if (args.own_data and not args.config) or (args.figure and not args.out):
@@ -76,8 +77,8 @@ def main() -> None:
         draw_losses([json.loads(line) for line in args.out.read_text().splitlines()], args.figure)
 
 
-def measure(case: str, args, folder: Path) -> dict:
-    """Train a few steps -> medians over those after the warm-up."""
+def write_case(case: str, args, folder: Path) -> list[str]:
+    """Write a case's YAML and JSON into the folder -> train_vla.py's arguments."""
     name, micro, *switches = case.split(":")
     if args.config:
         config = {key: value for key, (value, _) in read_yaml(args.config).items()}
@@ -99,12 +100,19 @@ def measure(case: str, args, folder: Path) -> dict:
     if "recompute" in switches:
         ds_config["activation_checkpointing"] = {}
     (folder / "ds.json").write_text(json.dumps(ds_config))
+    return ["--config", str(folder / "config.yaml"), "--deepspeed_config", str(folder / "ds.json"),
+            *(["--set", *args.set] if args.set else [])]
+
+
+def measure(case: str, args, folder: Path) -> dict:
+    """Train a few steps -> medians over those after the warm-up."""
     command = ["deepspeed", "--num_gpus", str(args.num_gpus)] if args.num_gpus > 1 else [sys.executable]
     started = time.time()
-    command += [str(ROOT / "train_vla.py"), "--config", str(folder / "config.yaml"),
-                "--deepspeed_config", str(folder / "ds.json"), *(["--set", *args.set] if args.set else [])]
-    text = run(command, args.timeout, folder)
-    metrics = next(folder.glob(f"runs/{config['run_id']}*/metrics.jsonl"), None)
+    script = ROOT / ("bench/profile_step.py" if args.profile else "train_vla.py")
+    text = run([*command, str(script), *write_case(case, args, folder)], args.timeout, folder)
+    if args.profile:
+        print("\n".join(line for line in text.splitlines() if line.startswith("profile")), flush=True)
+    metrics = next(folder.glob(f"runs/{case.replace(':', '-')}*/metrics.jsonl"), None)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics else []
     steps = [line for line in lines if "loss" in line and line["step"] > args.warmup]
     if not steps:
