@@ -42,6 +42,7 @@ class VLA(nn.Module):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.action_tokenizer = ActionTokenizer(tokenizer.action_vocab_size)
         self.num_action_tokens = cfg.action_chunk * cfg.action_dim
+        self.num_images = cfg.window_size * len(cfg.cameras)
         self.norm_stats: dict = {}  # the dataset_statistics.json of its training; predict_action needs it
         self.graphs: dict | None = None  # see speed_up
 
@@ -52,11 +53,12 @@ class VLA(nn.Module):
         if len(patches) > 1:
             raise ValueError(f"vision_backbone: the towers cut an image into {sorted(patches)} patches; they "
                              "must agree")
+        self.num_patches = patches.pop()
         config = llm_config(cfg.llm_backbone, len(tokenizer))
-        tokens = cfg.window_size * len(cfg.cameras) * patches.pop() + self.num_action_tokens
-        if tokens > (window := getattr(config, "sliding_window", None) or math.inf):
+        needed, window = self.cache_length(text=64), getattr(config, "sliding_window", None) or math.inf
+        if needed > window:
             raise ValueError(f"llm_backbone: {config.model_type} looks back {window} tokens only; images and "
-                             f"actions are {tokens}: take another model, fewer cameras or smaller images")
+                             f"text need {needed}: take another model, fewer cameras or smaller images")
         with llm_context or nullcontext():
             self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size
@@ -177,7 +179,7 @@ class VLA(nn.Module):
             # nothing here is random (no dropout), so the generators' states need not be kept
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
-    def training_flops(self, num_tokens: int, num_images: int = 1) -> float:
+    def training_flops(self, num_tokens: int) -> float:
         """Floating-point operations of one training sample with num_tokens of text, without recomputation.
 
         The usual count: for each weight of a matrix and each token 2 in the forward pass, 2 for the gradient
@@ -192,13 +194,12 @@ class VLA(nn.Module):
         def weight_flops(p):  # ds_numel: where ZeRO-3 has left only slices
             return getattr(p, "ds_numel", p.numel()) * (2 + trained * (2 + 2 * p.requires_grad))
 
-        total, patches = 0.0, 0
+        total = 0.0
         for tower in self.vision_backbone.values():
             trained = any(p.requires_grad for p in tower.parameters())
-            patches = num_images * tower.patch_embed.num_patches
-            tokens = tower.patch_embed.num_patches + tower.num_prefix_tokens
-            total += num_images * block_flops(tower.blocks[:-1], tower.embed_dim, tokens)
-        trained = 1
+            tokens = self.num_patches + tower.num_prefix_tokens
+            total += self.num_images * block_flops(tower.blocks[:-1], tower.embed_dim, tokens)
+        trained, patches = 1, self.num_images * self.num_patches
         total += patches * sum(weight_flops(p) for p in self.projector.parameters() if p.ndim > 1)
         layers, width = self.llm.base_model.layers, self.llm.config.hidden_size
         head = weight_flops(self.llm.get_output_embeddings().weight) * (self.num_action_tokens + 1)
@@ -221,12 +222,15 @@ class VLA(nn.Module):
             return self.replay(*inputs)
         return self.decode(*inputs, None if self.cfg.parallel_decoding else self.make_cache(images, longest))
 
-    def make_cache(self, images, longest: int) -> StaticCache:
-        """Room for the keys and values of everything the language model will see, rounded up."""
-        config, views = self.llm.config, images.shape[1]
-        patches = next(iter(self.vision_backbone.values())).patch_embed.num_patches
-        tokens = longest + views * patches + self.cfg.use_proprio + self.num_action_tokens
-        cache = StaticCache(config, max_cache_len=-(-tokens // 64) * 64)
+    def cache_length(self, text: int) -> int:
+        """How many tokens the language model sees with `text` tokens of a prompt, rounded up."""
+        tokens = text + self.num_images * self.num_patches + self.cfg.use_proprio + self.num_action_tokens
+        return -(-tokens // 64) * 64
+
+    def make_cache(self, images, text: int) -> StaticCache:
+        """Room for the keys and values of everything the language model will see."""
+        config = self.llm.config
+        cache = StaticCache(config, max_cache_len=self.cache_length(text))
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache.early_initialization(len(images), heads, width, self.llm.dtype, images.device)
@@ -312,10 +316,9 @@ class VLA(nn.Module):
         images, instructions = (image, instruction) if batched else ([image], [instruction])
         stats, device = self.dataset_statistics(unnorm_key), self.llm.device
         images = [views if isinstance(views, list | tuple) else [views] for views in images]
-        count = self.cfg.window_size * len(self.cfg.cameras)
-        if len(images) != len(instructions) or any(len(views) != count for views in images):
+        if len(images) != len(instructions) or any(len(views) != self.num_images for views in images):
             raise ValueError(f"{len(instructions)} instructions came with {[*map(len, images)]} images; the "
-                             f"model needs {count} for each (window_size x cameras)")
+                             f"model needs {self.num_images} for each (window_size x cameras)")
         pixels = [[self.see(view) for view in views] for views in images]
         pixels = torch.from_numpy(np.array(pixels)).to(device)  # (B, N, H, W, C)
         prompts = [prompt_ids(self.tokenizer, text, self.cfg.prompt_style) for text in instructions]

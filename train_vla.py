@@ -38,6 +38,7 @@ import yaml
 from deepspeed.accelerator import get_accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from action_tokenizer import PROMPTS, load_tokenizer
 from checkpoint import (
@@ -149,11 +150,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     run_dir = prepare_run(cfg, world_size)
     log = Log(run_dir, rank)
 
-    cfg, weights = start_from(cfg)
-    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
-    if cfg.pretrained_backbones:
-        weights = open_language_model(cfg.llm_backbone, len(tokenizer))
-    cfg.llm_backbone = json.loads(llm_config(cfg.llm_backbone, len(tokenizer)).to_json_string())
+    cfg, tokenizer, weights = start_from(cfg)
     mixture = Mixture(cfg, tokenizer)
     held_out = open_held_out(cfg, tokenizer, log)
     dist.barrier(patient_group())  # one machine may have been indexing its copy of the data for hours
@@ -226,17 +223,21 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     engine.destroy()
 
 
-def start_from(cfg: TrainConfig) -> tuple[TrainConfig, Weights | None]:
-    """Open the weights to begin with, if any, and take from them what the config leaves unsaid of the model's
-    shape."""
-    where = cfg.pretrained_checkpoint or cfg.base_vlm
-    if where is None:
-        return cfg, None
-    weights = open_weights(where)
-    shape = ("vision_backbone", "llm_backbone", "tokenizer", "add_action_tokens", "arch_specifier",
-             "prompt_style", "image_size")
-    unsaid = {key: weights.config[key] for key in shape if key in weights.config and key not in cfg.stated}
-    return dataclasses.replace(cfg, **unsaid), weights
+def start_from(cfg: TrainConfig) -> tuple[TrainConfig, PreTrainedTokenizerBase, Weights | None]:
+    """Open the tokenizer and the weights to begin with, if any. From them comes what the config leaves unsaid
+    of the model's shape; it then describes its language model itself."""
+    weights, where = None, cfg.pretrained_checkpoint or cfg.base_vlm
+    if where is not None:
+        weights = open_weights(where)
+        shape = ("vision_backbone", "llm_backbone", "tokenizer", "add_action_tokens", "arch_specifier",
+                 "prompt_style", "image_size")
+        unsaid = {key for key in shape if key in weights.config} - cfg.stated
+        cfg = dataclasses.replace(cfg, **{key: weights.config[key] for key in unsaid})
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
+    if cfg.pretrained_backbones:
+        weights = open_language_model(cfg.llm_backbone, len(tokenizer))
+    whole = llm_config(cfg.llm_backbone, len(tokenizer)).to_json_string()
+    return dataclasses.replace(cfg, llm_backbone=json.loads(whole)), tokenizer, weights
 
 
 def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights | None, log):
@@ -379,7 +380,7 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "GH200":
 def utilisation(vla: VLA, batch: dict, samples_per_second: float) -> dict[str, float]:
     """Model TFLOP/s of each GPU and, for GPUs we know, MFU: the share of its peak. Recomputation does not
     count as work."""
-    flops = vla.training_flops(batch["input_ids"].shape[1], batch["images"].shape[1])
+    flops = vla.training_flops(batch["input_ids"].shape[1])
     values = {"tflops_per_gpu": samples_per_second * flops / dist.get_world_size() / 1e12}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)

@@ -2,9 +2,9 @@
 
     python bench/profile_step.py --config CONFIG.yaml --deepspeed_config JSON
 
-Takes train_vla.py's own arguments. The profiler watches the third- and second-to-last optimiser steps; rank 0
-prints milliseconds a step by kind of kernel and for each of the longest kernels, and how long the GPU had
-nothing to do (the profiler slows the host down, so that is an upper bound).
+Takes train_vla.py's own arguments. The profiler watches the fourth and fifth optimiser step; rank 0 prints
+milliseconds a step by kind of kernel and for each of the longest kernels, and how long the GPU had nothing to
+do (the profiler slows the host down, so that is an upper bound).
 """
 
 import re
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import train_vla
 
-STEPS = 2
+WARMUP, STEPS = 3, 2  # optimiser steps before the profile, and in it
 KINDS = {  # the first that fits counts
     "attention": "flash|fmha|sdpa|attention", "matmul": "nvjet|gemm|cutlass|xmma|cublas",
     "compiled": "^triton", "optimizer": "adam|multi_tensor", "communication": "nccl",
@@ -33,22 +33,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("profile_step.py looks at a GPU's kernels, and there is no GPU")
     profiler = profile(activities=[ProfilerActivity.CUDA])
-    max_steps, started = 0, 0.0
-    optimizer_step, train, device = train_vla.optimizer_step, train_vla.train, train_vla.get_accelerator()
-
-    def watched_train(cfg, ds_config):
-        nonlocal max_steps
-        max_steps = cfg.max_steps
-        train(cfg, ds_config)
+    optimizer_step, started = train_vla.optimizer_step, 0.0
 
     def watched_step(engine):
         nonlocal started
         before = engine.global_steps
         norm = optimizer_step(engine)
-        left = max_steps - engine.global_steps
-        if engine.global_steps > before and left in (STEPS + 1, 1):
-            device.synchronize()
-            if left > 1:
+        if engine.global_steps > before and engine.global_steps in (WARMUP, WARMUP + STEPS):
+            torch.cuda.synchronize()
+            if engine.global_steps == WARMUP:
                 profiler.start()
                 started = time.perf_counter()
             else:
@@ -58,7 +51,7 @@ def main() -> None:
                     report(profiler, seconds)
         return norm
 
-    train_vla.optimizer_step, train_vla.train = watched_step, watched_train
+    train_vla.optimizer_step = watched_step
     train_vla.main()
 
 

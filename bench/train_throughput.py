@@ -77,8 +77,8 @@ def main() -> None:
         draw_losses([json.loads(line) for line in args.out.read_text().splitlines()], args.figure)
 
 
-def write_case(case: str, args, folder: Path) -> list[str]:
-    """Write a case's YAML and JSON into the folder -> train_vla.py's arguments."""
+def measure(case: str, args, folder: Path) -> dict:
+    """Train a few steps -> medians over those after the warm-up."""
     name, micro, *switches = case.split(":")
     if args.config:
         config = {key: value for key, (value, _) in read_yaml(args.config).items()}
@@ -100,19 +100,15 @@ def write_case(case: str, args, folder: Path) -> list[str]:
     if "recompute" in switches:
         ds_config["activation_checkpointing"] = {}
     (folder / "ds.json").write_text(json.dumps(ds_config))
-    return ["--config", str(folder / "config.yaml"), "--deepspeed_config", str(folder / "ds.json"),
-            *(["--set", *args.set] if args.set else [])]
-
-
-def measure(case: str, args, folder: Path) -> dict:
-    """Train a few steps -> medians over those after the warm-up."""
     command = ["deepspeed", "--num_gpus", str(args.num_gpus)] if args.num_gpus > 1 else [sys.executable]
     started = time.time()
-    script = ROOT / ("bench/profile_step.py" if args.profile else "train_vla.py")
-    text = run([*command, str(script), *write_case(case, args, folder)], args.timeout, folder)
+    command += [str(ROOT / ("bench/profile_step.py" if args.profile else "train_vla.py")),
+                "--config", str(folder / "config.yaml"), "--deepspeed_config", str(folder / "ds.json"),
+                *(["--set", *args.set] if args.set else [])]
+    text = run(command, args.timeout, folder)
     if args.profile:
         print("\n".join(line for line in text.splitlines() if line.startswith("profile")), flush=True)
-    metrics = next(folder.glob(f"runs/{case.replace(':', '-')}*/metrics.jsonl"), None)
+    metrics = next(folder.glob(f"runs/{config['run_id']}*/metrics.jsonl"), None)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics else []
     steps = [line for line in lines if "loss" in line and line["step"] > args.warmup]
     if not steps:

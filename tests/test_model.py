@@ -298,7 +298,7 @@ def test_other_language_models_fit():
 def test_unknown_projector_is_explained():
     with pytest.raises(ValueError, match="choose linear, gelu-mlp or fused-gelu-mlp"):
         tiny_model(arch_specifier="mlp")
-    with pytest.raises(ValueError, match="mistral looks back 7 tokens only; images and actions are 8"):
-        tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": "mistral", "sliding_window": 7})
+    with pytest.raises(ValueError, match="mistral looks back 100 tokens only; images and text need 128"):
+        tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": "mistral", "sliding_window": 100})
 
 
