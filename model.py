@@ -188,11 +188,12 @@ class VLA(nn.Module):
         trained. Embedding tables are looked up, not multiplied; the LM head sees the action tokens only.
         """
         def block_flops(blocks, width, tokens):
-            weights = sum(weight_flops(p) for block in blocks for p in block.parameters() if p.ndim > 1)
+            weights = sum(weight_flops(p) for block in blocks for p in block.parameters())
             return tokens * (weights + (4 + 8 * trained) * len(blocks) * width * tokens)
 
-        def weight_flops(p):  # ds_numel: where ZeRO-3 has left only slices
-            return getattr(p, "ds_numel", p.numel()) * (2 + trained * (2 + 2 * p.requires_grad))
+        def weight_flops(p):
+            shape = getattr(p, "ds_shape", p.shape)  # ds_shape: where ZeRO-3 has left only slices
+            return shape.numel() * (2 + trained * (2 + 2 * p.requires_grad)) if len(shape) > 1 else 0
 
         total = 0.0
         for tower in self.vision_backbone.values():
@@ -200,7 +201,7 @@ class VLA(nn.Module):
             tokens = self.num_patches + tower.num_prefix_tokens
             total += self.num_images * block_flops(tower.blocks[:-1], tower.embed_dim, tokens)
         trained, patches = 1, self.num_images * self.num_patches
-        total += patches * sum(weight_flops(p) for p in self.projector.parameters() if p.ndim > 1)
+        total += patches * sum(map(weight_flops, self.projector.parameters()))
         layers, width = self.llm.base_model.layers, self.llm.config.hidden_size
         head = weight_flops(self.llm.get_output_embeddings().weight) * (self.num_action_tokens + 1)
         return total + head + block_flops(layers, width, num_tokens + patches + self.cfg.use_proprio)

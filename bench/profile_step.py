@@ -2,9 +2,9 @@
 
     python bench/profile_step.py --config CONFIG.yaml --deepspeed_config JSON
 
-Takes train_vla.py's own arguments. The profiler watches the fourth and fifth optimiser step; rank 0 prints
-milliseconds a step by kind of kernel and for each of the longest kernels, and how long the GPU had nothing to
-do (the profiler slows the host down, so that is an upper bound).
+Takes train_vla.py's own arguments. The profiler watches the third and fourth optimiser step; rank 0 prints
+milliseconds a step by kind of kernel and for each of the longest kernels, and how long the GPU computed nothing
+and what it then began with (the profiler slows the host down, so that is an upper bound).
 """
 
 import re
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import train_vla
 
-WARMUP, STEPS = 3, 2  # optimiser steps before the profile, and in it
+WARMUP, STEPS = 2, 2  # optimiser steps before the profile, and in it
 KINDS = {  # the first that fits counts
     "attention": "flash|fmha|sdpa|attention", "matmul": "nvjet|gemm|cutlass|xmma|cublas",
     "compiled": "^triton", "optimizer": "adam|multi_tensor", "communication": "nccl",
@@ -56,20 +56,25 @@ def main() -> None:
 
 
 def report(profiler, seconds: float) -> None:
-    """Print what the kernels took."""
-    kernels, calls, kinds = Counter(), Counter(), Counter()
-    for event in profiler.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kind = next((kind for kind, words in KINDS.items() if re.search(words, event.key)), "other")
-            milliseconds = event.self_device_time_total / 1e3 / STEPS
-            kernels[event.key] += milliseconds
-            calls[event.key] += event.count // STEPS
-            kinds[kind] += milliseconds
-    busy, step = sum(kinds.values()), seconds * 1e3 / STEPS
-    lines = [f"profile step_ms {step:.1f} busy_ms {busy:.1f} idle_ms {max(0.0, step - busy):.1f}"]
+    """Print what the kernels took. Communication runs beside computation: only while nothing is computed does
+    it count as waiting."""
+    milliseconds, calls, kinds, waits = Counter(), Counter(), Counter(), Counter()
+    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in profiler.events()
+                   if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)
+    computed_until = spans[0][0]
+    for start, stop, name in spans:
+        kind = next((kind for kind, words in KINDS.items() if re.search(words, name)), "other")
+        for counter, key in ((milliseconds, name), (kinds, kind)):
+            counter[key] += (stop - start) / 1e3 / STEPS
+        calls[name] += 1
+        if kind != "communication":
+            waits[name] += max(0.0, start - computed_until) / 1e3 / STEPS
+            computed_until = max(computed_until, stop)
+    lines = [f"profile step_ms {seconds * 1e3 / STEPS:.1f} waiting_ms {sum(waits.values()):.1f}"]
     lines += [f"profile kind {kind!r} ms {ms:.1f}" for kind, ms in kinds.most_common()]
-    lines += [f"profile kernel {name[:100]!r} calls {calls[name]} ms {ms:.1f}"
-              for name, ms in kernels.most_common(20)]
+    lines += [f"profile kernel {name[:100]!r} calls {calls[name] // STEPS} ms {ms:.1f}"
+              for name, ms in milliseconds.most_common(20)]
+    lines += [f"profile waiting_before {name[:100]!r} ms {ms:.1f}" for name, ms in waits.most_common(8)]
     tqdm.write("\n".join(lines))  # clear of the progress bar
 
 

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--global_batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--log_interval", type=int, default=1, help="steps between lines of the log")
     parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
     parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
     parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
@@ -92,8 +93,8 @@ def measure(case: str, args, folder: Path) -> dict:
     config |= {
         "run_id": case.replace(":", "-"), "run_root_dir": str(folder / "runs"), "max_steps": args.steps,
         "global_batch_size": args.global_batch, "per_device_batch_size": int(micro),
-        "num_workers": args.num_workers, "log_interval": 1, "eval_interval": 0, "eval_samples": int(micro),
-        "save_interval": 0, "compile": "compile" in switches,
+        "num_workers": args.num_workers, "log_interval": args.log_interval, "eval_interval": 0,
+        "eval_samples": int(micro), "save_interval": 0, "compile": "compile" in switches,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ds_config = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
@@ -129,7 +130,7 @@ def measure_openvla(case: str, args, folder: Path) -> dict:
     text = run([args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(args.num_gpus),
                 str(ROOT / "bench/openvla_peer.py"), str(args.openvla), "train", "--micro", micro,
                 "--steps", str(args.steps + args.warmup), "--layers", str(args.num_layers or 32),
-                *(["--recompute"] if "recompute" in switches else [])], args.timeout, folder)
+                *(f"--{switch}" for switch in switches)], args.timeout, folder)
     found = dict(re.findall(r"(seconds|gpu_gb) ([\d.]+)", text))
     if "seconds" not in found:
         return failure(text)
