@@ -279,6 +279,11 @@ class VLA(nn.Module):
     def speed_up(self) -> None:
         """For acting on a GPU: fuse kernels (torch.compile, a minute at the first action) and replay them as
         one CUDA graph for each shape of batch and prompt."""
+        from matvec import linear  # here: it needs Triton, which comes with PyTorch for GPUs
+
+        for layer in self.llm.modules():
+            if isinstance(layer, nn.Linear):
+                layer.forward = partial(linear, layer)
         self.cached_forward = torch.compile(self.cached_forward, dynamic=False)
         for tower in self.vision_backbone.values():
             tower.forward = torch.compile(tower.forward, dynamic=False)

@@ -255,36 +255,40 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     groups = parameter_groups(vla, cfg.weight_decay)
     engine, *_ = deepspeed.initialize(model=vla, model_parameters=groups, config=ds_config)
     set_optimizer_step(engine, 0)
-    if engine.zero_optimization_stage() in (1, 2):
-        clip_in_passing(engine.optimizer)
+    if engine.zero_optimization_stage() == 2:
+        spare_passes(engine.optimizer)
     return engine
 
 
-def clip_in_passing(zero) -> None:
-    """Where ZeRO-1 and 2 keep a rank's gradients in flat float32 tensors, and PyTorch's fused AdamW steps on
-    them: read them once for their norm, and let AdamW scale them as it reads them.
+def spare_passes(zero) -> None:
+    """Where ZeRO-2 keeps a rank's gradients in flat float32 tensors, on which PyTorch's fused AdamW steps:
+    pass over them three times less often. What is computed stays the same; the 7B's step gets a tenth shorter.
 
-    DeepSpeed reads them five times (to find overflow, in float64 for the norm, to clip), one parameter after
-    the other, and waits for the GPU in between; a tenth of a step of the 7B. What comes out is the same.
+    DeepSpeed divides gradients by the number of ranks, adds up a float32 copy of each, reads each to find
+    overflow, copies it to float64 for the norm, and clips. Here they are added up as they come and read once
+    for their norm, which shows overflow as well, and AdamW divides them as it reads them.
     """
     adamw, flat = zero.optimizer, zero.use_separate_grad_accum and not zero.cpu_offload
     if not (flat and isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]):
         return
+    world_size = dist.get_world_size()
 
-    def global_norm():
-        flat = [group.flat_partition for group in zero.averaged_gradients.values()]
-        pieces = [piece for gradients in flat for piece in gradients.split(1 << 30)]
+    def norm_of_mean():
+        flat = [group.flat_partition for group in zero.averaged_gradients.values()]  # sums, not averaged yet
+        pieces = [piece for sums in flat for piece in sums.split(1 << 30)]  # PyTorch counts with 32 bits
         square = torch.nn.utils.get_total_norm(pieces).square()
         dist.all_reduce(square)
-        return square.sqrt()
+        return square.sqrt() / world_size
 
-    def clip(gradients, norm):
-        adamw.grad_scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1)  # AdamW divides by it
+    def average_and_clip(gradients, norm):
+        clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
+        adamw.grad_scale = clip * world_size
 
-    zero.check_overflow = lambda *_, **__: None  # to DeepSpeed, a norm that is not finite is an overflow, too
-    zero.scaled_global_norm = global_norm
-    if zero.clip_grad:
-        zero.unscale_and_clip_grads = clip
+    zero.gradient_average = False
+    zero._add_to_grad_partition_buffer = lambda sums, gradient: sums is None or sums.add_(gradient)
+    zero.check_overflow = lambda *_, **__: None
+    zero.scaled_global_norm = norm_of_mean
+    zero.unscale_and_clip_grads = average_and_clip
 
 
 def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights | None) -> VLA:
