@@ -1,8 +1,8 @@
-"""A matrix times one vector, in Triton: what acting spends its time on.
+"""A matrix times one vector, in Triton: what acting spends most of its time on.
 
 A robot acts token by token, and every token multiplies all matrices of the language model with one vector:
-each weight is read once (13 GB for the 7B in bf16) and hardly anything is computed. On an H100, cuBLAS reads
-the 7B's matrices at 2.1 to 2.6 TB/s and this at 2.7 to 3.0, of 3.35 that the memory has.
+each weight is read once (13 GB for the 7B in bf16) and hardly anything is computed. On an H100 a token of the
+7B takes 6.2 ms with cuBLAS and 5.2 with this (bench/act_latency.py); reading alone takes 4.4.
 """
 
 import torch

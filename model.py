@@ -215,7 +215,7 @@ class VLA(nn.Module):
         ids; only action ids can be chosen."""
         longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
         if self.graphs is not None:  # few different shapes, so that few graphs are recorded
-            longest = -(-longest // 16) * 16
+            longest = -(-longest // 32) * 32
         input_ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         inputs = [images, input_ids.to(images.device), lengths.to(images.device), proprio]
@@ -277,8 +277,8 @@ class VLA(nn.Module):
         return F.linear(hidden, head.weight[first:stop], bias).argmax(-1) + first
 
     def speed_up(self) -> None:
-        """For acting on a GPU: fuse kernels (torch.compile, a minute at the first action) and replay them as
-        one CUDA graph for each shape of batch and prompt."""
+        """For acting on a GPU: fuse kernels and replay them as one CUDA graph for each size of batch and each
+        32 tokens of prompt. The 7B's first action of a kind then takes two minutes (torch.compile)."""
         from matvec import linear  # here: it needs Triton, which comes with PyTorch for GPUs
 
         for layer in self.llm.modules():

@@ -391,14 +391,21 @@ def main() -> None:
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--max_batch", type=int, default=16, help="most requests the model sees at once")
+    parser.add_argument("--speed_up", action="store_true",
+                        help="for one robot, on a GPU: compile for minutes, then answer several times as "
+                        "fast, one request after the other")
     args = parser.parse_args()
+    if args.speed_up and args.device == "cpu":
+        parser.error("--speed_up records what a GPU does: it needs --device cuda")
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     try:
         vla = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
         if not vla.norm_stats:
             raise CheckpointError(f"{args.checkpoint}: has no dataset statistics, so it cannot act: a VLA "
                                   "has them, a plain VLM does not")
-        serve(vla, args.checkpoint, args.host, args.port, args.max_batch)
+        if args.speed_up:
+            vla.speed_up()
+        serve(vla, args.checkpoint, args.host, args.port, 1 if args.speed_up else args.max_batch)
     except (ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 

@@ -261,12 +261,12 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
 
 
 def spare_passes(zero) -> None:
-    """Where ZeRO-2 keeps a rank's gradients in flat float32 tensors, on which PyTorch's fused AdamW steps:
-    pass over them three times less often. What is computed stays the same; the 7B's step gets a tenth shorter.
+    """Pass over gradients less often, where ZeRO-2 keeps a rank's in flat float32 tensors and PyTorch's fused
+    AdamW steps on them. What is computed stays the same.
 
-    DeepSpeed divides gradients by the number of ranks, adds up a float32 copy of each, reads each to find
-    overflow, copies it to float64 for the norm, and clips. Here they are added up as they come and read once
-    for their norm, which shows overflow as well, and AdamW divides them as it reads them.
+    DeepSpeed divides gradients by the number of ranks, makes a float32 copy of each to add it up, reads each
+    to find overflow, copies it to float64 for the norm, and clips. Here they are added up as they come and
+    read once for their norm, which shows overflow as well, and AdamW divides them as it reads them.
     """
     adamw, flat = zero.optimizer, zero.use_separate_grad_accum and not zero.cpu_offload
     if not (flat and isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]):
@@ -284,11 +284,12 @@ def spare_passes(zero) -> None:
         clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
         adamw.grad_scale = clip * world_size
 
-    zero.gradient_average = False
-    zero._add_to_grad_partition_buffer = lambda sums, gradient: sums is None or sums.add_(gradient)
-    zero.check_overflow = lambda *_, **__: None
-    zero.scaled_global_norm = norm_of_mean
-    zero.unscale_and_clip_grads = average_and_clip
+    ours = {"gradient_average": False, "check_overflow": lambda *_, **__: None,
+            "_add_to_grad_partition_buffer": lambda sums, gradient: sums is None or sums.add_(gradient),
+            "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip}
+    for name, value in ours.items():
+        getattr(zero, name)  # should DeepSpeed rename one, this fails, where a wrong average would go unseen
+        setattr(zero, name, value)
 
 
 def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights | None) -> VLA:

@@ -3,8 +3,8 @@
     python bench/profile_step.py --config CONFIG.yaml --deepspeed_config JSON
 
 Takes train_vla.py's own arguments. The profiler watches the third and fourth optimiser step; rank 0 prints
-milliseconds a step by kind of kernel and for each of the longest kernels, and how long the GPU computed nothing
-and what it then began with (the profiler slows the host down, so that is an upper bound).
+milliseconds a step by kind of kernel and for each of the longest kernels, how long the GPU computed nothing,
+and what it then went on with (the profiler slows the host down, so that is an upper bound).
 """
 
 import re

@@ -1,17 +1,18 @@
 """Training speed through train_vla.py itself: a table of samples/s, MFU and memory, and loss curves.
 
     python bench/train_throughput.py --num_gpus 1 --cases zero3_partial_offload:32:compile zero2:8
-    python bench/train_throughput.py --num_gpus 2 --cases zero2:32:compile openvla:32 openvla:32:recompute \\
+    python bench/train_throughput.py --num_gpus 2 --global_batch 64 --out rows.jsonl --table \\
+        --cases zero2:32:compile zero3:32:recompute openvla:32:full_shard:recompute \\
         --openvla ../openvla --openvla_python ../openvla-env/bin/python
     python bench/train_throughput.py --config configs/demo.yaml --own_data --global_batch 64 --steps 200 \\
         --cases zero1:64 zero1:64:compile zero3:64:recompute --out rows.jsonl --figure curves.png
 
 A case is JSON:micro-batch[:recompute][:compile]; JSONs are those of ds_configs/, and `openvla` stands for
-OpenVLA's class under FSDP (openvla_peer.py), with --openvla. It cannot accumulate: to compare, let
---global_batch be micro-batch x GPUs. The model has OpenVLA-7B's
-shape, or that of --config, and random weights; the data are synthetic (photo-like 256 px JPEGs, written
-first), unless they are the config's own. The path is the real one: loader, engine, step, log. Every case is
-a run of its own; its figures are medians over the steps after the warm-up.
+OpenVLA's class under FSDP (openvla_peer.py), with --openvla; :full_shard:recompute is how OpenVLA trains. It
+cannot accumulate: to compare, let --global_batch be micro-batch x GPUs. The model has OpenVLA-7B's shape, or
+that of --config, and random weights; the data are synthetic (photo-like 256 px JPEGs, written first), unless
+they are the config's own. The path is the real one: loader, engine, step, log. Every case is a run of its
+own; its figures are medians over the lines of the log after the warm-up.
 """
 
 import argparse
@@ -56,11 +57,12 @@ def main() -> None:
     parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
     parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
     parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
+    parser.add_argument("--table", action="store_true", help="print all rows in --out as a Markdown table")
     parser.add_argument("--profile", action="store_true", help="also say what the GPU does (profile_step.py)")
     parser.add_argument("--figure", type=Path, help="draw the losses of all rows in --out as this PNG")
     args = parser.parse_args()
-    if (args.own_data and not args.config) or (args.figure and not args.out):
-        parser.error("--own_data needs --config, and --figure needs --out")
+    if (args.own_data and not args.config) or ((args.figure or args.table) and not args.out):
+        parser.error("--own_data needs --config, and --figure and --table need --out")
     if any(case.startswith("openvla") for case in args.cases) and (not args.openvla or args.config):
         parser.error("the case `openvla` needs --openvla, and has the shape of the 7B only")
     with tempfile.TemporaryDirectory() as folder:
@@ -73,9 +75,11 @@ def main() -> None:
                   f"failed {row['failed']}" if "failed" in row else "", flush=True)
             if args.out:
                 with open(args.out, "a") as file:
-                    file.write(json.dumps({"case": case, **row}) + "\n")
+                    file.write(json.dumps({"gpus": gpus(args.num_gpus), "case": case, **row}) + "\n")
     if args.figure:
-        draw_losses([json.loads(line) for line in args.out.read_text().splitlines()], args.figure)
+        draw_losses(read_rows(args.out), args.figure)
+    if args.table:
+        print(table(read_rows(args.out)))
 
 
 def measure(case: str, args, folder: Path) -> dict:
@@ -121,7 +125,8 @@ def measure(case: str, args, folder: Path) -> dict:
     middle["samples_per_second"] /= args.num_gpus
     middle["startup_s"] = float(startup[0].split("startup_s")[1]) if startup else float("nan")
     losses = [line["loss"] for line in lines if "loss" in line]
-    return {**middle, "wall_s": time.time() - started, "losses": losses}
+    return {**middle, "wall_s": time.time() - started, "losses": losses,
+            "recompute": "activation_checkpointing" in ds_config}
 
 
 def measure_openvla(case: str, args, folder: Path) -> dict:
@@ -157,6 +162,38 @@ def failure(text: str) -> dict:
     """The likeliest reason in a failed command's output."""
     reasons = [line for line in text.splitlines() if "Error:" in line or "error:" in line]
     return {"failed": (reasons or text.splitlines()[-1:] or ["no output"])[0][:200], "log": text[-9000:]}
+
+
+def gpus(count: int) -> str:
+    """Their number and name, without making a CUDA context here, which would take memory from the cases."""
+    try:
+        names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True,
+                               capture_output=True).stdout.splitlines()
+    except FileNotFoundError:
+        names = []
+    return f"{count} x {names[0].removeprefix('NVIDIA ').split()[0] if names else 'CPU'}"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """What --out has gathered."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown. GB: the peak on a GPU and, where it is much, of a rank's host memory."""
+    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | MFU | GB |",
+             "|---|---|---|---|---:|---:|---:|---:|"]
+    for row in rows:
+        name, micro, *switches = row["case"].split(":")
+        name += " (full_shard)" if "full_shard" in switches else ""
+        on = [row.get("recompute", "recompute" in switches), "compile" in switches]
+        yes = ["yes" if switch else "" for switch in on]
+        host = f" + {row['host_gb']:.0f} host" if row.get("host_gb", 0) > 20 else ""
+        figures = [row["failed"], "", ""] if "failed" in row else [
+            f"{row['samples_per_second']:.1f}", f"{100 * row['mfu']:.0f} %" if "mfu" in row else "",
+            f"{row.get('gpu_gb', 0):.0f}{host}"]
+        lines.append(f"| {' | '.join([row['gpus'], name, *yes, micro, *figures])} |")
+    return "\n".join(lines)
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:

@@ -1,6 +1,9 @@
 """The model against the official one (tests/fixtures/model), and what it promises by itself."""
 
 import json
+import os
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -302,3 +305,27 @@ def test_unknown_projector_is_explained():
         tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": "mistral", "sliding_window": 100})
 
 
+
+
+def test_a_matrix_times_one_vector_in_triton():
+    """Its kernel under Triton's interpreter, which runs where there is no GPU but has to be there from the
+    start of a process: widths below, at, above and beside the block's."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from matvec import linear
+torch.manual_seed(0)
+for width, rows, bias, vectors in [(64, 30, True, 1), (4096, 5, False, 1), (11008, 3, True, 1),
+                                   (777, 4, False, 1), (64, 30, True, 2)]:
+    for dtype, error in [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)]:
+        layer = torch.nn.Linear(width, rows, bias=bias).to(dtype).requires_grad_(False)
+        x = torch.randn(1, vectors, width).to(dtype)
+        exact = layer.double()(x.double())
+        y = linear(layer.to(dtype), x)
+        assert y.shape == exact.shape and y.dtype == dtype
+        assert (y - exact).norm() < error * exact.norm(), (width, rows, dtype)
+print("all good")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.stdout == "all good\n", done.stderr

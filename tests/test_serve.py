@@ -151,6 +151,12 @@ def test_the_readme_s_client(server, vla):
         names["act"](data, "hold it", "hot")
 
 
+def test_speed_up_needs_a_gpu(colours):
+    done = subprocess.run([sys.executable, ROOT / "serve_vla.py", "--checkpoint", colours, "--device", "cpu",
+                           "--speed_up"], capture_output=True, text=True)
+    assert done.returncode == 2 and "it needs --device cuda" in done.stderr
+
+
 def test_health(server, colours):
     assert Client(server[0]).send(b"", "/health", "GET") == (200, {
         "status": "ok", "model": str(colours), "unnorm_keys": ["cold", "warmer"], "images": 1,
