@@ -390,10 +390,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"],
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--max_batch", type=int, default=16, help="most requests the model sees at once")
+    parser.add_argument("--max_batch", type=int,
+                        help="most requests the model sees at once; default: 16, with --speed_up 1")
     parser.add_argument("--speed_up", action="store_true",
-                        help="for one robot, on a GPU: compile for minutes, then answer several times as "
-                        "fast, one request after the other")
+                        help="on a GPU: compile for minutes whenever a size of batch or length of prompt is "
+                        "new, then answer several times as fast")
     args = parser.parse_args()
     if args.speed_up and args.device == "cpu":
         parser.error("--speed_up records what a GPU does: it needs --device cuda")
@@ -405,7 +406,7 @@ def main() -> None:
                                   "has them, a plain VLM does not")
         if args.speed_up:
             vla.speed_up()
-        serve(vla, args.checkpoint, args.host, args.port, 1 if args.speed_up else args.max_batch)
+        serve(vla, args.checkpoint, args.host, args.port, args.max_batch or (1 if args.speed_up else 16))
     except (ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 

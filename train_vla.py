@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the DataLoader's workers are parallelism enough
-# how far the host may run ahead: the towers' backward pass is thousands of kernels, too short to wait for
+# how far the host may run ahead of the GPU: the towers' backward pass is thousands of short kernels
 os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")
 # TensorBoard's own switch against importing TensorFlow where that is installed; some builds crash beside
 # torch
@@ -260,38 +260,6 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     return engine
 
 
-def spare_passes(zero) -> None:
-    """Pass over gradients less often, where ZeRO-2 keeps a rank's in flat float32 tensors and PyTorch's fused
-    AdamW steps on them. What is computed stays the same.
-
-    DeepSpeed divides gradients by the number of ranks, makes a float32 copy of each to add it up, reads each
-    to find overflow, copies it to float64 for the norm, and clips. Here they are added up as they come and
-    read once for their norm, which shows overflow as well, and AdamW divides them as it reads them.
-    """
-    adamw, flat = zero.optimizer, zero.use_separate_grad_accum and not zero.cpu_offload
-    if not (flat and isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]):
-        return
-    world_size = dist.get_world_size()
-
-    def norm_of_mean():
-        flat = [group.flat_partition for group in zero.averaged_gradients.values()]  # sums, not averaged yet
-        pieces = [piece for sums in flat for piece in sums.split(1 << 30)]  # PyTorch counts with 32 bits
-        square = torch.nn.utils.get_total_norm(pieces).square()
-        dist.all_reduce(square)
-        return square.sqrt() / world_size
-
-    def average_and_clip(gradients, norm):
-        clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
-        adamw.grad_scale = clip * world_size
-
-    ours = {"gradient_average": False, "check_overflow": lambda *_, **__: None,
-            "_add_to_grad_partition_buffer": lambda sums, gradient: sums is None or sums.add_(gradient),
-            "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip}
-    for name, value in ours.items():
-        getattr(zero, name)  # should DeepSpeed rename one, this fails, where a wrong average would go unseen
-        setattr(zero, name, value)
-
-
 def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights | None) -> VLA:
     """The model, on the GPU. Its weights are random, and `weights` are put in place once it is sharded; so
     under ZeRO-3 the language model may be sharded as it is made, and never stands whole anywhere."""
@@ -353,6 +321,38 @@ def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
     groups = [{"params": [p for name, p in named if name not in plain], "weight_decay": weight_decay},
               {"params": [p for name, p in named if name in plain], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def spare_passes(zero) -> None:
+    """Pass over gradients less often, where ZeRO-2 keeps a rank's in flat float32 tensors and PyTorch's fused
+    AdamW steps on them. What is computed stays the same.
+
+    DeepSpeed divides gradients by the number of ranks, makes a float32 copy of each to add it up, reads each
+    to find overflow, copies it to float64 for the norm, and clips. Here they are added up as they come and
+    read once for their norm, which shows overflow as well, and AdamW divides them as it reads them.
+    """
+    adamw, world_size = zero.optimizer, dist.get_world_size()
+    fused = isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]
+    if not fused or zero.cpu_offload or not zero.use_separate_grad_accum:
+        return
+
+    def norm_of_mean():
+        sums = [group.flat_partition for group in zero.averaged_gradients.values()]
+        pieces = [piece for flat in sums for piece in flat.split(1 << 30)]  # PyTorch counts with 32 bits
+        square = torch.nn.utils.get_total_norm(pieces).square()
+        dist.all_reduce(square)
+        return square.sqrt() / world_size
+
+    def average_and_clip(_, norm):
+        clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
+        adamw.grad_scale = clip * world_size
+
+    ours = {"gradient_average": False, "check_overflow": lambda *_, **__: None,
+            "_add_to_grad_partition_buffer": lambda sums, gradient: sums is None or sums.add_(gradient),
+            "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip}
+    for name, value in ours.items():
+        getattr(zero, name)  # should DeepSpeed rename one, this fails, where a wrong average would go unseen
+        setattr(zero, name, value)
 
 
 def optimizer_step(engine) -> torch.Tensor:

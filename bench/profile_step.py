@@ -7,6 +7,7 @@ milliseconds a step by kind of kernel and for each of the longest kernels, how l
 and what it then went on with (the profiler slows the host down, so that is an upper bound).
 """
 
+import functools
 import re
 import sys
 import time
@@ -55,6 +56,12 @@ def main() -> None:
     train_vla.main()
 
 
+@functools.cache
+def kind_of(kernel: str) -> str:
+    """The key of KINDS that a kernel's name fits."""
+    return next((kind for kind, words in KINDS.items() if re.search(words, kernel)), "other")
+
+
 def report(profiler, seconds: float) -> None:
     """Print what the kernels took. Communication runs beside computation: only while nothing is computed does
     it count as waiting."""
@@ -63,7 +70,7 @@ def report(profiler, seconds: float) -> None:
                    if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)
     computed_until = spans[0][0]
     for start, stop, name in spans:
-        kind = next((kind for kind, words in KINDS.items() if re.search(words, name)), "other")
+        kind = kind_of(name)
         for counter, key in ((milliseconds, name), (kinds, kind)):
             counter[key] += (stop - start) / 1e3 / STEPS
         calls[name] += 1

@@ -16,6 +16,7 @@ own; its figures are medians over the lines of the log after the warm-up.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -76,10 +77,11 @@ def main() -> None:
             if args.out:
                 with open(args.out, "a") as file:
                     file.write(json.dumps({"gpus": gpus(args.num_gpus), "case": case, **row}) + "\n")
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out else []
     if args.figure:
-        draw_losses(read_rows(args.out), args.figure)
+        draw_losses(rows, args.figure)
     if args.table:
-        print(table(read_rows(args.out)))
+        print(table(rows))
 
 
 def measure(case: str, args, folder: Path) -> dict:
@@ -124,8 +126,9 @@ def measure(case: str, args, folder: Path) -> dict:
         if key in steps[0]}
     middle["samples_per_second"] /= args.num_gpus
     middle["startup_s"] = float(startup[0].split("startup_s")[1]) if startup else float("nan")
-    losses = [line["loss"] for line in lines if "loss" in line]
-    return {**middle, "wall_s": time.time() - started, "losses": losses,
+    curves = {name: [line[key] for line in lines if key in line]
+              for name, key in (("losses", "loss"), ("grad_norms", "grad_norm"))}
+    return {**middle, "wall_s": time.time() - started, **curves,
             "recompute": "activation_checkpointing" in ds_config}
 
 
@@ -166,17 +169,11 @@ def failure(text: str) -> dict:
 
 def gpus(count: int) -> str:
     """Their number and name, without making a CUDA context here, which would take memory from the cases."""
-    try:
-        names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True,
-                               capture_output=True).stdout.splitlines()
-    except FileNotFoundError:
-        names = []
-    return f"{count} x {names[0].removeprefix('NVIDIA ').split()[0] if names else 'CPU'}"
-
-
-def read_rows(path: Path) -> list[dict]:
-    """What --out has gathered."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    name = "CPU"
+    with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        name = subprocess.check_output(query, text=True).splitlines()[0].removeprefix("NVIDIA ")
+    return f"{count} x {name}"
 
 
 def table(rows: list[dict]) -> str:
@@ -186,8 +183,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         name, micro, *switches = row["case"].split(":")
         name += " (full_shard)" if "full_shard" in switches else ""
-        on = [row.get("recompute", "recompute" in switches), "compile" in switches]
-        yes = ["yes" if switch else "" for switch in on]
+        recompute = row.get("recompute") or "recompute" in switches  # some JSONs say so themselves
+        yes = ["yes" if on else "" for on in (recompute, "compile" in switches)]
         host = f" + {row['host_gb']:.0f} host" if row.get("host_gb", 0) > 20 else ""
         figures = [row["failed"], "", ""] if "failed" in row else [
             f"{row['samples_per_second']:.1f}", f"{100 * row['mfu']:.0f} %" if "mfu" in row else "",

@@ -305,8 +305,6 @@ def test_unknown_projector_is_explained():
         tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": "mistral", "sliding_window": 100})
 
 
-
-
 def test_a_matrix_times_one_vector_in_triton():
     """Its kernel under Triton's interpreter, which runs where there is no GPU but has to be there from the
     start of a process: widths below, at, above and beside the block's."""

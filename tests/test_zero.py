@@ -119,8 +119,7 @@ def runs(tmp_path_factory):
     back = chain(root, "chain-back", ("zero3", 2), ("zero1", 1))
     scheduled = cell(root, "scheduled", "zero2", 1, "sandwich", accumulation=4, bf16=False, **SCHEDULED)
     scheduled["scheduled"]["ds_config"]["optimizer"]["params"]["eps"] = EPS
-    clipped = clipping_cells(root)
-    jobs = [(2, lambda: matrix(root, 2) | bf16_cells(root) | straight | clipped),
+    jobs = [(2, lambda: matrix(root, 2) | bf16_cells(root) | clipping_cells(root) | straight),
             (1, lambda: matrix(root, 1) | scheduled),
             (2, lambda: resumed_cells(root))]
     for number, (ranks, cells) in enumerate(jobs):
