@@ -78,13 +78,17 @@ def bf16_cells(root):
 
 
 def clipping_cells(root):
-    """With and without clipping, in bf16 on two ranks, under ZeRO-1 and 2. With so large an eps AdamW's steps
-    are in proportion to the gradients, so that a wrong average or clipping shows in the losses."""
+    """With and without clipping, in bf16 on two ranks, under ZeRO-1 and 2; once, matrices are larger than
+    ZeRO-2's buckets. With so large an eps AdamW's steps are in proportion to the gradients, so that a wrong
+    average or clipping shows in the losses."""
     cells = {}
-    for name, limit in itertools.product(("zero1", "zero2"), (0.0, 0.5)):
-        cells |= cell(root, f"clip{limit}-{name}", name, 2, accumulation=2, max_grad_norm=limit,
-                      learning_rate=1.0)
-        cells[f"clip{limit}-{name}"]["ds_config"]["optimizer"]["params"]["eps"] = 1.0
+    for name, limit, bucket in (("zero1", 0.0, None), ("zero1", 0.5, None), ("zero2", 0.0, None),
+                                ("zero2", 0.5, None), ("zero2", 0.5, 300)):
+        run = f"clip{limit}-{name}" + (f"-bucket{bucket}" if bucket else "")
+        cells |= cell(root, run, name, 2, accumulation=2, max_grad_norm=limit, learning_rate=1.0)
+        cells[run]["ds_config"]["optimizer"]["params"]["eps"] = 1.0
+        if bucket:
+            cells[run]["ds_config"]["zero_optimization"]["reduce_bucket_size"] = bucket
     return cells
 
 
@@ -188,8 +192,8 @@ def test_a_run_computes_what_a_plain_loop_does(runs):
 
 def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
     """ZeRO-2 leaves both to AdamW (train_vla.spare_passes); ZeRO-1 is as DeepSpeed has it."""
-    for limit in (0.0, 0.5):
-        ours, theirs = runs / f"clip{limit}-zero2", runs / f"clip{limit}-zero1"
+    for limit, bucket in ((0.0, ""), (0.5, ""), (0.5, "-bucket300")):
+        ours, theirs = runs / f"clip{limit}-zero2{bucket}", runs / f"clip{limit}-zero1"
         np.testing.assert_allclose(read(ours), read(theirs), rtol=3e-3, err_msg=ours.name)
         np.testing.assert_allclose(read(ours, "grad_norm"), read(theirs, "grad_norm"), rtol=1e-2)
     assert abs(read(runs / "clip0.5-zero2") / read(runs / "clip0.0-zero2") - 1).max() > 3e-2
