@@ -368,8 +368,8 @@ def spare_passes(zero) -> None:
 
 
 def replace(zero, ours: dict) -> None:
-    """Put `ours` where DeepSpeed has its own. Should it rename one, this fails, where wrong gradients would go
-    unseen."""
+    """Put `ours` where DeepSpeed has its own. Should it rename one, this fails, where wrong gradients would
+    go unseen."""
     for name, value in ours.items():
         getattr(zero, name)
         setattr(zero, name, value)
