@@ -368,10 +368,12 @@ def spare_passes(zero) -> None:
 
 
 def replace(zero, ours: dict) -> None:
-    """Put `ours` where DeepSpeed has its own. Should it rename one, this fails, where wrong gradients would
-    go unseen."""
+    """Put `ours` where DeepSpeed has its own. Raises ValueError when a version has none of that name, since
+    wrong gradients would go unseen."""
     for name, value in ours.items():
-        getattr(zero, name)
+        if not hasattr(zero, name):
+            raise ValueError(f"DeepSpeed {deepspeed.__version__} has no {name}, which ZeRO-2 needs here: "
+                             "install deepspeed==0.19.8, or train with ds_configs/zero1.json or zero3.json")
         setattr(zero, name, value)
 
 

@@ -20,7 +20,7 @@ from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointReader, list_checkpoints
 from data import Mixture, TrainBatches
 from model import VLA
-from train_vla import TrainConfig
+from train_vla import TrainConfig, replace
 
 STEPS, RESUME_AT = 4, 2
 JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -197,6 +197,11 @@ def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
         np.testing.assert_allclose(read(ours), read(theirs), rtol=3e-3, err_msg=ours.name)
         np.testing.assert_allclose(read(ours, "grad_norm"), read(theirs, "grad_norm"), rtol=1e-2)
     assert abs(read(runs / "clip0.5-zero2") / read(runs / "clip0.0-zero2") - 1).max() > 3e-2
+
+
+def test_a_deepspeed_with_other_names_is_refused():
+    with pytest.raises(ValueError, match=r"has no scaled_global_norm, .* install deepspeed=="):
+        replace(SimpleNamespace(), {"scaled_global_norm": None})
 
 
 @pytest.mark.parametrize("json_name", JSONS)
