@@ -34,7 +34,7 @@ PROMPTS = {
 }
 
 
-def load_tokenizer(path: str, add_action_tokens: bool = False, **kwargs) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedTokenizerBase:
     """The text tokenizer of a directory or hub id, with the attribute `action_vocab_size` for
     ActionTokenizer.
 
@@ -42,7 +42,7 @@ def load_tokenizer(path: str, add_action_tokens: bool = False, **kwargs) -> PreT
     add_action_tokens appends 256 ids of their own. Then a padding token is added, as OpenVLA does (Llama-2:
     id 32000).
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **kwargs)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     tokenizer.action_vocab_size = tokenizer.vocab_size
     if add_action_tokens:
         tokenizer.add_tokens([f"<action_{i}>" for i in range(256)])

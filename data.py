@@ -191,7 +191,7 @@ class Mixture:
         keys = recipe.camera_keys(cfg.cameras)
         standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys,
                                         load_proprio=cfg.use_proprio)
-        return frame_table(find_dataset(Path(cfg.data_root_dir), name), standardize, keys,
+        return frame_table(find_dataset(cfg.data_root_dir, name), standardize, keys,
                            oxe.fingerprint(recipe, cfg.use_proprio), index_dir=cfg.index_dir,
                            skip_bad_episodes=cfg.skip_bad_episodes)
 
@@ -229,7 +229,7 @@ class Mixture:
         return tuple(np.concatenate(runs, axis=1)) if runs else (first, count)
 
     def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples first .. first+count-1 of the run -> (dataset, frame row, epoch of that dataset), each
+        """Samples first .. first+count-1 of the training -> (dataset, frame row, epoch of that dataset), each
         (count,)."""
         dataset, visit = interleave(self.weights, first, count)
         epoch, index = np.divmod(visit, self.sizes[dataset])
@@ -557,5 +557,5 @@ if __name__ == "__main__":
         for name in names:
             stem = args.out.stem if len(names) == 1 else f"{args.out.stem}_{name}"
             inspect_dataset(args.inspect, name, args.out.with_stem(stem))
-    except (DataError, ValueError) as error:
+    except ValueError as error:  # DataError is one
         sys.exit(f"error: {error}")

@@ -135,7 +135,7 @@ def prismatic_ids(cfg: SimpleNamespace) -> tuple[str, str]:
 
 
 def text_config(cfg: SimpleNamespace) -> dict:
-    """The language model's whole description, with the vocabulary rounded up as in llm_config."""
+    """What OpenVLA's class reads of the language model, with the vocabulary rounded up as in llm_config."""
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     config = llm_config(cfg.llm_backbone, len(tokenizer))
     config.pad_token_id = tokenizer.pad_token_id

@@ -84,7 +84,7 @@ class VLA(nn.Module):
         """
         inputs = self.embed(images, input_ids, proprio)  # (B, S, hidden), S = L + image patches (+ 1)
         first = (labels != -100).int().argmax(1, keepdim=True)  # (B, 1)
-        wanted = first + torch.arange(self.num_action_tokens + 1, device=labels.device)  # (B, T)
+        wanted = first + torch.arange(self.num_action_tokens + 1, device=labels.device)  # (B, T + 1)
         targets = labels.gather(1, wanted)
         wanted = wanted + inputs.shape[1] - labels.shape[1]  # in the sequence with patches
         if self.cfg.parallel_decoding:
@@ -92,7 +92,7 @@ class VLA(nn.Module):
         # padding stands on the right, where causal attention never looks: no mask, so the fast kernels apply
         hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         # logits only where an action token or the stop token is predicted, one position earlier
-        logits = self.llm.get_output_embeddings()(take(hidden, wanted - 1)).float()  # (B, T, vocabulary)
+        logits = self.llm.get_output_embeddings()(take(hidden, wanted - 1)).float()  # (B, T + 1, vocabulary)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return loss, logits.argmax(-1)[:, :-1], targets[:, :-1]
 
@@ -314,8 +314,8 @@ class VLA(nn.Module):
         (action_chunk, action_dim) when the model was trained to predict several steps.
 
         image: (H, W, 3) uint8, or a list of window_size x cameras of them, oldest first. proprio: the robot's
-        state (P,) as the dataset has it, if the model was trained with it. For a batch, give lists of all
-        three; the result gets a leading dimension. unnorm_key may be left out when the model was trained on
+        state (P,) as the dataset has it, if the model was trained with it. For a batch, give a list of each;
+        the result gets a leading dimension. unnorm_key may be left out when the model was trained on
         one dataset; otherwise a ValueError lists the choices.
         """
         batched = not isinstance(instruction, str)
@@ -360,7 +360,7 @@ class VLA(nn.Module):
         return np.concatenate(seen, axis=-1)
 
     def dataset_statistics(self, unnorm_key: str | None) -> dict:
-        """The statistics of one training dataset: without them no action, never a silent identity."""
+        """The statistics of one training dataset. Raises ValueError rather than leave actions in [-1, 1]."""
         if unnorm_key is None and len(self.norm_stats) == 1:
             return next(iter(self.norm_stats.values()))
         if unnorm_key not in self.norm_stats:

@@ -142,13 +142,13 @@ class Steps:
 # TFDS directories
 
 
-def find_dataset(data_root_dir: Path, name: str) -> Path:
+def find_dataset(data_root_dir: str | Path, name: str) -> Path:
     """The directory with the newest version of dataset `name` ("name" or "name:version"), or data_root_dir
     itself if it is one. Raises DataError when there is none."""
-    name, _, version = name.partition(":")
-    if (Path(data_root_dir) / "features.json").exists():
-        return Path(data_root_dir)
-    root = Path(data_root_dir) / name
+    root, (name, _, version) = Path(data_root_dir), name.partition(":")
+    if (root / "features.json").exists():
+        return root
+    root /= name
     found = [d for d in root.glob(version or "*") if (d / "features.json").exists()]
     if not found:
         raise DataError(

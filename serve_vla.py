@@ -97,7 +97,7 @@ def parse_request(body: bytes, vla: VLA) -> Query:
         if key not in known:
             raise RequestError(f"unknown field {key[:80]!r}: the fields are {', '.join(known)}")
 
-    images = parse_images(payload, vla.cfg.window_size * len(vla.cfg.cameras))
+    images = parse_images(payload, vla.num_images)
     instruction, unnorm_key = payload.get("instruction"), payload.get("unnorm_key")
     if not isinstance(instruction, str) or not instruction.strip():
         raise RequestError("instruction: must be text that says what to do, such as \"open the drawer\"")
@@ -332,7 +332,7 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
 
     async def health(request: Request) -> Response:
         facts = {"status": "ok", "model": model, "unnorm_keys": sorted(vla.norm_stats),
-                 "images": vla.cfg.window_size * len(vla.cfg.cameras), "proprio": vla.cfg.use_proprio,
+                 "images": vla.num_images, "proprio": vla.cfg.use_proprio,
                  "action_shape": [vla.cfg.action_chunk, vla.cfg.action_dim]}
         return Response(json.dumps(facts), media_type="application/json")
 
@@ -368,9 +368,9 @@ def serve(vla: VLA, model: str, host: str, port: int, max_batch: int) -> None:
                             timeout_graceful_shutdown=STOP_SECONDS)
     listener = config.bind_socket()
     # a first action, before any robot asks: kernels are compiled, and a model that cannot act shows it
-    count, key = vla.cfg.window_size * len(vla.cfg.cameras), next(iter(vla.norm_stats))
+    key = next(iter(vla.norm_stats))
     state = [np.array(vla.norm_stats[key]["proprio"]["mean"])] if vla.cfg.use_proprio else None
-    vla.predict_action([[np.zeros((224, 224, 3), np.uint8)] * count], ["wait"], key, state)
+    vla.predict_action([[np.zeros((224, 224, 3), np.uint8)] * vla.num_images], ["wait"], key, state)
     batcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn sends itself the signal once more after it stopped

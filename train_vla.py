@@ -106,7 +106,7 @@ class TrainConfig:
     epochs: int = 1000  # ends the run unless max_steps does
     max_steps: int | None = None  # overrides epochs
     expected_world_size: int | None = None  # refuse to start on another number of GPUs; default: any
-    global_batch_size: int = 256  # samples per optimiser step, whatever the number of GPUs
+    global_batch_size: int = 256  # samples per optimizer step, whatever the number of GPUs
     per_device_batch_size: int = 32  # samples a GPU takes at a time; accumulation steps follow from the two
     learning_rate: float = 2e-5
     weight_decay: float = 0.0  # not on biases and norms
@@ -163,11 +163,11 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     checkpoint, start_step = starting_point(cfg, mixture, run_dir)
     dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
     micro_batches = range(start_step * accumulation, total_steps * accumulation)
-    # the workers part from this process while it is small: what they share with it would be copied as soon
-    # as it changes, and an optimizer in host memory changes at every step
+    # fork the workers while this process is small: what they share with it is copied once it changes, and an
+    # optimizer in host memory changes at every step
     batches = make_loader(dataset, cfg.num_workers, micro_batches)
 
-    engine = make_engine(cfg, with_batch_sizes(ds_config, cfg, accumulation), tokenizer, weights, log)
+    engine = make_engine(cfg, with_yaml_values(ds_config, cfg, accumulation), tokenizer, weights, log)
     set_weights(engine, checkpoint, weights, log)
     log.resume_at(start_step)
     if rank == 0:
@@ -202,6 +202,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
         last, stop = done == total_steps, preemption.requested()
         save = stop or (cfg.save_interval and (last or done % cfg.save_interval == 0))
         look = held_out and not stop and (last or (cfg.eval_interval and done % cfg.eval_interval == 0))
+        # a step is skipped when its gradients are not finite; then training ends below
         if save or look or last or done % cfg.log_interval == 0 or engine.skipped_steps:
             values = {"epoch": epoch, "learning_rate": lr, "grad_norm": float(grad_norm), **metrics.read(cfg)}
             values |= utilisation(engine.module, batch, values["samples_per_second"])
@@ -274,7 +275,7 @@ def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights |
         if sharded:
             # zero.Init makes everything in bf16, also the rotary frequencies, which must not be rounded ...
             vla.llm.base_model.rotary_emb = type(vla.llm.base_model.rotary_emb)(vla.llm.config)
-            for param in vla.parameters():  # ... and DeepSpeed takes it that the towers were made in it, too
+            for param in vla.parameters():  # ... and DeepSpeed assumes that the towers were, too
                 param.data = param.data.to(next(vla.llm.parameters()).dtype)
     return vla
 
@@ -292,14 +293,14 @@ def make_loader(dataset: TrainBatches, num_workers: int, micro_batches: range):
                     "worker_init_fn": follow_rank}
     batches = iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
                                                pin_memory=torch.cuda.is_available(), **workers))
-    # a worker's death is an error where its batch is missing; PyTorch's handler would also raise it anywhere
-    # between two lines, while a checkpoint is written for one
+    # a worker's death is an error when its batch is asked for; PyTorch's handler could also raise it while a
+    # checkpoint is being written
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return batches
 
 
 def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0), as transformers' schedules under OpenVLA."""
+    """Learning rate of optimizer step `step` (from 0), as transformers' schedules under OpenVLA."""
     if cfg.lr_scheduler_type == "constant":
         return cfg.learning_rate
     warmup = int(total_steps * cfg.warmup_ratio)
@@ -333,7 +334,7 @@ def keep_large_gradients(zero) -> None:
             gradient.record_stream(stream)
 
     if zero.overlap_comm and not zero.cpu_offload:
-        replace(zero, {"_record_gradient_stream": keep})
+        override(zero, {"_record_gradient_stream": keep})
 
 
 def spare_passes(zero) -> None:
@@ -361,13 +362,13 @@ def spare_passes(zero) -> None:
         clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
         adamw.grad_scale = clip * world_size
 
-    replace(zero, {
+    override(zero, {
         "gradient_average": False, "check_overflow": lambda *_, **__: None,
         "_add_to_grad_partition_buffer": lambda sums, gradient: sums is None or sums.add_(gradient),
         "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip})
 
 
-def replace(zero, ours: dict) -> None:
+def override(zero, ours: dict) -> None:
     """Put `ours` where DeepSpeed has its own. Raises ValueError when a version has none of that name, since
     wrong gradients would go unseen."""
     for name, value in ours.items():
@@ -431,7 +432,7 @@ def average(value: torch.Tensor) -> float:
 
 
 # dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "GH200": 989, "B200": 2250,
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250,
                "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165}
 
 
@@ -449,7 +450,7 @@ class Metrics:
     """Sums since the last reading, kept on the device so that the loop never waits for them."""
 
     def __init__(self, names: list[str], device: torch.device, action_tokenizer):
-        self.names, self.tokenizer = names, action_tokenizer
+        self.names, self.action_tokenizer = names, action_tokenizer
         # a row per dataset: tokens, correct, L1; then one: batches, loss
         self.sums = torch.zeros(len(names) + 1, 3, device=device)
         self.start_clock()
@@ -461,8 +462,8 @@ class Metrics:
     @torch.no_grad()
     def add(self, loss, predicted, true, dataset) -> None:
         """loss: scalar; predicted, true: action token ids (B, T); dataset: numbers (B,) on the host."""
-        bins = self.tokenizer.bin_index(predicted) - self.tokenizer.bin_index(true)
-        l1 = bins.abs() * (2 / (self.tokenizer.n_bins - 1))  # neighbouring bin centres are that far apart
+        bins = self.action_tokenizer.bin_index(predicted) - self.action_tokenizer.bin_index(true)
+        l1 = bins.abs() * (2 / (self.action_tokenizer.n_bins - 1))  # the distance of two bin centres
         values = torch.stack([torch.ones_like(l1), predicted == true, l1], dim=-1).sum(1).float()  # (B, 3)
         self.sums.index_add_(0, dataset.to(self.sums.device, non_blocking=True), values)
         self.sums[-1, 0] += 1
@@ -596,8 +597,8 @@ def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, ru
 
 
 def starting_point(cfg: TrainConfig, mixture: Mixture, run_dir: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint of this run, or cfg.pretrained_checkpoint if there is none or it is of a later
-    step; and the number of steps done in it."""
+    """This run's newest checkpoint or cfg.pretrained_checkpoint, whichever is of the later step; and that
+    step."""
     own = list_checkpoints(run_dir / "checkpoints")
     given = Path(cfg.pretrained_checkpoint) if cfg.pretrained_checkpoint and cfg.is_resume else None
     step = CheckpointReader(given).meta["step"] if given else 0
@@ -674,7 +675,7 @@ def open_held_out(cfg: TrainConfig, tokenizer, log: Log) -> Mixture | None:
 
 
 def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
-    """Micro-batches per optimiser step and rank: the global batch is fixed, the number of GPUs is not."""
+    """Micro-batches per optimizer step and rank: the global batch is fixed, the number of GPUs is not."""
     if cfg.expected_world_size not in (None, world_size):
         raise ValueError(f"expected_world_size is {cfg.expected_world_size}, but the job has {world_size} "
                          "ranks: start it on as many GPUs, or remove expected_world_size")
@@ -687,7 +688,7 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
     return steps
 
 
-def with_batch_sizes(ds_config: dict, cfg: TrainConfig, accumulation: int) -> dict:
+def with_yaml_values(ds_config: dict, cfg: TrainConfig, accumulation: int) -> dict:
     """The JSON plus what the YAML says. The learning rate is set before every step; 0 makes DeepSpeed's own
     initialising step harmless."""
     params = {**ds_config["optimizer"].get("params", {}), "lr": 0.0, "weight_decay": cfg.weight_decay}
@@ -712,7 +713,7 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
     types_ = typing.get_type_hints(TrainConfig)
     for key, (value, source) in values.items():
         if key not in types_:
-            near = "".join(f"; did you mean {key!r}?" for key in difflib.get_close_matches(key, types_, n=1))
+            near = "".join(f"; did you mean {k!r}?" for k in difflib.get_close_matches(key, types_, n=1))
             raise ValueError(f"{source}: unknown key {key!r}{near}")
         check_type(key, value, types_[key], source)
     cfg = TrainConfig(**{key: float(value) if types_[key] is float else value

@@ -2,7 +2,7 @@
 
     python bench/profile_step.py --config CONFIG.yaml --deepspeed_config JSON
 
-Takes train_vla.py's own arguments. The profiler watches the third and fourth optimiser step; rank 0 prints
+Takes train_vla.py's own arguments. The profiler watches the third and fourth optimizer step; rank 0 prints
 milliseconds a step by kind of kernel and for each of the longest kernels, how long the GPU computed nothing,
 and what it then went on with (the profiler slows the host down, so that is an upper bound).
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import train_vla
 
-WARMUP, STEPS = 2, 2  # optimiser steps before the profile, and in it
+WARMUP, STEPS = 2, 2  # optimizer steps before the profile, and in it
 KINDS = {  # the first that fits counts
     "attention": "flash|fmha|sdpa|attention", "matmul": "nvjet|gemm|cutlass|xmma|cublas",
     "compiled": "^triton", "optimizer": "adam|multi_tensor", "communication": "nccl",

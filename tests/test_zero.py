@@ -20,7 +20,7 @@ from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointReader, list_checkpoints
 from data import Mixture, TrainBatches
 from model import VLA
-from train_vla import TrainConfig, replace
+from train_vla import TrainConfig, override
 
 STEPS, RESUME_AT = 4, 2
 JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -201,7 +201,7 @@ def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
 
 def test_a_deepspeed_with_other_names_is_refused():
     with pytest.raises(ValueError, match=r"has no scaled_global_norm, .* install deepspeed=="):
-        replace(SimpleNamespace(), {"scaled_global_norm": None})
+        override(SimpleNamespace(), {"scaled_global_norm": None})
 
 
 @pytest.mark.parametrize("json_name", JSONS)
@@ -264,9 +264,9 @@ def test_frozen_weights_survive_and_the_others_move(name, runs):
             assert not same or not trainable or not used or value.ndim == 1, f"{freezing}: {parameter} stayed"
 
 
-@pytest.mark.parametrize("name, rtol", [("chain", 2e-3), ("chain-back", 2e-3)])
-def test_a_run_may_change_stage_and_ranks_there_and_back(name, rtol, runs):
+@pytest.mark.parametrize("name", ["chain", "chain-back"])
+def test_a_run_may_change_stage_and_ranks_there_and_back(name, runs):
     """2 ranks, 1 rank, 2 ranks and ZeRO 2, 3, 2 (and 3, 1, 3), against six steps at a stretch."""
     assert len(read(runs / name)) == 6
-    np.testing.assert_allclose(read(runs / name), read(runs / "chain-straight"), rtol=rtol)
+    np.testing.assert_allclose(read(runs / name), read(runs / "chain-straight"), rtol=2e-3)
     np.testing.assert_array_equal(read(runs / name, "epoch"), read(runs / "chain-straight", "epoch"))
