@@ -281,6 +281,7 @@ class VLA(nn.Module):
         32 tokens of prompt. The 7B's first action of a kind then takes two minutes (torch.compile)."""
         from matvec import linear  # here: it needs Triton, which comes with PyTorch for GPUs
 
+        torch._dynamo.config.recompile_limit = 1024  # 8 are four kinds; more would be left uncompiled
         for layer in self.llm.modules():
             if isinstance(layer, nn.Linear):
                 layer.forward = partial(linear, layer)
@@ -297,11 +298,11 @@ class VLA(nn.Module):
             cache = None if self.cfg.parallel_decoding else self.make_cache(fixed[0], fixed[1].shape[1])
             for _ in range(3):  # compile, and let libraries allocate what they keep
                 self.decode(*fixed, cache)
-            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, _, _ in self.graphs.values()), None)
+            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, *_ in self.graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool):
                 tokens = self.decode(*fixed, cache)
-            self.graphs[shapes] = graph, fixed, tokens
-        graph, fixed, tokens = self.graphs[shapes]
+            self.graphs[shapes] = graph, fixed, tokens, cache  # the graph writes into the cache's memory
+        graph, fixed, tokens, _ = self.graphs[shapes]
         for place, x in zip(fixed, inputs, strict=True):
             if x is not None:
                 place.copy_(x)
@@ -406,7 +407,10 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
     """The language model's transformers config. spec: its fields with model_type, or a directory or hub id
     to read them from. The vocabulary is num_tokens, rounded up to a multiple of 64. There is no dropout: a
     step depends on its batch alone, and recomputation finds the same activations again."""
-    config = AutoConfig.from_pretrained(spec) if isinstance(spec, str) else AutoConfig.for_model(**spec)
+    try:
+        config = AutoConfig.from_pretrained(spec) if isinstance(spec, str) else AutoConfig.for_model(**spec)
+    except Exception as error:  # transformers has many kinds for a wrong field
+        raise ValueError(f"llm_backbone: transformers makes no config of {spec!r}: {error}") from error
     config.vocab_size = -(-num_tokens // 64) * 64
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import fcntl
+import inspect
 import itertools
 import json
 import math
@@ -348,7 +349,8 @@ def spare_passes(zero) -> None:
     """
     adamw, world_size = zero.optimizer, dist.get_world_size()
     fused = isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]
-    if not fused or zero.cpu_offload or not zero.use_separate_grad_accum:
+    flat = (zero.dtype, zero.gradient_accumulation_dtype) == (torch.bfloat16, torch.float32)
+    if not fused or not flat or zero.cpu_offload:
         return
 
     def norm_of_mean():
@@ -775,6 +777,12 @@ def check_choices(cfg: TrainConfig) -> None:
     if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
         raise ValueError("pretrained_backbones: llm_backbone must be a directory or hub id then, to take the "
                          "weights from")
+    if cfg.pretrained_backbones and (cfg.base_vlm or (cfg.pretrained_checkpoint and not cfg.is_resume)):
+        raise ValueError("pretrained_backbones: these are other weights than those of "
+                         f"{cfg.pretrained_checkpoint or cfg.base_vlm}: remove one of the two keys")
+    for name, tower in cfg.vision_backbone.items():
+        if not isinstance(tower, dict) or "model" not in tower:
+            raise ValueError(f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}")
     for key in ("vision_backbone", "llm_backbone", "tokenizer"):
         if not (getattr(cfg, key) or cfg.base_vlm or cfg.pretrained_checkpoint):
             raise ValueError(f"{key} is missing: the model needs it, or a base_vlm to take it from")
@@ -790,9 +798,17 @@ def load_ds_config(path: Path) -> dict:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
     if not isinstance(ds_config, dict):
         raise ValueError(f"{path}: expected an object, {{...}}")
-    for key in ("zero_optimization", "optimizer", "activation_checkpointing"):
+    for key in ("bf16", "data_types", "zero_optimization", "optimizer", "activation_checkpointing"):
         if not isinstance(ds_config.get(key, {}), dict):
             raise ValueError(f"{path}: {key} must be an object, {{...}}")
+    if not isinstance(ds_config.get("optimizer", {}).get("params", {}), dict):
+        raise ValueError(f"{path}: optimizer.params must be an object, {{...}}")
+    if "fp16" in ds_config:
+        raise ValueError(f"{path}: remove \"fp16\": its loss scaling is not supported; without \"bf16\", "
+                         "training is in float32")
+    if ds_config.get("zero_optimization", {}).get("round_robin_gradients"):
+        raise ValueError(f"{path}: remove zero_optimization.round_robin_gradients: DeepSpeed then does not "
+                         "say where a parameter is, and checkpoints would be wrong")
     in_yaml = {"train_batch_size": "global_batch_size", "gradient_clipping": "max_grad_norm",
                "train_micro_batch_size_per_gpu": "per_device_batch_size",
                "gradient_accumulation_steps": "global_batch_size", "scheduler": "lr_scheduler_type",
@@ -807,6 +823,10 @@ def load_ds_config(path: Path) -> dict:
     if str(ds_config["optimizer"].get("type")).lower() not in ("adam", "adamw") or params.get("amsgrad"):
         raise ValueError(f"{path}: optimizer.type must be Adam or AdamW, without amsgrad: checkpoints hold "
                          "their two moments")
+    known = {"torch_adam", "adam_w_mode", "bias_correction", *inspect.signature(torch.optim.AdamW).parameters}
+    if unknown := params.keys() - known:
+        raise ValueError(f"{path}: optimizer.params has {', '.join(sorted(unknown))}, which AdamW does not "
+                         "know: betas and eps, for example, it does")
     for key, value in ds_config.get("activation_checkpointing", {}).items():
         if value:
             raise ValueError(f"{path}: activation_checkpointing.{key} is not supported; the section by "

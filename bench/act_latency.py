@@ -6,7 +6,7 @@
 Weights are random, the shape is OpenVLA-7B's. Measured is predict_action as a user calls it, from a 256 px
 image in host memory to numbers; with kernels as they come, and fused and recorded (VLA.speed_up). OpenVLA's
 class (transformers 4.40.1) is timed in its own environment on the same GPU, one image at a time, as it cannot
-batch. The floor: each of 7 tokens reads all the language model's weights once.
+batch. The floor: each of 7 tokens reads the language model's weights once, of its head the actions' rows.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def measure(vla: VLA, batch: int, repeats: int = 20) -> tuple[float, float]:
     """Median seconds of predict_action for a batch, and of the first call."""
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     times = []
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats + 3):
         started = time.perf_counter()
         vla.predict_action([image] * batch, [INSTRUCTION] * batch)
@@ -58,7 +59,7 @@ def measure(vla: VLA, batch: int, repeats: int = 20) -> tuple[float, float]:
 @torch.inference_mode()
 def parts(vla: VLA) -> tuple[float, float, float]:
     """Milliseconds of a recorded action's parts: the image, the prompt, one token."""
-    _, (images, input_ids, lengths, _), _ = next(iter(vla.graphs.values()))
+    _, (images, input_ids, lengths, _), *_ = next(iter(vla.graphs.values()))
     cache, count = vla.make_cache(images, input_ids.shape[1]), vla.num_action_tokens
 
     def milliseconds(function) -> float:
@@ -101,7 +102,9 @@ def main() -> None:
             theirs = float(done.stdout.split("seconds")[-1])
             print(f"openvla batch 1 seconds {theirs:.4f} actions_per_second {1 / theirs:.2f}", flush=True)
     vla = random_model(args.base)
-    llm = sum(p.numel() for p in vla.llm.parameters()) - vla.llm.get_input_embeddings().weight.numel()
+    head = vla.llm.get_output_embeddings().weight
+    unread = vla.llm.get_input_embeddings().weight.numel() + head[vla.action_tokenizer.n_bins :].numel()
+    llm = sum(p.numel() for p in vla.llm.parameters()) - unread
     print(f"weights_gb {vla.count_parameters()[0] * 2e-9:.2f} read_per_token_gb {llm * 2e-9:.2f}", flush=True)
     for fast in (False, True):
         if fast:

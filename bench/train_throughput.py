@@ -96,8 +96,9 @@ def measure(case: str, args, folder: Path) -> dict:
         config["llm_backbone"] = {**config["llm_backbone"], "num_hidden_layers": args.num_layers}
     if not args.own_data:
         config |= {"data_root_dir": str(folder), "data_mix": "libero_spatial_no_noops"}
+    runs = Path(tempfile.mkdtemp(dir=folder))
     config |= {
-        "run_id": case.replace(":", "-"), "run_root_dir": str(folder / "runs"), "max_steps": args.steps,
+        "run_id": case.replace(":", "-"), "run_root_dir": str(runs), "max_steps": args.steps,
         "global_batch_size": args.global_batch, "per_device_batch_size": int(micro),
         "num_workers": args.num_workers, "log_interval": args.log_interval, "eval_interval": 0,
         "eval_samples": int(micro), "save_interval": 0, "compile": "compile" in switches,
@@ -112,13 +113,13 @@ def measure(case: str, args, folder: Path) -> dict:
     command += [str(ROOT / ("bench/profile_step.py" if args.profile else "train_vla.py")),
                 "--config", str(folder / "config.yaml"), "--deepspeed_config", str(folder / "ds.json"),
                 *(["--set", *args.set] if args.set else [])]
-    text = run(command, args.timeout, folder)
+    text, succeeded = run(command, args.timeout, folder)
     if args.profile:
         print("\n".join(line for line in text.splitlines() if line.startswith("profile")), flush=True)
-    metrics = next(folder.glob(f"runs/{config['run_id']}*/metrics.jsonl"), None)
+    metrics = next(runs.glob("*/metrics.jsonl"), None)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics else []
-    steps = [line for line in lines if "loss" in line and line["step"] > args.warmup]
-    if not steps:
+    steps = [line for line in lines if "loss" in line and line["step"] - args.log_interval >= args.warmup]
+    if not steps or not succeeded:
         return failure(text)
     startup = [line for line in text.splitlines() if "startup_s" in line]
     middle = {key: float(np.median([step[key] for step in steps])) for key in (
@@ -126,8 +127,8 @@ def measure(case: str, args, folder: Path) -> dict:
         if key in steps[0]}
     middle["samples_per_second"] /= args.num_gpus
     middle["startup_s"] = float(startup[0].split("startup_s")[1]) if startup else float("nan")
-    curves = {name: [line[key] for line in lines if key in line]
-              for name, key in (("losses", "loss"), ("grad_norms", "grad_norm"))}
+    curves = {name: [line[key] for line in lines if "loss" in line]
+              for name, key in (("steps", "step"), ("losses", "loss"), ("grad_norms", "grad_norm"))}
     return {**middle, "wall_s": time.time() - started, **curves,
             "recompute": "activation_checkpointing" in ds_config}
 
@@ -135,19 +136,20 @@ def measure(case: str, args, folder: Path) -> dict:
 def measure_openvla(case: str, args, folder: Path) -> dict:
     """OpenVLA's training step; `compile` is nothing that it has."""
     _, micro, *switches = case.split(":")
-    text = run([args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(args.num_gpus),
-                str(ROOT / "bench/openvla_peer.py"), str(args.openvla), "train", "--micro", micro,
-                "--steps", str(args.steps + args.warmup), "--layers", str(args.num_layers or 32),
-                *(f"--{switch}" for switch in switches)], args.timeout, folder)
+    command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(args.num_gpus),
+               str(ROOT / "bench/openvla_peer.py"), str(args.openvla), "train", "--micro", micro,
+               "--steps", str(args.steps + args.warmup), "--layers", str(args.num_layers or 32),
+               *(f"--{switch}" for switch in switches)]
+    text, succeeded = run(command, args.timeout, folder)
     found = dict(re.findall(r"(seconds|gpu_gb) ([\d.]+)", text))
-    if "seconds" not in found:
+    if "seconds" not in found or not succeeded:
         return failure(text)
     return {"samples_per_second": int(micro) / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
             "step_seconds": float(found["seconds"])}
 
 
-def run(command: list[str], timeout: int, folder: Path) -> str:
-    """What a command printed, until it ended or its time was up."""
+def run(command: list[str], timeout: int, folder: Path) -> tuple[str, bool]:
+    """Run a command until it ends or its time is up -> what it printed, and whether it ended well."""
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(
             command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, cwd=ROOT,
@@ -157,8 +159,9 @@ def run(command: list[str], timeout: int, folder: Path) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would keep the GPU's memory
             process.wait()
+            log.write(f"\nerror: its {timeout} seconds were up\n")
         log.seek(0)
-        return log.read()
+        return log.read(), process.returncode == 0
 
 
 def failure(text: str) -> dict:
@@ -202,8 +205,8 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     for row in rows:
         shared = min(len(row["losses"]), len(rows[0]["losses"]))
         difference = np.subtract(row["losses"][:shared], rows[0]["losses"][:shared])
-        curves.plot(range(1, len(row["losses"]) + 1), row["losses"], label=row["case"], linewidth=1)
-        differences.plot(range(1, shared + 1), difference, linewidth=1)
+        curves.plot(row["steps"], row["losses"], label=row["case"], linewidth=1)
+        differences.plot(row["steps"][:shared], difference, linewidth=1)
         print(f"{row['case']} largest_difference {np.abs(difference).max():.4f} last_20_mean "
               f"{np.mean(row['losses'][-20:]):.4f}")
     curves.set_ylabel("loss")
