@@ -1,9 +1,12 @@
 """The model against the official one (tests/fixtures/model), and what it promises by itself."""
 
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 import zlib
 
 import numpy as np
@@ -221,6 +224,33 @@ def test_predict_action(changes):
         state = None if proprio is None else proprio[i]
         one = vla.predict_action(images[i], texts[i], unnorm_key="a", proprio=state)
         np.testing.assert_array_equal(one, batch[i])
+
+
+def test_a_recorded_action_keeps_the_cache_it_writes_into(monkeypatch):
+    """A CUDA graph remembers addresses only; here it is one that records nothing."""
+    class Graph:
+        def pool(self):
+            return 0, 0
+
+        def replay(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
+    vla = tiny_model(vision_backbone={"dino": TINY["vision_backbone"]["dino"]}, arch_specifier="linear")
+    make_cache, vla.graphs, written = vla.make_cache, {}, []
+
+    def watched(images, text):
+        cache = make_cache(images, text)
+        written.extend(weakref.ref(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values))
+        return cache
+
+    vla.make_cache = watched
+    for prompt in ([1, 5, 6], [1, 5, 6] * 20, [1, 5, 6]):  # two lengths, the first one twice
+        vla.generate(torch.zeros(1, 1, 28, 28, 3, dtype=torch.uint8), [prompt])
+    gc.collect()
+    assert len(vla.graphs) == 2 and len(written) == 2 * 2 * vla.llm.config.num_hidden_layers
+    assert all(tensor() is not None for tensor in written)
 
 
 def test_actions_need_statistics():
