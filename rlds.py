@@ -145,9 +145,10 @@ class Steps:
 def find_dataset(data_root_dir: str | Path, name: str) -> Path:
     """The directory with the newest version of dataset `name` ("name" or "name:version"), or data_root_dir
     itself if it is one. Raises DataError when there is none."""
-    root, (name, _, version) = Path(data_root_dir), name.partition(":")
+    root = Path(data_root_dir)
     if (root / "features.json").exists():
         return root
+    name, _, version = name.partition(":")
     root /= name
     found = [d for d in root.glob(version or "*") if (d / "features.json").exists()]
     if not found:

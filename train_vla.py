@@ -349,13 +349,13 @@ def spare_passes(zero) -> None:
     """
     adamw, world_size = zero.optimizer, dist.get_world_size()
     fused = isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]
-    flat = (zero.dtype, zero.gradient_accumulation_dtype) == (torch.bfloat16, torch.float32)
-    if not fused or not flat or zero.cpu_offload:
+    summed_apart = (zero.dtype, zero.gradient_accumulation_dtype) == (torch.bfloat16, torch.float32)
+    if not fused or not summed_apart or zero.cpu_offload:
         return
 
     def norm_of_mean():
         sums = [group.flat_partition for group in zero.averaged_gradients.values()]
-        pieces = [piece for flat in sums for piece in flat.split(1 << 30)]  # PyTorch counts with 32 bits
+        pieces = [piece for total in sums for piece in total.split(1 << 30)]  # PyTorch counts with 32 bits
         square = torch.nn.utils.get_total_norm(pieces).square()
         dist.all_reduce(square)
         return square.sqrt() / world_size
@@ -798,39 +798,39 @@ def load_ds_config(path: Path) -> dict:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
     if not isinstance(ds_config, dict):
         raise ValueError(f"{path}: expected an object, {{...}}")
-    for key in ("bf16", "data_types", "zero_optimization", "optimizer", "activation_checkpointing"):
-        if not isinstance(ds_config.get(key, {}), dict):
-            raise ValueError(f"{path}: {key} must be an object, {{...}}")
-    if not isinstance(ds_config.get("optimizer", {}).get("params", {}), dict):
-        raise ValueError(f"{path}: optimizer.params must be an object, {{...}}")
-    if "fp16" in ds_config:
-        raise ValueError(f"{path}: remove \"fp16\": its loss scaling is not supported; without \"bf16\", "
-                         "training is in float32")
-    if ds_config.get("zero_optimization", {}).get("round_robin_gradients"):
-        raise ValueError(f"{path}: remove zero_optimization.round_robin_gradients: DeepSpeed then does not "
-                         "say where a parameter is, and checkpoints would be wrong")
+    stated = dict(ds_config)  # {key or section.key: value}
+    for section in ("bf16", "fp16", "data_types", "zero_optimization", "activation_checkpointing",
+                    "optimizer", "optimizer.params"):
+        inside = stated.get(section, {})
+        if not isinstance(inside, dict):
+            raise ValueError(f"{path}: {section} must be an object, {{...}}")
+        stated |= {f"{section}.{key}": value for key, value in inside.items()}
     in_yaml = {"train_batch_size": "global_batch_size", "gradient_clipping": "max_grad_norm",
                "train_micro_batch_size_per_gpu": "per_device_batch_size",
                "gradient_accumulation_steps": "global_batch_size", "scheduler": "lr_scheduler_type",
                "optimizer.params.lr": "learning_rate", "optimizer.params.weight_decay": "weight_decay"}
-    params = ds_config.get("optimizer", {}).get("params", {})
-    for key in [*ds_config, *(f"optimizer.params.{name}" for name in params)]:
-        if key in in_yaml:
-            raise ValueError(f"{path}: remove {key!r}: it is set once, by {in_yaml[key]} in the YAML")
+    refused = {key: f"it is set once, by {name} in the YAML" for key, name in in_yaml.items()} | {
+        "fp16.enabled": "its loss scaling is not supported; without bf16, training is in float32",
+        "zero_optimization.round_robin_gradients": "DeepSpeed then does not say where a parameter is, and "
+                                                   "checkpoints would be wrong",
+        "optimizer.params.amsgrad": "checkpoints hold AdamW's two moments only"}
+    for key, value in stated.items():
+        if key in refused and value is not False:
+            raise ValueError(f"{path}: remove {key!r}: {refused[key]}")
     if "optimizer" not in ds_config:
         raise ValueError(f"{path}: needs an \"optimizer\", for example "
                          '{"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
-    if str(ds_config["optimizer"].get("type")).lower() not in ("adam", "adamw") or params.get("amsgrad"):
-        raise ValueError(f"{path}: optimizer.type must be Adam or AdamW, without amsgrad: checkpoints hold "
-                         "their two moments")
-    known = {"torch_adam", "adam_w_mode", "bias_correction", *inspect.signature(torch.optim.AdamW).parameters}
-    if unknown := params.keys() - known:
-        raise ValueError(f"{path}: optimizer.params has {', '.join(sorted(unknown))}, which AdamW does not "
-                         "know: betas and eps, for example, it does")
-    for key, value in ds_config.get("activation_checkpointing", {}).items():
-        if value:
-            raise ValueError(f"{path}: activation_checkpointing.{key} is not supported; the section by "
-                             "itself switches recomputation on")
+    if str(ds_config["optimizer"].get("type")).lower() not in ("adam", "adamw"):
+        raise ValueError(f"{path}: optimizer.type must be Adam or AdamW: checkpoints hold their two moments")
+    known = {"torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states",  # DeepSpeed's
+             *inspect.signature(torch.optim.AdamW).parameters}
+    for key, value in stated.items():
+        section, _, name = key.rpartition(".")
+        if section == "optimizer.params" and name not in known:
+            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+        if section == "activation_checkpointing" and value:
+            raise ValueError(f"{path}: {key} is not supported; the section by itself switches "
+                             "recomputation on")
     return ds_config
 
 

@@ -98,10 +98,10 @@ def measure(case: str, args, folder: Path) -> dict:
         config |= {"data_root_dir": str(folder), "data_mix": "libero_spatial_no_noops"}
     runs = Path(tempfile.mkdtemp(dir=folder))
     config |= {
-        "run_id": case.replace(":", "-"), "run_root_dir": str(runs), "max_steps": args.steps,
-        "global_batch_size": args.global_batch, "per_device_batch_size": int(micro),
-        "num_workers": args.num_workers, "log_interval": args.log_interval, "eval_interval": 0,
-        "eval_samples": int(micro), "save_interval": 0, "compile": "compile" in switches,
+        "run_root_dir": str(runs), "max_steps": args.steps, "global_batch_size": args.global_batch,
+        "per_device_batch_size": int(micro), "num_workers": args.num_workers,
+        "log_interval": args.log_interval, "eval_interval": 0, "eval_samples": int(micro),
+        "save_interval": 0, "compile": "compile" in switches,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ds_config = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
