@@ -9,6 +9,7 @@ Read VLA.forward first: that is the whole model. Parameters are named as in Open
 ViT blocks are timm's and the decoder layers transformers'; there is no remote code and no `generate`.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ class VLA(nn.Module):
                              f"text need {needed}: take another model, fewer cameras or smaller images")
         with llm_context or nullcontext():
             self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
+        parameters = inspect.signature(self.llm.base_model.forward).parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # its former name
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size
         self.projector = nn.ModuleDict({"projector": build_projector(cfg.arch_specifier, features, hidden)})
         if cfg.use_proprio:  # not OpenVLA's: the robot's state as one more token after the image patches
@@ -266,7 +269,7 @@ class VLA(nn.Module):
     def cached_forward(self, inputs, mask, positions, cache):
         """The language model on inputs (B, S, hidden), which come after what is in the cache."""
         output = self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
-                                     past_key_values=cache, use_cache=True)
+                                     **{self.cache_argument: cache}, use_cache=True)
         return output.last_hidden_state
 
     def best_action(self, hidden) -> torch.Tensor:
