@@ -575,10 +575,14 @@ class Log:
 # Run directory
 
 
+def ranks_of_this_machine() -> int:
+    """As the launcher says, or all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+
+
 def prepare_run(cfg: TrainConfig, world_size: int) -> Path:
     """Settle the run's name as OpenVLA does, and make its directory."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    nodes = math.ceil(world_size / local)
+    nodes = math.ceil(world_size / ranks_of_this_machine())
     name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
     name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     name += "--image_aug" if cfg.image_aug else ""
@@ -865,12 +869,23 @@ def start_job() -> Neighbour:
     if "RANK" not in os.environ:  # plain python: a job of one
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", "0")  # any free one
+    share_cores()
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it after the model is made
     deepspeed.init_distributed()
     return Neighbour()
+
+
+def share_cores() -> None:
+    """Give each rank of this machine its share of the CPU cores, unless OMP_NUM_THREADS says how many: an
+    optimizer in host memory is as fast as its threads. PyTorch would count them when it first needs one; by
+    then, the DataLoader's thread that pins memory has set the number to 1."""
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, threads // ranks_of_this_machine())
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
