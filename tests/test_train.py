@@ -312,7 +312,7 @@ def test_an_unreadable_checkpoint_ends_all_ranks(finished, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Memory
+# Memory and cores
 
 
 def test_ten_times_the_data_takes_no_more_memory(tiny, tmp_path):
@@ -343,3 +343,20 @@ def test_ten_times_the_data_takes_no_more_memory(tiny, tmp_path):
     assert abs(memory[100] - memory[10]) < 0.1, memory
 
 
+def threads_of_pytorch(environment: dict, before: str) -> int:
+    """Of a process that does `before` and then has a thread set them to 1 for itself, as DataLoader's does
+    that pins memory for a GPU."""
+    program = f"""import threading, torch, train_vla; {before}
+other = threading.Thread(target=torch.set_num_threads, args=[1]); other.start(); other.join()
+print(torch.get_num_threads())"""
+    plain = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return int(subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**plain, **environment},
+                              check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def test_ranks_share_the_cores():
+    cores = threads_of_pytorch({}, "torch.get_num_threads()")
+    share = "train_vla.share_cores()"
+    assert threads_of_pytorch({"WORLD_SIZE": "1"}, share) == cores
+    assert threads_of_pytorch({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, share) == max(1, cores // 2)
+    assert threads_of_pytorch({"WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}, share) == 1
