@@ -1,6 +1,6 @@
 """Training speed through train_vla.py itself: a table of samples/s, MFU and memory, and loss curves.
 
-    python bench/train_throughput.py --num_gpus 1 --cases zero3_partial_offload:32:compile zero2:8
+    python bench/train_throughput.py --num_gpus 1 --cases zero3_partial_offload:64:compile zero2:8
     python bench/train_throughput.py --num_gpus 2 --global_batch 64 --out rows.jsonl --table \\
         --cases zero2:32:compile zero3:32:recompute openvla:32:full_shard:recompute \\
         --openvla ../openvla --openvla_python ../openvla-env/bin/python
