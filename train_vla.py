@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -598,14 +599,10 @@ class Log:
 # Run directory
 
 
-def ranks_of_this_machine() -> int:
-    """As the launcher says, or all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-
-
 def prepare_run(cfg: TrainConfig, world_size: int) -> Path:
     """Settle the run's name as OpenVLA does, and make its directory."""
-    nodes = math.ceil(world_size / ranks_of_this_machine())
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    nodes = math.ceil(world_size / local)
     name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
     name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     name += "--image_aug" if cfg.image_aug else ""
@@ -892,23 +889,23 @@ def start_job() -> Neighbour:
     if "RANK" not in os.environ:  # plain python: a job of one
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", "0")  # any free one
-    share_cores()
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it after the model is made
     deepspeed.init_distributed()
+    share_cores()
     return Neighbour()
 
 
 def share_cores() -> None:
-    """Give each rank of this machine its share of the CPU cores, unless OMP_NUM_THREADS says how many: an
-    optimizer in host memory is as fast as its threads. PyTorch would count them when it first needs one; by
-    then, the DataLoader's thread that pins memory has set the number to 1."""
-    threads = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, threads // ranks_of_this_machine())
-    torch.set_num_threads(threads)
+    """Divide CPU cores among the ranks that may use the same ones, unless OMP_NUM_THREADS says how many each
+    takes: an optimizer in host memory is as fast as its threads. PyTorch would count cores when it first
+    needs one; by then, the DataLoader's thread that pins memory has set the number to 1."""
+    mine, ranks = (socket.gethostname(), os.sched_getaffinity(0)), [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine, group=patient_group())
+    sharing = 1 if "OMP_NUM_THREADS" in os.environ else ranks.count(mine)
+    torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
 
 
 if __name__ == "__main__":

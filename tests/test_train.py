@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FIXTURES, ROOT, TINY, ds_json, launch, read_metrics
+from conftest import FIXTURES, ROOT, TINY, ds_json, launch, launch_command, read_metrics
 from safetensors import safe_open
 
 from checkpoint import CheckpointError, CheckpointReader, list_checkpoints
@@ -343,20 +344,34 @@ def test_ten_times_the_data_takes_no_more_memory(tiny, tmp_path):
     assert abs(memory[100] - memory[10]) < 0.1, memory
 
 
-def threads_of_pytorch(environment: dict, before: str) -> int:
-    """Of a process that does `before` and then has a thread set them to 1 for itself, as DataLoader's does
-    that pins memory for a GPU."""
-    program = f"""import threading, torch, train_vla; {before}
-other = threading.Thread(target=torch.set_num_threads, args=[1]); other.start(); other.join()
-print(torch.get_num_threads())"""
+CORES = r"""
+import os, sys, threading
+bound = os.environ["RANK"] == "1" and sys.argv[-1].endswith("bound")
+if bound:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+import torch, train_vla
+neighbour = train_vla.start_job()
+loader = threading.Thread(target=torch.set_num_threads, args=[1])  # DataLoader's, which pins memory for a GPU
+loader.start()
+loader.join()
+os.write(1, f"rank {os.environ['RANK']} threads {torch.get_num_threads()}\n".encode())
+neighbour.release()
+train_vla.dist.destroy_process_group()
+"""
+
+
+def test_ranks_share_the_cores_they_may_use(tmp_path):
+    (tmp_path / "cores.py").write_text(CORES)
     plain = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    return int(subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**plain, **environment},
-                              check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def test_ranks_share_the_cores():
-    cores = threads_of_pytorch({}, "torch.get_num_threads()")
-    share = "train_vla.share_cores()"
-    assert threads_of_pytorch({"WORLD_SIZE": "1"}, share) == cores
-    assert threads_of_pytorch({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, share) == max(1, cores // 2)
-    assert threads_of_pytorch({"WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}, share) == 1
+    count = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    cores = int(subprocess.run(count, env=plain, check=True, capture_output=True, text=True).stdout)
+    half = max(1, cores // 2)
+    for case, more, threads in (("any", {}, [half, half]), ("bound", {}, [cores, 1]),
+                                ("said", {"OMP_NUM_THREADS": "2"}, [min(2, cores)] * 2)):
+        how = launch_command(case, ranks=2, script=tmp_path / "cores.py")
+        how["env"] = {**how["env"], "PYTHONPATH": str(ROOT), **more}
+        if not more:
+            del how["env"]["OMP_NUM_THREADS"]
+        done = subprocess.run(**how, capture_output=True, text=True, timeout=120)
+        found = dict(re.findall(r"rank (\d) threads (\d+)", done.stdout))
+        assert [int(found[rank]) for rank in sorted(found)] == threads, (case, done.stdout, done.stderr)
