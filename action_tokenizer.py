@@ -15,6 +15,9 @@ meaning:
 256 edges enclose only 255 intervals, so bins 255 and 256 (only +1.0 lands in 256) decode to the same centre.
 """
 
+import functools
+from collections.abc import Mapping
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -99,3 +102,36 @@ class ActionTokenizer:
         """Token ids (NumPy array or torch tensor) -> index of the bin centre, 0..n_bins-2. Works on any
         device."""
         return (self.vocab_size - ids - 1).clip(0, self.n_bins - 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
+def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
+    """(..., D) float32 -> the same in [-1, 1] (kind "bounds_q99", "bounds") or of unit deviation ("normal").
+
+    stats: "action" or "proprio" of dataset_statistics.json. Bit for bit OpenVLA's, which zeroes dimensions
+    that never change (even masked ones: a gripper that is always open becomes 0, not 1).
+    """
+    f32 = functools.partial(np.asarray, dtype=np.float32)
+    mask = np.array(stats.get("mask", [True] * values.shape[-1]))
+    if kind == "normal":
+        return np.where(mask, (values - f32(stats["mean"])) / f32(np.array(stats["std"]) + 1e-8), values)
+    low, high = (np.array(stats[key]) for key in BOUNDS[kind])
+    scaled = np.clip(np.float32(2) * (values - f32(low)) / f32(high - low + 1e-8) - np.float32(1), -1, 1)
+    constant = np.array(stats["min"]) == np.array(stats["max"])
+    return np.where(constant, np.float32(0), np.where(mask, scaled, values))
+
+
+def unnormalize(actions: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
+    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does: masked dimensions
+    stay as they are (a gripper in 0..1), and so does not undo the zeroing of constants."""
+    mask = np.array(stats.get("mask", [True] * actions.shape[-1]))
+    if kind == "normal":
+        return np.where(mask, actions * (np.array(stats["std"]) + 1e-8) + np.array(stats["mean"]), actions)
+    low, high = (np.array(stats[key]) for key in BOUNDS[kind])
+    return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
+
+
+BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}

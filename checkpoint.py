@@ -20,8 +20,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -30,110 +29,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from faults import patient_group
+from ranks import patient_group
+from zero import MOMENTS, describe_parameters, local_tensors, set_optimizer_step, set_tensors
 
 FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read. The message names it and says what to do."""
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Where DeepSpeed keeps a parameter
-
-
-@dataclass
-class Slice:
-    """This rank's part of one trainable parameter: elements [first, first + count) of it, flattened, live
-    as elements [offset, offset + count) of `flat`, a float32 tensor the optimizer steps on. replicated:
-    every rank has all of it."""
-
-    flat: torch.Tensor
-    offset: int
-    first: int
-    count: int
-    replicated: bool = False
-
-    def view(self, engine, kind: str) -> torch.Tensor:
-        """kind "weight", "exp_avg" or "exp_avg_sq" -> a view (count,) of the live tensor."""
-        tensor = self.flat.data if kind == "weight" else optimizer_state(engine, self.flat)[kind]
-        return tensor.view(-1).narrow(0, self.offset, self.count)
-
-
-def find_slice(engine, param: torch.nn.Parameter) -> Slice | None:
-    """Where this rank keeps float32 master weight and moments of a trainable parameter; None if it has no
-    part."""
-    optimizer = engine.optimizer
-    if hasattr(param, "ds_id"):  # ZeRO-3: each parameter is cut into equal slices, the last one padded
-        group, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
-        first = size * dist.get_rank()
-        count = max(min(size, param.ds_numel - first), 0)
-        return Slice(optimizer.fp32_partitioned_groups_flat[group], offset, first, count) if count else None
-    if hasattr(param, "_hp_mapping"):  # ZeRO-1 and 2: all parameters in a row, and the row is cut
-        if (mapping := param._hp_mapping) is None:
-            return None
-        flat = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
-        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return Slice(flat, here.start, there.start, here.numel)
-    flat = param  # stage 0 in float32
-    for masters, weights in zip(getattr(optimizer, "fp32_groups", ()), getattr(optimizer, "fp16_groups", ()),
-                                strict=True):  # stage 0 in bf16: float32 copies, one by one
-        flat = next((m for m, weight in zip(masters, weights, strict=True) if weight is param), flat)
-    return Slice(flat, 0, 0, param.numel(), replicated=True)
-
-
-def optimizers(engine) -> list[torch.optim.Optimizer]:
-    """The optimizer; and when the JSON offloads only a part (`ratio`), also that of the part on the GPU."""
-    return [engine.basic_optimizer, *filter(None, [getattr(engine.optimizer, "backup_optimizer", None)])]
-
-
-def optimizer_state(engine, flat: torch.Tensor) -> dict:
-    """AdamW's state of one flat tensor, made here if it has not stepped yet."""
-    state = optimizers(engine)[-1 if flat.is_cuda else 0].state[flat]
-    if "exp_avg" not in state:
-        state.update({kind: torch.zeros_like(flat.data) for kind in MOMENTS})
-        state["step"] = torch.zeros((), device=flat.device)  # a tensor, because it is PyTorch's fused AdamW
-    return state
-
-
-def set_optimizer_step(engine, step: int) -> None:
-    """Set AdamW's step count, which its bias correction depends on. At the start of a run, too: in bf16
-    and stage 0 DeepSpeed makes one step of its own while it initialises (at learning rate 0, so it only
-    counts)."""
-    for state in (state for optimizer in optimizers(engine) for state in optimizer.state.values()):
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"].fill_(step)
-        elif "step" in state:
-            state["step"] = step
-
-
-def frozen_slice(param: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
-    """This rank's part of a frozen parameter, in its own dtype: (first element, flat view)."""
-    if hasattr(param, "ds_id"):
-        part, first = param.ds_tensor.data.view(-1), param.ds_tensor.numel() * dist.get_rank()
-        return first, part[: max(min(len(part), param.ds_numel - first), 0)]
-    first, stop = split_evenly(param.numel())
-    return first, param.data.view(-1)[first:stop]
-
-
-def split_evenly(n: int) -> tuple[int, int]:
-    """This rank's share of n elements that every rank has."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return n * rank // world, n * (rank + 1) // world
-
-
-def local_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """("weight/<name>@<first>", flat tensor) of everything this rank should write."""
-    for name, param in engine.module.named_parameters():
-        if not param.requires_grad:
-            first, part = frozen_slice(param)
-            yield f"weight/{name}@{first}", part
-        elif (part := find_slice(engine, param)) is not None:
-            start, stop = split_evenly(part.count) if part.replicated else (0, part.count)
-            for kind in ("weight", *MOMENTS):
-                yield f"{kind}/{name}@{part.first + start}", part.view(engine, kind)[start:stop]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -282,12 +185,6 @@ class CheckpointReader:
         return self.read(f"weight/{name}", 0, int(torch.Size(shape).numel())).view(shape)
 
 
-def describe_parameters(module: torch.nn.Module) -> dict[str, tuple[list[int], bool]]:
-    """{name: (shape, is it trained?)}, also where ZeRO-3 has left only slices."""
-    return {name: (list(getattr(param, "ds_shape", param.shape)), param.requires_grad)
-            for name, param in module.named_parameters()}
-
-
 def check_same_parameters(reader: CheckpointReader, module: torch.nn.Module) -> None:
     """Raise CheckpointError listing what is missing, extra, of another shape, or frozen in one and trained
     in the other."""
@@ -339,35 +236,3 @@ def suggest_older(damaged: Path) -> str:
             return (f"{path} is intact: to continue from there, start again after "
                     f"`mv {shlex.quote(str(damaged))} {shlex.quote(str(aside))}`")
     return "There is no intact checkpoint before it"
-
-
-def set_tensors(engine, read: Callable[[str, int, int], torch.Tensor | None], kinds: tuple[str, ...]) -> None:
-    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where they are known, the
-    moments.
-
-    read("<kind>/<parameter>", start, stop) returns elements [start, stop) of the flattened tensor in any
-    dtype, or None to leave the parameter as it is; it is asked only for what this rank owns, a tensor at a
-    time, so that host memory stays small.
-    """
-    zero3 = engine.zero_optimization_stage() == 3
-    if zero3:
-        engine.optimizer.checkpoint_event_prologue()  # parameters that stay gathered go back to their slices
-    for name, param in engine.module.named_parameters():
-        if not param.requires_grad:
-            first, part = frozen_slice(param) if zero3 else (0, param.data.view(-1))
-            if (values := read(f"weight/{name}", first, first + len(part))) is not None:
-                part.copy_(values)
-        elif (part := find_slice(engine, param)) is not None:
-            for kind in kinds:
-                values = read(f"{kind}/{name}", part.first, part.first + part.count)
-                if values is None:
-                    continue
-                part.view(engine, kind).copy_(values)
-                if kind == "weight" and zero3:
-                    param.ds_tensor.data.view(-1)[: part.count].copy_(values)
-                elif kind == "weight" and part.replicated:
-                    param.data.view(-1).copy_(values)
-    if zero3:
-        engine.optimizer.checkpoint_event_epilogue()  # and are gathered again
-    elif hasattr(engine.optimizer, "update_lp_params"):
-        engine.optimizer.update_lp_params()  # ZeRO-1 and 2: bf16 weights from the float32 slices of all ranks

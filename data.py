@@ -6,26 +6,19 @@ starting at sample k x global_batch_size; one GPU or 64 see the same global batc
 slice.
 
 Read in this order: permute and interleave (which frame comes when), Mixture (datasets, weights, one sample),
-TrainBatches and collate (what the DataLoader's workers run). The image functions and `python data.py
---inspect` stand at the end. How a dataset is read from disk is in rlds.py, what its fields mean in oxe.py.
+TrainBatches and collate (what the DataLoader's workers run). How a dataset is read from disk is in rlds.py,
+what its fields mean in oxe.py, how images are decoded in images.py.
 """
 
-import argparse
 import functools
-import io
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 import oxe
-from action_tokenizer import ActionTokenizer, prompt_ids
-from rlds import DataError, FrameTable, find_dataset, frame_table, step_features
+from action_tokenizer import ActionTokenizer, normalize, prompt_ids
+from images import augment, center_crop, decode_image, draw_augmentation
+from rlds import DataError, FrameTable, find_dataset, frame_table
 
 IGNORE_INDEX = -100  # label of tokens that are not learned, cross_entropy's default
 
@@ -92,38 +85,6 @@ def interleave(weights: np.ndarray, first: int, count: int) -> tuple[np.ndarray,
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Normalisation
-
-
-def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
-    """(..., D) float32 -> the same in [-1, 1] (kind "bounds_q99", "bounds") or of unit deviation ("normal").
-
-    stats: "action" or "proprio" of dataset_statistics.json. Bit for bit OpenVLA's, which zeroes dimensions
-    that never change (even masked ones: a gripper that is always open becomes 0, not 1).
-    """
-    f32 = functools.partial(np.asarray, dtype=np.float32)
-    mask = np.array(stats.get("mask", [True] * values.shape[-1]))
-    if kind == "normal":
-        return np.where(mask, (values - f32(stats["mean"])) / f32(np.array(stats["std"]) + 1e-8), values)
-    low, high = (np.array(stats[key]) for key in BOUNDS[kind])
-    scaled = np.clip(np.float32(2) * (values - f32(low)) / f32(high - low + 1e-8) - np.float32(1), -1, 1)
-    constant = np.array(stats["min"]) == np.array(stats["max"])
-    return np.where(constant, np.float32(0), np.where(mask, scaled, values))
-
-
-def unnormalize(actions: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
-    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does: masked dimensions
-    stay as they are (a gripper in 0..1), and so does not undo the zeroing of constants."""
-    mask = np.array(stats.get("mask", [True] * actions.shape[-1]))
-    if kind == "normal":
-        return np.where(mask, actions * (np.array(stats["std"]) + 1e-8) + np.array(stats["mean"]), actions)
-    low, high = (np.array(stats[key]) for key in BOUNDS[kind])
-    return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
-
-
-BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
-
-# ------------------------------------------------------------------------------------------------------------
 # Datasets and samples
 
 
@@ -144,7 +105,7 @@ class Mixture:
 
     cfg: data_root_dir, data_mix, datasets, cameras, use_proprio, window_size, action_chunk,
          action_normalization, image_size, image_aug, seed, index_dir, skip_bad_episodes, prompt_style,
-         max_length (see train_vla.TrainConfig)
+         max_length (see config.TrainConfig)
     """
 
     def __init__(self, cfg, tokenizer=None, train: bool = True):
@@ -277,7 +238,9 @@ class Mixture:
                 except (ValueError, OSError) as error:
                     raise DataError(f"{table.where(row)}: {key} of frame {row - first}: {error}") from error
         if augment_seed is not None:
-            images = [augment(image, **draw_augmentation(augment_seed, i)) for i, image in enumerate(images)]
+            numbers = [mix_bits(augment_seed, i, np.arange(6)) / 2.0**64 for i in range(len(images))]
+            images = [augment(image, **draw_augmentation(six))
+                      for image, six in zip(images, numbers, strict=True)]
         elif cfg.image_aug:
             images = [center_crop(image, cfg.image_size) for image in images]
 
@@ -342,220 +305,7 @@ class TrainBatches(torch.utils.data.Dataset):
         return collate(samples, self.mixture.tokenizer.pad_token_id)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images
+if __name__ == "__main__":  # python data.py --inspect DIR
+    import inspect_data
 
-
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """JPEG or PNG bytes -> (size, size, 3) uint8. No bytes give a black image."""
-    return resize_image(decode_native(data), size) if data else np.zeros((size, size, 3), np.uint8)
-
-
-def decode_native(data: bytes) -> np.ndarray:
-    """JPEG or PNG bytes -> (H, W, 3) uint8.
-
-    JPEGs are decoded with the fast DCT and plain upsampling, as TensorFlow's decode_image does; the accurate
-    ones differ from it on two thirds of all values.
-    """
-    if simplejpeg.is_jpeg(data):
-        return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
-    image = Image.open(io.BytesIO(data))
-    if image.mode == "I;16":  # depth, for example: its upper eight bits, as TensorFlow
-        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-    return np.array(image.convert("RGB"))
-
-
-def resize_image(image: np.ndarray, size: int, strategy: str = "lanczos", fill: Sequence[int] = (0, 0, 0)
-                 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3).
-
-    strategy "lanczos" does not keep the aspect ratio: how OpenVLA's training data is resized. "resize-naive",
-    "resize-crop" (cut off what is too long) and "letterbox" (pad with the colour `fill`) are bicubic: how its
-    processors treat what they are given to act on.
-    """
-    if image.shape[:2] == (size, size):
-        return image
-    if strategy != "lanczos":
-        return _resize_bicubic(Image.fromarray(image), size, strategy, fill)
-    try:
-        x = torch.from_numpy(image).permute(2, 0, 1)[None]
-        x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
-        return x[0].permute(1, 2, 0).numpy()
-    except (ValueError, NotImplementedError):  # before PyTorch 2.15; Pillow: within 1, four times as slow
-        return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
-
-
-def _resize_bicubic(image: Image.Image, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
-    (width, height), shape = image.size, (size, size)
-    if strategy == "letterbox":
-        longest = max(width, height)
-        left, top = (longest - width) // 2, (longest - height) // 2
-        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
-        padded.paste(image, (left, top))
-        image, (width, height) = padded, padded.size  # one pixel off square where the difference was odd
-    if strategy != "resize-naive":  # the shorter side becomes `size`
-        shape = (size * width // min(width, height), size * height // min(width, height))
-    image = image.resize(shape, Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return np.array(image.crop((left, top, left + size, top + size)))
-
-
-CROP_SIDE = 0.9**0.5  # the crop keeps 90 % of the area
-
-
-def crop(image: np.ndarray, top: float, left: float, size: int) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, size, size) float32 in 0..1: the part that begins at (top, left), given as
-    fractions of the sides, and is CROP_SIDE of them long; bilinear, as tf.image.crop_and_resize."""
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    y_grid, x_grid = (torch.linspace(-1, 1, size) * CROP_SIDE + (2 * offset + CROP_SIDE - 1)
-                      for offset in (top, left))
-    grid = torch.stack(torch.broadcast_tensors(x_grid, y_grid[:, None]))  # (2, size, size)
-    return F.grid_sample(x, grid.permute(1, 2, 0)[None], align_corners=True)[0].mul_(1 / 255)
-
-
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3): what a model trained on random crops is shown when it acts."""
-    x = crop(image, (1 - CROP_SIDE) / 2, (1 - CROP_SIDE) / 2, size).clamp_(0, 1)
-    return x.mul_(255.5).clamp_(max=255).byte().permute(1, 2, 0).numpy()
-
-
-def draw_augmentation(*seed: int) -> dict[str, float]:
-    """Random parameters for `augment`, in OpenVLA's ranges. OpenVLA's crops always lie on the image's
-    diagonal, because it draws both offsets with one seed; ours are independent."""
-    ranges = {"top": (0, 1 - CROP_SIDE), "left": (0, 1 - CROP_SIDE), "brightness": (-0.2, 0.2),
-              "contrast": (0.8, 1.2), "saturation": (0.8, 1.2), "hue": (-0.05, 0.05)}
-    uniform = mix_bits(*seed, np.arange(len(ranges))) / 2.0**64
-    return {name: low + u * (high - low)
-            for (name, (low, high)), u in zip(ranges.items(), uniform.tolist(), strict=True)}
-
-
-def augment(image: np.ndarray, top: float, left: float, brightness: float, contrast: float, saturation: float,
-            hue: float) -> np.ndarray:
-    """(S, S, 3) uint8 -> the same: crop at (top, left) and resize back, then brightness, contrast,
-    saturation, hue, as OpenVLA does with TensorFlow (dlimp's augment_image); hue as a fraction of the
-    circle."""
-    x = crop(image, top, left, len(image)).add_(brightness).clamp_(0, 1)  # (3, S, S)
-    mean = x.mean((1, 2), keepdim=True)
-    x = x.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1).numpy()
-
-    # to hue, value and chroma (= saturation x value), by sorting instead of branching, and back
-    r, g, b = x
-    high, low = np.maximum(g, b), np.minimum(g, b)
-    value, other = np.maximum(r, high), np.minimum(r, high)
-    chroma = value - np.minimum(other, low)
-    swapped, below = (g < b).view(np.int8), (r < high).view(np.int8)
-    sextant = below * (12 * swapped - 2) - 6 * swapped  # which part of the colour circle this order means
-    h = np.abs((other - low) / np.maximum(chroma, np.float32(1e-9)) + sextant) + np.float32(6 * hue)
-    h -= np.float32(6) * np.floor(h * np.float32(1 / 6))
-    chroma = np.minimum(chroma * np.float32(saturation), value)
-    x = 2 - np.abs(h - np.array([3, 2, 4], np.float32)[:, None, None])
-    x[0] = 1 - x[0]
-    x = x.clip(0, 1, out=x) * chroma + (value - chroma)
-    return np.minimum(x * 255.5, 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def contact_sheet(tiles: list[tuple[np.ndarray, str]], columns: int = 4) -> Image.Image:
-    """Images (H, W, 3) uint8, each with a caption of a few lines below it, as one picture."""
-    height, width = max(t.shape[0] for t, _ in tiles), max(max(t.shape[1] for t, _ in tiles), 240)
-    cell = height + 14 * max(caption.count("\n") + 1 for _, caption in tiles) + 8
-    sheet = Image.new("RGB", (width * min(columns, len(tiles)), cell * -(-len(tiles) // columns)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (tile, caption) in enumerate(tiles):
-        x, y = i % columns * width, i // columns * cell
-        sheet.paste(Image.fromarray(tile), (x, y))
-        pen.multiline_text((x + 2, y + height + 2), caption, fill="black")
-    return sheet
-
-
-# ------------------------------------------------------------------------------------------------------------
-# python data.py --inspect DIR [--data_mix NAME]: look at a dataset before training on it
-
-
-def guess_recipe(directory: Path) -> oxe.Recipe:
-    """A recipe for a dataset nobody described: its image features in order, `action`, and whatever text
-    there is."""
-    features = step_features(directory)
-    images = [name.removeprefix("observation/") for name, (_, _, image) in features.items() if image]
-    texts = [name for name, (_, dtype, image) in features.items() if dtype.kind == "O" and not image]
-    texts.sort(key=lambda name: "language_instruction" not in name)
-    if "action" not in features or not texts or not images:
-        raise DataError(f"{directory}: cannot guess what is action, image and instruction in "
-                        f"{sorted(features)}: describe it under `datasets:` in a YAML and train, or use the "
-                        "names of OXE")
-    return oxe.Recipe(**dict(zip(oxe.CAMERAS, images, strict=False)), instruction=texts[0])
-
-
-def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
-    """Print what is in a dataset, warn of what often goes wrong, and write a contact sheet of some frames."""
-    if name is None and not (directory / "features.json").exists():  # the folder that holds the versions
-        directory, name = directory.parent, directory.name
-    path = find_dataset(directory, name or "")
-    name = (name or path.resolve().parent.name).partition(":")[0]
-    recipe = oxe.DATASETS.get(name) or guess_recipe(path)
-    cameras = [camera for camera in oxe.CAMERAS if getattr(recipe, camera)]
-    keys = recipe.camera_keys(cameras)
-    standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys, load_proprio=False)
-    table = frame_table(path, standardize, keys, oxe.fingerprint(recipe, False), skip_bad_episodes=True)
-    stats, episodes = table.statistics["action"], table.episodes
-
-    print(f"dataset {name} directory {path} recipe {'registered' if name in oxe.DATASETS else 'guessed'}")
-    for number, split in enumerate(table.splits):
-        count = episodes["count"][episodes["split"] == number]
-        print(f"split {split} episodes {len(count)} frames {count.sum()}"
-              + (f" frames_per_episode {count.min()}..{count.max()}" if len(count) else ""))
-    for camera in cameras:
-        print(f"camera {camera} key {getattr(recipe, camera)}")
-    print(f"instructions {len(table.instructions)} e.g. {' | '.join(map(repr, table.instructions[:8]))}")
-    print("action   dim       min       q01      mean       q99       max       std")
-    for dim in range(len(stats["min"])):
-        values = " ".join(f"{stats[key][dim]:9.4f}" for key in ("min", "q01", "mean", "q99", "max", "std"))
-        print(f"action {dim:5d} {values}")
-    for warning in dataset_warnings(table, recipe):
-        print(f"warning: {warning}")
-    rows = np.linspace(0, len(table.frames) - 1, 12).astype(int)
-    tiles = [(decode_image(table.read_image(row, 0), 224), _caption(table, row)) for row in rows]
-    contact_sheet(tiles).save(out)
-    print(f"contact_sheet {out}")
-
-
-def dataset_warnings(table: FrameTable, recipe: oxe.Recipe) -> list[str]:
-    """What makes policies fail without any error: constant dimensions, idle frames, missing text, bad
-    episodes."""
-    stats, actions = table.statistics["action"], table.frames["action"]
-    spread = np.array(stats["q99"]) - np.array(stats["q01"])
-    relative = actions[:, : actions.shape[1] - recipe.absolute]
-    still = np.abs(relative) < 1e-3 * np.maximum(spread, 1e-9)[: relative.shape[1]]
-    idle = still.all(1).mean() if relative.shape[1] else 0.0
-    unlabeled = int((~table.episodes["labeled"] & (table.episodes["count"] > 0)).sum())
-    largest = np.abs([stats["min"], stats["max"]]).max(0)
-    found = [f"action dimension {d} never changes (always {stats['min'][d]:.4g}): it will be trained as 0"
-             for d in np.flatnonzero(np.array(stats["min"]) == np.array(stats["max"]))]
-    found += [f"action dimension {d} is absolute and reaches {largest[d]:.4g}: what lies beyond -1..1 is cut "
-              "off" for d in range(relative.shape[1], actions.shape[1]) if largest[d] > 1]
-    if idle > 0.05:
-        found.append(f"{idle:.0%} of all frames command no motion: policies copy such pauses; remove them")
-    if unlabeled:
-        found.append(f"{unlabeled} of {len(table.episodes)} episodes have no instruction: they are left out")
-    return found + [f"bad episode: {reason}" for reason in table.bad]
-
-
-def _caption(table: FrameTable, row: int) -> str:
-    text = table.instructions[table.frames["instruction"][row]]
-    action = " ".join(f"{value:.2f}" for value in table.frames["action"][row])
-    return f"frame {row}\n{text[:40]}\n{text[40:80]}\n{action}"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=inspect_dataset.__doc__)
-    parser.add_argument("--inspect", type=Path, required=True, metavar="DIR",
-                        help="a dataset, or a folder of datasets")
-    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
-    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
-    args = parser.parse_args()
-    try:
-        names = [name for name, _, _ in oxe.resolve_mixture(args.data_mix)] if args.data_mix else [None]
-        for name in names:
-            stem = args.out.stem if len(names) == 1 else f"{args.out.stem}_{name}"
-            inspect_dataset(args.inspect, name, args.out.with_stem(stem))
-    except ValueError as error:  # DataError is one
-        sys.exit(f"error: {error}")
+    inspect_data.main()

@@ -33,8 +33,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from action_tokenizer import unnormalize
 from checkpoint import CheckpointError, CheckpointReader
-from data import IGNORE_INDEX, Mixture, collate, decode_native, unnormalize
+from data import IGNORE_INDEX, Mixture, collate
+from images import decode_native
 from model import VLA
 from rlds import DataError
 from weights import load_vla, open_weights

@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
-from action_tokenizer import ActionTokenizer, prompt_ids
-from data import center_crop, normalize, resize_image, unnormalize
+from action_tokenizer import ActionTokenizer, normalize, prompt_ids, unnormalize
+from images import center_crop, resize_image
 
 
 class VLA(nn.Module):
@@ -33,7 +33,7 @@ class VLA(nn.Module):
 
     cfg: vision_backbone, llm_backbone, arch_specifier, image_size, image_resize_strategy, image_aug,
          cameras, window_size, action_dim, action_chunk, action_normalization, parallel_decoding, use_proprio,
-         proprio_dim, prompt_style (see train_vla.TrainConfig)
+         proprio_dim, prompt_style (see config.TrainConfig)
     tokenizer: from action_tokenizer.load_tokenizer
     llm_context: where the language model is made; under ZeRO-3 it is sharded layer by layer at its birth
     """

@@ -48,7 +48,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from checkpoint import CheckpointError
-from data import decode_native
+from images import decode_native
 from model import VLA
 from weights import load_vla
 

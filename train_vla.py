@@ -9,136 +9,55 @@ checkpoint. Also starts under torchrun, or as plain `python train_vla.py ...` on
 
 import argparse
 import dataclasses
-import difflib
-import fcntl
-import inspect
-import itertools
 import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
-import types
-import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the DataLoader's workers are parallelism enough
 # how far the host may run ahead of the GPU: the towers' backward pass is thousands of short kernels
 os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")
-# TensorBoard's own switch against importing TensorFlow where that is installed; some builds crash beside
-# torch
-sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
 
 import deepspeed
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import yaml
 from deepspeed.accelerator import get_accelerator
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from action_tokenizer import PROMPTS, load_tokenizer
-from checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    checkpoint_step,
-    list_checkpoints,
-    load_checkpoint,
-    optimizers,
-    save_checkpoint,
-    set_optimizer_step,
-    set_tensors,
-)
-from data import BOUNDS, Mixture, TrainBatches, contact_sheet
-from faults import Neighbour, Preemption, follow_rank, naming_step, patient_group, stop_if_not_finite
+from action_tokenizer import load_tokenizer
+from checkpoint import CheckpointError
+from config import TrainConfig, load_config, load_ds_config
+from data import Mixture, TrainBatches
 from model import VLA, llm_config
+from ranks import Preemption, follow_rank, naming_step, patient_group, start_job, stop_if_not_finite
 from rlds import DataError
+from run import (
+    Log,
+    average,
+    check_pretrained,
+    prepare_run,
+    save_or_warn,
+    save_run_description,
+    set_weights,
+    starting_point,
+    utilisation,
+)
 from weights import Weights, open_language_model, open_weights, use_token
-
-
-@dataclass
-class TrainConfig:
-    """Every knob. Names are OpenVLA's where it has the knob; defaults are OpenVLA's where it has one."""
-
-    vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
-
-    # model: begin with a VLM or VLA (see weights.py), which also sets what is left unsaid of its shape ...
-    base_vlm: str | None = None  # Prismatic id, directory or hub id
-    hf_token: str | None = None  # file or environment variable with a Hugging Face token; default: HF_TOKEN
-    # ... or with weights of this shape, random or, but for the projector, from timm and the hub
-    pretrained_backbones: bool = False
-    vision_backbone: dict = field(default_factory=dict)  # one or two: {name: {model: timm name, ...}}
-    llm_backbone: dict | str = field(default_factory=dict)  # a transformers config, or directory or hub id
-    tokenizer: str = ""  # directory or hub id
-    add_action_tokens: bool = False  # append 256 ids instead of taking over the vocabulary's last 256
-    arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
-    prompt_style: str = "pure"  # how the language model is asked: a key of action_tokenizer.PROMPTS
-    image_size: int = 224  # pixels; images are resized to a square
-    image_resize_strategy: str = "lanczos"  # when acting; OpenVLA's: resize-naive, resize-crop, letterbox
-    max_length: int = 2048  # most text tokens in a sample; longer instructions are an error
-
-    # what is trained (OpenVLA's four stages; see VLA.freeze)
-    freeze_vision_backbone: bool = False
-    freeze_llm_backbone: bool = False
-    unfreeze_last_llm_layer: bool = False
-
-    # data
-    data_root_dir: str = "datasets/open-x-embodiment"  # the folder with the datasets' folders
-    data_mix: str | dict = "bridge"  # mixture or dataset of oxe.py, or {dataset: weight}
-    datasets: dict = field(default_factory=dict)  # your own: {name: fields of oxe.Recipe}
-    cameras: list = field(default_factory=lambda: ["primary"])  # of primary, secondary, wrist
-    use_proprio: bool = False  # show the robot's state to the model
-    window_size: int = 1  # how many frames the model sees: this one and the ones before
-    action_chunk: int = 1  # how many steps it predicts: this one and the ones after
-    parallel_decoding: bool = False  # predict a chunk's tokens all at once instead of one after the other
-    action_normalization: str = "bounds_q99"  # or bounds, normal
-    image_aug: bool = False  # random crop and colours, as OpenVLA
-    skip_bad_episodes: bool = False  # leave out (and count) broken episodes; damaged files always stop
-    index_dir: str | None = None  # where frame tables go; default: beside each dataset
-    num_workers: int = 4  # DataLoader processes per rank
-
-    # optimisation
-    epochs: int = 1000  # ends the run unless max_steps does
-    max_steps: int | None = None  # overrides epochs
-    expected_world_size: int | None = None  # refuse to start on another number of GPUs; default: any
-    global_batch_size: int = 256  # samples per optimizer step, whatever the number of GPUs
-    per_device_batch_size: int = 32  # samples a GPU takes at a time; accumulation steps follow from the two
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.0  # not on biases and norms
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "constant"  # or linear-warmup+cosine-decay
-    warmup_ratio: float = 0.0  # share of all steps
-    seed: int = 7
-    compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
-
-    # run
-    run_root_dir: str = "runs"
-    run_id: str | None = None  # name of the run's directory; default: made of vla_id, nodes, batch and seed
-    run_id_note: str | None = None  # appended to it
-    pretrained_checkpoint: str | None = None  # begin with it, unless the run has a later one of its own
-    is_resume: bool = True  # continue its training (step, optimizer, data); false: take its weights alone
-    resume_step: int | None = None  # refuse to start if it is not of this step
-    resume_epoch: int | None = None  # or epoch
-    save_interval: int = 2500  # steps between checkpoints; 0: none unless the run is preempted
-    keep_checkpoints: int = 2  # the newest ones; 0 keeps all
-    on_save_error: str = "stop"  # or continue: a full disk ends the run, or is a warning and the run goes on
-    log_interval: int = 10  # steps between lines of the log
-    eval_interval: int = 500  # steps between evaluations on held-out episodes; 0: only at the end
-    eval_samples: int = 1024  # how many held-out frames to evaluate on
-
-    # filled in from the data when training starts, and kept with the run
-    action_dim: int = 0
-    proprio_dim: int = 0
-
-    stated = frozenset()  # not a knob: the keys that YAML and --set state (see load_config)
-
+from zero import (
+    keep_large_gradients,
+    optimizer_step,
+    optimizers,
+    set_optimizer_step,
+    spare_passes,
+    stage_weights,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # The program
@@ -329,94 +248,6 @@ def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def keep_large_gradients(zero) -> None:
-    """A gradient of more than `reduce_bucket_size` elements, say of an embedding of 128,000 words, is summed
-    outside of ZeRO-2's buckets. With `overlap_comm`, DeepSpeed then frees it while the GPUs still sum it, and
-    PyTorch would put the next tensor there: here its memory stays until they are done."""
-    def keep(gradient, stream):
-        if gradient.is_cuda and gradient.numel() > zero.reduce_bucket_size:
-            gradient.record_stream(stream)
-
-    if zero.overlap_comm and not zero.cpu_offload:
-        override(zero, {"_record_gradient_stream": keep})
-
-
-def spare_passes(zero) -> None:
-    """Pass over gradients less often, where ZeRO-2 keeps a rank's in flat float32 tensors and PyTorch's fused
-    AdamW steps on them. What is computed stays the same.
-
-    DeepSpeed divides gradients by the number of ranks, makes a float32 copy of each to add it up, reads each
-    to find overflow, copies it to float64 for the norm, and clips. Here they are added up as they come and
-    read once for their norm, which shows overflow as well, and AdamW divides them as it reads them. A step of
-    the 7B on two H200 takes 0.82 s instead of 1.00 s.
-    """
-    adamw, world_size = zero.optimizer, dist.get_world_size()
-    fused = isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]
-    summed_apart = (zero.dtype, zero.gradient_accumulation_dtype) == (torch.bfloat16, torch.float32)
-    if not fused or not summed_apart or zero.cpu_offload:
-        return
-
-    def norm_of_mean():
-        sums = [group.flat_partition for group in zero.averaged_gradients.values()]
-        pieces = [piece for total in sums for piece in total.split(1 << 30)]  # PyTorch counts with 32 bits
-        square = torch.nn.utils.get_total_norm(pieces).square()
-        dist.all_reduce(square)
-        return square.sqrt() / world_size
-
-    def average_and_clip(_, norm):
-        clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
-        adamw.grad_scale = clip * world_size
-
-    override(zero, {
-        "gradient_average": False, "check_overflow": lambda *_, **__: None,
-        "_add_to_grad_partition_buffer": lambda sums, gradient: sums is None or sums.add_(gradient),
-        "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip})
-
-
-def stage_weights(zero) -> None:
-    """Bring weights that ZeRO-3 stepped on in host memory to the GPU by way of pinned memory. DeepSpeed
-    rounds each group into new memory, which the GPU reads slowly: the 60 % of a 7B that
-    ds_configs/zero3_partial_offload.json keeps on the host take 2 s, and 0.5 s here."""
-    full, rounded = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
-    crossing = {group: weights.numel() for group, weights in enumerate(full)
-                if weights.numel() and weights.is_cpu and getattr(rounded[group], "is_cuda", False)}
-    if not crossing:
-        return
-    pinned = torch.empty(max(crossing.values()), dtype=zero.dtype, pin_memory=True)
-
-    def by_way_of_pinned(group):
-        if group in crossing:
-            rounded[group].copy_(pinned[: crossing[group]].copy_(full[group].data))
-            zero._unflatten_partitioned_parameters(group)
-        else:
-            type(zero)._reassign_or_swap_out_partitioned_parameters(zero, group)
-
-    override(zero, {"_reassign_or_swap_out_partitioned_parameters": by_way_of_pinned})
-
-
-def override(zero, ours: dict) -> None:
-    """Put `ours` where DeepSpeed has its own. Raises ValueError when a version has none of that name, since
-    wrong weights would go unseen."""
-    for name, value in ours.items():
-        if not hasattr(zero, name):
-            raise ValueError(f"DeepSpeed {deepspeed.__version__} has no {name}, which is replaced here: "
-                             "install deepspeed==0.19.8, or train with ds_configs/zero1.json")
-        setattr(zero, name, value)
-
-
-def optimizer_step(engine) -> torch.Tensor:
-    """engine.step(), which at the end of an accumulation updates the weights -> norm of the gradients
-    before clipping."""
-    norm = None
-    plain = not (engine.zero_optimization() or engine.bfloat16_enabled())
-    if plain and engine.is_gradient_accumulation_boundary():  # there, DeepSpeed neither reports nor checks it
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        engine.skipped_steps += not math.isfinite(norm)
-    engine.step()
-    return engine.get_global_grad_norm() if norm is None else norm
-
-
 @torch.no_grad()
 def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) -> dict:
     """Loss, accuracy and L1 on held-out frames (always the same ones), and the accuracy of always
@@ -448,28 +279,6 @@ def most_frequent_tokens(mixture: Mixture, samples: int) -> np.ndarray:
     actions = np.concatenate([mixture.actions(d, rows[dataset == d]) for d in np.unique(dataset)])
     tokens = mixture.action_tokenizer.encode(actions.reshape(samples, -1))
     return np.array([np.bincount(column).argmax() for column in tokens.T])
-
-
-def average(value: torch.Tensor) -> float:
-    """Mean over all ranks."""
-    value = value.detach().float().clone()
-    dist.all_reduce(value)
-    return float(value) / dist.get_world_size()
-
-
-# dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250,
-               "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165}
-
-
-def utilisation(vla: VLA, batch: dict, samples_per_second: float) -> dict[str, float]:
-    """Model TFLOP/s of each GPU and, for GPUs we know, MFU: the share of its peak. Recomputation does not
-    count as work."""
-    flops = vla.training_flops(batch["input_ids"].shape[1])
-    values = {"tflops_per_gpu": samples_per_second * flops / dist.get_world_size() / 1e12}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
-    return values | ({"mfu": values["tflops_per_gpu"] / peak} if peak else {})
 
 
 class Metrics:
@@ -518,173 +327,8 @@ class Metrics:
         return values
 
 
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for one that a full disk has cut short."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
-        return math.inf
-
-
-class Log:
-    """Where rank 0 writes: the terminal, metrics.jsonl and TensorBoard. Other ranks write nothing."""
-
-    def __init__(self, run_dir: Path, rank: int):
-        self.run_dir, self.quiet, self.board = run_dir, rank != 0, None
-        if self.quiet:
-            return
-        self.lock = open(run_dir / ".lock", "w")  # the system takes it back when this process ends
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"{run_dir}: another job is training there: wait for its end, or give this "
-                             "one a run_id of its own") from error
-
-    def resume_at(self, step: int) -> None:
-        """Start or continue the files; what an interrupted run logged after the checkpoint is dropped."""
-        if self.quiet:
-            return
-        self.board = SummaryWriter(self.run_dir, purge_step=step + 1)
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if step_of(line) <= step]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(kept))
-        scratch.replace(path)  # at once, for this may be killed as well
-
-    def line(self, text: str) -> None:
-        """One line on the terminal, clear of the progress bar."""
-        if not self.quiet:
-            tqdm.write(text)
-            sys.stdout.flush()
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of key value pairs, here and in metrics.jsonl, and a point in each of TensorBoard's
-        curves."""
-        if self.quiet:
-            return
-        self.line(f"step {step} " + " ".join(f"{key} {value:.4g}" for key, value in values.items()))
-        try:
-            with open(self.run_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            for key, value in values.items():
-                self.board.add_scalar(key, value, step)
-            self.board.flush()
-        except OSError as error:  # no reason to end a training
-            self.line(f"warning: not logged: {error}")
-
-    def mixture(self, mixture: Mixture, steps_per_epoch: int) -> None:
-        """What is trained on, and what is odd about it."""
-        shares = " ".join(f"{n}:{share:.4f}" for n, share in zip(mixture.names, mixture.weights, strict=True))
-        self.line(f"data frames {mixture.sizes.sum()} epoch_steps {steps_per_epoch} mixture {shares}")
-        for warning in mixture.warnings:
-            self.line(f"warning: {warning}")
-
-    def first_batch(self, batch: dict, mixture: Mixture) -> None:
-        """Show what the model is about to see: one prompt here, the images with text and actions in
-        TensorBoard."""
-        tiles = []
-        samples = zip(batch["images"], batch["input_ids"], batch["labels"], strict=True)
-        for images, ids, labels in itertools.islice(samples, 16):
-            prompt = mixture.tokenizer.decode(ids[: int((labels != -100).int().argmax())])
-            action = mixture.action_tokenizer.decode(labels[labels != -100][:-1].numpy())
-            caption = prompt.split(" to ", 1)[-1].split("?")[0]
-            tiles.append((images[-1].numpy(), f"{caption[:40]}\n{' '.join(f'{a:.2f}' for a in action[:7])}"))
-        self.line(f"first_prompt {prompt!r} action {' '.join(f'{a:.3f}' for a in action)}")
-        sheet = np.asarray(contact_sheet(tiles))
-        self.board.add_image("first_batch", sheet, dataformats="HWC")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Run directory
-
-
-def prepare_run(cfg: TrainConfig, world_size: int) -> Path:
-    """Settle the run's name as OpenVLA does, and make its directory."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    nodes = math.ceil(world_size / local)
-    name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
-    name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
-    name += "--image_aug" if cfg.image_aug else ""
-    run_dir = Path(cfg.run_root_dir) / name
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return run_dir
-
-
-def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, run_dir: Path) -> None:
-    """config.yaml and config.json (the resolved TrainConfig), ds_config.json and dataset_statistics.json
-    (OpenVLA's)."""
-    values = dataclasses.asdict(cfg)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    (run_dir / "config.json").write_text(json.dumps(values, indent=2))
-    (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
-    mixture.tokenizer.save_pretrained(run_dir / "tokenizer")
-    (run_dir / "dataset_statistics.json").write_text(json.dumps(mixture.statistics, indent=2))
-
-
-def starting_point(cfg: TrainConfig, mixture: Mixture, run_dir: Path) -> tuple[Path | None, int]:
-    """This run's newest checkpoint or cfg.pretrained_checkpoint, whichever is of the later step; and that
-    step."""
-    own = list_checkpoints(run_dir / "checkpoints")
-    given = Path(cfg.pretrained_checkpoint) if cfg.pretrained_checkpoint and cfg.is_resume else None
-    step = CheckpointReader(given).meta["step"] if given else 0
-    if not own or step > checkpoint_step(own[-1]):
-        return given, step
-    check_same_data(run_dir, mixture)
-    return own[-1], checkpoint_step(own[-1])
-
-
-def set_weights(engine, checkpoint: Path | None, weights: Weights | None, log: Log) -> None:
-    """Continue from a checkpoint, with its optimizer, or begin with `weights` if there are any."""
-    if checkpoint:
-        step = load_checkpoint(engine, checkpoint)["step"]
-        log.line(f"resumed {checkpoint} step {step}")
-    elif weights:
-        fresh = weights.check(engine.module)
-        set_tensors(engine, weights.read, ("weight",))
-        log.line(f"weights_from {weights.where}" + (f" except {', '.join(fresh)}" if fresh else ""))
-
-
-def check_same_data(run_dir: Path, mixture: Mixture) -> None:
-    """Raise ValueError when a run with checkpoints was trained on other data: acting undoes the normalisation
-    by the statistics that lie beside them."""
-    path = run_dir / "dataset_statistics.json"
-    known = json.loads(path.read_text()) if path.exists() else mixture.statistics
-    if known != mixture.statistics:
-        raise ValueError(f"{run_dir} was trained on {', '.join(known)}, with other statistics than those of "
-                         f"{', '.join(mixture.names)} now: give this run another run_id; "
-                         "pretrained_checkpoint with is_resume: false begins with the weights of the old one")
-
-
-def check_pretrained(cfg: TrainConfig) -> None:
-    """Raise ValueError when pretrained_checkpoint is not of the step and epoch that the config names."""
-    expected = {"step": cfg.resume_step, "epoch": cfg.resume_epoch}
-    given, resumes = cfg.pretrained_checkpoint, cfg.pretrained_checkpoint is not None and cfg.is_resume
-    if resumes and not (Path(given) / "checkpoint.json").exists():
-        raise ValueError(f"pretrained_checkpoint {given} is no checkpoint of this project (a directory with "
-                         "checkpoint.json), so its training cannot be resumed: set is_resume: false to begin "
-                         "with its weights")
-    meta = CheckpointReader(Path(given)).meta if resumes else {}
-    for key, value in expected.items():
-        if value is not None and not resumes:
-            raise ValueError(f"resume_{key} is {value}, but pretrained_checkpoint is {given} and is_resume "
-                             f"{cfg.is_resume}: name a checkpoint to resume, or remove resume_{key} (a run "
-                             "continues by itself from its newest checkpoint)")
-        if value not in (None, meta.get(key)):
-            raise ValueError(f"resume_{key} is {value}, but pretrained_checkpoint {given} is of {key} "
-                             f"{meta[key]}: correct one of them")
-
-
-def save_or_warn(engine, cfg: TrainConfig, run_dir: Path, tag: str, meta: dict, log: Log, must: bool) -> None:
-    """Save a checkpoint. A failure ends the run, unless on_save_error allows to continue and nothing says
-    that it must succeed."""
-    try:
-        path = save_checkpoint(engine, run_dir / "checkpoints", tag, meta, cfg.keep_checkpoints)
-    except CheckpointError as error:
-        if must or cfg.on_save_error == "stop":
-            raise
-        return log.line(f"warning: {error}; training goes on (on_save_error: continue)")
-    log.line(f"saved {path}")
 
 
 def open_held_out(cfg: TrainConfig, tokenizer, log: Log) -> Mixture | None:
@@ -724,140 +368,6 @@ def with_yaml_values(ds_config: dict, cfg: TrainConfig, accumulation: int) -> di
             "steps_per_print": 1 << 60}
 
 
-def load_config(path: Path, overrides: list[str]) -> TrainConfig:
-    """A YAML file, on top of the one it `inherits` from, with "key=value" overrides. Raises ValueError
-    with the cure."""
-    values = read_yaml(path)
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set {text}: expected key=value")
-        try:
-            values[key] = (yaml.safe_load(value), "--set")
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {text}: {error}") from error
-    types_ = typing.get_type_hints(TrainConfig)
-    for key, (value, source) in values.items():
-        if key not in types_:
-            near = "".join(f"; did you mean {k!r}?" for k in difflib.get_close_matches(key, types_, n=1))
-            raise ValueError(f"{source}: unknown key {key!r}{near}")
-        check_type(key, value, types_[key], source)
-    cfg = TrainConfig(**{key: float(value) if types_[key] is float else value
-                         for key, (value, _) in values.items()})
-    cfg.stated = frozenset(values)
-    check_choices(cfg)
-    return cfg
-
-
-def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, tuple[object, str]]:
-    """{key: (value, the file it stands in)}, the parent's first. heirs: the files that inherit from this."""
-    if path in heirs:
-        raise ValueError(f"{path}: inherits from itself, by way of {', '.join(map(str, heirs))}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected `key: value` lines")
-    parent = values.pop("inherits", None)
-    inherited = read_yaml(path.parent / str(parent), (*heirs, path)) if parent else {}
-    return inherited | {key: (value, str(path)) for key, value in values.items()}
-
-
-def check_type(key: str, value, wanted, source: str) -> None:
-    """Raise ValueError when a value has not the type of its TrainConfig field."""
-    allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if type(value) in allowed or (type(value) is int and float in allowed):
-        return
-    hint = ""
-    if isinstance(value, str) and (float in allowed or int in allowed):
-        hint = " (YAML takes 2e-5 for text; write 2.0e-5)" if "e" in value.lower() else " (remove the quotes)"
-    names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-    raise ValueError(f"{source}: {key}: {value!r} is a {type(value).__name__}, expected {names}{hint}")
-
-
-def check_choices(cfg: TrainConfig) -> None:
-    """Raise ValueError for values that cannot work, naming the choices."""
-    choices = {"prompt_style": [*PROMPTS], "action_normalization": [*BOUNDS, "normal"],
-               "image_resize_strategy": ["lanczos", "resize-naive", "resize-crop", "letterbox"],
-               "lr_scheduler_type": ["constant", "linear-warmup+cosine-decay"],
-               "on_save_error": ["stop", "continue"]}
-    for key, allowed in choices.items():
-        if getattr(cfg, key) not in allowed:
-            raise ValueError(f"{key}: {getattr(cfg, key)!r} is not one of {', '.join(allowed)}")
-    for camera in cfg.cameras:
-        if camera not in ("primary", "secondary", "wrist"):
-            raise ValueError(f"cameras: {camera!r} is not one of primary, secondary, wrist")
-    at_least = {1: ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
-                    "log_interval", "eval_samples", "epochs", "max_steps"),
-                0: ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "num_workers",
-                    "save_interval", "keep_checkpoints", "eval_interval")}
-    for least, key in ((least, key) for least, keys in at_least.items() for key in keys):
-        value = getattr(cfg, key)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"{key}: {value} must be at least {least}")
-    if cfg.warmup_ratio > 1:
-        raise ValueError(f"warmup_ratio: {cfg.warmup_ratio} must be at most 1: it is a share of all steps")
-    if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
-        raise ValueError("pretrained_backbones: llm_backbone must be a directory or hub id then, to take the "
-                         "weights from")
-    if cfg.pretrained_backbones and (cfg.base_vlm or (cfg.pretrained_checkpoint and not cfg.is_resume)):
-        raise ValueError("pretrained_backbones: these are other weights than those of "
-                         f"{cfg.pretrained_checkpoint or cfg.base_vlm}: remove one of the two keys")
-    for name, tower in cfg.vision_backbone.items():
-        if not isinstance(tower, dict) or "model" not in tower:
-            raise ValueError(f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}")
-    for key in ("vision_backbone", "llm_backbone", "tokenizer"):
-        if not (getattr(cfg, key) or cfg.base_vlm or cfg.pretrained_checkpoint):
-            raise ValueError(f"{key} is missing: the model needs it, or a base_vlm to take it from")
-    if not cfg.cameras:
-        raise ValueError("cameras is empty: the model needs to see something")
-
-
-def load_ds_config(path: Path) -> dict:
-    """DeepSpeed's JSON. Raises ValueError when it says again what the YAML says, or lacks the optimizer."""
-    try:
-        ds_config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--deepspeed_config {path}: {error}") from error
-    if not isinstance(ds_config, dict):
-        raise ValueError(f"{path}: expected an object, {{...}}")
-    stated = dict(ds_config)  # {key or section.key: value}
-    for section in ("bf16", "fp16", "data_types", "zero_optimization", "activation_checkpointing",
-                    "optimizer", "optimizer.params"):
-        inside = stated.get(section, {})
-        if not isinstance(inside, dict):
-            raise ValueError(f"{path}: {section} must be an object, {{...}}")
-        stated |= {f"{section}.{key}": value for key, value in inside.items()}
-    in_yaml = {"train_batch_size": "global_batch_size", "gradient_clipping": "max_grad_norm",
-               "train_micro_batch_size_per_gpu": "per_device_batch_size",
-               "gradient_accumulation_steps": "global_batch_size", "scheduler": "lr_scheduler_type",
-               "optimizer.params.lr": "learning_rate", "optimizer.params.weight_decay": "weight_decay"}
-    refused = {key: f"it is set once, by {name} in the YAML" for key, name in in_yaml.items()} | {
-        "fp16.enabled": "its loss scaling is not supported; without bf16, training is in float32",
-        "zero_optimization.round_robin_gradients": "DeepSpeed then does not say where a parameter is, and "
-                                                   "checkpoints would be wrong",
-        "optimizer.params.amsgrad": "checkpoints hold AdamW's two moments only"}
-    for key, value in stated.items():
-        if key in refused and value is not False:
-            raise ValueError(f"{path}: remove {key!r}: {refused[key]}")
-    if "optimizer" not in ds_config:
-        raise ValueError(f"{path}: needs an \"optimizer\", for example "
-                         '{"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
-    if str(ds_config["optimizer"].get("type")).lower() not in ("adam", "adamw"):
-        raise ValueError(f"{path}: optimizer.type must be Adam or AdamW: checkpoints hold their two moments")
-    known = {"torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states",  # DeepSpeed's
-             *inspect.signature(torch.optim.AdamW).parameters}
-    for key, value in stated.items():
-        section, _, name = key.rpartition(".")
-        if section == "optimizer.params" and name not in known:
-            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-        if section == "activation_checkpointing" and value:
-            raise ValueError(f"{path}: {key} is not supported; the section by itself switches "
-                             "recomputation on")
-    return ds_config
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -882,30 +392,6 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
-
-
-def start_job() -> Neighbour:
-    """Connect the ranks, under any launcher or none."""
-    if "RANK" not in os.environ:  # plain python: a job of one
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", "0")  # any free one
-    # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
-    # meanwhile leaves a lock behind at which all later ones wait for ever
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it after the model is made
-    deepspeed.init_distributed()
-    share_cores()
-    return Neighbour()
-
-
-def share_cores() -> None:
-    """Divide CPU cores among the ranks that may use the same ones, unless OMP_NUM_THREADS says how many each
-    takes: an optimizer in host memory is as fast as its threads. PyTorch would count cores when it first
-    needs one; by then, the DataLoader's thread that pins memory has set the number to 1."""
-    mine, ranks = (socket.gethostname(), os.sched_getaffinity(0)), [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine, group=patient_group())
-    sharing = 1 if "OMP_NUM_THREADS" in os.environ else ranks.count(mine)
-    torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
 
 
 if __name__ == "__main__":

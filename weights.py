@@ -30,8 +30,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from action_tokenizer import load_tokenizer
-from checkpoint import CheckpointError, CheckpointReader, describe_parameters, list_checkpoints
+from checkpoint import CheckpointError, CheckpointReader, list_checkpoints
 from model import VLA
+from zero import describe_parameters
 
 # ------------------------------------------------------------------------------------------------------------
 # What Prismatic calls things (prismatic/models/{materialize,registry}.py, prismatic/conf/models.py)

@@ -30,9 +30,10 @@ from PIL import Image
 
 import oxe
 from action_tokenizer import load_tokenizer
+from config import TrainConfig
 from data import Mixture, TrainBatches
 from rlds import _index_shard, find_dataset, step_features, write_rlds
-from train_vla import TrainConfig, make_loader
+from train_vla import make_loader
 
 OPENVLA = '''
 import sys, time, types, psutil

@@ -35,6 +35,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from conftest import ROOT, TINY
 
+import config
 import train_vla
 from checkpoint import CheckpointReader, list_checkpoints
 
@@ -58,7 +59,7 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
         status = 1
         try:
             neighbour = train_vla.start_job()
-            train_vla.train(train_vla.TrainConfig(**cfg), ds_config)
+            train_vla.train(config.TrainConfig(**cfg), ds_config)
             neighbour.release()
             status = 0
         except BaseException as error:

@@ -23,9 +23,9 @@ from openvla_peer import INSTRUCTION, STATS
 from PIL import Image
 
 from action_tokenizer import PROMPTS, load_tokenizer, prompt_ids
+from config import TrainConfig
 from export_vla import description, export
 from model import VLA
-from train_vla import TrainConfig
 from weights import PRISMATIC, load_vla, prismatic_config
 
 ROOT = Path(__file__).resolve().parents[1]

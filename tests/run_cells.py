@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import config
 import train_vla
 
 if __name__ == "__main__":
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     gc.freeze()  # DeepSpeed collects garbage whenever it starts: let it not look at all that was imported
     for name, cell in cells.items():
         print(f"cell {name}", flush=True)
-        cfg = train_vla.TrainConfig(**cell["config"])
+        cfg = config.TrainConfig(**cell["config"])
         if cfg.pretrained_checkpoint:
             (cfg.pretrained_checkpoint,) = glob.glob(cfg.pretrained_checkpoint)
         train_vla.train(cfg, cell["ds_config"])

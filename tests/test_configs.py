@@ -11,8 +11,8 @@ import yaml
 from conftest import RLDS, ROOT, TINY, launch, read_metrics
 
 import oxe
+from config import TrainConfig, load_config
 from rlds import write_rlds
-from train_vla import TrainConfig, load_config
 
 CONFIGS = ROOT / "configs"
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import data
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches, augment, collate, decode_image, draw_augmentation, interleave, permute
+from data import Mixture, TrainBatches, collate, interleave, permute
+from images import augment, decode_image, draw_augmentation
 from rlds import DataError
 from train_vla import make_loader
 
@@ -234,7 +235,8 @@ def test_augmentation_equals_openvla(case):
 
 
 def test_augmentation_is_drawn_from_openvlas_ranges():
-    draws = np.array([list(draw_augmentation(seed, 0).values()) for seed in range(4000)])
+    draws = np.array([list(draw_augmentation(data.mix_bits(seed, 0, np.arange(6)) / 2.0**64).values())
+                      for seed in range(4000)])
     low, high = [0, 0, -0.2, 0.8, 0.8, -0.05], [0.0513167, 0.0513167, 0.2, 1.2, 1.2, 0.05]
     assert (draws >= low).all() and (draws <= high).all()
     spread = np.array(high) - low

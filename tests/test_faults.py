@@ -20,8 +20,8 @@ from conftest import ROOT, TINY, ds_json, launch, launch_command, read_metrics
 import data
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointReader, list_checkpoints
+from config import TrainConfig
 from rlds import write_rlds
-from train_vla import TrainConfig
 
 
 class Job:

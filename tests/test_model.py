@@ -15,8 +15,9 @@ import torch
 from conftest import GOLDEN_MODEL, ROOT, TINY
 
 from action_tokenizer import load_tokenizer
+from config import TrainConfig
 from model import VLA
-from train_vla import TrainConfig, parameter_groups
+from train_vla import parameter_groups
 
 TINY_FUSED = json.loads((GOLDEN_MODEL / "tiny_fused.json").read_text())
 ARRAYS = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN_MODEL / "tiny_fused.npz").items()}
@@ -128,7 +129,7 @@ def test_generated_actions_equal_openvla(official):
     tokens = vla.generate(IMAGES[:1].expand(len(usable), -1, -1, -1, -1), [prompts[i] for i in usable])
     assert tokens.tolist() == [cases[i]["generated_token_ids"] for i in usable]
     actions = vla.action_tokenizer.decode(tokens.numpy())
-    from data import unnormalize
+    from action_tokenizer import unnormalize
 
     stats = TINY_FUSED["generation"]["norm_stats"]["tiny_ds"]["action"]
     expected = [cases[i]["action"] for i in usable]

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oxe
-from data import decode_native, guess_recipe
+from images import decode_native
+from inspect_data import guess_recipe
 from rlds import (
     DataError,
     FrameTable,
@@ -138,11 +139,11 @@ class NoTensorFlow(PathFinder):
 
 sys.meta_path = [NoTensorFlow if finder is PathFinder else finder for finder in sys.meta_path]
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import action_tokenizer, checkpoint, data, model, oxe, rlds, train_vla
+import eval_vla, export_vla, inspect_data, rlds, serve_vla, train_vla
 import test_rlds
 episodes = {{"train": [test_rlds.make_episode(0)]}}
 path = rlds.write_rlds(Path({str(tmp_path)!r}), "robot", "1.0.0", test_rlds.FEATURES, episodes)
-data.inspect_dataset(path, None, Path({str(tmp_path / 'sheet.png')!r}))
+inspect_data.inspect_dataset(path, None, Path({str(tmp_path / 'sheet.png')!r}))
 assert "tensorflow" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

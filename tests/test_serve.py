@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, launch, write_colours
 from PIL import Image
 
 import serve_vla
-from data import decode_native
+from images import decode_native
 from weights import load_vla
 
 # ------------------------------------------------------------------------------------------------------------

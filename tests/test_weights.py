@@ -369,7 +369,8 @@ import json, os, sys, psutil, deepspeed, torch
 sys.path.insert(0, {root!r})
 deepspeed.init_distributed()
 from types import SimpleNamespace
-from train_vla import TrainConfig, build_model
+from config import TrainConfig
+from train_vla import build_model
 from action_tokenizer import load_tokenizer
 tokenizer = load_tokenizer({tokenizer!r}, True)
 llm = dict(model_type="llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12,

@@ -18,9 +18,10 @@ from transformers import get_cosine_schedule_with_warmup
 
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointReader, list_checkpoints
+from config import TrainConfig
 from data import Mixture, TrainBatches
 from model import VLA
-from train_vla import TrainConfig, override
+from zero import override
 
 STEPS, RESUME_AT = 4, 2
 JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -190,7 +191,7 @@ def test_a_run_computes_what_a_plain_loop_does(runs):
 
 
 def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
-    """ZeRO-2 leaves both to AdamW (train_vla.spare_passes); ZeRO-1 is as DeepSpeed has it."""
+    """ZeRO-2 leaves both to AdamW (zero.spare_passes); ZeRO-1 is as DeepSpeed has it."""
     for limit, buckets in ((0.0, ""), (0.5, ""), (0.5, "-small-buckets")):
         ours, theirs = runs / f"clip{limit}-zero2{buckets}", runs / f"clip{limit}-zero1"
         np.testing.assert_allclose(read(ours), read(theirs), rtol=3e-3, err_msg=ours.name)

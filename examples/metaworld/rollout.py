@@ -90,7 +90,7 @@ class Policy:
 
     def act(self, task: str, histories: list[deque]) -> np.ndarray:
         """Observations of each trial, oldest first -> the next actions (trials, execute, 4)."""
-        from data import decode_image
+        from images import decode_image
 
         images = [[decode_image(observation[view], self.cfg.image_size) for observation in history
                    for view in self.views] for history in histories]

@@ -10,15 +10,18 @@ import functools
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from data import TrainBatches
 from rlds import DataError, end_with_parent
@@ -178,3 +181,27 @@ def records(batches: TrainBatches, step: int, micro: int) -> str:
     found = sorted({f"{mixture.names[d]} {mixture.tables[d].where(row)}"
                     for _, d, row, _ in batches.draw((step - 1) * accumulation + micro)})
     return "; ".join(found[:8]) + (f" and {len(found) - 8} more records" if len(found) > 8 else "")
+
+
+def start_job() -> Neighbour:
+    """Connect the ranks, under any launcher or none."""
+    if "RANK" not in os.environ:  # plain python: a job of one
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", "0")  # any free one
+    # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
+    # meanwhile leaves a lock behind at which all later ones wait for ever
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it after the model is made
+    deepspeed.init_distributed()
+    share_cores()
+    return Neighbour()
+
+
+def share_cores() -> None:
+    """Divide CPU cores among the ranks that may use the same ones, unless OMP_NUM_THREADS says how many each
+    takes: an optimizer in host memory is as fast as its threads. PyTorch would count cores when it first
+    needs one; by then, the DataLoader's thread that pins memory has set the number to 1."""
+    mine, ranks = (socket.gethostname(), os.sched_getaffinity(0)), [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine, group=patient_group())
+    sharing = 1 if "OMP_NUM_THREADS" in os.environ else ranks.count(mine)
+    torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
