@@ -8,24 +8,27 @@ demo: .venv/core  # train the small VLA and see that it learned (about six minut
 rollout: .venv/examples  # let what "make demo" has trained act in the simulator: success rates, picture, film
 	python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
 
-test: .venv/dev  # everything, on the CPU
+test: .venv/dev  # nearly everything, on the CPU
 	python -m pytest -q -n 2 --dist loadfile
+
+slow: .venv/dev  # the tests that take longest
+	python -m pytest -q -m slow
 
 check: .venv/dev
 	ruff check .
 
-.venv/core: requirements.txt
+.venv/core: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	pip install --upgrade pip
-	DS_BUILD_OPS=0 pip install -r requirements.txt
+	DS_BUILD_OPS=0 pip install -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/dev: .venv/core requirements-dev.txt
-	pip install -r requirements-dev.txt
+	pip install -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 .venv/examples: .venv/core examples/metaworld/requirements.txt
-	pip install -r examples/metaworld/requirements.txt
+	pip install -r examples/metaworld/requirements.txt -c constraints.txt
 	touch $@
 
-.PHONY: demo rollout test check
+.PHONY: demo rollout test slow check

@@ -21,20 +21,9 @@ from collections.abc import Mapping
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-_ASSISTANT = ("A chat between a curious user and an artificial intelligence assistant. "
-              "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-_LLAMA2_CHAT = ("You are a helpful language and vision assistant. "
-                "You are able to understand the visual content that the user provides, "
-                "and assist the user with a variety of tasks using natural language.")
-# how OpenVLA's base models were taught to be asked (prismatic/models/backbones/llm/prompting); {q} is the
-# question
-PROMPTS = {
-    "pure": "In: {q}\nOut:",
-    "vicuna_v15": _ASSISTANT + " USER: {q} ASSISTANT:",
-    "llama2_chat": "[INST] <<SYS>\n" + _LLAMA2_CHAT + "\n<</SYS>>\n\n{q} [/INST]",
-    "mistral_instruct": "[INST] {q} [/INST]",
-    "phi": "Input: {q}\nOutput:",
-}
+from config import UserError, load_table, out_of_reach
+
+PROMPTS = load_table("prismatic")["prompts"]  # how a base model was taught to be asked; `pure` is above
 
 
 def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedTokenizerBase:
@@ -45,7 +34,11 @@ def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedToke
     add_action_tokens appends 256 ids of their own. Then a padding token is added, as OpenVLA does (Llama-2:
     id 32000).
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=out_of_reach(path))
+    except Exception as error:  # transformers raises many kinds
+        why = "the hub does not answer" if out_of_reach(path) else " ".join(str(error).split())
+        raise UserError(f"tokenizer: {path!r} is none: {why}") from error
     tokenizer.action_vocab_size = tokenizer.vocab_size
     if add_action_tokens:
         tokenizer.add_tokens([f"<action_{i}>" for i in range(256)])
@@ -57,7 +50,7 @@ def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedToke
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt_style: str = "pure") -> list[int]:
     """Token ids from <s> up to where the action begins: the same for training and acting."""
     question = f"What action should the robot take to {instruction.lower()}?".replace("<image>", "")
-    ids = tokenizer(PROMPTS[prompt_style].format(q=question), add_special_tokens=True).input_ids
+    ids = tokenizer(PROMPTS[prompt_style].format(question=question), add_special_tokens=True).input_ids
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = ids if ids[0] == bos else [bos, *ids]  # the image patches follow this first token
     # OpenVLA tokenised "Out: " + action text; with Llama's tokenizer that space is a token of its own
@@ -74,7 +67,7 @@ class ActionTokenizer:
 
     def __init__(self, vocab_size: int, n_bins: int = 256):
         if vocab_size <= n_bins:
-            raise ValueError(f"vocab_size {vocab_size} leaves no room for {n_bins} action tokens")
+            raise UserError(f"vocab_size {vocab_size} leaves no room for {n_bins} action tokens")
         self.vocab_size, self.n_bins = vocab_size, n_bins
         self.bins = np.linspace(-1.0, 1.0, n_bins)  # edges, float64
         self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0  # one fewer than edges
@@ -83,12 +76,12 @@ class ActionTokenizer:
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Normalised actions (..., action_dim) float -> token ids of the same shape, int64.
 
-        Values beyond [-1, 1] are clipped, as OpenVLA does. NaN and infinity raise ValueError: they are broken
+        Values beyond [-1, 1] are clipped, as OpenVLA does. NaN and infinity raise UserError: they are broken
         data, and clipping would turn them into a confident full-speed command.
         """
         actions = np.asarray(actions)
         if not np.isfinite(actions).all():
-            raise ValueError(f"cannot tokenise a non-finite action: {actions.tolist()}")
+            raise UserError(f"cannot tokenise a non-finite action: {actions.tolist()}")
         return self.vocab_size - np.digitize(np.clip(actions, -1.0, 1.0), self.bins)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
@@ -104,8 +97,7 @@ class ActionTokenizer:
         return (self.vocab_size - ids - 1).clip(0, self.n_bins - 2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Normalisation
+# ---- Normalisation -----------------------------------------------------------------------------------------
 
 
 def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""Checkpoints: save on any number of GPUs and any ZeRO stage, resume on any other.
+"""Tensors in files: one reader for every source, and checkpoints that any number of GPUs writes and reads.
 
 ZeRO cuts every parameter's float32 weight and its two AdamW moments into slices and spreads them over the
-ranks; each stage keeps them elsewhere. `find_slice` knows where. A checkpoint is simply those slices, written
-by each rank as they are: flat safetensors named "weight/<parameter>@<first element>". Whoever reads it takes
-the elements it needs:
+ranks. A checkpoint is simply those slices, written by each rank as they are: flat safetensors named
+"weight/<parameter>@<first element>". Whoever reads it takes the elements it needs:
 
     <run>/checkpoints/step-000200-epoch-01-loss=2.3456/
         checkpoint.json            step, shapes, and the other files with sizes and checksums
@@ -13,10 +12,14 @@ the elements it needs:
 Why not DeepSpeed's own format: it is pickles (code that runs on loading), is tied to stage and world size
 until converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves it
 half-written.
+
+Read Tensors, then save_checkpoint. Which slice lives where in a sharded model is zero.py's business.
 """
 
 import contextlib
+import functools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -29,18 +32,166 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+from config import UserError
 from ranks import patient_group
 from zero import MOMENTS, describe_parameters, local_tensors, set_optimizer_step, set_tensors
 
 FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or read. The message names it and says what to do."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Saving
+# ---- Reading -----------------------------------------------------------------------------------------------
+
+
+class Tensors:
+    """The tensors of a model on disk, whatever its format: `shapes`, {parameter: shape}, is known without
+    reading any, and `read` reads a part of one."""
+
+    def __init__(self, where: str | Path):
+        self.where, self.shapes = where, {}
+        self.trained: dict[str, bool] = {}  # was a parameter trained? Where nobody knows, it is not there
+        # (kind, parameter) -> its pieces: (first element, the one after the last, what reads elements of it)
+        self.pieces: dict[tuple[str, str], list[tuple[int, int, Callable[[int, int], torch.Tensor]]]] = {}
+
+    def add(self, name: str, shape: list[int], read: Callable[[int, int], torch.Tensor]) -> None:
+        """A parameter in one piece; read(start, stop) gives elements [start, stop) of it, flattened."""
+        self.shapes[name] = list(shape)
+        self.pieces["weight", name] = [(0, math.prod(shape), read)]
+
+    def read(self, name: str, start: int, stop: int, kind: str = "weight") -> torch.Tensor | None:
+        """Elements [start, stop) of a flattened parameter or, by its `kind`, of its "exp_avg" or "exp_avg_sq"
+        in the dtype on disk; None where there are none. Raises CheckpointError if some are missing."""
+        if (kind, name) not in self.pieces:
+            return None
+        pieces = [read(max(start, first) - first, min(stop, end) - first)
+                  for first, end, read in self.pieces[kind, name] if first < stop and end > start]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+        if len(tensor) != stop - start:
+            raise CheckpointError(f"{self.where}: {kind} {name} has only {len(tensor)} of elements "
+                                  f"{start}..{stop}")
+        return tensor
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A parameter in its shape."""
+        return self.read(name, 0, math.prod(self.shapes[name])).view(self.shapes[name])
+
+    def check(self, module: torch.nn.Module, resume: bool = False) -> list[str]:
+        """Raise CheckpointError listing parameters that are missing, extra or of another shape. Modules of
+        which nothing is there, such as the projector beside a plain language model, are returned: they stay
+        as they are. To resume, nothing may be missing, and what was trained must be trained now."""
+        problems, present = [], {name.split(".")[0] for name in self.shapes}
+        ours = describe_parameters(module)
+        for name, (shape, trained) in ours.items():
+            if name not in self.shapes and (resume or name.split(".")[0] in present):
+                problems.append(f"missing {name}")
+            elif name in self.shapes and self.shapes[name] != shape:
+                problems.append(f"{name}: shape {self.shapes[name]}, this model has {shape}")
+            elif resume and self.trained.get(name, trained) != trained:
+                problems.append(f"{name}: was {'frozen' if trained else 'trained'}, now it is not")
+        problems += [f"unexpected {name}" for name in self.shapes.keys() - ours.keys()]
+        if problems:
+            shown = "; ".join(sorted(problems)[:20])
+            raise CheckpointError(f"{self.where} does not fit this model ({len(problems)} problems): {shown}")
+        return sorted({name.split(".")[0] for name in ours} - present)
+
+
+class SafetensorsFile:
+    """A safetensors file, mapped into memory."""
+
+    def __init__(self, path: Path):
+        try:
+            self.file = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: no safetensors file ({error}): damaged, or a Git LFS pointer "
+                                  "that was not pulled") from error
+        self.shapes = {key: self.file.get_slice(key).get_shape() for key in self.file.keys()}
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a flattened tensor."""
+        row = math.prod(self.shapes[key][1:])
+        first = start // row
+        rows = self.file.get_slice(key)[first : -(-stop // row)]
+        return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
+class Checkpoint(Tensors):
+    """A checkpoint of this project: weights, moments, and `meta`, the content of checkpoint.json."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.path = Path(path)
+        try:
+            self.meta = json.loads((self.path / "checkpoint.json").read_text())
+            for name, facts in self.meta["tensors"].items():
+                self.shapes[name], self.trained[name] = facts["shape"], facts["trainable"]
+            for name, facts in self.meta["files"].items():
+                if (size := (self.path / name).stat().st_size) != facts["bytes"]:
+                    raise CheckpointError(f"{self.path / name}: {size} bytes, expected {facts['bytes']}")
+                file = SafetensorsFile(self.path / name)
+                for key, (count,) in file.shapes.items():
+                    place, _, first = key.rpartition("@")
+                    piece = int(first), int(first) + count, functools.partial(file.read, key)
+                    self.pieces.setdefault(tuple(place.split("/")), []).append(piece)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # CheckpointError is a ValueError
+            raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+        for pieces in self.pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the checksums of every parts-th file. Raises CheckpointError naming a damaged one."""
+        for file, facts in list(self.meta["files"].items())[part::parts]:
+            if google_crc32c.value((self.path / file).read_bytes()) != facts["crc32c"]:
+                raise CheckpointError(f"{self.path / file}: checksum mismatch, the file is damaged")
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """All checkpoints in a run's checkpoints directory, oldest step first, without those half written."""
+    found = [p for p in Path(directory).glob("step-[0-9]*") if p.suffix != ".tmp"]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.split("-")[1])
+
+
+def load_checkpoint(engine, checkpoint: Checkpoint) -> None:
+    """Restore weights, moments and step count, written at any stage and number of ranks.
+
+    Every rank reads just the elements it owns. Raises CheckpointError on all ranks when the checkpoint does
+    not fit.
+    """
+    checkpoint.check(engine.module, resume=True)
+    set_tensors(engine, checkpoint.read, ("weight", *MOMENTS))
+    set_optimizer_step(engine, checkpoint.meta["step"])
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint to continue from, its checksums verified, on all ranks. Raises CheckpointError on all
+    of them when it is damaged; then the message says how to go on from the newest intact one before it."""
+    def verified(path: Path) -> Checkpoint:  # the files are divided among the ranks
+        checkpoint = Checkpoint(path)
+        checkpoint.verify(dist.get_rank(), dist.get_world_size())
+        return checkpoint
+
+    try:
+        return together(lambda: verified(path))
+    except CheckpointError as error:
+        cure, older = "There is no intact checkpoint before it", list_checkpoints(path.parent)
+        for before in reversed(older[: older.index(path)] if path in older else []):
+            with contextlib.suppress(CheckpointError):
+                together(functools.partial(verified, before))
+                aside = path.with_name(f"damaged-{path.name}")
+                cure = (f"{before} is intact: to continue from there, start again after `mv "
+                        f"{shlex.quote(str(path))} {shlex.quote(str(aside))}`")
+                break
+        raise CheckpointError(f"{error}. {cure}") from None
+
+
+# ---- Saving ------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) -> Path:
@@ -52,7 +203,7 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     nobody reads and the next save removes.
     """
     final, scratch = directory / tag, directory / f"{tag}.tmp"
-    rank = dist.get_rank()
+    rank, files = dist.get_rank(), [None] * dist.get_world_size()
 
     def make_room():
         if rank == 0:
@@ -73,7 +224,8 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
 
     try:
         together(make_room)
-        files = together(lambda: write_local_files(engine, scratch, rank))
+        mine = together(lambda: write_local_files(engine, scratch, rank))
+        dist.all_gather_object(files, mine, group=patient_group())
         together(publish)
     except CheckpointError as error:
         if rank == 0:
@@ -82,18 +234,18 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     return final
 
 
-def together(action: Callable[[], object]) -> list:
-    """Do something on every rank -> the results of all. When it fails anywhere (OSError, CheckpointError),
+def together(action: Callable[[], object]):
+    """Do something on every rank -> its result. When it fails anywhere (OSError, CheckpointError),
     CheckpointError with the first failure on all, so that nobody waits for a rank that gave up."""
-    result, error, reports = None, None, [None] * dist.get_world_size()
+    result, error, errors = None, None, [None] * dist.get_world_size()
     try:
         result = action()
     except (OSError, CheckpointError) as problem:
         error = f"rank {dist.get_rank()}: {problem}"
-    dist.all_gather_object(reports, (result, error), group=patient_group())
-    if errors := [problem for _, problem in reports if problem]:
-        raise CheckpointError(errors[0])
-    return [result for result, _ in reports]
+    dist.all_gather_object(errors, error, group=patient_group())
+    if any(errors):
+        raise CheckpointError(next(filter(None, errors)))
+    return result
 
 
 def write_local_files(engine, scratch: Path, rank: int) -> dict[str, dict]:
@@ -124,115 +276,3 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints in a run's checkpoints directory, oldest step first, without those half written."""
-    found = [p for p in directory.glob("step-[0-9]*") if p.suffix != ".tmp"]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.split("-")[1])
-
-
-class CheckpointReader:
-    """Random access to the tensors of a checkpoint, a slice at a time."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.meta = json.loads((path / "checkpoint.json").read_text())
-            self.slices: dict[str, list[tuple]] = {}  # "weight/name" -> [(first, stop, file, key), ...]
-            for file, facts in self.meta["files"].items():
-                if (size := (path / file).stat().st_size) != facts["bytes"]:
-                    raise CheckpointError(f"{path / file}: {size} bytes, expected {facts['bytes']}")
-                with safe_open(path / file, "pt") as tensors:
-                    for key in tensors.keys():
-                        name, _, first = key.rpartition("@")
-                        count = tensors.get_slice(key).get_shape()[0]
-                        self.slices.setdefault(name, []).append((int(first), int(first) + count, file, key))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError) as error:
-            raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
-
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the checksums of every parts-th file. Raises CheckpointError naming a damaged one."""
-        for file, facts in list(self.meta["files"].items())[part::parts]:
-            if google_crc32c.value((self.path / file).read_bytes()) != facts["crc32c"]:
-                raise CheckpointError(f"{self.path / file}: checksum mismatch, the file is damaged")
-
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor "weight/<parameter>", "exp_avg/..." or
-        "exp_avg_sq/..."."""
-        pieces = []
-        for first, end, file, key in sorted(self.slices[name]):
-            if first < stop and end > start:
-                with safe_open(self.path / file, "pt") as tensors:
-                    pieces.append(tensors.get_slice(key)[max(start, first) - first : min(stop, end) - first])
-        tensor = torch.cat(pieces) if pieces else torch.empty(0)
-        if len(tensor) != stop - start:
-            raise CheckpointError(f"{self.path}: {name} has only {len(tensor)} of elements {start}..{stop}")
-        return tensor
-
-    def weight(self, name: str) -> torch.Tensor:
-        """One parameter, whole, in the dtype it was trained in (float32; frozen ones may be bf16)."""
-        shape = self.meta["tensors"][name]["shape"]
-        return self.read(f"weight/{name}", 0, int(torch.Size(shape).numel())).view(shape)
-
-
-def check_same_parameters(reader: CheckpointReader, module: torch.nn.Module) -> None:
-    """Raise CheckpointError listing what is missing, extra, of another shape, or frozen in one and trained
-    in the other."""
-    ours = describe_parameters(module)
-    theirs = {name: (facts["shape"], facts["trainable"]) for name, facts in reader.meta["tensors"].items()}
-    problems = [f"missing {name}" for name in ours.keys() - theirs.keys()]
-    problems += [f"unexpected {name}" for name in theirs.keys() - ours.keys()]
-    for name in ours.keys() & theirs.keys():
-        (shape, trainable), (saved_shape, saved_trainable) = ours[name], theirs[name]
-        if shape != saved_shape:
-            problems.append(f"{name}: shape {saved_shape}, this model has {shape}")
-        elif trainable != saved_trainable:
-            was = "trained" if saved_trainable else "frozen"
-            problems.append(f"{name}: was {was}, the config now says otherwise")
-    if problems:
-        raise CheckpointError(f"{reader.path} does not fit this model: " + "; ".join(sorted(problems)[:20]))
-
-
-def load_checkpoint(engine, path: Path) -> dict:
-    """Restore weights, moments and step count from any stage and number of ranks; returns the checkpoint's
-    meta data.
-
-    Every rank reads just the elements it owns. Raises CheckpointError on all ranks when the checkpoint does
-    not fit, or is damaged; then the message says how to go on from the newest intact one before it.
-    """
-    try:
-        verify_together(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. {suggest_older(path)}") from None
-    reader = CheckpointReader(path)
-    check_same_parameters(reader, engine.module)
-    set_tensors(engine, reader.read, ("weight", *MOMENTS))
-    set_optimizer_step(engine, reader.meta["step"])
-    return reader.meta
-
-
-def verify_together(path: Path) -> None:
-    """Check all files of a checkpoint, divided among the ranks. Raises CheckpointError on all of them."""
-    together(lambda: CheckpointReader(path).verify(dist.get_rank(), dist.get_world_size()))
-
-
-def suggest_older(damaged: Path) -> str:
-    """How to continue from the newest intact checkpoint before a damaged one, if there is one."""
-    older = list_checkpoints(damaged.parent)
-    for path in reversed(older[: older.index(damaged)] if damaged in older else []):
-        with contextlib.suppress(CheckpointError):
-            verify_together(path)
-            aside = damaged.with_name(f"damaged-{damaged.name}")
-            return (f"{path} is intact: to continue from there, start again after "
-                    f"`mv {shlex.quote(str(damaged))} {shlex.quote(str(aside))}`")
-    return "There is no intact checkpoint before it"

@@ -1,40 +1,99 @@
-"""Every knob: the YAML (TrainConfig) and the DeepSpeed JSON, read and checked."""
+"""Every knob, once: the YAML (TrainConfig) says what is trained, the JSON (DeepSpeed's) how it is sharded.
 
+Read Recipe and TrainConfig; the rest reads and checks the two files. Whatever is wrong with them is found
+here before anything else is opened, and told in one line: at once, for nothing here needs PyTorch.
+"""
+
+import argparse
+import contextlib
 import difflib
-import inspect
+import functools
 import json
-import math
-import types
-import typing
-from dataclasses import dataclass, field
+import os
+import re
+import socket
+import sys
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Annotated, Literal
 
-import torch
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from action_tokenizer import BOUNDS, PROMPTS
+PROJECT = Path(__file__).resolve().parent  # where relative paths are meant that are not seen from here
 
 
-@dataclass
-class TrainConfig:
+class UserError(ValueError):
+    """Something that the user can mend. The message names the value, the file and the cure."""
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """End the program with one line instead of a traceback where the user or the machine is at fault."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recipe:
+    """How to read one dataset: an entry of `datasets:`. oxe.py explains field lists and carries them out."""
+
+    primary: str | None = None  # camera keys; "a|b": either, drawn per episode (DROID has two outside).
+    secondary: str | None = None  # A camera may be left out: OpenVLA then shows a black image
+    wrist: str | None = None
+    state: str = "state"  # field list, concatenated to `proprio`
+    action: str = "action"  # field list; relative dimensions first, absolute ones last
+    instruction: str = "language_instruction"  # key of the text, relative to the step
+    # how many trailing action dimensions are absolute (grippers): neither normalised nor zeroed past the end
+    # of an episode
+    absolute: Annotated[int, Field(ge=0)] = 1
+    trim: bool = False  # Bridge: the first step's action is all zero, the last step has none: drop both
+    skip_idle: bool = False  # DROID: drop frames whose normalised action is "no motion" (see data.py)
+
+    def camera_keys(self, names: list[str]) -> list[str | None]:
+        """Observation keys of the named cameras, alternatives flattened in order of first use."""
+        keys = [key for name in names for key in (getattr(self, name) or "").split("|")]
+        return list(dict.fromkeys(key or None for key in keys))
+
+
+RECIPES = TypeAdapter(dict[str, Recipe])  # what `datasets:` holds, by the datasets' names
+
+
+class TrainConfig(BaseModel):
     """Every knob. Names are OpenVLA's where it has the knob; defaults are OpenVLA's where it has one."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
 
     # model: begin with a VLM or VLA (see weights.py), which also sets what is left unsaid of its shape ...
     base_vlm: str | None = None  # Prismatic id, directory or hub id
-    hf_token: str | None = None  # file or environment variable with a Hugging Face token; default: HF_TOKEN
+    hf_token: str | None = None  # file or environment variable with a Hugging Face token; else HF_TOKEN
     # ... or with weights of this shape, random or, but for the projector, from timm and the hub
     pretrained_backbones: bool = False
-    vision_backbone: dict = field(default_factory=dict)  # one or two: {name: {model: timm name, ...}}
-    llm_backbone: dict | str = field(default_factory=dict)  # a transformers config, or directory or hub id
+    vision_backbone: dict[str, dict] = {}  # one or two: {name: {model: timm name, ...}}
+    llm_backbone: dict | str = {}  # a transformers config, or directory or hub id
     tokenizer: str = ""  # directory or hub id
     add_action_tokens: bool = False  # append 256 ids instead of taking over the vocabulary's last 256
     arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
-    prompt_style: str = "pure"  # how the language model is asked: a key of action_tokenizer.PROMPTS
-    image_size: int = 224  # pixels; images are resized to a square
-    image_resize_strategy: str = "lanczos"  # when acting; OpenVLA's: resize-naive, resize-crop, letterbox
-    max_length: int = 2048  # most text tokens in a sample; longer instructions are an error
+    # how the language model is asked: a key of action_tokenizer.PROMPTS
+    prompt_style: Literal["pure", "vicuna_v15", "llama2_chat", "mistral_instruct", "phi"] = "pure"
+    image_size: Positive = 224  # pixels; images are resized to a square
+    # when acting; OpenVLA's are the last three
+    image_resize_strategy: Literal["lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
+    max_length: Positive = 2048  # most text tokens in a sample; longer instructions are an error
 
     # what is trained (OpenVLA's four stages; see VLA.freeze)
     freeze_vision_backbone: bool = False
@@ -43,30 +102,30 @@ class TrainConfig:
 
     # data
     data_root_dir: str = "datasets/open-x-embodiment"  # the folder with the datasets' folders
-    data_mix: str | dict = "bridge"  # mixture or dataset of oxe.py, or {dataset: weight}
-    datasets: dict = field(default_factory=dict)  # your own: {name: fields of oxe.Recipe}
-    cameras: list = field(default_factory=lambda: ["primary"])  # of primary, secondary, wrist
+    data_mix: str | dict[str, float] = "bridge"  # mixture or dataset by name, or {dataset: weight}
+    datasets: Annotated[dict[str, Recipe], BeforeValidator(RECIPES.validate_python)] = {}  # your own
+    cameras: Annotated[list[Literal["primary", "secondary", "wrist"]], Field(min_length=1)] = ["primary"]
     use_proprio: bool = False  # show the robot's state to the model
-    window_size: int = 1  # how many frames the model sees: this one and the ones before
-    action_chunk: int = 1  # how many steps it predicts: this one and the ones after
+    window_size: Positive = 1  # how many frames the model sees: this one and the ones before
+    action_chunk: Positive = 1  # how many steps it predicts: this one and the ones after
     parallel_decoding: bool = False  # predict a chunk's tokens all at once instead of one after the other
-    action_normalization: str = "bounds_q99"  # or bounds, normal
+    action_normalization: Literal["bounds_q99", "bounds", "normal"] = "bounds_q99"
     image_aug: bool = False  # random crop and colours, as OpenVLA
     skip_bad_episodes: bool = False  # leave out (and count) broken episodes; damaged files always stop
     index_dir: str | None = None  # where frame tables go; default: beside each dataset
-    num_workers: int = 4  # DataLoader processes per rank
+    num_workers: NotNegative = 4  # DataLoader processes per rank
 
     # optimisation
-    epochs: int = 1000  # ends the run unless max_steps does
-    max_steps: int | None = None  # overrides epochs
+    epochs: Positive = 1000  # ends the run unless max_steps does
+    max_steps: Positive | None = None  # overrides epochs
     expected_world_size: int | None = None  # refuse to start on another number of GPUs; default: any
-    global_batch_size: int = 256  # samples per optimizer step, whatever the number of GPUs
-    per_device_batch_size: int = 32  # samples a GPU takes at a time; accumulation steps follow from the two
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.0  # not on biases and norms
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "constant"  # or linear-warmup+cosine-decay
-    warmup_ratio: float = 0.0  # share of all steps
+    global_batch_size: Positive = 256  # samples per optimizer step, whatever the number of GPUs
+    per_device_batch_size: Positive = 32  # samples a GPU takes at a time; accumulation follows from the two
+    learning_rate: Rate = 2e-5
+    weight_decay: Rate = 0.0  # not on biases and norms
+    max_grad_norm: Rate = 1.0
+    lr_scheduler_type: Literal["constant", "linear-warmup+cosine-decay"] = "constant"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps
     seed: int = 7
     compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
 
@@ -74,153 +133,233 @@ class TrainConfig:
     run_root_dir: str = "runs"
     run_id: str | None = None  # name of the run's directory; default: made of vla_id, nodes, batch and seed
     run_id_note: str | None = None  # appended to it
-    pretrained_checkpoint: str | None = None  # begin with it, unless the run has a later one of its own
+    pretrained_checkpoint: str | None = None  # begin with it, unless the run has one of its own
     is_resume: bool = True  # continue its training (step, optimizer, data); false: take its weights alone
     resume_step: int | None = None  # refuse to start if it is not of this step
     resume_epoch: int | None = None  # or epoch
-    save_interval: int = 2500  # steps between checkpoints; 0: none unless the run is preempted
-    keep_checkpoints: int = 2  # the newest ones; 0 keeps all
-    on_save_error: str = "stop"  # or continue: a full disk ends the run, or is a warning and the run goes on
-    log_interval: int = 10  # steps between lines of the log
-    eval_interval: int = 500  # steps between evaluations on held-out episodes; 0: only at the end
-    eval_samples: int = 1024  # how many held-out frames to evaluate on
+    save_interval: NotNegative = 2500  # steps between checkpoints; 0: none unless the run is preempted
+    keep_checkpoints: NotNegative = 2  # the newest ones; 0 keeps all
+    on_save_error: Literal["stop", "continue"] = "stop"  # a full disk ends the run, or is a warning
+    log_interval: Positive = 10  # steps between lines of the log
+    eval_interval: NotNegative = 500  # steps between evaluations on held-out episodes; 0: only at the end
+    eval_samples: Positive = 1024  # how many held-out frames to evaluate on
 
     # filled in from the data when training starts, and kept with the run
     action_dim: int = 0
     proprio_dim: int = 0
 
-    stated = frozenset()  # not a knob: the keys that YAML and --set state (see load_config)
+
+# ---- Reading it --------------------------------------------------------------------------------------------
 
 
-def load_config(path: Path, overrides: list[str]) -> TrainConfig:
-    """A YAML file, on top of the one it `inherits` from, with "key=value" overrides. Raises ValueError
-    with the cure."""
-    values = read_yaml(path)
+class Loader(yaml.CSafeLoader):
+    """YAML in which 2e-5 is a number, and no key may stand twice."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} stands there twice",
+                                       problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+                             list("-+.0123456789"))
+
+
+def load_yaml(text: str, source: str):
+    """YAML -> its value. Raises UserError."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{source}: line {error.problem_mark.line + 1}: {error.problem}") from error
+
+
+def load_table(name: str) -> dict:
+    """One of configs/tables/."""
+    path = PROJECT / f"configs/tables/{name}.yaml"
+    return load_yaml(path.read_text(), str(path))
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple = ()) -> TrainConfig:
+    """A YAML file, on top of the one it `inherits` from, with "key=value" overrides. Raises UserError."""
+    values = read_yaml(Path(path))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {text}: expected key=value")
-        try:
-            values[key] = (yaml.safe_load(value), "--set")
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {text}: {error}") from error
-    types_ = typing.get_type_hints(TrainConfig)
-    for key, (value, source) in values.items():
-        if key not in types_:
-            near = "".join(f"; did you mean {k!r}?" for k in difflib.get_close_matches(key, types_, n=1))
-            raise ValueError(f"{source}: unknown key {key!r}{near}")
-        check_type(key, value, types_[key], source)
-    cfg = TrainConfig(**{key: float(value) if types_[key] is float else value
-                         for key, (value, _) in values.items()})
-    cfg.stated = frozenset(values)
-    check_choices(cfg)
+            raise UserError(f"--set {text}: expected key=value")
+        values[key] = load_yaml(value, f"--set {text}"), "--set"
+    try:
+        for key, locate in PATHS.items():
+            if isinstance(values.get(key, (None,))[0], str):
+                values[key] = locate(values[key][0]), values[key][1]
+        cfg = TrainConfig(**{key: value for key, (value, _) in values.items()})
+        begun = any(run_directory(cfg).glob("checkpoints/step-*"))  # then it needs nothing but its data
+        for key in cfg.model_fields_set & ({"data_root_dir"} if begun else PATHS.keys()):
+            if PATHS[key] is find_input and isinstance(value := getattr(cfg, key), str):
+                refuse_missing(value)
+    except ValidationError as error:
+        _, source = values.get(error.errors()[0]["loc"][0], (None, path))
+        raise UserError(f"{source}: {one_line(error)}") from None
+    except UserError as error:
+        raise UserError(f"{values.get(key, (None, path))[1]}: {key}: {error}") from None
+    for problem in what_does_not_fit(cfg):
+        raise UserError(f"{path}: {problem}")
     return cfg
 
 
 def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, tuple[object, str]]:
     """{key: (value, the file it stands in)}, the parent's first. heirs: the files that inherit from this."""
     if path in heirs:
-        raise ValueError(f"{path}: inherits from itself, by way of {', '.join(map(str, heirs))}")
+        raise UserError(f"{path}: inherits from itself, by way of {', '.join(map(str, heirs))}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        values = load_yaml(path.read_text(), str(path)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected `key: value` lines")
+        raise UserError(f"{path}: expected `key: value` lines")
     parent = values.pop("inherits", None)
     inherited = read_yaml(path.parent / str(parent), (*heirs, path)) if parent else {}
     return inherited | {key: (value, str(path)) for key, value in values.items()}
 
 
-def check_type(key: str, value, wanted, source: str) -> None:
-    """Raise ValueError when a value has not the type of its TrainConfig field."""
-    allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if type(value) in allowed or (type(value) is int and float in allowed):
-        return
-    hint = ""
-    if isinstance(value, str) and (float in allowed or int in allowed):
-        hint = " (YAML takes 2e-5 for text; write 2.0e-5)" if "e" in value.lower() else " (remove the quotes)"
-    names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-    raise ValueError(f"{source}: {key}: {value!r} is a {type(value).__name__}, expected {names}{hint}")
-
-
-def check_choices(cfg: TrainConfig) -> None:
-    """Raise ValueError for values that cannot work, naming the choices."""
-    choices = {"prompt_style": [*PROMPTS], "action_normalization": [*BOUNDS, "normal"],
-               "image_resize_strategy": ["lanczos", "resize-naive", "resize-crop", "letterbox"],
-               "lr_scheduler_type": ["constant", "linear-warmup+cosine-decay"],
-               "on_save_error": ["stop", "continue"]}
-    for key, allowed in choices.items():
-        if getattr(cfg, key) not in allowed:
-            raise ValueError(f"{key}: {getattr(cfg, key)!r} is not one of {', '.join(allowed)}")
-    for camera in cfg.cameras:
-        if camera not in ("primary", "secondary", "wrist"):
-            raise ValueError(f"cameras: {camera!r} is not one of primary, secondary, wrist")
-    at_least = {1: ("global_batch_size", "per_device_batch_size", "image_size", "action_chunk", "window_size",
-                    "log_interval", "eval_samples", "epochs", "max_steps"),
-                0: ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "num_workers",
-                    "save_interval", "keep_checkpoints", "eval_interval")}
-    for least, key in ((least, key) for least, keys in at_least.items() for key in keys):
-        value = getattr(cfg, key)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"{key}: {value} must be at least {least}")
-    if cfg.warmup_ratio > 1:
-        raise ValueError(f"warmup_ratio: {cfg.warmup_ratio} must be at most 1: it is a share of all steps")
-    if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
-        raise ValueError("pretrained_backbones: llm_backbone must be a directory or hub id then, to take the "
-                         "weights from")
-    if cfg.pretrained_backbones and (cfg.base_vlm or (cfg.pretrained_checkpoint and not cfg.is_resume)):
-        raise ValueError("pretrained_backbones: these are other weights than those of "
-                         f"{cfg.pretrained_checkpoint or cfg.base_vlm}: remove one of the two keys")
-    for name, tower in cfg.vision_backbone.items():
-        if not isinstance(tower, dict) or "model" not in tower:
-            raise ValueError(f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}")
+def what_does_not_fit(cfg: TrainConfig) -> Iterator[str]:
+    """What cannot work although each value by itself could."""
+    begins_with = cfg.base_vlm or cfg.pretrained_checkpoint
     for key in ("vision_backbone", "llm_backbone", "tokenizer"):
-        if not (getattr(cfg, key) or cfg.base_vlm or cfg.pretrained_checkpoint):
-            raise ValueError(f"{key} is missing: the model needs it, or a base_vlm to take it from")
-    if not cfg.cameras:
-        raise ValueError("cameras is empty: the model needs to see something")
+        if not (getattr(cfg, key) or begins_with):
+            yield f"{key} is missing: the model needs it, or a base_vlm to take it from"
+    for name, tower in cfg.vision_backbone.items():
+        if "model" not in tower:
+            yield f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}"
+    if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
+        yield "pretrained_backbones: llm_backbone must be a directory or hub id, to take its weights from"
+    if cfg.pretrained_backbones and (cfg.base_vlm or (begins_with and not cfg.is_resume)):
+        yield f"pretrained_backbones: these are other weights than those of {begins_with}: remove one key"
 
 
-def load_ds_config(path: Path) -> dict:
-    """DeepSpeed's JSON. Raises ValueError when it says again what the YAML says, or lacks the optimizer."""
+def one_line(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, in a line: key, value, what is expected."""
+    found = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the branch nearest to fit
+    *place, name = [str(part) for part in found["loc"] if isinstance(part, str)] or [""]
+    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = [part.name for part in fields(Recipe)] if place else [*TrainConfig.model_fields]
+        return "".join(f"{part}: " for part in place) + f"unknown key {name!r}{nearest(name, known)}"
+    place = [*place, name][: 3 if place[:1] == ["datasets"] else 1]  # then come branches of its type
+    message = found["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return f"{'.'.join(place)}: {found['input']!r}: {message}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"; did you mean 'seed'?" for a name that is like a known one."""
+    return "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(name, known, n=1))
+
+
+# ---- Paths -------------------------------------------------------------------------------------------------
+
+
+def expand(path: str) -> str:
+    """`~` and `$VARIABLE` as a shell expands them. Raises UserError."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$\w+|\$\{\w+\}", expanded):
+        raise UserError(f"{path!r}: the environment has no variable {unset[0]}")
+    return expanded
+
+
+def find_input(path: str) -> str:
+    """A path that is read: as seen from the current folder or, failing that, from the project's. What is in
+    neither stays as it is. Raises UserError."""
+    path = expand(path)
+    return path if os.path.exists(path) or not (PROJECT / path).exists() else str(PROJECT / path)
+
+
+PATHS = {**dict.fromkeys(["base_vlm", "llm_backbone", "tokenizer", "data_root_dir", "pretrained_checkpoint"],
+                         find_input), **dict.fromkeys(["run_root_dir", "index_dir", "hf_token"], expand)}
+
+
+def refuse_missing(path: str) -> None:
+    """Raise UserError for what looks like a path and not like an id (owner/name), and is not there."""
+    first, _, rest = path.partition("/")
+    folder = rest and (Path(first).is_dir() or (PROJECT / first).is_dir())
+    if not os.path.exists(path) and (folder or "/" in rest or path.startswith((".", "/"))):
+        raise UserError(f"{path!r}: there is no such file or folder here or in {PROJECT}")
+
+
+@functools.cache
+def out_of_reach(name: str) -> bool:
+    """Is `name` an id, and the hub does not answer? (Its client would try for minutes.) Raises UserError for
+    a path that is not there."""
+    from huggingface_hub import constants
+
+    refuse_missing(name)
+    if os.path.exists(name) or constants.HF_HUB_OFFLINE or os.environ.get("HTTPS_PROXY"):
+        return not os.path.exists(name) and constants.HF_HUB_OFFLINE
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
-        ds_config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--deepspeed_config {path}: {error}") from error
+        socket.create_connection((hub.hostname, hub.port or hub.scheme), timeout=3).close()
+    except OSError:
+        return True
+    return False
+
+
+def run_directory(cfg: TrainConfig) -> Path:
+    """Where a run lives; its name is made as OpenVLA makes it."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    nodes = -(-ranks // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks))
+    name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
+    name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
+    return Path(cfg.run_root_dir) / (name + "--image_aug" * cfg.image_aug)
+
+
+# ---- The JSON ----------------------------------------------------------------------------------------------
+
+def load_ds_config(path: str | Path) -> dict:
+    """DeepSpeed's JSON. Raises UserError when it says again what the YAML says, has a key that nobody reads,
+    or lacks the optimizer."""
+    try:
+        ds_config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed_config {path}: {error}") from error
     if not isinstance(ds_config, dict):
-        raise ValueError(f"{path}: expected an object, {{...}}")
-    stated = dict(ds_config)  # {key or section.key: value}
-    for section in ("bf16", "fp16", "data_types", "zero_optimization", "activation_checkpointing",
-                    "optimizer", "optimizer.params"):
-        inside = stated.get(section, {})
-        if not isinstance(inside, dict):
-            raise ValueError(f"{path}: {section} must be an object, {{...}}")
-        stated |= {f"{section}.{key}": value for key, value in inside.items()}
-    in_yaml = {"train_batch_size": "global_batch_size", "gradient_clipping": "max_grad_norm",
-               "train_micro_batch_size_per_gpu": "per_device_batch_size",
-               "gradient_accumulation_steps": "global_batch_size", "scheduler": "lr_scheduler_type",
-               "optimizer.params.lr": "learning_rate", "optimizer.params.weight_decay": "weight_decay"}
-    refused = {key: f"it is set once, by {name} in the YAML" for key, name in in_yaml.items()} | {
-        "fp16.enabled": "its loss scaling is not supported; without bf16, training is in float32",
-        "zero_optimization.round_robin_gradients": "DeepSpeed then does not say where a parameter is, and "
-                                                   "checkpoints would be wrong",
-        "optimizer.params.amsgrad": "checkpoints hold AdamW's two moments only"}
-    for key, value in stated.items():
-        if key in refused and value is not False:
-            raise ValueError(f"{path}: remove {key!r}: {refused[key]}")
-    if "optimizer" not in ds_config:
-        raise ValueError(f"{path}: needs an \"optimizer\", for example "
-                         '{"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
-    if str(ds_config["optimizer"].get("type")).lower() not in ("adam", "adamw"):
-        raise ValueError(f"{path}: optimizer.type must be Adam or AdamW: checkpoints hold their two moments")
-    known = {"torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states",  # DeepSpeed's
-             *inspect.signature(torch.optim.AdamW).parameters}
-    for key, value in stated.items():
+        raise UserError(f"{path}: expected an object, {{...}}")
+    table = load_table("deepspeed_json")
+    sections, refused = table["sections"], table["refused"]
+    for key, value in walk(ds_config):
         section, _, name = key.rpartition(".")
-        if section == "optimizer.params" and name not in known:
-            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-        if section == "activation_checkpointing" and value:
-            raise ValueError(f"{path}: {key} is not supported; the section by itself switches "
-                             "recomputation on")
+        known = sections.get(section) if section else [*sections, *table["keys"]]
+        if key in refused and value is not False:
+            raise UserError(f"{path}: remove {key!r}: {refused[key]}")
+        if value == "auto":  # DeepSpeed leaves such keys out without a word: {"enabled": "auto"} is off
+            raise UserError(f"{path}: {key}: \"auto\" is filled in by Hugging Face's Trainer, which is not "
+                            "here: write a value, or remove the key")
+        if known is not None and key not in refused and name not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(name, known)}")
+        if key in sections and not isinstance(value, dict):
+            raise UserError(f"{path}: {key} must be an object, {{...}}")
+    if str(ds_config.get("optimizer", {}).get("type")).lower() not in ("adam", "adamw"):
+        raise UserError(f"{path}: optimizer.type must be Adam or AdamW (checkpoints hold their two moments), "
+                        'as in "optimizer": {"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
     return ds_config
+
+
+def walk(section: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """{"a": {"b": 1}} -> ("a", {"b": 1}), ("a.b", 1)."""
+    for key, value in section.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from walk(value, f"{prefix}{key}.")
+
+
+@functools.cache
+def from_command_line(description: str) -> tuple[TrainConfig, dict]:
+    """What --config, --set and --deepspeed_config say. Raises UserError."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--config", required=True, help="what is trained: a YAML file")
+    parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json",
+                        help="how it is sharded: a DeepSpeed JSON")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
+                        help="override keys of the YAML")
+    # launchers pass it in two spellings; the environment's LOCAL_RANK is what counts
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    return load_config(find_input(args.config), args.set), load_ds_config(find_input(args.deepspeed_config))

@@ -6,24 +6,26 @@ starting at sample k x global_batch_size; one GPU or 64 see the same global batc
 slice.
 
 Read in this order: permute and interleave (which frame comes when), Mixture (datasets, weights, one sample),
-TrainBatches and collate (what the DataLoader's workers run). How a dataset is read from disk is in rlds.py,
+TrainBatches and collate (what the DataLoader's workers run). How a dataset is read from disk is in frames.py,
 what its fields mean in oxe.py, how images are decoded in images.py.
 """
 
 import functools
+import runpy
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import oxe
 from action_tokenizer import ActionTokenizer, normalize, prompt_ids
+from config import Recipe, TrainConfig, UserError
+from frames import DataError, FrameTable, frame_table
 from images import augment, center_crop, decode_image, draw_augmentation
-from rlds import DataError, FrameTable, find_dataset, frame_table
 
 IGNORE_INDEX = -100  # label of tokens that are not learned, cross_entropy's default
 
-# ------------------------------------------------------------------------------------------------------------
-# Which frame comes when
+# ---- Which frame comes when --------------------------------------------------------------------------------
 
 
 def mix_bits(*numbers) -> np.ndarray:
@@ -59,24 +61,30 @@ def permute(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def interleave(weights: np.ndarray, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def interleave(shares: np.ndarray, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples first .. first+count-1 of the mixture -> (which dataset, how many samples of it came before).
 
-    Visit j of dataset d is due at time (j + phase_d) / weight_d, and samples come in the order of their due
-    times. So each dataset's share is exact to within 1 + weight_d x D / 2 samples at every moment, and any
-    stretch can be computed on its own. weights: (D,) positive, sum 1.
+    Visit j of dataset d is due at time (j + phase_d) / share_d, and samples come in the order of their due
+    times. Two datasets with shares 3/4 and 1/4 have phases 1/4 and 3/4, so that
+
+        A is due at  0.33  1.67  3.00  4.33  5.67  7.00  ...      = (j + 1/4) / (3/4)
+        B is due at  3.00  7.00  ...                              = (j + 3/4) / (1/4)
+
+    and the samples are A A A B A A A B ...: interleave([0.75, 0.25], 2, 3) is (A, B, A), (2, 0, 3): the third
+    visit of A, the first of B, the fourth of A. Each dataset's share is exact to within 1 + share_d x D / 2
+    samples at every moment, and any part of the order can be computed on its own. shares: (D,), sum 1.
     """
-    phase = (np.arange(len(weights)) + 0.5) / len(weights)
-    start = max(first - len(weights), 0)  # so early that no more than `first` samples can be due before it
+    phase = (np.arange(len(shares)) + 0.5) / len(shares)
+    start = max(first - len(shares), 0)  # so early that no more than `first` samples can be due before it
 
     def due(dataset, visit):
-        return (visit + phase[dataset]) / weights[dataset]
+        return (visit + phase[dataset]) / shares[dataset]
 
-    every = np.arange(len(weights))
-    done = np.ceil(start * weights - phase).clip(0)  # visits due before `start`; corrected for rounding:
+    every = np.arange(len(shares))
+    done = np.ceil(start * shares - phase).clip(0)  # visits due before `start`; corrected for rounding:
     done += due(every, done) < start
     done -= (done > 0) & (due(every, done - 1) >= start)
-    until = np.ceil((first + count + len(weights)) * weights - phase).clip(0) + 1
+    until = np.ceil((first + count + len(shares)) * shares - phase).clip(0) + 1
     sizes = (until - done).clip(0).astype(np.int64)
     dataset = np.repeat(every, sizes)
     visit = np.arange(sizes.sum()) + np.repeat(done.astype(np.int64) - np.cumsum(sizes) + sizes, sizes)
@@ -84,8 +92,7 @@ def interleave(weights: np.ndarray, first: int, count: int) -> tuple[np.ndarray,
     return dataset[order], visit[order]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Datasets and samples
+# ---- Datasets and samples ----------------------------------------------------------------------------------
 
 
 def mixture_shares(weights: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, int]:
@@ -101,19 +108,14 @@ def mixture_shares(weights: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, 
 
 
 class Mixture:
-    """The datasets of a mixture: opened, weighted, and one split of each ready to be drawn from.
+    """The datasets of a mixture: opened, weighted, and one split of each ready to be drawn from."""
 
-    cfg: data_root_dir, data_mix, datasets, cameras, use_proprio, window_size, action_chunk,
-         action_normalization, image_size, image_aug, seed, index_dir, skip_bad_episodes, prompt_style,
-         max_length (see config.TrainConfig)
-    """
-
-    def __init__(self, cfg, tokenizer=None, train: bool = True):
+    def __init__(self, cfg: TrainConfig, tokenizer=None, train: bool = True):
         self.cfg, self.tokenizer, self.train = cfg, tokenizer, train
-        mixture = oxe.resolve_mixture(cfg.data_mix, cfg.datasets)
-        self.names = [name for name, _, _ in mixture]
-        self.recipes = [recipe for _, _, recipe in mixture]
-        self.tables = [self._open(name, recipe) for name, _, recipe in mixture]
+        found = oxe.find_datasets(cfg)
+        self.names = [name for name, *_ in found]
+        self.recipes = [recipe for _, _, recipe, _ in found]
+        self.tables = [self._open(directory, recipe) for _, _, recipe, directory in found]
         self.statistics = {}  # what dataset_statistics.json holds
         for name, recipe, table in zip(self.names, self.recipes, self.tables, strict=True):
             size, absolute = table.frames.dtype["action"].shape[0], recipe.absolute
@@ -125,7 +127,7 @@ class Mixture:
             self.statistics[name] = {**table.statistics, "action": action}
         dims = {name: len(self.statistics[name]["action"]["mask"]) for name in self.names}
         if len(set(dims.values())) > 1:
-            raise ValueError(f"data_mix: datasets with different action dimensions cannot be mixed: {dims}")
+            raise UserError(f"data_mix: datasets with different action dimensions cannot be mixed: {dims}")
         self.action_dim = dims[self.names[0]]
         self.proprio_dim = 0
         if cfg.use_proprio:  # shorter states are padded with zeros
@@ -133,66 +135,37 @@ class Mixture:
         self.action_tokenizer = ActionTokenizer(tokenizer.action_vocab_size) if tokenizer else None
 
         sizes = np.array([self.statistics[name]["num_transitions"] for name in self.names])
-        weights = np.array([weight for _, weight, _ in mixture])
-        self.weights, self.epoch_length = mixture_shares(weights, sizes)
-        self.runs = [self._kept_runs(d) for d in range(len(self.names))]
-        self.sizes = np.array([run[2][-1] if len(run[2]) else 0 for run in self.runs])
+        weights = np.array([weight for _, weight, *_ in found])
+        self.shares, self.epoch_length = mixture_shares(weights, sizes)
+        self.stretches = [self._stretches(d) for d in range(len(self.names))]
+        self.sizes = np.array([total[-1] if len(total) else 0 for _, _, total in self.stretches])
         if not self.sizes.all():
-            empty = self.names[int(np.argmin(self.sizes))]
-            kind, path = "training" if train else "held-out", find_dataset(cfg.data_root_dir, empty)
-            raise DataError(f"{empty}: no {kind} frame with an instruction in {path}")
+            empty, kind = int(np.argmin(self.sizes)), "training" if train else "held-out"
+            raise DataError(f"{self.names[empty]}: no {kind} frame with an instruction in {found[empty][3]}")
         self.warnings = [f"{name}: left out {len(table.bad)} bad episodes, the first: {table.bad[0]}"
                          for name, table in zip(self.names, self.tables, strict=True) if table.bad]
+        self.warnings += [f"{name}: left out: {why}" for name, why in oxe.left_out(cfg.data_mix).items()]
         self.warnings += [f"{name}: its recipe has no {' or '.join(cfg.cameras)} camera: its images are black"
                           for name, recipe in zip(self.names, self.recipes, strict=True)
                           if not any(recipe.camera_keys(cfg.cameras))]
 
-    def _open(self, name: str, recipe: oxe.Recipe) -> FrameTable:
-        cfg = self.cfg
-        keys = recipe.camera_keys(cfg.cameras)
-        standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys,
-                                        load_proprio=cfg.use_proprio)
-        return frame_table(find_dataset(cfg.data_root_dir, name), standardize, keys,
-                           oxe.fingerprint(recipe, cfg.use_proprio), index_dir=cfg.index_dir,
-                           skip_bad_episodes=cfg.skip_bad_episodes)
+    def _open(self, directory: Path, recipe: Recipe) -> FrameTable:
+        cfg, keys = self.cfg, recipe.camera_keys(self.cfg.cameras)
+        return frame_table(directory, recipe, keys, cfg.use_proprio, oxe.code_of(recipe),
+                           index_dir=cfg.index_dir, skip_bad_episodes=cfg.skip_bad_episodes)
 
-    def _kept_runs(self, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The frames of dataset d that this split may show, as runs of consecutive ones: (first, count, total
-        so far).
-
-        OpenVLA's rules: with a "val" split, train on "train"; otherwise on the first 95 % of its episodes
-        (rounded half to even). Episodes without any instruction are left out.
-        """
-        table, episodes = self.tables[d], self.tables[d].episodes
-        split = np.array(table.splits)[episodes["split"]]
-        train = split == "train"
-        if "val" in table.splits:
-            chosen = train if self.train else split == "val"
-        else:
-            position = np.cumsum(train) - 1  # number of the episode within "train"
-            boundary = round(95 * int(train.sum()) / 100)
-            chosen = train & ((position < boundary) == self.train)
-        chosen = episodes[chosen & episodes["labeled"]]
-        first, count = chosen["first"].astype(np.int64), chosen["count"].astype(np.int64)
+    def _stretches(self, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The frames of dataset d that this split shows, as stretches of consecutive ones: (first, count,
+        total so far)."""
+        first, count = oxe.kept_episodes(self.tables[d], self.train)
         if self.recipes[d].skip_idle:
-            first, count = self._without_idle(d, first, count)
+            first, count = oxe.without_idle(first, count, functools.partial(self.actions, d))
         return first[count > 0], count[count > 0], np.cumsum(count[count > 0])
-
-    def _without_idle(self, d: int, first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Runs of frames -> the runs between idle ones, by the thousand episodes to bound memory."""
-        runs = []
-        for part in range(0, len(first), 1000):
-            f, c = first[part : part + 1000], count[part : part + 1000]
-            rows = np.repeat(f - np.cumsum(c) + c, c) + np.arange(c.sum())
-            rows = rows[~oxe.is_idle(self.actions(d, rows))]
-            starts = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | np.isin(rows, f))
-            runs.append(np.stack([rows[starts], np.diff(np.append(starts, len(rows)))]))
-        return tuple(np.concatenate(runs, axis=1)) if runs else (first, count)
 
     def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples first .. first+count-1 of the training -> (dataset, frame row, epoch of that dataset), each
         (count,)."""
-        dataset, visit = interleave(self.weights, first, count)
+        dataset, visit = interleave(self.shares, first, count)
         epoch, index = np.divmod(visit, self.sizes[dataset])
         index = permute(index, self.sizes[dataset], mix_bits(self.cfg.seed, dataset, epoch))
         return dataset, self.rows(dataset, index), epoch
@@ -201,10 +174,10 @@ class Mixture:
         """Number of a kept frame within its dataset -> its row in the frame table."""
         row = np.empty_like(index)
         for d in np.unique(dataset):
-            first, count, total = self.runs[d]
+            first, count, total = self.stretches[d]
             i = index[dataset == d]
-            run = np.searchsorted(total, i, side="right")
-            row[dataset == d] = first[run] + i - (total - count)[run]
+            which = np.searchsorted(total, i, side="right")
+            row[dataset == d] = first[which] + i - (total - count)[which]
         return row
 
     def actions(self, d: int, rows: np.ndarray) -> np.ndarray:
@@ -298,6 +271,11 @@ class TrainBatches(torch.utils.data.Dataset):
         numbers = range(first, first + self.micro_batch)
         return list(zip(numbers, *self.mixture.draw(first, self.micro_batch), strict=True))
 
+    def records(self, i: int) -> list[str]:
+        """Dataset, file and record of each sample of micro-batch i, for messages."""
+        names, tables = self.mixture.names, self.mixture.tables
+        return [f"{names[d]} {tables[d].where(row)}" for _, d, row, _ in self.draw(i)]
+
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         augmented = self.mixture.cfg.image_aug and self.mixture.train
         samples = [self.mixture.sample(d, row, epoch, number if augmented else None)
@@ -306,6 +284,4 @@ class TrainBatches(torch.utils.data.Dataset):
 
 
 if __name__ == "__main__":  # python data.py --inspect DIR
-    import inspect_data
-
-    inspect_data.main()
+    runpy.run_path(str(Path(__file__).with_name("inspect_data.py")), run_name="__main__")

@@ -3,9 +3,9 @@
     python eval_vla.py --checkpoint runs/demo+n1+b32+x7                      on held-out episodes
     python eval_vla.py --checkpoint runs/demo+n1+b32+x7 --on-train-frames    on frames it learned from
 
-Every frame is answered by vla.predict_action from the image as it was recorded, exactly as a robot would ask.
-For each dataset and action dimension this prints the accuracy of the action tokens, L1 in normalised units
-(-1..1) and in those of the dataset, and beside each what always answering the most frequent bin of the
+Every frame is answered by Policy.predict_action from the image as it was recorded, exactly as a robot would
+ask. For each dataset and action dimension this prints the accuracy of the action tokens, L1 in normalised
+units (-1..1) and in those of the dataset, and beside each what always answering the most frequent bin of the
 training data would give. eval.json keeps the numbers, eval.png shows some episodes, recorded against
 predicted. A low open-loop error does not prove a good policy, but a high one proves a bad one.
 
@@ -14,7 +14,7 @@ swapped, another resize, another prompt, other statistics. So the same frames ar
 
     accuracy_teacher_forced   training's inputs (data.py), each token after the recorded ones: as its log
     accuracy_greedy           training's inputs, each token after the model's own
-    accuracy_inference        vla.predict_action on the recorded image
+    accuracy_inference        Policy.predict_action on the recorded image
 
 The first reproduces the log (accuracy_logged; while training the weights still moved, and images were
 augmented). The last two agree, token for token (`agreement`), unless preparing the inputs differs: that is a
@@ -24,46 +24,35 @@ centre crop it acts with.
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from act import Policy, load_vla
 from action_tokenizer import unnormalize
-from checkpoint import CheckpointError, CheckpointReader
+from checkpoint import Checkpoint
+from config import TrainConfig, UserError, find_input, told_in_one_line
 from data import IGNORE_INDEX, Mixture, collate
+from frames import DataError
 from images import decode_native
-from model import VLA
-from rlds import DataError
-from weights import load_vla, open_weights
+from weights import open_weights
 
 BATCH = 16  # frames the model sees at once
 EPISODES, EPISODE_FRAMES = 3, 300  # drawn in the PNG
 TOLERANCE = 0.03  # "a few points" of accuracy
-UNSAID = {  # what describes the data, where a model of OpenVLA's has no word of it
-    "data_mix": "", "data_root_dir": "", "datasets": {}, "index_dir": None, "max_length": 2048, "seed": 7,
-    "skip_bad_episodes": False,
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Three answers to the same frames. A frame is (dataset number, row of its frame table, epoch).
 
 
-def act(vla: VLA, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+def act(policy: Policy, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """What a robot would get, for frames of one dataset: (action tokens (B, T), actions (B, action_chunk,
     action_dim) in the dataset's units)."""
-    dataset, tokens = frames[0][0], []
-    table, cfg = mixture.tables[dataset], mixture.cfg
-
-    def generate(*inputs) -> torch.Tensor:  # keeps the tokens: actions alone do not tell them exactly
-        tokens.append(VLA.generate(vla, *inputs))
-        return tokens[-1]
-
+    dataset, (table, cfg) = frames[0][0], (mixture.tables[frames[0][0]], mixture.cfg)
     views, texts = [], []
     for d, row, epoch in frames:
         first = int(table.first_frames[table.episode_of(row)])
@@ -73,33 +62,31 @@ def act(vla: VLA, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np
         black = np.zeros((cfg.image_size, cfg.image_size, 3), np.uint8)  # for a camera that is not there
         views.append([decode_native(image) if image else black for image in images])
         texts.append(table.instructions[table.frames["instruction"][row]])
-    proprio = [table.frames["proprio"][row] for _, row, _ in frames] if cfg.use_proprio else None
-    vla.generate = generate
-    try:
-        actions = vla.predict_action(views, texts, mixture.names[dataset], proprio)
-    finally:
-        del vla.generate
-    return tokens[0].cpu().numpy(), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
+    proprio = np.stack([table.frames["proprio"][row] for _, row, _ in frames]) if cfg.use_proprio else None
+    # predict_action, which does no more than this, would not tell the tokens
+    tokens = policy.generate(*policy.prepare(views, texts, mixture.names[dataset], proprio))
+    actions = policy.actions(tokens, mixture.names[dataset])
+    return tokens.cpu().numpy(), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
 
 
 @torch.inference_mode()
-def recall(vla: VLA, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def recall(policy: Policy, mixture: Mixture, frames: list[tuple]
+           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """From training's own inputs: (teacher-forced, greedy, true) action tokens, each (B, T)."""
     samples = [mixture.sample(*frame) for frame in frames]
     prompts = [sample["input_ids"][sample["labels"] == IGNORE_INDEX].tolist() for sample in samples]
     batch = collate(samples, mixture.tokenizer.pad_token_id)
-    batch = {key: value.to(vla.llm.device) for key, value in batch.items() if key != "dataset"}
-    _, forced, true = vla(**batch)
-    greedy = vla.generate(batch["images"], prompts, batch.get("proprio"))
+    batch = {key: value.to(policy.vla.llm.device) for key, value in batch.items() if key != "dataset"}
+    _, forced, true = policy.vla(**batch)
+    greedy = policy.generate(batch["images"], prompts, batch.get("proprio"))
     return forced.cpu().numpy(), greedy.cpu().numpy(), true.cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
+# ---- Numbers -----------------------------------------------------------------------------------------------
 
 
-def measure(vla: VLA, mixture: Mixture, d: int, rows: np.ndarray, answers: dict[str, np.ndarray],
-            constant: np.ndarray) -> dict:
+def measure(mixture: Mixture, d: int, rows: np.ndarray, answers: dict[str, np.ndarray], constant: np.ndarray
+            ) -> dict:
     """How good the answers to frames `rows` (R,) of dataset d are.
 
     answers: tokens (R, T) by name: true, inference, ...; and `actions` (R, action_chunk, action_dim).
@@ -107,7 +94,7 @@ def measure(vla: VLA, mixture: Mixture, d: int, rows: np.ndarray, answers: dict[
     and of their bins' centres. The L1 in the dataset's units is against the recorded action itself, as far as
     the episode goes.
     """
-    tokenizer, cfg = vla.action_tokenizer, mixture.cfg
+    tokenizer, cfg = mixture.action_tokenizer, mixture.cfg
     recorded, shape = record(mixture, d, rows), (len(rows), cfg.action_chunk, cfg.action_dim)
     frequent = np.broadcast_to(constant, answers["true"].shape)
     kind, stats = cfg.action_normalization, mixture.statistics[mixture.names[d]]["action"]
@@ -182,22 +169,21 @@ def verdict(accuracy: dict[str, float], agreement: float, strategy: str) -> tupl
     return mismatch, remarks
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The picture
+# ---- The picture -------------------------------------------------------------------------------------------
 
 
-def draw_episodes(vla: VLA, mixture: Mixture, path: Path) -> None:
+def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
     """Some episodes side by side, a row for each action dimension."""
     dims, width, height, margin = mixture.action_dim, 380, 100, 60
     sheet = Image.new("RGB", (width * EPISODES, height * dims + 40), "white")
     pen = ImageDraw.Draw(sheet)
     for column in range(EPISODES):
         d = column % len(mixture.names)
-        name, (first, count, _) = mixture.names[d], mixture.runs[d]
-        run = int((column + 0.5) / EPISODES * len(first))
-        rows = first[run] + np.arange(min(count[run], EPISODE_FRAMES))
+        name, (first, count, _) = mixture.names[d], mixture.stretches[d]
+        which = int((column + 0.5) / EPISODES * len(first))
+        rows = first[which] + np.arange(min(count[which], EPISODE_FRAMES))
         batches = [[(d, row, 0) for row in rows[i : i + BATCH].tolist()] for i in range(0, len(rows), BATCH)]
-        predicted = np.concatenate([act(vla, mixture, batch)[1][:, 0] for batch in batches])  # (R, A)
+        predicted = np.concatenate([act(policy, mixture, batch)[1][:, 0] for batch in batches])  # (R, A)
         recorded = record(mixture, d, rows)[:, 0]
         table, stats = mixture.tables[d], mixture.statistics[name]["action"]
         left, right = column * width + margin, (column + 1) * width - 10
@@ -226,27 +212,26 @@ def draw_curves(pen: ImageDraw.ImageDraw, box: tuple, title: str, recorded: np.n
         pen.line([*zip(x.tolist(), y.tolist(), strict=True)], colour, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The program
+# ---- The program -------------------------------------------------------------------------------------------
 
 
-def evaluate(vla: VLA, checkpoint: Path, cfg: SimpleNamespace, samples: int, on_train_frames: bool, out: Path
+def evaluate(policy: Policy, where: str, cfg: TrainConfig, samples: int, on_train_frames: bool, out: Path
              ) -> None:
     """Do all of it, and raise DataError if training and acting do not match on training frames."""
-    mixture, learned = open_mixture(vla, cfg, on_train_frames), open_mixture(vla, cfg, True)
-    step, run_dir = 0, checkpoint.parent.parent
-    if (checkpoint / "checkpoint.json").exists():
-        step = CheckpointReader(checkpoint).meta["step"]
-    known = cfg.global_batch_size * step if step and cfg.data_mix == vla.cfg.data_mix else 0
+    mixture, learned = open_mixture(policy, cfg, on_train_frames), open_mixture(policy, cfg, True)
+    checkpoint, step = open_weights(where).tensors, 0
+    if isinstance(checkpoint, Checkpoint):
+        step, run_dir = checkpoint.meta["step"], checkpoint.path.parents[1]
+    known = cfg.global_batch_size * step if step and cfg.data_mix == policy.cfg.data_mix else 0
     samples = min(samples, known or int(mixture.sizes.sum()))
     frames = np.stack(mixture.draw(known - samples if known and on_train_frames else 0, samples), axis=1)
 
     results, every = {}, []
     for d in np.unique(frames[:, 0]).tolist():
         chosen = frames[frames[:, 0] == d]
-        answers = ask(vla, mixture, chosen)
+        answers = ask(policy, mixture, chosen)
         every.append(answers)
-        results[mixture.names[d]] = measure(vla, mixture, d, chosen[:, 1], answers,
+        results[mixture.names[d]] = measure(mixture, d, chosen[:, 1], answers,
                                             most_frequent_tokens(learned, d, samples))
         report(mixture.names[d], results[mixture.names[d]])
     tokens = {name: np.concatenate([answers[name] for answers in every])
@@ -259,11 +244,11 @@ def evaluate(vla: VLA, checkpoint: Path, cfg: SimpleNamespace, samples: int, on_
           + " ".join(f"accuracy_{name} {value:.4f}" for name, value in accuracy.items())
           + f" agreement {agreement:.4f}")
     mismatch, remarks = verdict(accuracy, agreement, cfg.image_resize_strategy)
-    facts = {"checkpoint": str(checkpoint), "data_mix": cfg.data_mix, "on_train_frames": on_train_frames,
-             "frames": samples, "accuracy": accuracy, "agreement": agreement, "mismatch": mismatch,
-             "datasets": results}
+    facts = {"checkpoint": str(checkpoint.where), "data_mix": cfg.data_mix,
+             "on_train_frames": on_train_frames, "frames": samples, "accuracy": accuracy,
+             "agreement": agreement, "mismatch": mismatch, "datasets": results}
     out.with_suffix(".json").write_text(json.dumps(facts, indent=2))
-    draw_episodes(vla, mixture, out)
+    draw_episodes(policy, mixture, out)
     print(f"wrote {out} {out.with_suffix('.json')}")
     for remark in remarks:
         print(remark)
@@ -273,15 +258,15 @@ def evaluate(vla: VLA, checkpoint: Path, cfg: SimpleNamespace, samples: int, on_
         print(f"warning: {mismatch}")
 
 
-def open_mixture(vla: VLA, cfg: SimpleNamespace, train: bool) -> Mixture:
+def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     """The data, normalised by the model's own statistics."""
-    mixture = Mixture(cfg, vla.tokenizer, train)
+    mixture = Mixture(cfg, policy.tokenizer, train)
     if mixture.action_dim != cfg.action_dim:
         raise DataError(f"data_mix {cfg.data_mix}: its actions have {mixture.action_dim} dimensions, the "
                         f"model's {cfg.action_dim}")
     mixture.proprio_dim = cfg.proprio_dim
     for name, ours in mixture.statistics.items():
-        theirs = vla.dataset_statistics(name)
+        theirs = policy.dataset_statistics(name)
         if train and not all(np.allclose(ours["action"][key], theirs["action"][key], rtol=1e-3, atol=1e-6)
                              for key in ("q01", "q99")):
             print(f"warning: {name}: not the dataset that the model was trained on: its actions have other "
@@ -290,12 +275,12 @@ def open_mixture(vla: VLA, cfg: SimpleNamespace, train: bool) -> Mixture:
     return mixture
 
 
-def ask(vla: VLA, mixture: Mixture, frames: np.ndarray) -> dict[str, np.ndarray]:
+def ask(policy: Policy, mixture: Mixture, frames: np.ndarray) -> dict[str, np.ndarray]:
     """All answers to frames (R, 3) of one dataset, as `measure` takes them."""
     parts = []
     for i in tqdm(range(0, len(frames), BATCH), mixture.names[frames[0, 0]], unit="batch", leave=False):
         batch = [tuple(frame) for frame in frames[i : i + BATCH].tolist()]
-        parts.append([*recall(vla, mixture, batch), *act(vla, mixture, batch)])
+        parts.append([*recall(policy, mixture, batch), *act(policy, mixture, batch)])
     names = ("teacher_forced", "greedy", "true", "inference", "actions")
     return {name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
 
@@ -323,20 +308,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("eval.png"), help="picture; numbers go beside it")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
-    try:
+    with told_in_one_line():
         if args.samples < 1 or args.out.suffix not in (".png", ".jpg"):
-            raise ValueError(f"--samples {args.samples} --out {args.out}: expected at least 1 and a .png")
+            raise UserError(f"--samples {args.samples} --out {args.out}: expected at least 1 and a .png")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = Path(open_weights(args.checkpoint).where)
-        vla = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
-        vla.cfg = SimpleNamespace(**{**UNSAID, **vars(vla.cfg)})
-        given = {key: getattr(args, key) for key in ("data_mix", "data_root_dir") if getattr(args, key)}
-        cfg = SimpleNamespace(**{**vars(vla.cfg), **given})
-        if missing := [f"--{key}" for key in ("data_mix", "data_root_dir") if not getattr(cfg, key)]:
-            raise ValueError(f"{args.checkpoint} does not say on what data: give {' and '.join(missing)}")
-        evaluate(vla, checkpoint, cfg, args.samples, args.on_train_frames, args.out)
-    except (ValueError, CheckpointError) as error:  # DataError is a ValueError
-        sys.exit(f"error: {error}")
+        policy = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+        given = {key: value for key in ("data_mix", "data_root_dir") if (value := getattr(args, key))}
+        said = policy.cfg.model_fields_set | given.keys()
+        if missing := [f"--{key}" for key in ("data_mix", "data_root_dir") if key not in said]:
+            raise UserError(f"{args.checkpoint} does not say on what data: give {' and '.join(missing)}")
+        cfg = policy.cfg.model_copy(update=given)
+        root = find_input(cfg.data_root_dir)
+        evaluate(policy, args.checkpoint, cfg.model_copy(update={"data_root_dir": root}), args.samples,
+                 args.on_train_frames, args.out)
 
 
 if __name__ == "__main__":

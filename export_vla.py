@@ -11,36 +11,30 @@ through memory a few at a time; no GPU is needed.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from act import parameters_without_memory
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointError
+from config import TrainConfig, told_in_one_line
 from model import build_tower, llm_config
-from weights import (
-    ACTING,
-    LANGUAGE_MODELS,
-    PRISMATIC,
-    VISION_BACKBONES,
-    Weights,
-    hugging_face_name,
-    open_weights,
-    parameters_without_memory,
-)
+from weights import LANGUAGE_MODELS, PRISMATIC, VISION_BACKBONES, Weights, hugging_face_prefixes, open_weights
 
 SHARD_BYTES = 1 << 30
 HUB_CODE = "openvla/openvla-7b--"  # where transformers finds the classes, with trust_remote_code=True
-DESCRIPTION = ["vision_backbone", "llm_backbone", "arch_specifier", "prompt_style", "image_size",
-               "image_resize_strategy", *ACTING]  # keys of TrainConfig that make a model what it is
+DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_size image_resize_strategy
+    action_chunk action_dim action_normalization add_action_tokens cameras image_aug parallel_decoding
+    proprio_dim use_proprio window_size""".split()  # keys of TrainConfig that make a model what it is
 
 
 def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:
@@ -49,7 +43,7 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
     if out.exists():
         raise CheckpointError(f"{out} exists: remove it or name another directory")
     weights = open_weights(where)
-    cfg = SimpleNamespace(**{**ACTING, **weights.config})
+    cfg = TrainConfig(**{"action_dim": 7, **weights.config})  # OpenVLA's files leave the 7 unsaid
     scratch = out.with_name(out.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -63,7 +57,7 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         raise
 
 
-def save_tokenizer(cfg: SimpleNamespace, out: Path) -> None:
+def save_tokenizer(cfg: TrainConfig, out: Path) -> None:
     """The tokenizer, in words that the versions OpenVLA pins (transformers 4.40, tokenizers 0.19) know."""
     load_tokenizer(cfg.tokenizer, cfg.add_action_tokens).save_pretrained(out)
     config = json.loads((out / "tokenizer_config.json").read_text())
@@ -79,23 +73,24 @@ def save_tokenizer(cfg: SimpleNamespace, out: Path) -> None:
 
 def converted(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of everything, in order, one at a time."""
-    for name in tqdm(weights.tensors, "export", unit="tensor"):
-        yield name, weights.tensors[name]().to(dtype).contiguous()
+    for name in tqdm(weights.tensors.shapes, "export", unit="tensor", disable=None):
+        yield name, weights.tensors.whole(name).to(dtype).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hugging Face
+# ---- Hugging Face ------------------------------------------------------------------------------------------
 
 
-def write_hugging_face(weights: Weights, cfg: SimpleNamespace, out: Path, dtype: torch.dtype | None) -> None:
+def write_hugging_face(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype | None) -> None:
     """The directory that OpenVLA's scripts/extern/convert_openvla_weights_to_hf.py would have made."""
     towers, shards, shard, size, total = tuple(cfg.vision_backbone), [], {}, 0, 0
+    dtypes = set()
     for name, tensor in converted(weights, dtype):
         if size + tensor.nbytes > SHARD_BYTES and shard:
             shards.append(write_shard(shard, out, len(shards)))
             shard, size = {}, 0
         shard[hugging_face_name(name, towers)] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
+        dtypes.add(tensor.dtype)
     shards.append(write_shard(shard, out, len(shards)))
     places = {}
     for number, names in enumerate(shards):
@@ -104,9 +99,21 @@ def write_hugging_face(weights: Weights, cfg: SimpleNamespace, out: Path, dtype:
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = hugging_face_config(cfg, weights.norm_stats, str(tensor.dtype).removeprefix("torch."))
+    widest = functools.reduce(torch.promote_types, dtypes)  # to be loaded in it loses nothing
+    config = hugging_face_config(cfg, weights.norm_stats, str(widest).removeprefix("torch."))
     (out / "config.json").write_text(json.dumps(config, indent=2))
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(cfg), indent=2))
+
+
+def hugging_face_name(name: str, towers: tuple[str, ...]) -> str:
+    """The inverse of weights.native_name."""
+    for ours, theirs in hugging_face_prefixes(towers).items():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+            break
+    if name.startswith("vision_backbone.") and name.endswith(".gamma"):  # transformers used to rename "gamma"
+        name = name.removesuffix("gamma") + "scale_factor"
+    return name
 
 
 def write_shard(shard: dict[str, torch.Tensor], out: Path, number: int) -> list[str]:
@@ -115,16 +122,16 @@ def write_shard(shard: dict[str, torch.Tensor], out: Path, number: int) -> list[
     return list(shard)
 
 
-def prismatic_ids(cfg: SimpleNamespace) -> tuple[str, str]:
+def prismatic_ids(cfg: TrainConfig) -> tuple[str, str]:
     """Prismatic's names of the towers and of the language model, or the nearest, with a warning."""
     towers = [*description(cfg)["vision_backbone"].values()]
-    vision = next((name for name, (size, known) in VISION_BACKBONES.items()
-                   if size == cfg.image_size and towers == [*known.values()]), None)
-    style = getattr(cfg, "prompt_style", "pure")
+    vision = next((name for name, known in VISION_BACKBONES.items()
+                   if known["image_size"] == cfg.image_size and towers == [*known["towers"].values()]), None)
     llm, shape = text_config(cfg), ("model_type", "hidden_size", "num_hidden_layers")
-    fits = [name for name, (_, known, prompts) in LANGUAGE_MODELS.items()
-            if prompts == style and known["model_type"] == llm["model_type"]]
-    exact = [name for name in fits if all(LANGUAGE_MODELS[name][1][key] == llm.get(key) for key in shape)]
+    fits = [name for name, known in LANGUAGE_MODELS.items() if known["prompt_style"] == cfg.prompt_style
+            and known["shape"]["model_type"] == llm["model_type"]]
+    exact = [name for name in fits
+             if all(LANGUAGE_MODELS[name]["shape"][key] == llm.get(key) for key in shape)]
     whole = llm_config(cfg.llm_backbone, llm["vocab_size"]).to_dict()
     odd = (whole.get("attention_bias") or whole.get("mlp_bias")  # of which text_config says nothing
            or "factor" in (whole.get("rope_parameters") or {}))
@@ -134,7 +141,7 @@ def prismatic_ids(cfg: SimpleNamespace) -> tuple[str, str]:
     return vision or "siglip-vit-so400m", (exact or fits or ["llama2-7b-pure"])[0]
 
 
-def text_config(cfg: SimpleNamespace) -> dict:
+def text_config(cfg: TrainConfig) -> dict:
     """What OpenVLA's class reads of the language model, with the vocabulary rounded up as in llm_config."""
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     config = llm_config(cfg.llm_backbone, len(tokenizer))
@@ -148,7 +155,7 @@ def text_config(cfg: SimpleNamespace) -> dict:
     return {key: values[key] for key in keep if key in values}
 
 
-def hugging_face_config(cfg: SimpleNamespace, norm_stats: dict, dtype: str) -> dict:
+def hugging_face_config(cfg: TrainConfig, norm_stats: dict, dtype: str) -> dict:
     """config.json of OpenVLA's Hugging Face class (prismatic/extern/hf/configuration_prismatic.py)."""
     vision, llm = prismatic_ids(cfg)
     towers, text = cfg.vision_backbone.values(), text_config(cfg)
@@ -163,7 +170,7 @@ def hugging_face_config(cfg: SimpleNamespace, norm_stats: dict, dtype: str) -> d
         "timm_override_act_layers": [tower.get("act_layer") for tower in towers],
         "image_sizes": [cfg.image_size] * len(towers),
         "image_resize_strategy": openvla_strategy(cfg),
-        "hf_llm_id": LANGUAGE_MODELS[llm][0], "llm_max_length": 2048,
+        "hf_llm_id": LANGUAGE_MODELS[llm]["hub"], "llm_max_length": 2048,
         # how many rows of the vocabulary lie above the action tokens, whatever the name says
         "pad_to_multiple_of": text["vocab_size"] - tokenizer.action_vocab_size,
         "pad_token_id": text["pad_token_id"], "text_config": text | {"torch_dtype": dtype},
@@ -173,20 +180,20 @@ def hugging_face_config(cfg: SimpleNamespace, norm_stats: dict, dtype: str) -> d
     }
 
 
-def openvla_strategy(cfg: SimpleNamespace) -> str:
+def openvla_strategy(cfg: TrainConfig) -> str:
     """What the processor does to a camera's image; OpenVLA has no Lanczos there, and bicubic is nearest."""
     return "resize-naive" if cfg.image_resize_strategy == "lanczos" else cfg.image_resize_strategy
 
 
-def description(cfg: SimpleNamespace) -> dict:
+def description(cfg: TrainConfig) -> dict:
     """What this project needs to build the model again."""
-    values = {key: getattr(cfg, key) for key in DESCRIPTION if hasattr(cfg, key)}
+    values = {key: getattr(cfg, key) for key in DESCRIPTION}
     towers = {name: {key: value for key, value in tower.items() if key != "pretrained"}
               for name, tower in cfg.vision_backbone.items()}
     return values | {"vision_backbone": towers}
 
 
-def preprocessor_config(cfg: SimpleNamespace) -> dict:
+def preprocessor_config(cfg: TrainConfig) -> dict:
     """preprocessor_config.json of OpenVLA's PrismaticImageProcessor."""
     with parameters_without_memory():
         towers = description(cfg)["vision_backbone"].values()
@@ -210,17 +217,16 @@ def preprocessor_config(cfg: SimpleNamespace) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Native
+# ---- Native ------------------------------------------------------------------------------------------------
 
 
-def write_native(weights: Weights, cfg: SimpleNamespace, out: Path, dtype: torch.dtype | None) -> None:
+def write_native(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype | None) -> None:
     """A run directory of OpenVLA's training code, with one checkpoint under two names: its loader wants the
     one, its converter the other."""
     vision, llm = prismatic_ids(cfg)
-    row = (vision, llm, openvla_strategy(cfg))
+    row = [vision, llm, openvla_strategy(cfg)]
     base = next((name for name, known in reversed(PRISMATIC.items()) if known == row), None)
-    vla = {"vla_id": getattr(cfg, "vla_id", "zerovla"), "base_vlm": base}
+    vla = {"vla_id": cfg.vla_id, "base_vlm": base}
     (out / "config.json").write_text(json.dumps({"vla": vla, "zerovla": description(cfg)}, indent=2))
     (out / "checkpoints").mkdir()
     # torch.save wants all tensors at once: they are put in files first, which memory can forget again
@@ -230,7 +236,7 @@ def write_native(weights: Weights, cfg: SimpleNamespace, out: Path, dtype: torch
         mapped = torch.from_file(str(staging / str(number)), True, tensor.numel(), dtype=tensor.dtype)
         module, _, key = name.partition(".")
         modules.setdefault(module, {})[key] = mapped.view(tensor.shape).copy_(tensor)
-    tag = Path(weights.where).name.removesuffix(".pt")
+    tag = Path(weights.tensors.where).name.removesuffix(".pt")
     tag = tag if tag.startswith("step-") else "step-000000-epoch-00-loss=0.0000"
     path = out / "checkpoints" / f"{tag}.pt"
     torch.save({"model": modules}, path)
@@ -246,11 +252,9 @@ def main() -> None:
     parser.add_argument("--format", choices=["hf", "native"], required=True)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
     args = parser.parse_args()
-    try:
+    with told_in_one_line():
         export(args.model, args.out, args.format,
                {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype])
-    except (CheckpointError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

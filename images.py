@@ -1,7 +1,6 @@
 """Images: decode, resize, crop and augment them as OpenVLA does with TensorFlow."""
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
@@ -29,39 +28,17 @@ def decode_native(data: bytes) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def resize_image(image: np.ndarray, size: int, strategy: str = "lanczos", fill: Sequence[int] = (0, 0, 0)
-                 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3).
-
-    strategy "lanczos" does not keep the aspect ratio: how OpenVLA's training data is resized. "resize-naive",
-    "resize-crop" (cut off what is too long) and "letterbox" (pad with the colour `fill`) are bicubic: how its
-    processors treat what they are given to act on.
-    """
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) by Lanczos, without keeping the aspect ratio: OpenVLA's training
+    data."""
     if image.shape[:2] == (size, size):
         return image
-    if strategy != "lanczos":
-        return _resize_bicubic(Image.fromarray(image), size, strategy, fill)
     try:
         x = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
         return x[0].permute(1, 2, 0).numpy()
     except (ValueError, NotImplementedError):  # before PyTorch 2.15; Pillow: within 1, four times as slow
         return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
-
-
-def _resize_bicubic(image: Image.Image, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
-    (width, height), shape = image.size, (size, size)
-    if strategy == "letterbox":
-        longest = max(width, height)
-        left, top = (longest - width) // 2, (longest - height) // 2
-        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
-        padded.paste(image, (left, top))
-        image, (width, height) = padded, padded.size  # one pixel off square where the difference was odd
-    if strategy != "resize-naive":  # the shorter side becomes `size`
-        shape = (size * width // min(width, height), size * height // min(width, height))
-    image = image.resize(shape, Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 CROP_SIDE = 0.9**0.5  # the crop keeps 90 % of the area

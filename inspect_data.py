@@ -1,18 +1,18 @@
 """Look at a dataset before training on it: python data.py --inspect DIR [--data_mix NAME]"""
 
 import argparse
-import functools
-import sys
 from pathlib import Path
 
 import numpy as np
 
 import oxe
+from config import Recipe, told_in_one_line
+from frames import DataError, FrameTable, find_dataset, frame_table
 from images import contact_sheet, decode_image
-from rlds import DataError, FrameTable, find_dataset, frame_table, step_features
+from rlds import step_features
 
 
-def guess_recipe(directory: Path) -> oxe.Recipe:
+def guess_recipe(directory: Path) -> Recipe:
     """A recipe for a dataset nobody described: its image features in order, `action`, and whatever text
     there is."""
     features = step_features(directory)
@@ -23,7 +23,7 @@ def guess_recipe(directory: Path) -> oxe.Recipe:
         raise DataError(f"{directory}: cannot guess what is action, image and instruction in "
                         f"{sorted(features)}: describe it under `datasets:` in a YAML and train, or use the "
                         "names of OXE")
-    return oxe.Recipe(**dict(zip(oxe.CAMERAS, images, strict=False)), instruction=texts[0])
+    return Recipe(**dict(zip(oxe.CAMERAS, images, strict=False)), instruction=texts[0])
 
 
 def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
@@ -35,8 +35,7 @@ def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
     recipe = oxe.DATASETS.get(name) or guess_recipe(path)
     cameras = [camera for camera in oxe.CAMERAS if getattr(recipe, camera)]
     keys = recipe.camera_keys(cameras)
-    standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys, load_proprio=False)
-    table = frame_table(path, standardize, keys, oxe.fingerprint(recipe, False), skip_bad_episodes=True)
+    table = frame_table(path, recipe, keys, False, oxe.code_of(recipe), skip_bad_episodes=True)
     stats, episodes = table.statistics["action"], table.episodes
 
     print(f"dataset {name} directory {path} recipe {'registered' if name in oxe.DATASETS else 'guessed'}")
@@ -59,7 +58,7 @@ def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
     print(f"contact_sheet {out}")
 
 
-def dataset_warnings(table: FrameTable, recipe: oxe.Recipe) -> list[str]:
+def dataset_warnings(table: FrameTable, recipe: Recipe) -> list[str]:
     """What makes policies fail without any error: constant dimensions, idle frames, missing text, bad
     episodes."""
     stats, actions = table.statistics["action"], table.frames["action"]
@@ -94,10 +93,12 @@ def main() -> None:
     parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
     args = parser.parse_args()
-    try:
+    with told_in_one_line():
         names = [name for name, _, _ in oxe.resolve_mixture(args.data_mix)] if args.data_mix else [None]
         for name in names:
             stem = args.out.stem if len(names) == 1 else f"{args.out.stem}_{name}"
             inspect_dataset(args.inspect, name, args.out.with_stem(stem))
-    except ValueError as error:  # DataError is one
-        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,59 +1,40 @@
-"""What each Open X-Embodiment dataset calls things, and how its actions become standard.
+"""How a dataset's actions, states, cameras and texts become standard: recipes, and the helpers they name.
 
 OpenVLA's action is 7-D: change of end-effector position (3), change of orientation as roll-pitch-yaw (3),
 gripper (absolute, 1 = open, 0 = closed). Datasets disagree on names, gripper sign, rotation format and more.
-This file holds the facts, one entry per dataset, and is meant to be consulted rather than read: read Recipe,
-the helpers and two or three entries, then skip to MIXTURES.
-
-An entry names cameras, and gives state and action as *field lists*: comma-separated columns to be
-concatenated,
+A recipe (config.Recipe) says what one of them has. It gives state and action as *field lists*:
+comma-separated columns to be concatenated,
 
     "action[:6], action[-1:] clip invert"        key, slice of its columns, helpers applied from left to right
     "world_vector, 0*3, gripper rel2abs"         0*3: three columns of zeros (1*2: two of ones)
 
 where a helper is one of the small functions in HELPERS. State and camera keys are relative to `observation/`;
-a state key that starts with "/" and all action keys are relative to the step. The facts are OpenVLA's
-(prismatic/vla/datasets/rlds/oxe/{configs,transforms,mixtures}.py); a user's own dataset is described in the
-same way in the YAML (`datasets:`).
+a state key that starts with "/" and all action keys are relative to the step.
+
+The recipes of Open X-Embodiment and OpenVLA's mixtures stand in configs/tables/open_x_embodiment.yaml; a
+user's own dataset is described in the same words in the YAML (`datasets:`). Read the helpers, then
+standardize.
 """
 
 import ctypes.util
-import difflib
 import functools
 import inspect
 import math
 import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from rlds import DataError, Steps
+from config import RECIPES, Recipe, TrainConfig, UserError, load_table, nearest
+from frames import DataError, FrameTable, find_dataset
 
 CAMERAS = ("primary", "secondary", "wrist")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to read one dataset. A camera may be None: OpenVLA then shows a black image."""
-
-    primary: str | None = None  # camera keys; "a|b": either, drawn per episode (DROID's two exterior cameras)
-    secondary: str | None = None
-    wrist: str | None = None
-    state: str = "state"  # field list, concatenated to `proprio`
-    action: str = "action"  # field list; relative dimensions first, absolute ones last
-    instruction: str = "language_instruction"  # key of the text, relative to the step
-    absolute: int = 1  # how many trailing action dimensions are absolute (grippers): neither normalised nor
-    #                    zeroed past the end of an episode
-    trim: bool = False  # Bridge: the first step's action is all zero, the last step has none: drop both
-    skip_idle: bool = False  # DROID: drop frames whose normalised action is "no motion" (see data.py)
-
-    def camera_keys(self, names: list[str]) -> list[str | None]:
-        """Observation keys of the named cameras, alternatives flattened in order of first use."""
-        keys = [key for name in names for key in (getattr(self, name) or "").split("|")]
-        return list(dict.fromkeys(key or None for key in keys))
-
+_table = load_table("open_x_embodiment")
+DATASETS: dict[str, Recipe] = RECIPES.validate_python(_table["datasets"])
+MIXTURES: dict[str, dict[str, float]] = _table["mixtures"]  # {name: {dataset: weight}}
+REFUSED: dict[str, str] = _table["refused"]  # {dataset: why OpenVLA does not train on it}
 
 # ------------------------------------------------------------------------------------------------------------
 # Helpers: (T, k) -> (T, m). Comparisons are in float32, as in TensorFlow, because 0.95 and 0.1 are
@@ -100,7 +81,8 @@ def rel2abs(x):
 def _c_function(name: str, *arrays: np.ndarray) -> np.ndarray:
     function = getattr(ctypes.CDLL(ctypes.util.find_library("m")), name)
     function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float] * len(arrays)
-    return np.array([function(*values) for values in zip(*map(np.ndarray.tolist, arrays), strict=True)], np.float32)
+    rows = zip(*map(np.ndarray.tolist, arrays), strict=True)
+    return np.array([function(*values) for values in rows], np.float32)
 
 
 def _asin(x):
@@ -127,12 +109,13 @@ def _atan2(y, x):
 
 
 def _as_tensorflow(polynomial, c_name: str, *arrays: np.ndarray) -> np.ndarray:
-    """TensorFlow 2.15 on x86 takes whole packets of 8 floats through Eigen's polynomials and the rest
-    through the C library. They differ in the last bit, and OpenVLA's actions have those bits. One bit is
-    out of reach: Eigen begins 1/r with the processor's own estimate (rcpps), which AMD and Intel round
-    differently; we divide. On one EPYC a tenth of the angles beyond 45 degrees differ so, by 2.4e-7 at most."""
+    """TensorFlow 2.15 on x86 takes whole packets of 8 floats through Eigen's polynomials and the rest through
+    the C library. They differ in the last bit, and OpenVLA's actions have those bits. One bit is out of
+    reach: Eigen begins 1/r with the processor's own estimate (rcpps), which AMD and Intel round differently;
+    we divide. On one EPYC a tenth of the angles beyond 45 degrees differ so, by 2.4e-7 at most."""
     packets = len(arrays[0]) // 8 * 8
-    return np.append(polynomial(*(a[:packets] for a in arrays)), _c_function(c_name, *(a[packets:] for a in arrays)))
+    rest = _c_function(c_name, *(a[packets:] for a in arrays))
+    return np.append(polynomial(*(a[:packets] for a in arrays)), rest)
 
 
 def euler(q):
@@ -177,21 +160,20 @@ def unzip(strings):
 HELPERS = {f.__name__: f for f in (clip, invert, delta, binarize, rel2abs, euler, unzip)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From an episode to standard form
+# ---- From an episode to standard form ----------------------------------------------------------------------
 
 FIELD = re.compile(r"(?P<key>[^\s\[\],]+)(?:\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<helpers>(?: \w+)*)")
 
 
 def parse_fields(fields: str) -> list[tuple[str, slice, list]]:
-    """ "a[:6], b clip" -> [(key, columns, helper functions), ...]. Raises ValueError naming what it cannot
+    """ "a[:6], b clip" -> [(key, columns, helper functions), ...]. Raises UserError naming what it cannot
     read."""
     parsed = []
     for text in fields.split(","):
         match = FIELD.fullmatch(text.strip())
         if not match or (unknown := [h for h in match["helpers"].split() if h not in HELPERS]):
             what = f"unknown helper {unknown[0]!r}" if match else "expected 'key[start:stop] helper ...'"
-            raise ValueError(f"field {text.strip()!r}: {what}; helpers are {', '.join(HELPERS)}")
+            raise UserError(f"field {text.strip()!r}: {what}; helpers are {', '.join(HELPERS)}")
         start, stop = (int(match[end]) if match[end] else None for end in ("start", "stop"))
         parsed.append((match["key"], slice(start, stop), [HELPERS[h] for h in match["helpers"].split()]))
     return parsed
@@ -200,7 +182,7 @@ def parse_fields(fields: str) -> list[tuple[str, slice, list]]:
 CONSTANT = re.compile(r"([01])(?:\*(\d+))?")  # "0", "0*3", "1*2"
 
 
-def read_fields(fields: str, steps: Steps, prefix: str, first: int, length: int | None = None) -> np.ndarray:
+def read_fields(fields: str, steps, prefix: str, first: int, length: int | None = None) -> np.ndarray:
     """Evaluate a field list on the steps from `first` on -> (T - first, columns) float32. `length` is T -
     first, needed where the list may hold nothing but constants."""
     columns = []
@@ -231,14 +213,15 @@ def read_instructions(values: np.ndarray | list[bytes]) -> list[bytes]:
 
 
 def decode_code_points(row: bytes) -> bytes:
-    """int64 code points up to the first zero -> UTF-8; what is no character becomes U+FFFD, as in TensorFlow."""
+    """int64 code points up to the first zero -> UTF-8; what is no character becomes U+FFFD, as in
+    TensorFlow."""
     points = np.frombuffer(row, np.int64)
     points = points[: np.argmax(np.append(points, 0) == 0)]
     return "".join(chr(p) if 0 <= p < 0xD800 or 0xDFFF < p < 0x110000 else "\ufffd" for p in points).encode()
 
 
-def standardize(steps: Steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:
-    """One episode in standard form, as rlds.build_frame_table wants it (T frames after trimming).
+def standardize(steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:
+    """One episode (rlds.Steps) in standard form, T frames after trimming.
 
     -> action (T, A) float32; proprio (T, P) float32 or None; images (T, len(cameras), 2) int64, where each
     encoded image lies (zeros for a camera that is None); instructions: T byte strings.
@@ -257,8 +240,8 @@ def standardize(steps: Steps, recipe: Recipe, cameras: list[str | None], load_pr
     return {"action": action, "proprio": proprio, "images": images, "instructions": instructions}
 
 
-def fingerprint(recipe: Recipe, load_proprio: bool) -> str:
-    """Text that changes when the recipe, or the code that carries it out, changes."""
+def code_of(recipe: Recipe) -> str:
+    """The source of all that carries a recipe out: when it changes, frame tables are made anew."""
     fields = [*parse_fields(recipe.action), *parse_fields(recipe.state)]
     code, todo = {}, ["standardize", *(helper.__name__ for _, _, helpers in fields for helper in helpers)]
     while todo:  # these, and every function that they name
@@ -266,197 +249,99 @@ def fingerprint(recipe: Recipe, load_proprio: bool) -> str:
         if name not in code and inspect.isfunction(function := globals().get(name)):
             code[name] = inspect.getsource(function)
             todo += re.findall(r"\w+", code[name])
-    return repr((asdict(recipe), load_proprio, sorted(code.items())))
+    return repr(sorted(code.items()))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# DROID: frames without motion. OpenVLA compares the normalised action with what "zero" would be under the
-# quantiles of the full DROID dataset, written into its code; with other statistics the filter therefore drops
-# nothing. Kept so.
+# ---- Which frames are shown --------------------------------------------------------------------------------
 
-DROID_Q01 = np.array([-0.7776297926902771, -0.5803514122962952, -0.5795090794563293, -0.6464047729969025,
-                      -0.7041108310222626, -0.8895104378461838], np.float32)
-DROID_Q99 = np.array([0.7597932070493698, 0.5726242214441299, 0.7351000607013702, 0.6705610305070877,
-                      0.6464948207139969, 0.8897542208433151], np.float32)
+
+def kept_episodes(table: FrameTable, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The episodes of a split: (first frame, number of frames), each (E,) int64.
+
+    OpenVLA's rules: with a "val" split, train on "train"; otherwise on the first 95 % of its episodes
+    (rounded half to even). Episodes without any instruction are left out.
+    """
+    split = np.array(table.splits)[table.episodes["split"]]
+    chosen = split == "train"
+    if "val" not in table.splits:
+        boundary = round(95 * int(chosen.sum()) / 100)
+        chosen = chosen & ((np.cumsum(chosen) <= boundary) == train)
+    elif not train:
+        chosen = split == "val"
+    chosen = table.episodes[chosen & table.episodes["labeled"]]
+    return chosen["first"].astype(np.int64), chosen["count"].astype(np.int64)
 
 
 def is_idle(normalized: np.ndarray) -> np.ndarray:
-    """(..., steps, 7) normalised action chunks -> (...) bool: does the whole chunk command no motion?"""
-    zero = np.float32(2) * (-DROID_Q01) / (DROID_Q99 - DROID_Q01 + np.float32(1e-8)) - np.float32(1)
+    """(..., steps, 7) normalised action chunks -> (...) bool: does the whole chunk command no motion?
+
+    For DROID. OpenVLA compares with what "zero" would be under the quantiles of the whole of it, written into
+    its code; with other statistics the filter therefore drops nothing. Kept so.
+    """
+    low, high = (np.array(_table["droid"][key], np.float32) for key in ("q01", "q99"))
+    zero = np.float32(2) * (-low) / (high - low + np.float32(1e-8)) - np.float32(1)
     return (np.abs(normalized[..., :6] - zero) <= np.float32(1e-5)).all((-1, -2))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The datasets
-
-NATURAL = "observation/natural_language_instruction"
-RTX = "action/world_vector, action/rotation_delta, action/gripper_closedness_action"
-LAST_INVERTED = "action[:6], action[-1:] clip invert"
-POSE_GRIPPER = "state[:6], 0, state[-1:]"
-NO_STATE = "0*8"
-TDROID = Recipe("static_image", state="cartesian_position[:6], 0, gripper_position[-1:]",
-                action="action[:6], action[-1:] binarize")
-LIBERO = Recipe("image", wrist="wrist_image", state="state[:6], 0, state[-2:]", action=LAST_INVERTED)
-BRIDGE = Recipe("image_0", "image_1", state=POSE_GRIPPER, trim=True,
-                action="observation/state[:6] delta, action[-1:] binarize")
-GNM = Recipe(wrist="image", state="position, 0*3, yaw, 0*2", action="action, 0*5")
-DROID = {"wrist": "wrist_image_left", "state": "cartesian_position, gripper_position",
-         "action": "action_dict/cartesian_velocity[:6], action_dict/gripper_position invert"}
-
-# fmt: off
-DATASETS: dict[str, Recipe] = {
-    "fractal20220817_data": Recipe("image", state="base_pose_tool_reached, gripper_closed", action=RTX + " rel2abs", instruction=NATURAL),
-    "kuka": Recipe("image", state="clip_function_input/base_pose_tool_reached unzip, gripper_closed unzip", action=RTX + " rel2abs", instruction=NATURAL),
-    "bridge_orig": BRIDGE,
-    "bridge_dataset": BRIDGE,
-    "bridge_oxe": Recipe("image", "image_1", state=POSE_GRIPPER, action="observation/state[:6] delta, action/open_gripper", instruction=NATURAL, trim=True),
-    "taco_play": Recipe("rgb_static", wrist="rgb_gripper", state="robot_obs[:6], 0, robot_obs[7:8]", action="action/rel_actions_world[:6], action/rel_actions_world[-1:] clip", instruction=NATURAL),
-    "jaco_play": Recipe("image", wrist="image_wrist", state="end_effector_cartesian_pos[:6], 0, end_effector_cartesian_pos[-1:]", action="action/world_vector, 0*3, action/gripper_closedness_action rel2abs", instruction=NATURAL),
-    "berkeley_cable_routing": Recipe("image", "top_image", "wrist45_image", "robot_state, 0", "action/world_vector, action/rotation_delta, 0", NATURAL),
-    "roboturk": Recipe("front_rgb", state=NO_STATE, action=RTX + " clip invert", instruction=NATURAL),
-    "nyu_door_opening_surprising_effectiveness": Recipe(wrist="image", state=NO_STATE, action=RTX + " rel2abs", instruction=NATURAL),
-    "viola": Recipe("agentview_rgb", wrist="eye_in_hand_rgb", state="joint_states, gripper_states", action=RTX + " clip invert", instruction=NATURAL),
-    "berkeley_autolab_ur5": Recipe("image", wrist="hand_image", state="robot_state[6:14]", action=RTX + " rel2abs", instruction=NATURAL),
-    "toto": Recipe("image", state="state, 0", action="action/world_vector, action/rotation_delta, action/open_gripper", instruction=NATURAL),
-    "language_table": Recipe("rgb", state="effector_translation, 0*6", action="action, 0*4, 1", instruction="observation/instruction"),
-    "columbia_cairlab_pusht_real": Recipe("image", wrist="wrist_image", state="robot_state, 0*6", action=RTX, instruction=NATURAL),
-    "stanford_kuka_multimodal_dataset_converted_externally_to_rlds": Recipe("image", state="ee_position, ee_orientation, 0", action="action[:3], 0*3, action[-1:]"),
-    "nyu_rot_dataset_converted_externally_to_rlds": Recipe("image", state=POSE_GRIPPER, action="action[:7]"),
-    "stanford_hydra_dataset_converted_externally_to_rlds": Recipe("image", wrist="wrist_image", state="state[:3], state[7:10], 0, state[-3:-2]", action="action[:6], action[-1:] invert"),
-    "austin_buds_dataset_converted_externally_to_rlds": Recipe("image", wrist="wrist_image", state="state[:8]", action=LAST_INVERTED),
-    "nyu_franka_play_dataset_converted_externally_to_rlds": Recipe("image", "image_additional_view", state="state[-6:], 0*2", action="action[-8:-2], action[-2:-1] clip"),
-    "maniskill_dataset_converted_externally_to_rlds": Recipe("image", wrist="wrist_image", state="tcp_pose, state[7:8]"),
-    "furniture_bench_dataset_converted_externally_to_rlds": Recipe("image", wrist="wrist_image", state="state[:7], state[-1:]", action="action[:3], action[3:7] euler, action[-1:] clip invert"),
-    "cmu_franka_exploration_dataset_converted_externally_to_rlds": Recipe("highres_image", state=NO_STATE, action="action[:-1]"),
-    "ucsd_kitchen_dataset_converted_externally_to_rlds": Recipe("image", state="state[:7], 0", action="action[:-1]"),
-    "ucsd_pick_and_place_dataset_converted_externally_to_rlds": Recipe("image", state=POSE_GRIPPER, action="action[:3], 0*3, action[-1:]"),
-    "austin_sailor_dataset_converted_externally_to_rlds": Recipe("image", wrist="wrist_image", action=LAST_INVERTED),
-    "austin_sirius_dataset_converted_externally_to_rlds": Recipe("image", wrist="wrist_image", action=LAST_INVERTED),
-    "bc_z": Recipe("image", state="present/xyz, present/axis_angle, 0, present/sensed_close", action="action/future/xyz_residual[:3], action/future/axis_angle_residual[:3], action/future/target_close[:1] invert", instruction=NATURAL),
-    "utokyo_pr2_opening_fridge_converted_externally_to_rlds": Recipe("image", state=POSE_GRIPPER, action="action[:-1]"),
-    "utokyo_pr2_tabletop_manipulation_converted_externally_to_rlds": Recipe("image", state=POSE_GRIPPER, action="action[:-1]"),
-    "utokyo_xarm_pick_and_place_converted_externally_to_rlds": Recipe("image", "image2", "hand_image", "end_effector_pose, 0*2"),
-    "utokyo_xarm_bimanual_converted_externally_to_rlds": Recipe("image", state="pose_r, 0*2", action="action[-7:]"),
-    "robo_net": Recipe("image", "image1", state="state[:4], 0*3, state[-1:]", action="action[:4], 0*2, action[-1:]"),
-    "kaist_nonprehensile_converted_externally_to_rlds": Recipe("image", state="state[-7:], 0", action="action[:6], 0"),
-    "stanford_mask_vit_converted_externally_to_rlds": Recipe("image", state="end_effector_pose[:4], 0*3, end_effector_pose[-1:]", action="action[:4], 0*2, action[-1:]"),
-    "tokyo_u_lsmo_converted_externally_to_rlds": Recipe("image", state=POSE_GRIPPER),
-    "dlr_sara_pour_converted_externally_to_rlds": Recipe("image", state="state, 0*2"),
-    "dlr_sara_grid_clamp_converted_externally_to_rlds": Recipe("image", state="state[:6], 0*2"),
-    "dlr_edan_shared_control_converted_externally_to_rlds": Recipe("image", state="state, 0", action="action[:6], action[-1:] invert"),
-    "asu_table_top_converted_externally_to_rlds": Recipe("image", state="/ground_truth_states/EE, 0, state[-1:]"),
-    "stanford_robocook_converted_externally_to_rlds": Recipe("image_1", "image_2", state=POSE_GRIPPER),
-    "imperialcollege_sawyer_wrist_cam": Recipe("image", wrist="wrist_image", state="0*7, state", action="action[:-1]"),
-    "iamlab_cmu_pickup_insert_converted_externally_to_rlds": Recipe("image", wrist="wrist_image", state="state[:7], state[7:8]", action="action[:3], action[3:7] euler, action[7:8]"),
-    "uiuc_d3field": Recipe("image_1", "image_2", state=NO_STATE, action="action, 0*4"),
-    "utaustin_mutex": Recipe("image", wrist="wrist_image", state="state[:8]", action=LAST_INVERTED),
-    "berkeley_fanuc_manipulation": Recipe("image", wrist="wrist_image", state="state[:6], 0, state[6:7]", action="action, observation/state[6:7] invert"),
-    "cmu_playing_with_food": Recipe("image", wrist="finger_vision_1", state="state, 0*2", action="action[:3], action[3:7] euler, action[-1:]"),
-    "cmu_play_fusion": Recipe("image", action="action[:3], action[-4:]"),
-    "cmu_stretch": Recipe("image", state="state[:3], 0*4, state[-1:]", action="action[:-1]"),
-    "berkeley_gnm_recon": GNM,
-    "berkeley_gnm_cory_hall": GNM,
-    "berkeley_gnm_sac_son": GNM,
-    "droid": Recipe("exterior_image_1_left|exterior_image_2_left", "exterior_image_2_left|exterior_image_1_left", skip_idle=True, **DROID),
-    "droid_wipe": Recipe("exterior_image_2_left", **DROID),
-    "fmb_dataset": Recipe("image_side_1", "image_side_2", "image_wrist_1", "eef_pose, state_gripper_pose"),
-    "dobbe": Recipe("wrist_image"),
-    "rh20t": Recipe("image_front", "image_side_right", "image_wrist", "tcp_base, gripper_width", "action/tcp_base, action/gripper"),
-    **{f"tdroid_{task}": TDROID for task in ("carrot_in_bowl", "pour_corn_in_pot", "flip_pot_upright", "move_object_onto_plate", "knock_object_over", "cover_object_with_towel")},
-    **{f"libero_{suite}_no_noops": LIBERO for suite in ("spatial", "object", "goal", "10")},
-}
-# fmt: on
-
-# what OpenVLA refuses, and why
-REFUSED = {
-    **dict.fromkeys(("berkeley_mvp_converted_externally_to_rlds", "berkeley_rpt_converted_externally_to_rlds", "roboset"),
-                    "its actions are joint positions; OpenVLA trains on end-effector actions only"),
-    **dict.fromkeys(("ppgm", "ppgm_static", "ppgm_wrist"), "OpenVLA has no camera and state keys for it"),
-}
-
-# ------------------------------------------------------------------------------------------------------------
-# Mixtures: {name: {dataset: weight}}. A dataset is drawn in proportion to weight x its number of frames.
+def without_idle(first: np.ndarray, count: np.ndarray, actions: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Stretches of frames -> those between idle ones, by the thousand to bound memory. actions: rows ->
+    normalised action chunks."""
+    stretches = []
+    for part in range(0, len(first), 1000):
+        f, c = first[part : part + 1000], count[part : part + 1000]
+        rows = np.repeat(f - np.cumsum(c) + c, c) + np.arange(c.sum())
+        rows = rows[~is_idle(actions(rows))]
+        starts = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | np.isin(rows, f))
+        stretches.append(np.stack([rows[starts], np.diff(np.append(starts, len(rows)))]))
+    return tuple(np.concatenate(stretches, axis=1)) if stretches else (first, count)
 
 
-def _short(names: Mapping[str, float]) -> dict[str, float]:
-    """Spell out "viola" and the like, which stand for "..._dataset_converted_externally_to_rlds"."""
-    long = {re.sub(r"(_dataset)?_converted_externally_to_rlds$", "", name): name for name in [*DATASETS, *REFUSED]}
-    return {long.get(name, name): weight for name, weight in names.items()}
+# ---- Mixtures ----------------------------------------------------------------------------------------------
 
 
-_RTX = _short({
-    "fractal20220817_data": 0.54087122203, "kuka": 0.8341046294, "bridge_orig": 1.0, "taco_play": 2.0, "jaco_play": 2.0,
-    "berkeley_cable_routing": 3.0, "roboturk": 1.0, "viola": 2.0, "berkeley_autolab_ur5": 1.0, "toto": 1.0,
-})
-_SOUP = _RTX | _short({
-    "jaco_play": 1.0, "berkeley_cable_routing": 1.0, "roboturk": 2.0, "berkeley_autolab_ur5": 2.0,
-    "language_table": 0.1, "stanford_hydra": 2.0, "austin_buds": 1.0, "nyu_franka_play": 3.0, "furniture_bench": 0.1,
-    "ucsd_kitchen": 2.0, "austin_sailor": 1.0, "austin_sirius": 1.0, "dlr_edan_shared_control": 1.0,
-    "iamlab_cmu_pickup_insert": 1.0, "utaustin_mutex": 1.0, "berkeley_fanuc_manipulation": 2.0, "cmu_stretch": 1.0,
-})
-_SOUP_PLUS = _SOUP | {"bc_z": 0.2, "fmb_dataset": 1.0, "dobbe": 0.2, "droid": 0.06}
-MIXTURES: dict[str, dict[str, float]] = {
-    "bridge": {"bridge_orig": 1.0},
-    "bridge_rt_1": {"bridge_orig": 1.0, "fractal20220817_data": 1.0},
-    "rtx": _RTX,
-    "rtx_franka": _RTX | _short({
-        "stanford_hydra": 1.0, "austin_buds": 3.0, "nyu_franka_play": 3.0, "maniskill": 0.1, "furniture_bench": 0.1,
-        "cmu_franka_exploration": 5.0, "austin_sailor": 1.0, "austin_sirius": 1.0, "berkeley_rpt": 1.0,
-        "kaist_nonprehensile": 3.0, "stanford_robocook": 1.0, "iamlab_cmu_pickup_insert": 1.0, "utaustin_mutex": 1.0,
-        "cmu_play_fusion": 1.0,
-    }),
-    "oxe_magic_soup": _SOUP,
-    "oxe_magic_soup_plus": _SOUP_PLUS,  # what OpenVLA-7B was trained on at first ...
-    "oxe_magic_soup_plus_minus": {  # ... and later: without DROID and Language-Table, with all of RT-1
-        name: 1.0 if name == "fractal20220817_data" else weight
-        for name, weight in _SOUP_PLUS.items() if name not in ("language_table", "droid")
-    },
-}
-
-
-def check_types(recipe: Recipe) -> None:
-    """Raise TypeError when a field of a user's recipe is of another type than its default."""
-    for name, value in asdict(recipe).items():
-        wanted = (str, type(None)) if name in CAMERAS else (type(Recipe.__dataclass_fields__[name].default),)
-        if type(value) not in wanted:
-            raise TypeError(f"{name} is {value!r}, expected {wanted[0].__name__}")
-    if recipe.absolute < 0:
-        raise TypeError(f"absolute is {recipe.absolute}, expected 0 or more")
-
-
-def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Mapping] | None = None
+def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recipe] | None = None
                     ) -> list[tuple[str, float, Recipe]]:
     """A mixture's or a dataset's name, or {dataset: weight} -> [(dataset, weight, recipe), ...].
 
-    own: the YAML's `datasets:`, {name: the fields of a Recipe}. Datasets that OpenVLA refuses are skipped
-    with a warning inside a mixture. Raises ValueError for unknown names, and when nothing is left.
+    own: the YAML's `datasets:`. Datasets that OpenVLA refuses are left out. Raises UserError for unknown
+    names, for field lists that cannot be read, and when nothing is left.
     """
-    recipes = dict(DATASETS)
-    for name, fields in (own or {}).items():
+    own = RECIPES.validate_python(own or {})
+    for name, recipe in own.items():
         try:
-            recipes[name] = Recipe(**fields)
-            check_types(recipes[name])
-            parse_fields(recipes[name].action), parse_fields(recipes[name].state)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"datasets: {name}: {error}; a dataset has the fields "
-                             f"{', '.join(Recipe.__dataclass_fields__)}") from None
-    if isinstance(data_mix, str):
-        data_mix = {data_mix: 1.0} if data_mix in (own or {}) else MIXTURES.get(data_mix, {data_mix: 1.0})
-    mixture = []
-    for name, weight in data_mix.items():
+            parse_fields(recipe.action), parse_fields(recipe.state)
+        except UserError as error:
+            raise UserError(f"datasets: {name}: {error}") from None
+    known, mixture = {**DATASETS, **own}, []
+    own_name = isinstance(data_mix, str) and data_mix in own
+    for name, weight in ({data_mix: 1.0} if own_name else spelled_out(data_mix)).items():
         plain = str(name).partition(":")[0]
-        if plain in REFUSED:
-            print(f"warning: skipping dataset {name}: {REFUSED[plain]}")
-        elif plain not in recipes:
-            near = difflib.get_close_matches(plain, [*recipes, *MIXTURES], n=3)
-            raise ValueError(f"data_mix: no dataset or mixture is called {name!r}"
-                             + (f"; did you mean {' or '.join(near)}?" if near else ".")
-                             + " Describe your own datasets under `datasets:` in the YAML.")
-        elif not (isinstance(weight, int | float) and 0 < weight < math.inf):
-            raise ValueError(f"data_mix: the weight of {name} must be positive, it is {weight!r}"
-                             + " (YAML takes 1e-1 for text; write 0.1)" * isinstance(weight, str))
-        else:
-            mixture.append((name, float(weight), recipes[plain]))
+        if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            raise UserError(f"data_mix: the weight of {name} must be positive, it is {weight!r}")
+        if plain not in known and plain not in REFUSED:
+            raise UserError(f"data_mix: no dataset or mixture is called {name!r}"
+                            f"{nearest(plain, [*known, *MIXTURES])}; describe your own under `datasets:`")
+        if plain in known:
+            mixture.append((name, float(weight), known[plain]))
     if not mixture:
-        raise ValueError("data_mix: the mixture is empty: nothing to train on")
+        reasons = "".join(f"; {name}: {why}" for name, why in left_out(data_mix).items())
+        raise UserError(f"data_mix: {data_mix}: the mixture is empty: nothing to train on{reasons}")
     return mixture
+
+
+def spelled_out(data_mix: str | Mapping[str, float]) -> Mapping[str, float]:
+    """A mixture by name, or one dataset -> {dataset: weight}."""
+    return MIXTURES.get(data_mix, {data_mix: 1.0}) if isinstance(data_mix, str) else data_mix
+
+
+def left_out(data_mix: str | Mapping[str, float]) -> dict[str, str]:
+    """The datasets of a mixture that OpenVLA does not train on, and why."""
+    names = [str(name).partition(":")[0] for name in spelled_out(data_mix)]
+    return {name: REFUSED[name] for name in names if name in REFUSED}
+
+
+def find_datasets(cfg: TrainConfig) -> list[tuple[str, float, Recipe, Path]]:
+    """The mixture that a config names -> [(dataset, weight, recipe, its directory), ...]. Raises UserError
+    for one that is not there."""
+    mixture = resolve_mixture(cfg.data_mix, cfg.datasets)
+    return [(name, weight, recipe, find_dataset(cfg.data_root_dir, name)) for name, weight, recipe in mixture]

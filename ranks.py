@@ -1,4 +1,5 @@
-"""What may end a run early, and how all ranks learn of it: signals, dead ranks, bad data, broken numbers.
+"""How a job's ranks begin and end together, and what may end them early: signals, dead ranks, bad data and
+numbers.
 
 A rank that stops alone leaves the others waiting in a collective, for minutes and without a word. So nothing
 is decided alone: with Preemption all ranks stop after the same step; Neighbour ends a rank within moments of
@@ -13,7 +14,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,8 +26,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from config import UserError, told_in_one_line
 from data import TrainBatches
-from rlds import DataError, end_with_parent
+from frames import DataError, end_with_parent
 
 
 @functools.cache
@@ -33,28 +37,31 @@ def patient_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Signals
+# ---- Signals -----------------------------------------------------------------------------------------------
 
 
 class Preemption:
-    """Whether somebody wants the run to end: SIGTERM or SIGUSR1 to any rank, or the death of its launcher.
+    """Whether somebody wants the run to end: SIGTERM, SIGUSR1 or Ctrl-C to any rank, or the death of its
+    launcher. A second Ctrl-C ends the rank at once.
 
     DeepSpeed's launcher is two processes. `deepspeed` passes no signal on, it just dies; its child,
     deepspeed.launcher.launch, passes SIGTERM on to one rank after the other, and kills each after 30 seconds.
     Therefore a signal to any rank counts for all, and every rank watches both of them.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self):
         self.reason: str | None = None
+        self.noted_at = math.inf
         self.flag, self.vote = torch.zeros(1), None
         self.ancestors = self._ancestors()
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def _note(self, number, frame) -> None:
-        self.reason = signal.Signals(number).name
+        if number == signal.SIGINT and time.monotonic() > self.noted_at + 1:  # launchers may pass it on twice
+            os._exit(128 + number)
+        self.reason, self.noted_at = signal.Signals(number).name, time.monotonic()
 
     def _ancestors(self) -> list[int]:
         """Process ids of the launchers above this process; when one ends, another process takes its place."""
@@ -100,8 +107,7 @@ def follow_rank(worker: int) -> None:
     end_with_parent()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Dead ranks
+# ---- Dead ranks --------------------------------------------------------------------------------------------
 
 
 class Neighbour:
@@ -132,8 +138,7 @@ class Neighbour:
             self.watcher.join()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Bad data and broken numbers
+# ---- Bad data and broken numbers ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -146,7 +151,7 @@ def naming_step(step: int) -> Iterator[None]:
     except (ConnectionError, EOFError) as error:  # a dying process' connections end a moment before it does
         raise DataError(f"{where}: DataLoader worker ended while it sent a batch {memory}") from error
     except (DataError, OSError) as error:  # a worker's has the text of a traceback, whose last line says all
-        text = str(error).strip().splitlines()[-1].removeprefix("rlds.DataError: ")
+        text = str(error).strip().splitlines()[-1].removeprefix("frames.DataError: ")
         raise DataError(f"{where}: {text}") from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -155,32 +160,47 @@ def naming_step(step: int) -> Iterator[None]:
 
 
 def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batches: TrainBatches) -> None:
-    """Raise FloatingPointError on every rank when the loss or the gradients of a step became NaN or infinite.
+    """Raise UserError on every rank when the loss or the gradients of a step became NaN or infinite.
 
     values: "loss" and "grad_norm", the same on all ranks; losses: this rank's, one per micro-batch of the
     step. The message names the first rank with a broken loss and the records of that micro-batch.
     """
     if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
         return
-    broken = [i for i, loss in enumerate(losses) if not torch.isfinite(loss)]
+    broken = next((i for i, loss in enumerate(losses) if not torch.isfinite(loss)), None)
     mine, reports = None, [None] * dist.get_world_size()
-    if broken:
-        mine = f"the loss on rank {dist.get_rank()} came from {records(batches, step, broken[0])}"
+    if broken is not None:
+        records = sorted(set(batches.records((step - 1) * len(losses) + broken)))
+        more = f" and {len(records) - 8} more records" if len(records) > 8 else ""
+        mine = f"the loss on rank {dist.get_rank()} came from {'; '.join(records[:8])}{more}"
     dist.all_gather_object(reports, mine, group=patient_group())
     cause = next(filter(None, reports), "this step's losses were finite, the gradients were not")
-    raise FloatingPointError(
+    raise UserError(
         f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']}: {cause}. Nothing of this step "
         "was saved: continue from the last checkpoint with a smaller learning_rate or max_grad_norm, or look "
         "at the dataset with data.py --inspect")
 
 
-def records(batches: TrainBatches, step: int, micro: int) -> str:
-    """Dataset, file and record of the samples in micro-batch number `micro` of step `step` (from 1)."""
-    mixture = batches.mixture
-    accumulation = batches.global_batch // (batches.micro_batch * batches.world_size)
-    found = sorted({f"{mixture.names[d]} {mixture.tables[d].where(row)}"
-                    for _, d, row, _ in batches.draw((step - 1) * accumulation + micro)})
-    return "; ".join(found[:8]) + (f" and {len(found) - 8} more records" if len(found) > 8 else "")
+# ---- Beginning and end -------------------------------------------------------------------------------------
+
+
+def run_job(program: Callable[[], None]) -> None:
+    """Connect the ranks, run the program on all of them, and end. A rank that fails ends at once: others may
+    be waiting for it in a collective, and find that it has gone."""
+    try:
+        with told_in_one_line():
+            neighbour = start_job()
+            program()
+            neighbour.release()
+    except SystemExit as stop:
+        print(f"\n{stop}", file=sys.stderr, flush=True)  # below the progress bar
+        os._exit(1)
+    except Exception:
+        time.sleep(2)  # if it failed because another rank ended, Neighbour ends this one first, in one line
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
 
 
 def start_job() -> Neighbour:
@@ -191,6 +211,9 @@ def start_job() -> Neighbour:
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the DataLoader's workers are enough of it
+    # how far the host may run ahead of the GPU: the towers' backward pass is thousands of short kernels
+    os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it after the model is made
     deepspeed.init_distributed()
     share_cores()

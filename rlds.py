@@ -1,31 +1,23 @@
 """The RLDS / TFDS dataset format without TensorFlow: read, index, write.
 
 Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories: `features.json` and
-`dataset_info.json` describe them, and shards of TFRecords hold one episode per record, as a serialized
-tf.train.Example. An image is stored encoded (JPEG or PNG) inside its episode, so an episode is big and a
-training sample is a small piece of it.
+`dataset_info.json` describe them, and TFRecord files hold one episode per record, as a serialized
+tf.train.Example.
 
-Therefore we read each dataset once and write a *frame table*: one small fixed-size row per frame (44 bytes
-with one camera and a 7-D action) that says where in which file its images lie, and holds its standardised
-action. From then on a training sample is one row of the table and one `pread` of one JPEG, in any order, in
-constant memory.
-
-Read in this order: read_records (bytes on disk) -> Steps (one episode) -> build_frame_table -> FrameTable.
-write_rlds goes the other way. What the names in a dataset mean is oxe.py's business; which frame comes when,
-data.py's.
+Read in this order: read_records (bytes on disk) -> Steps (one episode) -> build_frame_table, which reads all
+of a dataset once. That is a program of its own: frames.frame_table runs it where a dataset has no table yet,
+with a job in JSON on its standard input. It imports no PyTorch, so that its many processes start quickly and
+small. write_rlds goes the other way: your own recordings become a dataset. What the names in a dataset mean
+is oxe.py's business; which frame comes when, data.py's.
 """
 
-import ctypes
-import fcntl
 import functools
-import hashlib
-import inspect
 import io
 import json
 import os
 import shutil
-import signal
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -36,13 +28,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import oxe
+from config import Recipe, UserError
+from frames import DataError, end_with_parent, find_dataset
+
+__all__ = ["DataError", "find_dataset", "write_rlds"]  # what a program needs that writes a dataset
+
 EPISODE = np.dtype([("split", "u1"), ("shard", "<u4"), ("record", "<u4"), ("first", "<i8"), ("count", "<u4"),
                     ("labeled", "?")])
-
-
-class DataError(ValueError):
-    """Broken or unsuitable data. The message names the file, and the record where there is one."""
-
 
 # ------------------------------------------------------------------------------------------------------------
 # TFRecord files: [length u64][masked crc of length u32][data][masked crc of data u32], again and again
@@ -58,19 +51,18 @@ def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (file offset of the data, data) of each record of a TFRecord file. Raises DataError on any
     damage."""
     with open(path, "rb") as file:
-        number = 0
+        number = start = 0
         while header := file.read(12):
             if len(header) < 12 or masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
-                position = file.tell() - len(header)
-                raise DataError(f"{path}: record {number}: damaged header at byte {position}")
-            offset, (length,) = file.tell(), struct.unpack("<Q", header[:8])
+                raise DataError(f"{path}: record {number}: damaged header at byte {start}")
+            (length,) = struct.unpack("<Q", header[:8])
             data, crc = file.read(length), file.read(4)
             if len(data) < length or len(crc) < 4:
                 raise DataError(f"{path}: record {number}: the file ends inside it (incomplete copy?)")
             if masked_crc(data) != struct.unpack("<I", crc)[0]:
                 raise DataError(f"{path}: record {number}: checksum mismatch, the data are damaged")
-            yield offset, data
-            number += 1
+            yield start + 12, data
+            number, start = number + 1, start + 12 + length + 4
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,25 +130,7 @@ class Steps:
             raise DataError(f"its steps have no {name!r}; they have {sorted(self.features)}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# TFDS directories
-
-
-def find_dataset(data_root_dir: str | Path, name: str) -> Path:
-    """The directory with the newest version of dataset `name` ("name" or "name:version"), or data_root_dir
-    itself if it is one. Raises DataError when there is none."""
-    root = Path(data_root_dir)
-    if (root / "features.json").exists():
-        return root
-    name, _, version = name.partition(":")
-    root /= name
-    found = [d for d in root.glob(version or "*") if (d / "features.json").exists()]
-    if not found:
-        raise DataError(
-            f"{root}: no TFDS dataset there: expected {root}/{version or '<version>'}/features.json. "
-            f"Set data_root_dir to the folder that holds the folder {name!r}."
-        )
-    return max(found, key=lambda d: [int(part) if part.isdigit() else -1 for part in d.name.split(".")])
+# ---- TFDS directories --------------------------------------------------------------------------------------
 
 
 def _open_builder(directory: Path):
@@ -187,101 +161,7 @@ def step_features(directory: Path) -> dict[str, tuple[tuple, np.dtype, bool]]:
         raise DataError(f"{directory}: a TFDS dataset, but not RLDS: its examples have no 'steps'") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The frame table
-
-
-class FrameTable:
-    """A dataset's index, memory-mapped: opening it costs nothing, and all processes share one copy.
-
-    frames: per frame  `offset`, `length` (one each per camera; length 0 = no image), `instruction` (number),
-            `action` (float32, standardised but not normalised) and, if asked for, `proprio`
-    episodes: per episode  `split`, `shard`, `record` (numbers), `first`, `count` (its frames), `labeled`
-    """
-
-    def __init__(self, path: Path, directory: Path):
-        """path: the table; directory: the dataset, which may have moved since it was indexed."""
-        meta = json.loads((path / "table.json").read_text())
-        self.path, self.directory = path, directory
-        self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
-        self.instructions, self.statistics = meta["instructions"], meta["statistics"]
-        self.bad = meta["bad_episodes"]
-        frame = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
-        self.frames = np.memmap(path / "frames.bin", frame, "r")
-        self.episodes = np.load(path / "episodes.npy")
-        self.first_frames = np.ascontiguousarray(self.episodes["first"], np.int64)
-
-    def episode_of(self, rows: np.ndarray) -> np.ndarray:
-        """Frame numbers (any shape) -> episode numbers."""
-        return np.searchsorted(self.first_frames, rows, side="right") - 1
-
-    def read_image(self, row: int, camera: int) -> bytes:
-        """The encoded image of one frame, read straight from its shard; b"" where the camera has none."""
-        frame = self.frames[row]
-        length = int(frame["length"][camera])
-        if length == 0:
-            return b""
-        shard = self.directory / self.shards[self.episodes["shard"][self.episode_of(row)]]
-        data = os.pread(_open_shard(shard).fileno(), length, int(frame["offset"][camera]))
-        if len(data) < length:
-            raise DataError("the file is shorter than it was when it was indexed")
-        return data
-
-    def where(self, row: int) -> str:
-        """File and record of a frame, for error messages."""
-        episode = self.episodes[self.episode_of(row)]
-        return f"{self.directory / self.shards[episode['shard']]}: record {episode['record']}"
-
-
-@functools.lru_cache(maxsize=256)  # an evicted file is closed by garbage collection
-def _open_shard(path: Path) -> io.FileIO:
-    return open(path, "rb", buffering=0)
-
-
-def frame_table(directory: Path, standardize: Callable, cameras: list[str], fingerprint: str, *,
-                index_dir: Path | None = None, skip_bad_episodes: bool = False) -> FrameTable:
-    """Open the frame table of the TFDS dataset in `directory`, building it first where there is none.
-
-    standardize: a picklable function, Steps -> {"action": (T, A) float32, "proprio": (T, P) float32 or None,
-                 "images": (T, len(cameras), 2) int64 spans, "instructions": T byte strings}
-    fingerprint: text that changes whenever `standardize` would produce something else.
-    index_dir:   where tables are kept; by default in the dataset's directory, or ~/.cache/zerovla if that
-                 is read-only and has none.
-
-    The table's name is a hash of the fingerprint, of the code below, and of the names, sizes and modification
-    times of the data files, so a stale table is never used. It appears by one rename. Safe when many
-    processes call it at once: one builds, the others wait for its lock (not inside a collective, so nothing
-    times out however long it takes). The lock is one that forked processes do not inherit.
-    """
-    directory = directory.resolve()
-    listing = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir()
-                     if ".tfrecord" in p.name or p.name in ("features.json", "dataset_info.json"))
-    code = map(inspect.getsource, (Steps, build_frame_table, _index_shard, statistics, quantile))
-    key = repr((list(code), EPISODE, fingerprint, cameras, skip_bad_episodes, listing))
-    root = Path(index_dir) / directory.parent.name if index_dir else directory / ".frame_table"
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not index_dir and not (root / name).exists() and not writable(root):
-        root = Path.home() / ".cache/zerovla" / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    path = root / name
-    if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / f"{name}.lock", "w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                for leftover in root.glob(f"{name}.*.tmp"):  # of a process that was killed
-                    shutil.rmtree(leftover)
-                build_frame_table(directory, standardize, cameras, path, skip_bad_episodes)
-    return FrameTable(path, directory)
-
-
-def writable(directory: Path) -> bool:
-    """May we write into it, or make it?"""
-    return os.access(directory if directory.exists() else directory.parent, os.W_OK)
-
-
-def end_with_parent() -> None:
-    """Call it in a child process: it will be killed with its parent, and not wait for work for ever."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+# ---- The frame table ---------------------------------------------------------------------------------------
 
 
 def build_frame_table(directory: Path, standardize: Callable, cameras: list[str], path: Path,
@@ -351,16 +231,15 @@ def _index_shard(file: Path, count: int, features: dict, standardize: Callable, 
                                 "skip_bad_episodes: true leaves them out.") from error
             bad.append(f"record {record}: {error}")
             continue
-        action, proprio, images = episode["action"], episode["proprio"], episode["images"]
-        dtype = [("offset", "<i8", images.shape[1:2]), ("length", "<u4", images.shape[1:2]),
-                 ("instruction", "<u4"), ("action", "<f4", action.shape[1:])]
-        if proprio is not None:
-            dtype.append(("proprio", "<f4", proprio.shape[1:]))
-        frames = np.zeros(len(action), dtype)
-        frames["offset"], frames["length"], frames["action"] = images[..., 0], images[..., 1], action
+        numbers = {key: episode[key] for key in ("action", "proprio") if episode[key] is not None}
+        cameras = episode["images"].shape[1:2]
+        frames = np.zeros(len(instructions), [
+            ("offset", "<i8", cameras), ("length", "<u4", cameras), ("instruction", "<u4"),
+            *((key, "<f4", values.shape[1:]) for key, values in numbers.items())])
+        frames["offset"], frames["length"] = np.moveaxis(episode["images"], -1, 0)
         frames["instruction"] = [texts.setdefault(text, len(texts)) for text in instructions]
-        if proprio is not None:
-            frames["proprio"] = proprio
+        for key, values in numbers.items():
+            frames[key] = values
         rows.append(frames)
         episodes.append((record, len(frames), any(instructions)))
     if (records := len(episodes) + len(bad)) != count:
@@ -397,8 +276,7 @@ def quantile(values: np.ndarray, q: float) -> np.ndarray:
     return a + difference * t if t < 0.5 else b - difference * (1 - t)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Writing
+# ---- Writing -----------------------------------------------------------------------------------------------
 
 
 def write_rlds(directory: Path, name: str, version: str, features: Mapping,
@@ -427,22 +305,14 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
     try:
         splits = []
         for split, items in episodes.items():
-            sizes = [[]]  # bytes of each record of each shard
-            for item in tqdm(items, desc=f"write {name} {split}", unit="episode", leave=False, delay=1):
-                item = features.encode_example(_encode_images(features, item, jpeg_quality))
-                # deterministic: the same episodes give the same bytes
-                data = serializer.get_tf_example(item).SerializeToString(deterministic=True)
-                if sum(sizes[-1]) > shard_bytes:
-                    sizes.append([])
-                sizes[-1].append(len(data))
-                with open(scratch / f"{split}-{len(sizes) - 1}", "ab") as shard:
-                    for part in (struct.pack("<Q", len(data)), data):
-                        shard.write(part + struct.pack("<I", masked_crc(part)))
+            items = tqdm(items, f"write {name} {split}", unit="episode", leave=False, delay=1, disable=None)
+            examples = (serializer.get_tf_example(features.encode_example(
+                _encode_images(features, item, jpeg_quality))) for item in items)
+            # deterministic: the same episodes give the same bytes
+            records = (example.SerializeToString(deterministic=True) for example in examples)
+            sizes = _write_shards(records, scratch, f"{name}-{split}.tfrecord", shard_bytes)
             if not sizes[0]:
                 raise ValueError(f"split {split!r} of {name} has no episodes")
-            for number in range(len(sizes)):
-                final = f"{name}-{split}.tfrecord-{number:05d}-of-{len(sizes):05d}"
-                (scratch / f"{split}-{number}").rename(scratch / final)
             splits.append({"name": split, "shardLengths": [str(len(shard)) for shard in sizes],
                            "numBytes": str(sum(map(sum, sizes))),
                            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"})
@@ -454,6 +324,21 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return path
+
+
+def _write_shards(records: Iterable[bytes], folder: Path, name: str, shard_bytes: int) -> list[list[int]]:
+    """Write TFRecord files of about shard_bytes -> the bytes of each record of each."""
+    sizes = [[]]
+    for data in records:
+        if sum(sizes[-1]) > shard_bytes:
+            sizes.append([])
+        sizes[-1].append(len(data))
+        with open(folder / f"{len(sizes) - 1}", "ab") as shard:
+            for part in (struct.pack("<Q", len(data)), data):
+                shard.write(part + struct.pack("<I", masked_crc(part)))
+    for number in range(len(sizes) if sizes[0] else 0):
+        (folder / f"{number}").rename(folder / f"{name}-{number:05d}-of-{len(sizes):05d}")
+    return sizes
 
 
 def _encode_images(feature, value, quality: int):
@@ -475,3 +360,24 @@ def _encode_images(feature, value, quality: int):
         Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=quality)
         value = encoded.getvalue()
     return io.BytesIO(value)
+
+
+# ---- The program that indexes ------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Carry out the job on standard input; what is wrong with the data goes to standard output."""
+    end_with_parent()
+    job = json.load(sys.stdin)
+    standardize = functools.partial(oxe.standardize, recipe=Recipe(**job["recipe"]), cameras=job["cameras"],
+                                    load_proprio=job["load_proprio"])
+    try:
+        build_frame_table(Path(job["directory"]), standardize, job["cameras"], Path(job["path"]),
+                          job["skip_bad"])
+    except (UserError, OSError) as error:
+        print(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,23 @@
-"""A run's directory: its log and description, and where training starts."""
+"""A training run's directory: what describes it, its log, and where its training starts.
 
-import dataclasses
+    runs/demo+n1+b32+x7/
+        config.yaml, config.json    all knobs, with what was filled in
+        dataset_statistics.json     how actions are normalised; OpenVLA's format
+        ds_config.json, tokenizer/
+        metrics.jsonl               a line for each line of the log, with more numbers
+        first_batch.png             what the model saw first, with instructions and actions
+        events.out.tfevents.*       TensorBoard's curves
+        checkpoints/step-...        see checkpoint.py
+
+A run that has a checkpoint of its own continues from it and opens nothing else. Its config.yaml then says
+what the weights mean, and a config that says otherwise is refused.
+"""
+
 import fcntl
-import itertools
 import json
 import math
-import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -16,20 +27,223 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
-from checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    checkpoint_step,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
-from config import TrainConfig
+from checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, save_checkpoint
+from config import TrainConfig, UserError, run_directory, walk
 from data import Mixture
 from images import contact_sheet
 from model import VLA
-from weights import Weights
-from zero import set_tensors
+from weights import SHAPE
+
+# what a run may change when it continues; everything else would give its weights another meaning
+MAY_CHANGE = """vla_id hf_token max_length data_root_dir index_dir num_workers epochs max_steps
+    expected_world_size per_device_batch_size learning_rate weight_decay max_grad_norm lr_scheduler_type
+    warmup_ratio compile run_root_dir run_id run_id_note resume_step resume_epoch save_interval
+    keep_checkpoints on_save_error log_interval eval_interval eval_samples action_dim proprio_dim""".split()
+# what a person reads of the numbers, and what is about speed; metrics.jsonl and TensorBoard have all
+SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
+    eval/accuracy_of_most_frequent_bin""".split()
+SPEED = "step_seconds data_seconds samples_per_second eta_seconds tflops_per_gpu mfu gpu_gb host_gb".split()
+
+
+class Run:
+    """A run. Rank 0 alone writes.
+
+    path: its directory; cfg: the config it goes by; checkpoint: what it continues from, opened, or None;
+    step: how many steps have been made
+    """
+
+    def __init__(self, cfg: TrainConfig):
+        """Raises UserError when `cfg` does not fit the run of that name, or another job is in it."""
+        self.quiet, self.path, self.cfg = dist.get_rank() != 0, run_directory(cfg), cfg
+        self.lock, self.checkpoint, self.step, self.started = None, None, 0, time.time()
+        if self.path.exists():
+            self.claim()
+        if own := list_checkpoints(self.path / "checkpoints"):
+            self.cfg = continued(cfg, self.path)
+            self.checkpoint = open_checkpoint(own[-1])
+        else:
+            self.checkpoint = given_checkpoint(cfg)
+        if self.checkpoint:
+            self.step = self.checkpoint.meta["step"]
+
+    def claim(self) -> None:
+        """Make the directory, and make sure that no other job trains in it."""
+        if self.quiet or self.lock:
+            return
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / ".lock", "w")  # the system takes it back when this process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{self.path}: another job is training there: wait for its end, or give this one "
+                            "a run_id of its own") from error
+
+    def check_data(self, mixture: Mixture) -> None:
+        """Raise UserError when the run was trained on data with other statistics: acting goes by them."""
+        known = self.path / "dataset_statistics.json"
+        if self.step and known.exists() and json.loads(known.read_text()) != mixture.statistics:
+            raise UserError(f"{self.path} was trained on data with other statistics than those of "
+                            f"{', '.join(mixture.names)} now: give this training a run_id of its own (with "
+                            "pretrained_checkpoint and is_resume: false it begins with the old weights)")
+
+    def describe(self, cfg: TrainConfig, ds_config: dict, mixture: Mixture) -> None:
+        """Write what the run is, now that nothing was found wrong with it, and start its log."""
+        shares = " ".join(f"{n}:{share:.4f}" for n, share in zip(mixture.names, mixture.shares, strict=True))
+        self.line(f"data frames {mixture.sizes.sum()} epoch_frames {mixture.epoch_length} shares {shares}")
+        for warning in mixture.warnings:
+            self.line(f"warning: {warning}")
+        self.line(f"startup_s {time.time() - self.started:.1f}")
+        if self.quiet:
+            return
+        self.claim()
+        (self.path / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
+        for name, values in (("config", cfg.model_dump()), ("ds_config", ds_config),
+                             ("dataset_statistics", mixture.statistics)):
+            (self.path / f"{name}.json").write_text(json.dumps(values, indent=2))
+        mixture.tokenizer.save_pretrained(self.path / "tokenizer")
+        self.open_log()
+
+    # ---- The log -------------------------------------------------------------------------------------------
+
+    def open_log(self) -> None:
+        """Start or continue the files; what an interrupted run logged after its checkpoint is dropped."""
+        # TensorBoard's own switch against importing TensorFlow, some builds of which crash beside torch
+        sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(self.path, purge_step=self.step + 1)
+        curves = {key: ["Multiline", [f"train/{key}", f"eval/{key}"]] for key in ("loss", "accuracy", "l1")}
+        self.board.add_custom_scalars({"training and evaluation": curves})
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(line for line in lines if step_of(line) <= self.step))
+        scratch.replace(path)  # at once, for this may be killed as well
+
+    def line(self, text: str) -> None:
+        """One line on the terminal, clear of the progress bar."""
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def steps(self, total: int):
+        """The numbers of the steps to be made, behind a progress bar if there is a terminal to show it."""
+        return tqdm(range(self.step, total), "train", initial=self.step, total=total, unit="step",
+                    disable=True if self.quiet else None)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """The most important numbers on the terminal, all of them in metrics.jsonl and in TensorBoard."""
+        if self.quiet:
+            return
+        shown = " ".join(f"{key} {values[key]:.4g}" for key in SHOWN if key in values)
+        if "eta_seconds" in values:
+            minutes, seconds = divmod(round(values["eta_seconds"]), 60)
+            shown += f" eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        self.line(f"step {step} {shown}")
+        try:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            for key, value in values.items():
+                group = "" if key.startswith("eval/") else "speed/" if key in SPEED else "train/"
+                self.board.add_scalar(group + key, value, step)
+            self.board.flush()
+        except OSError as error:  # no reason to end a training
+            self.line(f"warning: not logged: {error}")
+
+    def first_batch(self, batch: dict, mixture: Mixture) -> None:
+        """Show what the model is about to see: a prompt here; in first_batch.png and TensorBoard all images
+        of some samples, oldest first, with instruction and action."""
+        if self.quiet:
+            return
+        tiles, times = [], -(-224 // batch["images"].shape[2])  # small images are enlarged
+        samples = zip(batch["images"][:8], batch["input_ids"][:8], batch["labels"][:8], strict=True)
+        for images, ids, labels in samples:
+            prompt = mixture.tokenizer.decode(ids[: int((labels != -100).int().argmax())])
+            tokens = labels[labels != -100][: mixture.action_dim].numpy()
+            action = " ".join(f"{a:.2f}" for a in mixture.action_tokenizer.decode(tokens))
+            row = np.concatenate(images.numpy(), axis=1).repeat(times, axis=0).repeat(times, axis=1)
+            tiles.append((row, f"{prompt.split(' to ', 1)[-1].split('?')[0]}\naction {action}"))
+        self.line(f"first_prompt {prompt!r} action {action}")
+        sheet = contact_sheet(tiles, columns=2)
+        sheet.save(self.path / "first_batch.png")
+        self.board.add_image("first_batch", np.asarray(sheet), dataformats="HWC")
+
+    def end(self, step: int, total: int, reason: str) -> None:
+        """The last line of the log."""
+        if step == total:
+            self.line(f"done steps {total} seconds {time.time() - self.started:.0f} run {self.path}")
+        else:
+            self.line(f"stopped by {reason} at step {step} of {total}: start the same command again to "
+                      "continue")
+
+    # ---- Checkpoints ---------------------------------------------------------------------------------------
+
+    def save(self, engine, step: int, epoch: int, loss: float, must: bool) -> None:
+        """Save a checkpoint. A failure ends the run, unless on_save_error allows to continue and nothing says
+        that it must succeed."""
+        tag = f"step-{step:06d}-epoch-{epoch:02d}-loss={loss:.4f}"
+        try:
+            path = save_checkpoint(engine, self.path / "checkpoints", tag, {"step": step, "epoch": epoch},
+                                   self.cfg.keep_checkpoints)
+        except CheckpointError as error:
+            if must or self.cfg.on_save_error == "stop":
+                raise
+            return self.line(f"warning: {error}; training goes on (on_save_error: continue)")
+        self.line(f"saved {path}")
+
+
+def continued(cfg: TrainConfig, path: Path) -> TrainConfig:
+    """The config of a run that continues: its own config.yaml, and of `cfg` what may change. Raises UserError
+    naming what `cfg` says otherwise."""
+    try:
+        own = TrainConfig(**yaml.safe_load((path / "config.yaml").read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path / 'config.yaml'}: {error}: without it, nobody knows what the run's "
+                              "checkpoints mean") from error
+    was, now, changed = leaves(own), leaves(cfg), []
+    unsaid = set(SHAPE) - cfg.model_fields_set if own.base_vlm or own.pretrained_checkpoint else set()
+    for key in sorted(was.keys() | now.keys()):
+        knob = key.partition(".")[0]
+        more = knob == "llm_backbone" and key not in now  # a run knows more of it than its YAML says
+        if knob not in {*MAY_CHANGE, *unsaid} and not more and was.get(key) != now.get(key):
+            changed.append(f"{key} was {was.get(key)!r} and is {now.get(key)!r} now")
+    if changed:
+        raise UserError(f"{path}: its checkpoints are of a training with another config: "
+                        f"{'; '.join(changed)}: set that back, or give this training a run_id of its own")
+    return own.model_copy(update={key: getattr(cfg, key) for key in MAY_CHANGE})
+
+
+def leaves(cfg: TrainConfig) -> dict[str, object]:
+    """{"datasets.my_robot.primary": value, ...}: what a config says. (What a run began with may have moved
+    since, but not be called otherwise.)"""
+    values = {key: value for key, value in walk(cfg.model_dump()) if not isinstance(value, dict)}
+    if isinstance(cfg.llm_backbone, str):
+        values["llm_backbone._name_or_path"] = values.pop("llm_backbone")
+    for key in ("base_vlm", "pretrained_checkpoint", "tokenizer"):
+        values[key] = values[key] and Path(values[key]).name
+    return values
+
+
+def given_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
+    """pretrained_checkpoint, opened to continue from it, if the config says so. Raises UserError when it is
+    no checkpoint, or not of the step and epoch that the config names."""
+    given, expected = cfg.pretrained_checkpoint, {"step": cfg.resume_step, "epoch": cfg.resume_epoch}
+    checkpoint = None
+    if given and cfg.is_resume:
+        if not (Path(given) / "checkpoint.json").exists():
+            raise UserError(f"pretrained_checkpoint {given} is no checkpoint of this project (a directory "
+                            "with checkpoint.json), so its training cannot be resumed: set is_resume: false "
+                            "to begin with its weights")
+        checkpoint = open_checkpoint(Path(given))
+    for key, value in expected.items():
+        if value is not None and not checkpoint:
+            raise UserError(f"resume_{key} is {value}, but pretrained_checkpoint is {given} and is_resume "
+                            f"{cfg.is_resume}: name a checkpoint to resume, or remove resume_{key} (a run "
+                            "continues by itself from its newest checkpoint)")
+        if value is not None and value != checkpoint.meta[key]:
+            raise UserError(f"resume_{key} is {value}, but pretrained_checkpoint {given} is of {key} "
+                            f"{checkpoint.meta[key]}: correct one of them")
+    return checkpoint
 
 
 def step_of(line: str) -> float:
@@ -40,174 +254,7 @@ def step_of(line: str) -> float:
         return math.inf
 
 
-class Log:
-    """Where rank 0 writes: the terminal, metrics.jsonl and TensorBoard. Other ranks write nothing."""
-
-    def __init__(self, run_dir: Path, rank: int):
-        self.run_dir, self.quiet, self.board = run_dir, rank != 0, None
-        if self.quiet:
-            return
-        self.lock = open(run_dir / ".lock", "w")  # the system takes it back when this process ends
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"{run_dir}: another job is training there: wait for its end, or give this "
-                             "one a run_id of its own") from error
-
-    def resume_at(self, step: int) -> None:
-        """Start or continue the files; what an interrupted run logged after the checkpoint is dropped."""
-        if self.quiet:
-            return
-        # TensorBoard's own switch against importing TensorFlow where that is installed; some builds crash
-        # beside torch
-        sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(self.run_dir, purge_step=step + 1)
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if step_of(line) <= step]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(kept))
-        scratch.replace(path)  # at once, for this may be killed as well
-
-    def line(self, text: str) -> None:
-        """One line on the terminal, clear of the progress bar."""
-        if not self.quiet:
-            tqdm.write(text)
-            sys.stdout.flush()
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of key value pairs, here and in metrics.jsonl, and a point in each of TensorBoard's
-        curves."""
-        if self.quiet:
-            return
-        self.line(f"step {step} " + " ".join(f"{key} {value:.4g}" for key, value in values.items()))
-        try:
-            with open(self.run_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            for key, value in values.items():
-                self.board.add_scalar(key, value, step)
-            self.board.flush()
-        except OSError as error:  # no reason to end a training
-            self.line(f"warning: not logged: {error}")
-
-    def mixture(self, mixture: Mixture, steps_per_epoch: int) -> None:
-        """What is trained on, and what is odd about it."""
-        shares = " ".join(f"{n}:{share:.4f}" for n, share in zip(mixture.names, mixture.weights, strict=True))
-        self.line(f"data frames {mixture.sizes.sum()} epoch_steps {steps_per_epoch} mixture {shares}")
-        for warning in mixture.warnings:
-            self.line(f"warning: {warning}")
-
-    def first_batch(self, batch: dict, mixture: Mixture) -> None:
-        """Show what the model is about to see: one prompt here, the images with text and actions in
-        TensorBoard."""
-        tiles = []
-        samples = zip(batch["images"], batch["input_ids"], batch["labels"], strict=True)
-        for images, ids, labels in itertools.islice(samples, 16):
-            prompt = mixture.tokenizer.decode(ids[: int((labels != -100).int().argmax())])
-            action = mixture.action_tokenizer.decode(labels[labels != -100][:-1].numpy())
-            caption = prompt.split(" to ", 1)[-1].split("?")[0]
-            tiles.append((images[-1].numpy(), f"{caption[:40]}\n{' '.join(f'{a:.2f}' for a in action[:7])}"))
-        self.line(f"first_prompt {prompt!r} action {' '.join(f'{a:.3f}' for a in action)}")
-        sheet = np.asarray(contact_sheet(tiles))
-        self.board.add_image("first_batch", sheet, dataformats="HWC")
-
-
-def prepare_run(cfg: TrainConfig, world_size: int) -> Path:
-    """Settle the run's name as OpenVLA does, and make its directory."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    nodes = math.ceil(world_size / local)
-    name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
-    name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
-    name += "--image_aug" if cfg.image_aug else ""
-    run_dir = Path(cfg.run_root_dir) / name
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return run_dir
-
-
-def save_run_description(cfg: TrainConfig, ds_config: dict, mixture: Mixture, run_dir: Path) -> None:
-    """config.yaml and config.json (the resolved TrainConfig), ds_config.json and dataset_statistics.json
-    (OpenVLA's)."""
-    values = dataclasses.asdict(cfg)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    (run_dir / "config.json").write_text(json.dumps(values, indent=2))
-    (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
-    mixture.tokenizer.save_pretrained(run_dir / "tokenizer")
-    (run_dir / "dataset_statistics.json").write_text(json.dumps(mixture.statistics, indent=2))
-
-
-def starting_point(cfg: TrainConfig, mixture: Mixture, run_dir: Path) -> tuple[Path | None, int]:
-    """This run's newest checkpoint or cfg.pretrained_checkpoint, whichever is of the later step; and that
-    step."""
-    own = list_checkpoints(run_dir / "checkpoints")
-    given = Path(cfg.pretrained_checkpoint) if cfg.pretrained_checkpoint and cfg.is_resume else None
-    step = CheckpointReader(given).meta["step"] if given else 0
-    if not own or step > checkpoint_step(own[-1]):
-        return given, step
-    check_same_data(run_dir, mixture)
-    return own[-1], checkpoint_step(own[-1])
-
-
-def set_weights(engine, checkpoint: Path | None, weights: Weights | None, log: Log) -> None:
-    """Continue from a checkpoint, with its optimizer, or begin with `weights` if there are any."""
-    if checkpoint:
-        step = load_checkpoint(engine, checkpoint)["step"]
-        log.line(f"resumed {checkpoint} step {step}")
-    elif weights:
-        fresh = weights.check(engine.module)
-        set_tensors(engine, weights.read, ("weight",))
-        log.line(f"weights_from {weights.where}" + (f" except {', '.join(fresh)}" if fresh else ""))
-
-
-def check_same_data(run_dir: Path, mixture: Mixture) -> None:
-    """Raise ValueError when a run with checkpoints was trained on other data: acting undoes the normalisation
-    by the statistics that lie beside them."""
-    path = run_dir / "dataset_statistics.json"
-    known = json.loads(path.read_text()) if path.exists() else mixture.statistics
-    if known != mixture.statistics:
-        raise ValueError(f"{run_dir} was trained on {', '.join(known)}, with other statistics than those of "
-                         f"{', '.join(mixture.names)} now: give this run another run_id; "
-                         "pretrained_checkpoint with is_resume: false begins with the weights of the old one")
-
-
-def check_pretrained(cfg: TrainConfig) -> None:
-    """Raise ValueError when pretrained_checkpoint is not of the step and epoch that the config names."""
-    expected = {"step": cfg.resume_step, "epoch": cfg.resume_epoch}
-    given, resumes = cfg.pretrained_checkpoint, cfg.pretrained_checkpoint is not None and cfg.is_resume
-    if resumes and not (Path(given) / "checkpoint.json").exists():
-        raise ValueError(f"pretrained_checkpoint {given} is no checkpoint of this project (a directory with "
-                         "checkpoint.json), so its training cannot be resumed: set is_resume: false to begin "
-                         "with its weights")
-    meta = CheckpointReader(Path(given)).meta if resumes else {}
-    for key, value in expected.items():
-        if value is not None and not resumes:
-            raise ValueError(f"resume_{key} is {value}, but pretrained_checkpoint is {given} and is_resume "
-                             f"{cfg.is_resume}: name a checkpoint to resume, or remove resume_{key} (a run "
-                             "continues by itself from its newest checkpoint)")
-        if value not in (None, meta.get(key)):
-            raise ValueError(f"resume_{key} is {value}, but pretrained_checkpoint {given} is of {key} "
-                             f"{meta[key]}: correct one of them")
-
-
-def save_or_warn(engine, cfg: TrainConfig, run_dir: Path, tag: str, meta: dict, log: Log, must: bool) -> None:
-    """Save a checkpoint. A failure ends the run, unless on_save_error allows to continue and nothing says
-    that it must succeed."""
-    try:
-        path = save_checkpoint(engine, run_dir / "checkpoints", tag, meta, cfg.keep_checkpoints)
-    except CheckpointError as error:
-        if must or cfg.on_save_error == "stop":
-            raise
-        return log.line(f"warning: {error}; training goes on (on_save_error: continue)")
-    log.line(f"saved {path}")
-
-
-def average(value: torch.Tensor) -> float:
-    """Mean over all ranks."""
-    value = value.detach().float().clone()
-    dist.all_reduce(value)
-    return float(value) / dist.get_world_size()
-
+# ---- How well the GPU is used ------------------------------------------------------------------------------
 
 # dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250,
@@ -216,9 +263,39 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 
 
 def utilisation(vla: VLA, batch: dict, samples_per_second: float) -> dict[str, float]:
     """Model TFLOP/s of each GPU and, for GPUs we know, MFU: the share of its peak. Recomputation does not
-    count as work."""
-    flops = vla.training_flops(batch["input_ids"].shape[1])
+    count as work. Without a GPU, nothing."""
+    if not torch.cuda.is_available():
+        return {}
+    flops = training_flops(vla, batch["input_ids"].shape[1])
     values = {"tflops_per_gpu": samples_per_second * flops / dist.get_world_size() / 1e12}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    name = torch.cuda.get_device_name()
     peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
     return values | ({"mfu": values["tflops_per_gpu"] / peak} if peak else {})
+
+
+def training_flops(vla: VLA, num_tokens: int) -> float:
+    """Floating-point operations of one training sample with num_tokens of text, without recomputation.
+
+    The usual count: for each weight of a matrix and each token 2 in the forward pass, 2 for the gradient of
+    the input and 2 for that of the weight if it is trained; for attention, 4 x width x tokens^2 a block
+    forward and twice that backward. A frozen tower has no backward pass: nothing before it is trained.
+    Embedding tables are looked up, not multiplied; the LM head sees the action tokens only.
+    """
+    def block_flops(blocks, width, tokens):
+        weights = sum(weight_flops(p) for block in blocks for p in block.parameters())
+        return tokens * (weights + (4 + 8 * trained) * len(blocks) * width * tokens)
+
+    def weight_flops(p):
+        shape = getattr(p, "ds_shape", p.shape)  # ds_shape: where ZeRO-3 has left only slices
+        return shape.numel() * (2 + trained * (2 + 2 * p.requires_grad)) if len(shape) > 1 else 0
+
+    total = 0.0
+    for tower in vla.vision_backbone.values():
+        trained = any(p.requires_grad for p in tower.parameters())
+        tokens = vla.num_patches + tower.num_prefix_tokens
+        total += vla.num_images * block_flops(tower.blocks[:-1], tower.embed_dim, tokens)
+    trained, patches = 1, vla.num_images * vla.num_patches
+    total += patches * sum(map(weight_flops, vla.projector.parameters()))
+    layers, width = vla.llm.base_model.layers, vla.llm.config.hidden_size
+    head = weight_flops(vla.llm.get_output_embeddings().weight) * (vla.num_action_tokens + 1)
+    return total + head + block_flops(layers, width, num_tokens + patches + vla.cfg.use_proprio)

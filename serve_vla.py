@@ -30,7 +30,6 @@ import json
 import queue
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -47,10 +46,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from act import Policy, load_vla
 from checkpoint import CheckpointError
+from config import UserError, told_in_one_line
 from images import decode_native
-from model import VLA
-from weights import load_vla
 
 MAX_BODY = 32 << 20  # bytes of a request: as plain lists, images up to about full HD
 BIG_BODY = 1 << 20  # bytes; longer ones are parsed one at a time, so that others get their turn
@@ -61,7 +60,7 @@ BODY_SECONDS = 60  # to send a request in
 STOP_SECONDS = 30  # to answer what is under way when told to stop
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request that cannot be answered. The message names the field and the cure."""
 
     def __init__(self, message: str, status: int = 400):
@@ -69,8 +68,7 @@ class RequestError(ValueError):
         self.status = status
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From JSON to arrays and back
+# ---- From JSON to arrays and back --------------------------------------------------------------------------
 
 
 @dataclass
@@ -84,7 +82,7 @@ class Query:
     form: str  # of the reply: numpy, encoded or list
 
 
-def parse_request(body: bytes, vla: VLA) -> Query:
+def parse_request(body: bytes, policy: Policy) -> Query:
     """Read and check a request to a model. Raises RequestError."""
     payload = read_object(body, "the request")
     encoded = "encoded" in payload
@@ -97,7 +95,7 @@ def parse_request(body: bytes, vla: VLA) -> Query:
         if key not in known:
             raise RequestError(f"unknown field {key[:80]!r}: the fields are {', '.join(known)}")
 
-    images = parse_images(payload, vla.num_images)
+    images = parse_images(payload, policy.vla.num_images)
     instruction, unnorm_key = payload.get("instruction"), payload.get("unnorm_key")
     if not isinstance(instruction, str) or not instruction.strip():
         raise RequestError("instruction: must be text that says what to do, such as \"open the drawer\"")
@@ -108,16 +106,16 @@ def parse_request(body: bytes, vla: VLA) -> Query:
     if size > MAX_INSTRUCTION:
         raise RequestError(f"instruction: longer than {MAX_INSTRUCTION} bytes: shorten it")
     if not isinstance(unnorm_key, str | None):
-        raise RequestError(f"unnorm_key: must be one of {', '.join(sorted(vla.norm_stats))}")
+        raise RequestError(f"unnorm_key: must be one of {', '.join(sorted(policy.norm_stats))}")
     try:
-        stats = vla.dataset_statistics(unnorm_key)
-    except ValueError as error:
+        stats = policy.dataset_statistics(unnorm_key)
+    except UserError as error:
         raise RequestError(f"{error}"[:2000]) from error
 
     sent = [*payload.get("images", []), payload.get("image"), payload.get("proprio")]
     arrays = any(isinstance(value, dict) for value in sent)
-    return Query(images, instruction, unnorm_key or next(iter(vla.norm_stats)),
-                 parse_proprio(payload.get("proprio"), vla.cfg.use_proprio, stats),
+    return Query(images, instruction, unnorm_key or next(iter(policy.norm_stats)),
+                 parse_proprio(payload.get("proprio"), policy.cfg.use_proprio, stats),
                  "encoded" if encoded else "numpy" if arrays else "list")
 
 
@@ -251,16 +249,15 @@ def encode_action(action: np.ndarray, form: str) -> str:
     return json.dumps(array if form == "numpy" else json.dumps(array))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The model's thread
+# ---- The model's thread ------------------------------------------------------------------------------------
 
 
 class Batcher(threading.Thread):
     """Runs the model on all requests that came while it was busy with the ones before."""
 
-    def __init__(self, vla: VLA, max_batch: int):
+    def __init__(self, policy: Policy, max_batch: int):
         super().__init__(daemon=True)
-        self.vla, self.max_batch = vla, max_batch
+        self.policy, self.max_batch = policy, max_batch
         self.waiting: queue.SimpleQueue[tuple[Query, Future]] = queue.SimpleQueue()
 
     def ask(self, query: Query) -> Future:
@@ -287,9 +284,10 @@ class Batcher(threading.Thread):
         another's sake."""
         queries = [query for query, _ in asked]
         try:
-            actions = self.vla.predict_action(
+            proprio = None if queries[0].proprio is None else np.stack([query.proprio for query in queries])
+            actions = self.policy.predict_action(
                 [query.views for query in queries], [query.instruction for query in queries],
-                queries[0].unnorm_key, [query.proprio for query in queries])
+                queries[0].unnorm_key, proprio)
         except Exception as error:
             if len(asked) == 1:
                 asked[0][1].set_exception(error)
@@ -301,20 +299,19 @@ class Batcher(threading.Thread):
             future.set_result((action, len(asked)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# HTTP
+# ---- HTTP --------------------------------------------------------------------------------------------------
 
 
 def make_app(batcher: Batcher, model: str) -> Starlette:
     """The two addresses of the server."""
-    vla, one_at_a_time = batcher.vla, asyncio.Semaphore(1)
+    policy, one_at_a_time = batcher.policy, asyncio.Semaphore(1)
 
     async def act(request: Request) -> Response:
         started, facts = time.perf_counter(), ""
         try:
             body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
             async with one_at_a_time if len(body) > BIG_BODY else contextlib.nullcontext():
-                query = await asyncio.to_thread(parse_request, body, vla)
+                query = await asyncio.to_thread(parse_request, body, policy)
             action, size = await asyncio.wrap_future(batcher.ask(query))
             status, reply = 200, encode_action(action, query.form)
             facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
@@ -331,9 +328,9 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
         return Response(reply, status, media_type="application/json")
 
     async def health(request: Request) -> Response:
-        facts = {"status": "ok", "model": model, "unnorm_keys": sorted(vla.norm_stats),
-                 "images": vla.num_images, "proprio": vla.cfg.use_proprio,
-                 "action_shape": [vla.cfg.action_chunk, vla.cfg.action_dim]}
+        facts = {"status": "ok", "model": model, "unnorm_keys": sorted(policy.norm_stats),
+                 "images": policy.vla.num_images, "proprio": policy.cfg.use_proprio,
+                 "action_shape": [policy.cfg.action_chunk, policy.cfg.action_dim]}
         return Response(json.dumps(facts), media_type="application/json")
 
     async def nothing_here(request: Request, error: HTTPException) -> Response:
@@ -360,23 +357,23 @@ def log(text: str) -> None:
     print(text, flush=True)
 
 
-def serve(vla: VLA, model: str, host: str, port: int, max_batch: int) -> None:
+def serve(policy: Policy, model: str, host: str, port: int, max_batch: int) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then finish those under way."""
-    batcher = Batcher(vla, max_batch)
+    batcher = Batcher(policy, max_batch)
     config = uvicorn.Config(make_app(batcher, model), host, port, log_level="warning", access_log=False,
                             lifespan="off", limit_concurrency=MAX_CONNECTIONS,
                             timeout_graceful_shutdown=STOP_SECONDS)
     listener = config.bind_socket()
     # a first action, before any robot asks: kernels are compiled, and a model that cannot act shows it
-    key = next(iter(vla.norm_stats))
-    state = [np.array(vla.norm_stats[key]["proprio"]["mean"])] if vla.cfg.use_proprio else None
-    vla.predict_action([[np.zeros((224, 224, 3), np.uint8)] * vla.num_images], ["wait"], key, state)
+    key = next(iter(policy.norm_stats))
+    state = np.array(policy.norm_stats[key]["proprio"]["mean"]) if policy.cfg.use_proprio else None
+    policy.predict_action([np.zeros((224, 224, 3), np.uint8)] * policy.vla.num_images, "wait", key, state)
     batcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn sends itself the signal once more after it stopped
     listener.listen()  # who reads the next line may connect
     host, port, *_ = listener.getsockname()
-    log(f"serving http://{host}:{port} model {model} unnorm_keys {','.join(sorted(vla.norm_stats))}")
+    log(f"serving http://{host}:{port} model {model} unnorm_keys {','.join(sorted(policy.norm_stats))}")
     uvicorn.Server(config).run([listener])
     log("stopped")
 
@@ -399,16 +396,14 @@ def main() -> None:
     if args.speed_up and args.device == "cpu":
         parser.error("--speed_up records what a GPU does: it needs --device cuda")
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
-    try:
-        vla = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-        if not vla.norm_stats:
+    with told_in_one_line():
+        policy = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        if not policy.norm_stats:
             raise CheckpointError(f"{args.checkpoint}: has no dataset statistics, so it cannot act: a VLA "
                                   "has them, a plain VLM does not")
         if args.speed_up:
-            vla.speed_up()
-        serve(vla, args.checkpoint, args.host, args.port, args.max_batch or (1 if args.speed_up else 16))
-    except (ValueError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+            policy.speed_up()
+        serve(policy, args.checkpoint, args.host, args.port, args.max_batch or (1 if args.speed_up else 16))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,46 @@
-"""All that knows DeepSpeed's insides: where a parameter lives, and what is replaced."""
+"""All that knows DeepSpeed's insides: where a parameter lives, what is mended, and what is made faster.
+
+Checked with DeepSpeed 0.19.8, whose names below are no public interface. So: what would be wrong with another
+version is refused; what only makes things faster is left out there, with a line in the log.
+
+Read find_slice first: where each ZeRO stage keeps a parameter. Then optimizer_step and adapt.
+"""
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
+from config import UserError, one_line
+from model import VLA
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
 
 
+def check_json(ds_config: dict) -> None:
+    """Let DeepSpeed say what is wrong inside the JSON's sections. Raises UserError."""
+    for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+        try:
+            model(**ds_config.get(section, {}))
+        except ValidationError as error:
+            raise UserError(f"--deepspeed_config: {section}: {one_line(error)}") from None
+
+
+# ---- Where DeepSpeed keeps a parameter ---------------------------------------------------------------------
+
+
 @dataclass
 class Slice:
-    """This rank's part of one trainable parameter: elements [first, first + count) of it, flattened, live
-    as elements [offset, offset + count) of `flat`, a float32 tensor the optimizer steps on. replicated:
-    every rank has all of it."""
+    """This rank's part of one trainable parameter: elements [first, first + count) of it, flattened, live as
+    elements [offset, offset + count) of `flat`, a float32 tensor that AdamW steps on. replicated: every rank
+    has all of it."""
 
     flat: torch.Tensor
     offset: int
@@ -25,7 +50,11 @@ class Slice:
 
     def view(self, engine, kind: str) -> torch.Tensor:
         """kind "weight", "exp_avg" or "exp_avg_sq" -> a view (count,) of the live tensor."""
-        tensor = self.flat.data if kind == "weight" else optimizer_state(engine, self.flat)[kind]
+        state = optimizers(engine)[-1 if self.flat.is_cuda else 0].state[self.flat]
+        if kind in MOMENTS and kind not in state:  # AdamW has not stepped yet
+            state.update({moment: torch.zeros_like(self.flat.data) for moment in MOMENTS})
+            state["step"] = torch.zeros((), device=self.flat.device)  # a tensor: PyTorch's AdamW is fused
+        tensor = self.flat.data if kind == "weight" else state[kind]
         return tensor.view(-1).narrow(0, self.offset, self.count)
 
 
@@ -56,19 +85,9 @@ def optimizers(engine) -> list[torch.optim.Optimizer]:
     return [engine.basic_optimizer, *filter(None, [getattr(engine.optimizer, "backup_optimizer", None)])]
 
 
-def optimizer_state(engine, flat: torch.Tensor) -> dict:
-    """AdamW's state of one flat tensor, made here if it has not stepped yet."""
-    state = optimizers(engine)[-1 if flat.is_cuda else 0].state[flat]
-    if "exp_avg" not in state:
-        state.update({kind: torch.zeros_like(flat.data) for kind in MOMENTS})
-        state["step"] = torch.zeros((), device=flat.device)  # a tensor, because it is PyTorch's fused AdamW
-    return state
-
-
 def set_optimizer_step(engine, step: int) -> None:
-    """Set AdamW's step count, which its bias correction depends on. At the start of a run, too: in bf16
-    and stage 0 DeepSpeed makes one step of its own while it initialises (at learning rate 0, so it only
-    counts)."""
+    """Set AdamW's step count, which its bias correction depends on. At the start of a run, too: in bf16 and
+    stage 0 DeepSpeed makes a step of its own while it initialises (at learning rate 0, so it only counts)."""
     for state in (state for optimizer in optimizers(engine) for state in optimizer.state.values()):
         if isinstance(state.get("step"), torch.Tensor):
             state["step"].fill_(step)
@@ -103,13 +122,13 @@ def local_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{kind}/{name}@{part.first + start}", part.view(engine, kind)[start:stop]
 
 
-def set_tensors(engine, read: Callable[[str, int, int], torch.Tensor | None], kinds: tuple[str, ...]) -> None:
+def set_tensors(engine, read: Callable[..., torch.Tensor | None], kinds: tuple[str, ...]) -> None:
     """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where they are known, the
     moments.
 
-    read("<kind>/<parameter>", start, stop) returns elements [start, stop) of the flattened tensor in any
-    dtype, or None to leave the parameter as it is; it is asked only for what this rank owns, a tensor at a
-    time, so that host memory stays small.
+    read(parameter, start, stop, kind) returns elements [start, stop) of the flattened tensor in any dtype, or
+    None to leave it as it is (checkpoint.Tensors.read); it is asked only for what this rank owns, a tensor at
+    a time, so that host memory stays small.
     """
     zero3 = engine.zero_optimization_stage() == 3
     if zero3:
@@ -117,11 +136,11 @@ def set_tensors(engine, read: Callable[[str, int, int], torch.Tensor | None], ki
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
             first, part = frozen_slice(param) if zero3 else (0, param.data.view(-1))
-            if (values := read(f"weight/{name}", first, first + len(part))) is not None:
+            if (values := read(name, first, first + len(part), "weight")) is not None:
                 part.copy_(values)
         elif (part := find_slice(engine, param)) is not None:
             for kind in kinds:
-                values = read(f"{kind}/{name}", part.first, part.first + part.count)
+                values = read(name, part.first, part.first + part.count, kind)
                 if values is None:
                     continue
                 part.view(engine, kind).copy_(values)
@@ -141,7 +160,73 @@ def describe_parameters(module: torch.nn.Module) -> dict[str, tuple[list[int], b
             for name, param in module.named_parameters()}
 
 
-def keep_large_gradients(zero) -> None:
+# ---- A step ------------------------------------------------------------------------------------------------
+
+
+def set_learning_rate(engine, lr: float) -> None:
+    """For the next step, in every optimizer there is."""
+    for group in (group for optimizer in optimizers(engine) for group in optimizer.param_groups):
+        group["lr"] = lr
+
+
+def optimizer_step(engine) -> torch.Tensor:
+    """engine.step(), which ends an accumulation by updating the weights -> gradients' norm before
+    clipping."""
+    norm = None
+    plain = not (engine.zero_optimization() or engine.bfloat16_enabled())
+    if plain and engine.is_gradient_accumulation_boundary():  # there, DeepSpeed neither reports nor checks it
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        engine.skipped_steps += not math.isfinite(norm)
+    engine.step()
+    return engine.get_global_grad_norm() if norm is None else norm
+
+
+# ---- What is mended ----------------------------------------------------------------------------------------
+
+
+def born_in_shards(make: Callable[[AbstractContextManager], VLA], ds_config: dict) -> VLA:
+    """A VLA whose language model ZeRO-3 divides layer by layer as it is made, so that it stands whole
+    nowhere. make: VLA's constructor, given the context in which the language model is made."""
+    vla = make(deepspeed.zero.Init(config_dict_or_path=ds_config))
+    # zero.Init makes everything in bf16, also the rotary frequencies, which must not be rounded ...
+    vla.llm.base_model.rotary_emb = type(vla.llm.base_model.rotary_emb)(vla.llm.config)
+    for param in vla.parameters():  # ... and DeepSpeed assumes that the towers were, too
+        param.data = param.data.to(next(vla.llm.parameters()).dtype)
+    return vla
+
+
+def adapt(engine) -> list[str]:
+    """Mend a new engine, and make it faster; returns what the log should say of it. Raises UserError when
+    this version of DeepSpeed keeps parameters elsewhere."""
+    try:
+        for param in engine.module.parameters():
+            if param.requires_grad:
+                find_slice(engine, param)
+        set_optimizer_step(engine, 0)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"DeepSpeed {deepspeed.__version__} has other insides than 0.19.8 ({error!r}): pip "
+                        "install deepspeed==0.19.8") from error
+    zero = engine.optimizer
+    ours = {2: [keep_large_gradients, spare_passes], 3: [stage_weights]}
+    return [note for way in ours.get(engine.zero_optimization_stage(), []) for note in way(zero)]
+
+
+def replace(zero, ours: dict, needed: bool) -> list[str]:
+    """Put `ours` where DeepSpeed has its own. Where a version has none of that name: raises UserError if it
+    is needed; else nothing is replaced, and what the log should say is returned."""
+    missing = [name for name in ours if not hasattr(zero, name)]
+    if missing and needed:
+        raise UserError(f"DeepSpeed {deepspeed.__version__} has no {missing[0]}, which must be replaced: pip "
+                        "install deepspeed==0.19.8, or train with ds_configs/zero1.json")
+    if missing:
+        return [f"DeepSpeed {deepspeed.__version__} has no {missing[0]}: steps are slower than with 0.19.8"]
+    for name, value in ours.items():
+        setattr(zero, name, value)
+    return []
+
+
+def keep_large_gradients(zero) -> list[str]:
     """A gradient of more than `reduce_bucket_size` elements, say of an embedding of 128,000 words, is summed
     outside of ZeRO-2's buckets. With `overlap_comm`, DeepSpeed then frees it while the GPUs still sum it, and
     PyTorch would put the next tensor there: here its memory stays until they are done."""
@@ -149,11 +234,15 @@ def keep_large_gradients(zero) -> None:
         if gradient.is_cuda and gradient.numel() > zero.reduce_bucket_size:
             gradient.record_stream(stream)
 
-    if zero.overlap_comm and not zero.cpu_offload:
-        override(zero, {"_record_gradient_stream": keep})
+    if not zero.overlap_comm or zero.cpu_offload:
+        return []
+    return replace(zero, {"_record_gradient_stream": keep}, needed=True)
 
 
-def spare_passes(zero) -> None:
+# ---- What is made faster -----------------------------------------------------------------------------------
+
+
+def spare_passes(zero) -> list[str]:
     """Pass over gradients less often, where ZeRO-2 keeps a rank's in flat float32 tensors and PyTorch's fused
     AdamW steps on them. What is computed stays the same.
 
@@ -166,7 +255,7 @@ def spare_passes(zero) -> None:
     fused = isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]
     summed_apart = (zero.dtype, zero.gradient_accumulation_dtype) == (torch.bfloat16, torch.float32)
     if not fused or not summed_apart or zero.cpu_offload:
-        return
+        return []
 
     def norm_of_mean():
         sums = [group.flat_partition for group in zero.averaged_gradients.values()]
@@ -179,13 +268,13 @@ def spare_passes(zero) -> None:
         clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
         adamw.grad_scale = clip * world_size
 
-    override(zero, {
+    return replace(zero, {
         "gradient_average": False, "check_overflow": lambda *_, **__: None,
         "_add_to_grad_partition_buffer": lambda sums, gradient: sums is None or sums.add_(gradient),
-        "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip})
+        "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip}, needed=False)
 
 
-def stage_weights(zero) -> None:
+def stage_weights(zero) -> list[str]:
     """Bring weights that ZeRO-3 stepped on in host memory to the GPU by way of pinned memory. DeepSpeed
     rounds each group into new memory, which the GPU reads slowly: the 60 % of a 7B that
     ds_configs/zero3_partial_offload.json keeps on the host take 2 s, and 0.5 s here."""
@@ -193,7 +282,7 @@ def stage_weights(zero) -> None:
     crossing = {group: weights.numel() for group, weights in enumerate(full)
                 if weights.numel() and weights.is_cpu and getattr(rounded[group], "is_cuda", False)}
     if not crossing:
-        return
+        return []
     pinned = torch.empty(max(crossing.values()), dtype=zero.dtype, pin_memory=True)
 
     def by_way_of_pinned(group):
@@ -203,27 +292,4 @@ def stage_weights(zero) -> None:
         else:
             type(zero)._reassign_or_swap_out_partitioned_parameters(zero, group)
 
-    override(zero, {"_reassign_or_swap_out_partitioned_parameters": by_way_of_pinned})
-
-
-def override(zero, ours: dict) -> None:
-    """Put `ours` where DeepSpeed has its own. Raises ValueError when a version has none of that name, since
-    wrong weights would go unseen."""
-    for name, value in ours.items():
-        if not hasattr(zero, name):
-            raise ValueError(f"DeepSpeed {deepspeed.__version__} has no {name}, which is replaced here: "
-                             "install deepspeed==0.19.8, or train with ds_configs/zero1.json")
-        setattr(zero, name, value)
-
-
-def optimizer_step(engine) -> torch.Tensor:
-    """engine.step(), which at the end of an accumulation updates the weights -> norm of the gradients
-    before clipping."""
-    norm = None
-    plain = not (engine.zero_optimization() or engine.bfloat16_enabled())
-    if plain and engine.is_gradient_accumulation_boundary():  # there, DeepSpeed neither reports nor checks it
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        engine.skipped_steps += not math.isfinite(norm)
-    engine.step()
-    return engine.get_global_grad_norm() if norm is None else norm
+    return replace(zero, {"_reassign_or_swap_out_partitioned_parameters": by_way_of_pinned}, needed=False)

@@ -4,9 +4,9 @@
     python bench/act_latency.py --batch 1 --openvla ../openvla --openvla_python ../openvla-env/bin/python
 
 Weights are random, the shape is OpenVLA-7B's. Measured is predict_action as a user calls it, from a 256 px
-image in host memory to numbers; with kernels as they come, and fused and recorded (VLA.speed_up). OpenVLA's
-class (transformers 4.40.1) is timed in its own environment on the same GPU, one image at a time, as it cannot
-batch. The floor: each of 7 tokens reads the language model's weights once, of its head the actions' rows.
+image in host memory to numbers; with kernels as they come, and fused and recorded (speed_up). OpenVLA's class
+(transformers 4.40.1) is timed in its own environment on the same GPU, one image at a time: it cannot batch.
+The floor: each of 7 tokens reads the language model's weights once, of its head the actions' rows.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,43 +23,43 @@ import torch
 from openvla_peer import INSTRUCTION, STATS
 from torch import nn
 
+from act import Policy, parameters_without_memory
 from action_tokenizer import load_tokenizer
+from config import TrainConfig
 from model import VLA
-from weights import ACTING, PRISMATIC, parameters_without_memory, prismatic_config
+from weights import PRISMATIC, prismatic_config
 
 
-def random_model(base: str) -> VLA:
+def random_model(base: str) -> Policy:
     """A Prismatic VLM's shape with random bf16 weights, made on the GPU."""
-    config = {**ACTING, **prismatic_config(*PRISMATIC[base])}
-    config["tokenizer"] = str(ROOT / "tests/fixtures/model/tokenizer_llama")
-    cfg = SimpleNamespace(**config)
+    cfg = TrainConfig(**prismatic_config(*PRISMATIC[base]), action_dim=7)
+    tokenizer = load_tokenizer(str(ROOT / "tests/fixtures/model/tokenizer_llama"))
     with parameters_without_memory():
-        vla = VLA(cfg, load_tokenizer(cfg.tokenizer))
+        vla = VLA(cfg, tokenizer)
     for name, p in [*vla.named_parameters()]:
         module, _, leaf = name.rpartition(".")
         value = torch.randn(p.shape, device="cuda", dtype=torch.bfloat16) * 0.02
         vla.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-    vla.norm_stats = STATS
-    return vla.to("cuda").eval()
+    return Policy(vla.to("cuda").eval(), tokenizer, STATS)
 
 
-def measure(vla: VLA, batch: int, repeats: int = 20) -> tuple[float, float]:
+def measure(policy: Policy, batch: int, repeats: int = 20) -> tuple[float, float]:
     """Median seconds of predict_action for a batch, and of the first call."""
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     times = []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats + 3):
         started = time.perf_counter()
-        vla.predict_action([image] * batch, [INSTRUCTION] * batch)
+        policy.predict_action([image] * batch, [INSTRUCTION] * batch)
         times.append(time.perf_counter() - started)
     return float(np.median(times[3:])), times[0]
 
 
 @torch.inference_mode()
-def parts(vla: VLA) -> tuple[float, float, float]:
+def parts(policy: Policy) -> tuple[float, float, float]:
     """Milliseconds of a recorded action's parts: the image, the prompt, one token."""
-    _, (images, input_ids, lengths, _), *_ = next(iter(vla.graphs.values()))
-    cache, count = vla.make_cache(images, input_ids.shape[1]), vla.num_action_tokens
+    vla, (_, (images, input_ids, lengths, _), *_) = policy.vla, next(iter(policy.graphs.values()))
+    cache, count = policy.make_cache(images, input_ids.shape[1]), vla.num_action_tokens
 
     def milliseconds(function) -> float:
         for _ in range(3):
@@ -76,9 +75,9 @@ def parts(vla: VLA) -> tuple[float, float, float]:
         return 100 * (time.perf_counter() - started)
 
     image = milliseconds(lambda: vla.embed(images, input_ids))
-    whole = milliseconds(lambda: vla.decode(images, input_ids, lengths, None, cache))
+    whole = milliseconds(lambda: policy.tokens_of(images, input_ids, lengths, None, cache))
     vla.num_action_tokens = 1
-    first = milliseconds(lambda: vla.decode(images, input_ids, lengths, None, cache))
+    first = milliseconds(lambda: policy.tokens_of(images, input_ids, lengths, None, cache))
     vla.num_action_tokens = count
     return image, first - image, (whole - first) / (count - 1)
 
@@ -101,21 +100,22 @@ def main() -> None:
         else:
             theirs = float(done.stdout.split("seconds")[-1])
             print(f"openvla batch 1 seconds {theirs:.4f} actions_per_second {1 / theirs:.2f}", flush=True)
-    vla = random_model(args.base)
+    policy = random_model(args.base)
+    vla = policy.vla
     head = vla.llm.get_output_embeddings().weight
     unread = vla.llm.get_input_embeddings().weight.numel() + head[vla.action_tokenizer.n_bins :].numel()
     llm = sum(p.numel() for p in vla.llm.parameters()) - unread
     print(f"weights_gb {vla.count_parameters()[0] * 2e-9:.2f} read_per_token_gb {llm * 2e-9:.2f}", flush=True)
     for fast in (False, True):
         if fast:
-            vla.speed_up()
+            policy.speed_up()
         for batch in args.batch:
-            seconds, first = measure(vla, batch)
+            seconds, first = measure(policy, batch)
             ratio = f" ratio_to_openvla {theirs * batch / seconds:.2f}" if theirs else ""
             print(f"{'speed_up' if fast else 'plain'} batch {batch} seconds {seconds:.4f} actions_per_second "
                   f"{batch / seconds:.2f}{ratio} first_call_seconds {first:.1f} "
                   f"gpu_gb {torch.cuda.max_memory_allocated() / 1e9:.1f}", flush=True)
-    image, prompt, token = parts(vla)
+    image, prompt, token = parts(policy)
     print(f"parts image_ms {image:.2f} prompt_ms {prompt:.2f} token_ms {token:.2f} token_gb_per_second "
           f"{llm * 2e-6 / token:.0f}", flush=True)
 

@@ -14,9 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,16 +24,18 @@ import yaml
 from act_latency import STATS
 from data_throughput import write_frames
 
+from act import parameters_without_memory
 from action_tokenizer import load_tokenizer
-from checkpoint import list_checkpoints
+from checkpoint import Tensors, list_checkpoints
+from config import TrainConfig
 from export_vla import save_tokenizer, write_hugging_face
 from model import VLA
-from weights import ACTING, PRISMATIC, Weights, parameters_without_memory, prismatic_config
+from weights import PRISMATIC, Weights, prismatic_config
 
 ACT = """
 import sys, time, numpy as np, torch
 sys.path.insert(0, {root!r})
-from weights import load_vla
+from act import load_vla
 started = time.time()
 vla = load_vla({export!r}, "cuda", torch.bfloat16)
 gpu_gb = torch.cuda.max_memory_allocated() / 1e9
@@ -47,18 +47,21 @@ print("action", vla.predict_action(image, "put the carrot on the plate").round(3
 
 def make_checkpoint(folder: Path, base: str) -> None:
     """Random weights in OpenVLA's Hugging Face layout."""
-    config = {**ACTING, **prismatic_config(*PRISMATIC[base])}
-    cfg = SimpleNamespace(**config | {"tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")})
+    config = prismatic_config(*PRISMATIC[base]) | {
+        "action_dim": 7, "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")}
+    cfg = TrainConfig(**config)
     with parameters_without_memory():
         vla = VLA(cfg, load_tokenizer(cfg.tokenizer))
 
-    def draw(shape: torch.Size) -> torch.Tensor:
-        return (torch.randn(shape, device="cuda") * 0.02).bfloat16().cpu()
+    def draw(start: int, stop: int) -> torch.Tensor:
+        return (torch.randn(stop - start, device="cuda") * 0.02).bfloat16().cpu()
 
-    tensors = {name: partial(draw, p.shape) for name, p in vla.named_parameters()}
+    tensors = Tensors(base)
+    for name, p in vla.named_parameters():
+        tensors.add(name, p.shape, draw)
     folder.mkdir(parents=True)
     save_tokenizer(cfg, folder)
-    write_hugging_face(Weights(base, config, tensors, STATS), cfg, folder, None)
+    write_hugging_face(Weights(tensors, config, STATS), cfg, folder, None)
 
 
 def timed(name: str, command: list) -> str:

@@ -12,7 +12,6 @@ and batching, which it does in the training process and we do in the workers.
 """
 
 import argparse
-import dataclasses
 import functools
 import math
 import subprocess
@@ -32,7 +31,8 @@ import oxe
 from action_tokenizer import load_tokenizer
 from config import TrainConfig
 from data import Mixture, TrainBatches
-from rlds import _index_shard, find_dataset, step_features, write_rlds
+from frames import find_dataset
+from rlds import _index_shard, step_features, write_rlds
 from train_vla import make_loader
 
 OPENVLA = '''
@@ -154,7 +154,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data_root_dir")
-    parser.add_argument("--data_mix", default="libero_spatial_no_noops", help="a dataset of oxe.py")
+    parser.add_argument("--data_mix", default="libero_spatial_no_noops", help="of Open X-Embodiment")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count())
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--image_aug", action="store_true")
@@ -172,7 +172,7 @@ def main() -> None:
         tokenizer = load_tokenizer(args.tokenizer)
         index_speed(Path(cfg.data_root_dir), cfg.data_mix)
         for augment in [False, True] if args.image_aug or args.openvla else [False]:
-            cfg = dataclasses.replace(cfg, image_aug=augment)
+            cfg = cfg.model_copy(update={"image_aug": augment})
             mine = ours(cfg, tokenizer, args.samples)
             report(f"ours workers {args.workers}", augment, args.samples, *mine)
             if args.openvla:

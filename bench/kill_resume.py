@@ -37,7 +37,7 @@ from conftest import ROOT, TINY
 
 import config
 import train_vla
-from checkpoint import CheckpointReader, list_checkpoints
+from checkpoint import Checkpoint, list_checkpoints
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
@@ -58,7 +58,7 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         status = 1
         try:
-            neighbour = train_vla.start_job()
+            neighbour = ranks.start_job()
             train_vla.train(config.TrainConfig(**cfg), ds_config)
             neighbour.release()
             status = 0
@@ -92,9 +92,9 @@ def result(run: Path) -> tuple[list, dict]:
     keys = ("step", "loss", "accuracy", "learning_rate")
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     curves = [[values[key] for key in keys] for values in lines if "loss" in values]
-    reader = CheckpointReader(list_checkpoints(run / "checkpoints")[-1])
-    tensors = {name: reader.read(name, 0, max(stop for _, stop, *_ in slices))
-               for name, slices in reader.slices.items()}
+    reader = Checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    tensors = {(kind, name): reader.read(name, 0, pieces[-1][1], kind)
+               for (kind, name), pieces in reader.pieces.items()}
     return curves, tensors
 
 

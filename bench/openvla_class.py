@@ -22,11 +22,12 @@ import torch
 from openvla_peer import INSTRUCTION, STATS
 from PIL import Image
 
+from act import load_vla
 from action_tokenizer import PROMPTS, load_tokenizer, prompt_ids
 from config import TrainConfig
 from export_vla import description, export
 from model import VLA
-from weights import PRISMATIC, load_vla, prismatic_config
+from weights import PRISMATIC, prismatic_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,16 +69,16 @@ def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
     """Ask the same of an export in OpenVLA's class and here."""
     make_model(base, folder / "native")
     export(str(folder / "native"), folder / "hf", "hf")
-    vla = load_vla(folder / "hf")
-    style = vla.cfg.prompt_style
+    policy = load_vla(folder / "hf")
+    vla, style = policy.vla, policy.cfg.prompt_style
     prompt = PROMPTS[style].format(q=f"What action should the robot take to {INSTRUCTION}?")
     Image.fromarray(image).save(folder / "image.png")
     subprocess.run([args.openvla_python, ROOT / "bench/openvla_peer.py", args.openvla, "answer",
                     folder / "hf", folder / "image.png", folder / "official.npz", "--prompt", prompt],
                    check=True)
     theirs = np.load(folder / "official.npz")
-    seen = torch.from_numpy(vla.see(image))[None, None]
-    ids = prompt_ids(vla.tokenizer, INSTRUCTION, style)[:-1]  # its class appends the last one later
+    seen = torch.from_numpy(policy.see(image))[None, None]
+    ids = prompt_ids(policy.tokenizer, INSTRUCTION, style)[:-1]  # its class appends the last one later
     with torch.no_grad():
         hidden = vla.llm.base_model(inputs_embeds=vla.embed(seen, torch.tensor([ids]))).last_hidden_state
         logits = vla.llm.lm_head(hidden).numpy()
@@ -87,7 +88,7 @@ def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
     print(f"pixels_max_difference {abs(pixels - theirs['pixels']).max():.2e}")
     print(f"logits_max_difference {abs(logits - theirs['logits']).max():.2e} of {abs(logits).max():.2f}")
     print(f"action_openvla {theirs['action'].tolist()}")
-    print(f"action_ours    {vla.predict_action(image, INSTRUCTION).tolist()}", flush=True)
+    print(f"action_ours    {policy.predict_action(image, INSTRUCTION).tolist()}", flush=True)
 
 
 if __name__ == "__main__":

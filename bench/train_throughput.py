@@ -34,8 +34,8 @@ import numpy as np
 import yaml
 from data_throughput import write_frames
 
-from rlds import end_with_parent
-from train_vla import read_yaml
+from config import read_yaml
+from frames import end_with_parent
 from weights import PRISMATIC, prismatic_config
 
 

@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from hypothesis import settings
 
+from config import TrainConfig
 from rlds import write_rlds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,14 +60,14 @@ def tiny(tmp_path):
 def data_config(tmp_path):
     """The keys that data.Mixture reads, for the fixtures' datasets."""
 
-    def make(**changes) -> SimpleNamespace:
+    def make(**changes) -> TrainConfig:
         values = {
             "data_root_dir": str(RLDS / "data"), "datasets": {}, "cameras": ["primary"], "use_proprio": False,
             "window_size": 1, "action_chunk": 1, "action_normalization": "bounds_q99", "image_size": 224,
             "image_aug": False, "seed": 7, "index_dir": str(tmp_path / "index"), "skip_bad_episodes": False,
             "prompt_style": "pure", "max_length": 2048,
         }
-        return SimpleNamespace(**{**values, **changes})
+        return TrainConfig(**{**values, **changes})
 
     return make
 

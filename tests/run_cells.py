@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config
+import ranks
 import train_vla
 
 if __name__ == "__main__":
@@ -22,13 +23,14 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path)
     parser.add_argument("--local_rank")
     cells = json.loads(parser.parse_args().config.read_text())
-    neighbour = train_vla.start_job()
+    neighbour = ranks.start_job()
     gc.freeze()  # DeepSpeed collects garbage whenever it starts: let it not look at all that was imported
     for name, cell in cells.items():
         print(f"cell {name}", flush=True)
-        cfg = config.TrainConfig(**cell["config"])
-        if cfg.pretrained_checkpoint:
-            (cfg.pretrained_checkpoint,) = glob.glob(cfg.pretrained_checkpoint)
+        values = cell["config"]
+        if "pretrained_checkpoint" in values:
+            (values["pretrained_checkpoint"],) = glob.glob(values["pretrained_checkpoint"])
+        cfg = config.TrainConfig(**values)
         train_vla.train(cfg, cell["ds_config"])
         gc.collect()  # an engine and its hooks refer to each other
     gc.unfreeze()

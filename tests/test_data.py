@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 
 import data
 from action_tokenizer import load_tokenizer
+from config import TrainConfig
 from data import Mixture, TrainBatches, collate, interleave, permute
+from frames import DataError
 from images import augment, decode_image, draw_augmentation
-from rlds import DataError
 from train_vla import make_loader
 
 TOKENIZER = load_tokenizer(str(LLAMA_TOKENIZER))
@@ -52,6 +52,12 @@ def test_any_stretch_equals_the_same_stretch_of_a_longer_one(w, first, count, be
     np.testing.assert_array_equal(visit, longer[1][before:])
 
 
+def test_the_example_in_its_docstring():
+    shares = np.array([0.75, 0.25])
+    assert interleave(shares, 0, 8)[0].tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert [part.tolist() for part in interleave(shares, 2, 3)] == [[0, 1, 0], [2, 0, 3]]
+
+
 @settings(max_examples=50)
 @given(weights)
 def test_shares_are_exact_and_visits_are_counted(w):
@@ -65,7 +71,7 @@ def test_shares_are_exact_and_visits_are_counted(w):
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    config = SimpleNamespace(
+    config = TrainConfig(
         data_root_dir=str(RLDS / "data"), data_mix={"bridge_orig": 1.0, "viola": 2.0, "dobbe": 0.2},
         datasets={}, cameras=["primary"], use_proprio=False, window_size=1, action_chunk=1,
         action_normalization="bounds_q99", image_size=32, image_aug=True, seed=7, skip_bad_episodes=False,
@@ -110,7 +116,7 @@ def test_the_global_batch_does_not_depend_on_ranks(mixture, ranks, micro):
 
 def test_batch_k_is_a_function_of_seed_and_k(mixture):
     assert global_batch(mixture, 3, 1, 24) == global_batch(mixture, 3, 1, 24)
-    other = Mixture(type(mixture.cfg)(**{**vars(mixture.cfg), "seed": 8}), TOKENIZER)
+    other = Mixture(mixture.cfg.model_copy(update={"seed": 8}), TOKENIZER)
     assert global_batch(mixture, 3, 1, 24) != global_batch(other, 3, 1, 24)
 
 
@@ -145,7 +151,7 @@ def test_collated_batches_equal_openvla():
 
 
 def test_a_sample_is_what_it_says(mixture):
-    d, row = 1, int(mixture.runs[1][0][0])
+    d, row = 1, int(mixture.stretches[1][0][0])
     sample = mixture.sample(d, row)
     assert sample["images"].shape == (1, 32, 32, 3) and sample["images"].dtype == np.uint8
     learned = sample["labels"] != data.IGNORE_INDEX
@@ -175,14 +181,14 @@ def test_windows_and_cameras(data_config):
 def test_too_long_instructions_are_refused_instead_of_cut(data_config):
     mixture = Mixture(data_config(data_mix="viola", max_length=20), TOKENIZER)
     with pytest.raises(DataError, match="too long for max_length 20"):
-        mixture.sample(0, int(mixture.runs[0][0][0]))
+        mixture.sample(0, int(mixture.stretches[0][0][0]))
 
 
 def test_undecodable_images_are_named(data_config, tmp_path):
     """A shard is damaged after it was indexed."""
     shutil.copytree(RLDS / "data/viola", tmp_path / "viola")
     mixture = Mixture(data_config(data_mix="viola", data_root_dir=str(tmp_path)), TOKENIZER)
-    row = int(mixture.runs[0][0][0])
+    row = int(mixture.stretches[0][0][0])
     with open(next((tmp_path / "viola").rglob("*-train.tfrecord*")), "r+b") as file:
         file.seek(mixture.tables[0].frames[row]["offset"][0])
         file.write(b"no JPEG at all")

@@ -12,7 +12,7 @@ from conftest import TINY, launch, read_metrics, write_colours
 from PIL import Image
 
 import eval_vla
-from model import VLA
+from act import Policy
 
 
 def evaluate(monkeypatch, capsys, run, out, *arguments) -> tuple[dict, str]:
@@ -47,8 +47,8 @@ def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
     """The frames are the last ones before the checkpoint: those of steps 96 to 100, which the log's last line
     is about."""
     asked, ask = [], eval_vla.ask
-    monkeypatch.setattr(eval_vla, "ask", lambda vla, mixture, frames: (asked.append((mixture, frames)),
-                                                                       ask(vla, mixture, frames))[1])
+    monkeypatch.setattr(eval_vla, "ask", lambda policy, mixture, frames: (asked.append((mixture, frames)),
+                                                                          ask(policy, mixture, frames))[1])
     facts, _ = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 80, "--on-train-frames")
     assert facts["accuracy"]["logged"] == pytest.approx(read_metrics(colours.parent)[100]["accuracy"])
     assert facts["accuracy"]["inference"] == pytest.approx(facts["accuracy"]["logged"], abs=0.05)
@@ -59,11 +59,11 @@ def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
 
 
 def swapped(see):
-    return lambda vla, image: see(vla, np.asarray(image)[..., ::-1].copy())
+    return lambda policy, image: see(policy, np.asarray(image)[..., ::-1].copy())
 
 
 def test_swapped_colours_are_noticed(colours, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(VLA, "see", swapped(VLA.see))
+    monkeypatch.setattr(Policy, "see", swapped(Policy.see))
     facts, printed = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32)
     assert facts["accuracy"]["inference"] < 0.8 < facts["accuracy"]["teacher_forced"]
     assert "warning: " in printed and "the order of colours" in printed
@@ -104,9 +104,9 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
     done = launch(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
     assert done.returncode == 0, done.text
     run = tmp_path / "runs/arm--image_aug"
-    given, generate = [], VLA.generate
-    monkeypatch.setattr(VLA, "generate", lambda vla, *inputs: (given.append(inputs),
-                                                               generate(vla, *inputs))[1])
+    given, generate = [], Policy.generate
+    monkeypatch.setattr(Policy, "generate", lambda policy, *inputs: (given.append(inputs),
+                                                                     generate(policy, *inputs))[1])
     for extra in ([], ["--on-train-frames"]):
         given.clear()
         facts, _ = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, *extra)

@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, ds_json, launch, launch_command, read_metrics
 
 import data
 from action_tokenizer import load_tokenizer
-from checkpoint import CheckpointReader, list_checkpoints
+from checkpoint import Checkpoint, list_checkpoints
 from config import TrainConfig
 from rlds import write_rlds
 
@@ -121,8 +121,8 @@ def test_a_signal_saves_and_ends_the_job(number, to, tiny, tmp_path, start):
     assert "Traceback" not in text and "killed by signal" not in text, text
     assert status == (0 if to == "rank 1" else status)  # the others' status is the launcher's own
     (checkpoint,) = list_checkpoints(next((tmp_path / "runs").iterdir()) / "checkpoints")
-    CheckpointReader(checkpoint).verify()
-    done = CheckpointReader(checkpoint).meta["step"]
+    Checkpoint(checkpoint).verify()
+    done = Checkpoint(checkpoint).meta["step"]
     assert max(read_metrics(tmp_path / "runs")) == done
     if to == "everyone":  # and is it as if nothing had happened?
         assert launch(config, "--set", f"max_steps={done + 3}", ranks=2).returncode == 0
@@ -152,8 +152,8 @@ def test_killed_in_the_middle_of_saving(tiny, tmp_path, start):
         os.killpg(job.process.pid, signal.SIGSTOP)
     job.kill()
     newest = list_checkpoints(run / "checkpoints")[-1]
-    CheckpointReader(newest).verify()
-    step = CheckpointReader(newest).meta["step"]
+    Checkpoint(newest).verify()
+    step = Checkpoint(newest).meta["step"]
     done = launch(config, "--set", f"max_steps={step + 2}", ranks=2)
     assert done.returncode == 0 and f"resumed {newest} step {step}" in done.text, done.text
     assert sorted(read_metrics(tmp_path / "runs")) == list(range(1, step + 3))
@@ -217,7 +217,7 @@ def test_a_death_on_one_node_ends_the_other(tiny, tmp_path, nodes):
 
 def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
     """One machine finds its index ready, another needs longer for it than a collective may take."""
-    config, seconds = tiny(max_steps=1), 10
+    config, seconds = tiny(max_steps=1), 6
     cfg = TrainConfig(**{**yaml.safe_load(config.read_text()), "index_dir": str(tmp_path / "rank0")})
     mixture = data.Mixture(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
     ready = mixture.tables[0].path
@@ -269,7 +269,7 @@ def test_a_full_disk_keeps_the_old_checkpoints(small_disk, tiny):
     kept = list_checkpoints(next(small_disk.iterdir()) / "checkpoints")
     assert len(kept) + len(failed) == 6
     for checkpoint in kept:
-        CheckpointReader(checkpoint).verify()
+        Checkpoint(checkpoint).verify()
     done = launch(config, ranks=2)  # on_save_error: stop
     assert f"resumed {kept[-1]}" in done.text and done.returncode != 0, done.text
     assert "error: could not save" in done.text and "goes on" not in done.text

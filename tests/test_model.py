@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import GOLDEN_MODEL, ROOT, TINY
 
+from act import Policy
 from action_tokenizer import load_tokenizer
 from config import TrainConfig
 from model import VLA
@@ -109,6 +110,7 @@ def test_generated_actions_equal_openvla(official):
     """Cases whose official greedy tokens are all action ids: one by one, and all in one batch of unequal
     prompts."""
     vla = official_model()
+    policy = Policy(vla, Tokenizer448(), {})
     vla.llm.lm_head.weight[448 - 256 : 448] *= 4
     cases = TINY_FUSED["generation"]["action_biased_cases"]
     empty = TINY_FUSED["generation"]["empty_token_id"]
@@ -123,10 +125,10 @@ def test_generated_actions_equal_openvla(official):
     assert len(usable) >= 5
     for i in usable:
         vla.pixel_values = lambda _, i=i: [pixels[i][:, :3], pixels[i][:, 3:]]
-        assert vla.generate(IMAGES[:1], [prompts[i]]).tolist() == [cases[i]["generated_token_ids"]]
+        assert policy.generate(IMAGES[:1], [prompts[i]]).tolist() == [cases[i]["generated_token_ids"]]
     together = torch.cat([pixels[i] for i in usable])
     vla.pixel_values = lambda _: [together[:, :3], together[:, 3:]]
-    tokens = vla.generate(IMAGES[:1].expand(len(usable), -1, -1, -1, -1), [prompts[i] for i in usable])
+    tokens = policy.generate(IMAGES[:1].expand(len(usable), -1, -1, -1, -1), [prompts[i] for i in usable])
     assert tokens.tolist() == [cases[i]["generated_token_ids"] for i in usable]
     actions = vla.action_tokenizer.decode(tokens.numpy())
     from action_tokenizer import unnormalize
@@ -174,17 +176,19 @@ def test_freezing_everything_is_refused():
 # The tiny model on real images
 
 
-def tiny_model(**changes) -> VLA:
+def tiny_policy(**changes) -> Policy:
     torch.manual_seed(0)
-    keys = set(TrainConfig.__dataclass_fields__)
-    config = TrainConfig(**{key: value for key, value in TINY.items() if key in keys}, action_dim=4,
-                         proprio_dim=4)
-    for key, value in changes.items():
-        setattr(config, key, value)
-    vla = VLA(config, load_tokenizer(str(ROOT / "configs/demo_tokenizer"), add_action_tokens=True)).eval()
+    keys = TrainConfig.model_fields
+    values = {**{key: value for key, value in TINY.items() if key in keys}, "action_dim": 4, "proprio_dim": 4}
+    tokenizer = load_tokenizer(str(ROOT / "configs/demo_tokenizer"), add_action_tokens=True)
+    vla = VLA(TrainConfig(**{**values, **changes}), tokenizer).eval()
     stats = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-2.0] * 4, "max": [2.0] * 4}
-    vla.norm_stats = {"a": {"action": {**stats, "mask": [True] * 3 + [False]}, "proprio": stats}}
-    return vla
+    action = {**stats, "mask": [True] * 3 + [False]}
+    return Policy(vla, tokenizer, {"a": {"action": action, "proprio": stats}})
+
+
+def tiny_model(**changes) -> VLA:
+    return tiny_policy(**changes).vla
 
 
 def test_the_image_is_looked_at():
@@ -213,17 +217,17 @@ def test_padding_changes_nothing():
                                      {"action_chunk": 3, "parallel_decoding": True}, {"window_size": 2},
                                      {"cameras": ["primary", "wrist"], "arch_specifier": "linear"}])
 def test_predict_action(changes):
-    vla = tiny_model(**changes)
-    views = vla.cfg.window_size * len(vla.cfg.cameras)
+    policy = tiny_policy(**changes)
+    views = policy.cfg.window_size * len(policy.cfg.cameras)
     rng = np.random.default_rng(1)
     images = [[rng.integers(0, 256, (40, 30, 3), dtype=np.uint8) for _ in range(views)] for _ in range(3)]
-    proprio = rng.standard_normal((3, 4)).astype(np.float32) if vla.cfg.use_proprio else None
+    proprio = rng.standard_normal((3, 4)).astype(np.float32) if policy.cfg.use_proprio else None
     texts = ["reach a goal position", "push", "Push a button on the coffee machine"]
-    batch = vla.predict_action(images, texts, proprio=proprio)
-    assert batch.shape == ((3, 3, 4) if vla.cfg.action_chunk == 3 else (3, 4)) and np.abs(batch).max() <= 1
+    batch = policy.predict_action(images, texts, proprio=proprio)
+    assert batch.shape == ((3, 3, 4) if policy.cfg.action_chunk == 3 else (3, 4)) and np.abs(batch).max() <= 1
     for i in range(3):
         state = None if proprio is None else proprio[i]
-        one = vla.predict_action(images[i], texts[i], unnorm_key="a", proprio=state)
+        one = policy.predict_action(images[i], texts[i], unnorm_key="a", proprio=state)
         np.testing.assert_array_equal(one, batch[i])
 
 
@@ -238,46 +242,46 @@ def test_a_recorded_action_keeps_the_cache_it_writes_into(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
-    vla = tiny_model(vision_backbone={"dino": TINY["vision_backbone"]["dino"]}, arch_specifier="linear")
-    make_cache, vla.graphs, written = vla.make_cache, {}, []
+    policy = tiny_policy(vision_backbone={"dino": TINY["vision_backbone"]["dino"]}, arch_specifier="linear")
+    make_cache, policy.graphs, written = policy.make_cache, {}, []
 
     def watched(images, text):
         cache = make_cache(images, text)
         written.extend(weakref.ref(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values))
         return cache
 
-    vla.make_cache = watched
+    policy.make_cache = watched
     for prompt in ([1, 5, 6], [1, 5, 6] * 20, [1, 5, 6]):  # two lengths, the first one twice
-        vla.generate(torch.zeros(1, 1, 28, 28, 3, dtype=torch.uint8), [prompt])
+        policy.generate(torch.zeros(1, 1, 28, 28, 3, dtype=torch.uint8), [prompt])
     gc.collect()
-    assert len(vla.graphs) == 2 and len(written) == 2 * 2 * vla.llm.config.num_hidden_layers
+    assert len(policy.graphs) == 2 and len(written) == 2 * 2 * policy.vla.llm.config.num_hidden_layers
     assert all(tensor() is not None for tensor in written)
 
 
 def test_actions_need_statistics():
-    vla, image = tiny_model(), np.zeros((28, 28, 3), np.uint8)
-    vla.norm_stats["b"] = vla.norm_stats["a"]
+    policy, image = tiny_policy(), np.zeros((28, 28, 3), np.uint8)
+    policy.norm_stats["b"] = policy.norm_stats["a"]
     with pytest.raises(ValueError, match=r"None is not one of the model's datasets: \['a', 'b'\]"):
-        vla.predict_action(image, "push")
+        policy.predict_action(image, "push")
     with pytest.raises(ValueError, match="'c' is not one of"):
-        vla.predict_action(image, "push", unnorm_key="c")
-    vla.norm_stats = {}
+        policy.predict_action(image, "push", unnorm_key="c")
+    policy.norm_stats = {}
     with pytest.raises(ValueError, match="not one of the model's datasets"):
-        vla.predict_action(image, "push")
+        policy.predict_action(image, "push")
 
 
 def test_no_action_from_what_was_never_seen_in_training():
     image = np.zeros((28, 28, 3), np.uint8)
     with pytest.raises(ValueError, match=r"1 instructions came with \[1\] images; the model needs 2"):
-        tiny_model(window_size=2).predict_action(image, "push")
+        tiny_policy(window_size=2).predict_action(image, "push")
     with pytest.raises(ValueError, match=r"2 instructions came with \[1\] images"):
-        tiny_model().predict_action([image], ["push", "pull"])
+        tiny_policy().predict_action([image], ["push", "pull"])
     for wrong in (image / 255, image[..., :1], image.transpose(2, 0, 1)):
         with pytest.raises(ValueError, match=r"expected \(height, width, 3\) uint8"):
-            tiny_model().predict_action(wrong, "push")
+            tiny_policy().predict_action(wrong, "push")
     for state in (np.full(4, np.nan), np.zeros(1)):
         with pytest.raises(ValueError, match=r"expected \(1, 4\), all finite"):
-            tiny_model(use_proprio=True).predict_action(image, "push", proprio=state)
+            tiny_policy(use_proprio=True).predict_action(image, "push", proprio=state)
 
 
 def test_parts_that_do_not_fit_are_named():
@@ -325,8 +329,8 @@ def test_decay_spares_biases_and_norms():
 def test_other_language_models_fit():
     for family in ("mistral", "qwen2"):
         llm = {**TINY["llm_backbone"], "model_type": family, "num_key_value_heads": 2}
-        vla = tiny_model(llm_backbone=llm)
-        assert vla.predict_action(np.zeros((28, 28, 3), np.uint8), "push").shape == (4,)
+        policy = tiny_policy(llm_backbone=llm)
+        assert policy.predict_action(np.zeros((28, 28, 3), np.uint8), "push").shape == (4,)
 
 
 def test_unknown_projector_is_explained():

@@ -8,10 +8,10 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tensorflow_datasets as tfds
 from conftest import RLDS, ROOT
@@ -19,20 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oxe
+from config import Recipe
+from frames import DataError, FrameTable, find_dataset, frame_table
 from images import decode_native
 from inspect_data import guess_recipe
-from rlds import (
-    DataError,
-    FrameTable,
-    Steps,
-    find_dataset,
-    frame_table,
-    masked_crc,
-    quantile,
-    read_records,
-    step_features,
-    write_rlds,
-)
+from rlds import Steps, masked_crc, quantile, read_records, step_features, write_rlds
 
 DEMO = ROOT / "datasets/metaworld_demo/1.0.0"
 F = tfds.features
@@ -69,10 +60,9 @@ def written(tmp_path) -> Path:
 
 
 def open_table(directory: Path, index_dir: Path | None = None, **options) -> FrameTable:
-    recipe = oxe.Recipe(primary="image", wrist="wrist")
-    standardize = partial(oxe.standardize, recipe=recipe, cameras=["image", "wrist"], load_proprio=True)
-    return frame_table(directory, standardize, ["image", "wrist"], oxe.fingerprint(recipe, True),
-                       index_dir=index_dir, **options)
+    recipe = Recipe(primary="image", wrist="wrist")
+    return frame_table(directory, recipe, ["image", "wrist"], True, oxe.code_of(recipe), index_dir=index_dir,
+                       **options)
 
 
 def all_steps(directory: Path) -> list[Steps]:
@@ -175,8 +165,7 @@ def test_table_holds_every_frame(written, tmp_path):
 def test_bytes_per_frame():
     recipe = oxe.DATASETS["bridge_orig"]
     directory = find_dataset(RLDS / "data", "bridge_orig")
-    standardize = partial(oxe.standardize, recipe=recipe, cameras=["image_0"], load_proprio=False)
-    table = frame_table(directory, standardize, ["image_0"], "test")
+    table = frame_table(directory, recipe, ["image_0"], False, "test")
     assert table.frames.dtype.itemsize == 44
 
 
@@ -224,32 +213,29 @@ def test_a_moved_dataset_is_read_where_it_is(written, tmp_path):
     assert after.read_image(0, 0) == sorted(moved.glob("*.tfrecord*"))[0].read_bytes()[offset:][:length]
 
 
-SLOW = """
-import sys, time; sys.path[:0] = {paths!r}
-from pathlib import Path
-import rlds, test_rlds
-read_records = rlds.read_records
-def slowly(path):
-    for record in read_records(path):
-        time.sleep(0.3)
-        yield record
-rlds.read_records = slowly
-test_rlds.open_table(Path({data!r}), Path({index!r}))
-"""
-
-
 def test_a_killed_index_stops_nobody(written, tmp_path):
-    """Its workers must not go on holding the lock, for ever."""
-    index = tmp_path / "index"
-    code = SLOW.format(paths=[str(ROOT), str(ROOT / "tests")], data=str(written), index=str(index))
+    """Its workers must not go on, holding what others wait for. A file that is a pipe keeps them busy."""
+    shard = sorted(written.glob("*train*"))[0]
+    data, index = shard.read_bytes(), tmp_path / "index"
+    shard.unlink()
+    os.mkfifo(shard)
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+            f"from pathlib import Path; import test_rlds\n"
+            f"test_rlds.open_table(Path({str(written)!r}), Path({str(index)!r}))")
     builder = subprocess.Popen([sys.executable, "-c", code])
-    while not list(index.rglob("*.tmp")):
+    while not list(index.rglob("frames.bin")):
         assert builder.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)  # its workers are under way
+    workers = psutil.Process(builder.pid).children(recursive=True)
+    assert len(workers) > 1
     builder.kill()
     builder.wait()
-    subprocess.run([sys.executable, "-c", code.replace("0.3", "0")], check=True, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    second = subprocess.Popen([sys.executable, "-c", code])
+    shard.write_bytes(data)  # waits for a reader
+    assert second.wait(60) == 0
     assert not list(index.rglob("*.tmp")) and list(index.rglob("table.json"))
 
 
@@ -353,10 +339,9 @@ def test_depth_images(tmp_path):
 
 
 def test_a_missing_camera_is_named(written, tmp_path):
-    recipe = oxe.Recipe(primary="image_9")
-    standardize = partial(oxe.standardize, recipe=recipe, cameras=["image_9"], load_proprio=False)
+    recipe = Recipe(primary="image_9")
     with pytest.raises(DataError, match=r"robot-train.*record 0: its steps have no 'observation/image_9'"):
-        frame_table(written, standardize, ["image_9"], "x", index_dir=tmp_path / "index")
+        frame_table(written, recipe, ["image_9"], False, "x", index_dir=tmp_path / "index")
 
 
 def test_not_a_dataset(tmp_path):

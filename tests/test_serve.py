@@ -21,8 +21,8 @@ from conftest import ROOT, TINY, launch, write_colours
 from PIL import Image
 
 import serve_vla
+from act import load_vla
 from images import decode_native
-from weights import load_vla
 
 # ------------------------------------------------------------------------------------------------------------
 # A server and its clients
@@ -350,18 +350,19 @@ KINDS = [wrong_type, truncated, noise, wrong_shape, wrong_dtype, wrong_number, r
          broken_base64, unknown_key, missing_key, wrongly_encoded, too_long, no_object]
 
 
-def test_2000_bad_requests_get_a_message_then_a_good_one_its_action(server, vla):
+@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_bad_requests_get_a_message_then_a_good_one_its_action(count, server, vla):
     port, log = server
     client, draw = Client(port), np.random.RandomState(11)
     messages = set()
-    for number in range(2000):
+    for number in range(count):
         kind = KINDS[number % len(KINDS)]
         bad = kind(draw)
         status, reply = client.send(bad)
         assert status in (400, 413) and reply.keys() == {"error"}, (kind, bad, status, reply)
         assert 10 < len(reply["error"]) < 2100 and "Traceback" not in reply["error"]
         messages.add(re.sub(r"\d+", "0", reply["error"])[:40])
-    assert len(messages) > 40  # they say what is wrong
+    assert len(messages) > 30  # they say what is wrong
     assert client.send(GOOD) == (200, json_numpy(vla.predict_action(IMAGE, "hold it", "cold")))
     assert " status 500 " not in log.read_text() and "Traceback" not in log.read_text()
 

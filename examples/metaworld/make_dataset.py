@@ -29,6 +29,7 @@ from metaworld.policies import ENV_POLICY_MAP
 from simulator import INSTRUCTIONS, Simulator, task_names
 from tqdm import tqdm
 
+from config import told_in_one_line
 from rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
@@ -179,10 +180,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("datasets"))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    try:
+    with told_in_one_line():
         tasks = task_names(args.tasks)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     if (args.out / args.name / "1.0.0").exists():
         sys.exit(f"error: {args.out / args.name} exists: remove it, or choose another --name")
     recording = {key: getattr(args, key) for key in

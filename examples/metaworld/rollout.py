@@ -3,7 +3,7 @@
     python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
 
 All trials of a task are one batch from beginning to end: a process steps their simulators (play), the main
-process asks the policy (Policy.act), and trials that are over stay in the batch. So a task's result depends
+process asks the policy (Player.act), and trials that are over stay in the batch. So a task's result depends
 on the checkpoint, the task and its seeds alone, whatever else runs beside it. Each finished batch is a file
 in --out; an interrupted command goes on where it stopped. Then a table, a bar chart and a film are made.
 
@@ -22,13 +22,15 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules; they are imported where
-# they are used, because the simulators' processes read this file too and need no torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules; those that need torch
+# are imported where they are used, because the simulators' processes read this file too
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 from tqdm import tqdm
+
+from config import UserError, told_in_one_line
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
 TILE = 96  # pixels, the side of a film's picture
@@ -62,8 +64,8 @@ def play(connection: Connection) -> None:
             for seed, trial in zip(seeds, trials, strict=True)]))
 
 
-class Policy:
-    """A trained VLA, asked in the way its training data were recorded."""
+class Player:
+    """A trained policy, asked in the way its training data were recorded."""
 
     def __init__(self, checkpoint: str, recording: Path | None, execute: int | None, device: str):
         """recording: recording.json of the dataset; default: found through the run's data_root_dir. execute:
@@ -71,15 +73,15 @@ class Policy:
         import torch
 
         import oxe
-        from rlds import find_dataset
-        from weights import load_vla
+        from act import load_vla
+        from frames import find_dataset
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.vla = load_vla(checkpoint, device=device, dtype=dtype)
-        cfg = self.cfg = self.vla.cfg
-        if len(self.vla.norm_stats) > 1:
-            raise ValueError(f"the model was trained on {sorted(self.vla.norm_stats)}, not Meta-World alone")
-        (self.dataset,) = self.vla.norm_stats
+        self.policy = load_vla(checkpoint, device=device, dtype=dtype)
+        cfg = self.cfg = self.policy.cfg
+        if len(self.policy.norm_stats) > 1:
+            raise UserError(f"{checkpoint} learned {sorted(self.policy.norm_stats)}, not Meta-World alone")
+        (self.dataset,) = self.policy.norm_stats
         ((_, _, recipe),) = oxe.resolve_mixture(self.dataset, cfg.datasets)
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
@@ -95,11 +97,11 @@ class Policy:
         images = [[decode_image(observation[view], self.cfg.image_size) for observation in history
                    for view in self.views] for history in histories]
         state = np.stack([history[-1]["state"] for history in histories])
-        actions = self.vla.predict_action(images, [INSTRUCTIONS[task]] * len(images), self.dataset, state)
+        actions = self.policy.predict_action(images, [INSTRUCTIONS[task]] * len(images), self.dataset, state)
         return actions.reshape(len(images), self.cfg.action_chunk, -1)[:, : self.execute]
 
 
-def run(policy: Policy, jobs: list[tuple[str, int]], trials: int, workers: int, out: Path) -> None:
+def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, out: Path) -> None:
     """Play each (task, evaluation seed) and write OUT/<task>-<seed>.json and .jpg, the first trial's film."""
     context, queue, playing, processes = get_context("spawn"), iter(jobs), {}, []
 
@@ -110,7 +112,7 @@ def run(policy: Policy, jobs: list[tuple[str, int]], trials: int, workers: int, 
             return connection.send(None)
         first = FIRST_SEED + 1000 * seed
         films[connection] = []
-        connection.send((task, [*range(first, first + trials)], policy.cfg.window_size, policy.camera))
+        connection.send((task, [*range(first, first + trials)], player.cfg.window_size, player.camera))
 
     films = {}
     for _ in range(min(workers, len(jobs))):
@@ -123,9 +125,9 @@ def run(policy: Policy, jobs: list[tuple[str, int]], trials: int, workers: int, 
         while playing:
             for connection in wait([*playing]):
                 kind, histories, *results = connection.recv()
-                films[connection].append(histories[0][-1][policy.views[0]])
+                films[connection].append(histories[0][-1][player.views[0]])
                 if kind == "see":
-                    connection.send(policy.act(playing[connection][0], histories))
+                    connection.send(player.act(playing[connection][0], histories))
                     continue
                 path = out / "{}-{}.json".format(*playing[connection])
                 write_film(films[connection], path.with_suffix(".jpg"))
@@ -265,24 +267,20 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from checkpoint import CheckpointError
-    from rlds import DataError
     from weights import open_weights
 
-    try:
+    with told_in_one_line():
         tasks = task_names(args.tasks)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        policy = Policy(args.checkpoint, args.recording, args.execute, device)
-        checkpoint = Path(open_weights(args.checkpoint).where)
+        player = Player(args.checkpoint, args.recording, args.execute, device)
+        checkpoint = Path(open_weights(args.checkpoint).tensors.where)
         out = args.out or checkpoint.parents[1] / f"rollouts-{checkpoint.name}"
-        conditions = {"checkpoint": str(checkpoint), "execute": policy.execute, "trials": args.trials,
-                      **policy.camera, "device": device}
+        conditions = {"checkpoint": str(checkpoint), "execute": player.execute, "trials": args.trials,
+                      **player.camera, "device": device}
         open_folder(out, conditions)
-    except (ValueError, DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
     jobs = [(task, seed) for seed in args.seeds for task in tasks]
     paths = {job: out / "{}-{}.json".format(*job) for job in jobs}
-    run(policy, [job for job in jobs if not paths[job].exists()], args.trials, args.workers, out)
+    run(player, [job for job in jobs if not paths[job].exists()], args.trials, args.workers, out)
     results = {job: json.loads(path.read_text()) for job, path in paths.items()}
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
@@ -297,7 +295,7 @@ def open_folder(path: Path, conditions: dict) -> None:
     path.mkdir(parents=True, exist_ok=True)
     known = path / "conditions.json"
     if known.exists() and json.loads(known.read_text()) != conditions:
-        raise ValueError(f"{path} holds results made under other conditions, {known.read_text()}: choose "
+        raise UserError(f"{path} holds results made under other conditions, {known.read_text()}: choose "
                          "another --out, or remove it")
     known.write_text(json.dumps(conditions))
 

@@ -21,6 +21,8 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from PIL import Image
 
+from config import UserError
+
 # LeRobot's instructions for MT50. Two of its tasks share "Push the puck to a goal"; push-back-v3 therefore
 # reads "Push the puck back to a goal" here, so that the 50 are distinct.
 INSTRUCTIONS = {
@@ -99,10 +101,10 @@ MAX_STEPS = 500  # simulator steps, Meta-World's own limit
 
 
 def task_names(names: list[str]) -> list[str]:
-    """Names of tasks and of lists of tasks -> tasks. Raises ValueError for one that does not exist."""
+    """Names of tasks and of lists of tasks -> tasks. Raises UserError for one that does not exist."""
     tasks = [task for name in names for task in TASKS.get(name, [name])]
     if unknown := [task for task in tasks if task not in INSTRUCTIONS]:
-        raise ValueError(f"no task {unknown[0]!r}: choose {', '.join(TASKS)} or of {', '.join(INSTRUCTIONS)}")
+        raise UserError(f"no task {unknown[0]!r}: choose {', '.join(TASKS)} or of {', '.join(INSTRUCTIONS)}")
     return list(dict.fromkeys(tasks))
 
 

@@ -1,0 +1,296 @@
+"""Acting: an image and an instruction to an action, with a trained model.
+
+    policy = load_vla("runs/demo+n1+b32+x7", "cuda", torch.bfloat16)       # or openvla/openvla-7b
+    action = policy.predict_action(image, "open the drawer")               # (7,), in the dataset's units
+
+Read predict_action, which prepares what the model sees exactly as training did, has `generate` say the action
+tokens one after the other (greedy: `tokens_of`), and turns them into numbers. `speed_up` does the same for
+one robot and a GPU several times as fast.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import StaticCache
+
+from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
+from checkpoint import CheckpointError
+from config import TrainConfig, UserError
+from images import center_crop, resize_image
+from model import VLA, take
+from weights import open_weights
+
+
+def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+             ) -> "Policy":
+    """A model to act with, from anything that weights.open_weights knows. It takes no more memory than the
+    weights do. Raises CheckpointError when there is none, and UserError when it could not act."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device}: PyTorch sees no GPU here: use cpu, or a PyTorch built for GPUs")
+    weights = open_weights(where)
+    cfg = TrainConfig(**{"action_dim": 7, **weights.config})  # OpenVLA's files leave the 7 unsaid
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
+    with parameters_without_memory():
+        vla = VLA(cfg, tokenizer)
+    vla.llm.tie_weights()
+    if missing := weights.tensors.check(vla):
+        raise CheckpointError(f"{where}: has no {', '.join(missing)}, which acting needs")
+    for name, _ in [*vla.named_parameters()]:
+        module, _, leaf = name.rpartition(".")
+        value = weights.tensors.whole(name).to(device, dtype, copy=True)
+        vla.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    vla.llm.tie_weights()
+    return Policy(vla.to(device).eval(), tokenizer, weights.norm_stats)
+
+
+@contextlib.contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Modules made in here have matrices without values (on the meta device), but real buffers, vectors and
+    convolutions: timm's hybrid towers try theirs out as they are made."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module, name, param):
+        matrix = param is not None and param.ndim == 2
+        register(module, name, nn.Parameter(param.to("meta"), param.requires_grad) if matrix else param)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+class Policy:
+    """A model that acts.
+
+    vla: with its weights, in eval mode, on the device where it is to act
+    norm_stats: the dataset_statistics.json of its training, {dataset: statistics}
+    """
+
+    def __init__(self, vla: VLA, tokenizer, norm_stats: dict):
+        self.vla, self.cfg, self.tokenizer, self.norm_stats = vla, vla.cfg, tokenizer, norm_stats
+        self.action_tokenizer = vla.action_tokenizer
+        self.graphs: dict | None = None  # see speed_up
+        parameters = inspect.signature(vla.llm.base_model.forward).parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # its former name
+
+    def predict_action(self, image: np.ndarray | Sequence, instruction: str | Sequence[str],
+                       unnorm_key: str | None = None, proprio: np.ndarray | None = None) -> np.ndarray:
+        """What the robot should do: (action_dim,) float64 in the units of the dataset `unnorm_key`, or
+        (action_chunk, action_dim) when the model was trained to predict several steps.
+
+        image: (H, W, 3) uint8, or a list of window_size x cameras of them, oldest first. proprio: the robot's
+        state (P,) as the dataset has it, if the model was trained with it. For a batch, give a list of each;
+        the result gets a leading dimension. unnorm_key may be left out when the model was trained on
+        one dataset; otherwise a ValueError lists the choices.
+        """
+        if not isinstance(instruction, str):
+            inputs = self.prepare(image, instruction, unnorm_key, proprio)
+            return self.actions(self.generate(*inputs), unnorm_key)
+        state = None if proprio is None else np.asarray(proprio)[None]
+        return self.predict_action([image], [instruction], unnorm_key, state)[0]
+
+    # ---- Before and after the model ------------------------------------------------------------------------
+
+    def prepare(self, images: Sequence, instructions: Sequence[str], unnorm_key: str | None,
+                proprio: np.ndarray | None) -> tuple:
+        """A batch as predict_action takes it -> what `generate` takes."""
+        stats, device, count = self.dataset_statistics(unnorm_key), self.vla.llm.device, self.vla.num_images
+        images = [views if isinstance(views, list | tuple) else [views] for views in images]
+        if len(images) != len(instructions) or any(len(views) != count for views in images):
+            raise UserError(f"{len(instructions)} instructions came with {[*map(len, images)]} images; the "
+                            f"model needs {count} for each (window_size x cameras)")
+        pixels = torch.from_numpy(np.array([[self.see(view) for view in views] for views in images]))
+        prompts = [prompt_ids(self.tokenizer, text, self.cfg.prompt_style) for text in instructions]
+        if not self.cfg.use_proprio:
+            return pixels.to(device), prompts, None  # (B, N, H, W, C), B lists of ids
+        if proprio is None:
+            raise UserError("the model was trained with the robot's state: pass proprio")
+        states = np.asarray(proprio, np.float32)
+        expected = (len(images), len(next(iter(stats["proprio"].values()))))
+        if states.shape != expected or not np.isfinite(states).all():
+            raise UserError(f"proprio of shape {states.shape}: expected {expected}, all finite")
+        states = normalize(states, stats["proprio"], self.cfg.action_normalization)
+        states = np.pad(states, ((0, 0), (0, self.cfg.proprio_dim - states.shape[1])))
+        return pixels.to(device), prompts, torch.from_numpy(states).to(device)
+
+    def see(self, image: np.ndarray) -> np.ndarray:
+        """A camera's image (H, W, 3) uint8 -> what the model was trained to look at, (size, size, 3), or with
+        3 channels for each tower where the towers differ."""
+        cfg, means, image = self.cfg, [(0.0, 0.0, 0.0)], np.asarray(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise UserError(f"an image of shape {image.shape} and type {image.dtype}: expected (height, "
+                            "width, 3) uint8")
+        if cfg.image_resize_strategy == "letterbox":  # each tower wants the margins in its own mean colour
+            means = [vit.mean for vit in self.vla.vision_backbone.values()]
+        fills = [[int(255 * value) for value in mean] for mean in means]
+        seen = [fit(image, cfg.image_size, cfg.image_resize_strategy, fill) for fill in fills]
+        seen = [center_crop(x, cfg.image_size) for x in seen] if cfg.image_aug else seen
+        return np.concatenate(seen, axis=-1)
+
+    def actions(self, tokens: torch.Tensor, unnorm_key: str | None) -> np.ndarray:
+        """Action tokens (B, T) -> actions (B, action_chunk, action_dim), or (B, action_dim) for one step, in
+        the dataset's units."""
+        normalized = self.action_tokenizer.decode(tokens.cpu().numpy())
+        chunk = () if self.cfg.action_chunk == 1 else (self.cfg.action_chunk,)
+        normalized = normalized.reshape(len(tokens), *chunk, self.cfg.action_dim)
+        stats = self.dataset_statistics(unnorm_key)["action"]
+        return unnormalize(normalized, stats, self.cfg.action_normalization)
+
+    def dataset_statistics(self, unnorm_key: str | None) -> dict:
+        """The statistics of one training dataset. Raises UserError rather than leave actions in [-1, 1]."""
+        if unnorm_key is None and len(self.norm_stats) == 1:
+            return next(iter(self.norm_stats.values()))
+        if unnorm_key not in self.norm_stats:
+            raise UserError(f"unnorm_key {unnorm_key!r} is not one of the model's datasets: "
+                            f"{sorted(self.norm_stats)}")
+        return self.norm_stats[unnorm_key]
+
+    # ---- The model -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, images, prompts: Sequence[Sequence[int]], proprio=None) -> torch.Tensor:
+        """The likeliest action tokens (B, T), T = action_chunk x action_dim, for images (B, N, H, W, C) uint8
+        and prompts of token ids; only action ids can be chosen."""
+        longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
+        if self.graphs is not None:  # few different shapes, so that few graphs are recorded
+            longest = -(-longest // 32) * 32
+        input_ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        inputs = [images, input_ids.to(images.device), lengths.to(images.device), proprio]
+        if self.graphs is not None:
+            return self.replay(*inputs)
+        return self.tokens_of(*inputs, self.make_cache(images, longest))
+
+    def make_cache(self, images, text: int) -> StaticCache | None:
+        """Room for the keys and values of all that the language model will see, if it needs any."""
+        if self.cfg.parallel_decoding:
+            return None
+        config, llm = self.vla.llm.config, self.vla.llm
+        cache = StaticCache(config, max_cache_len=self.vla.sequence_length(text))
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cache.early_initialization(len(images), heads, width, llm.dtype, images.device)
+        return cache
+
+    def tokens_of(self, images, input_ids, lengths, proprio, cache: StaticCache | None) -> torch.Tensor:
+        """generate, for prompts padded on the right: input_ids (B, L), lengths (B,). Touches nothing but the
+        device, and its shapes depend on its inputs' shapes alone, so that it can be recorded."""
+        vla, tokens, count = self.vla, [], self.vla.num_action_tokens
+        inputs = vla.embed(images, input_ids, proprio)  # (B, S, hidden)
+        size, device = inputs.shape[1], inputs.device  # S = L + image patches (+ 1)
+        last = (lengths + size - input_ids.shape[1] - 1)[:, None]  # (B, 1) where each prompt ends
+        if self.cfg.parallel_decoding:
+            positions = last + 1 + torch.arange(count, device=device)
+            inputs = vla.ask_in_parallel(F.pad(inputs, (0, 0, 0, count)), positions)
+            hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            return self.best_action(take(hidden, positions - 1))
+
+        # one after the other, with keys and values of what came before in the cache
+        cache.reset()
+        slots = torch.arange(cache.layers[0].keys.shape[2], device=device)
+        prompt_or_new = ((slots <= last) | (slots >= size))[:, None, None]  # (B, 1, 1, slots): not padding
+        mask = prompt_or_new & (slots <= slots[:size, None])  # (B, 1, S, slots): causal
+        hidden = self.cached_forward(inputs, mask, slots[None, :size], cache)
+        tokens.append(self.best_action(take(hidden, last)))
+        for i in range(count - 1):
+            step = vla.llm.get_input_embeddings()(tokens[-1])  # (B, 1, hidden)
+            mask = prompt_or_new & (slots <= size + i)
+            hidden = self.cached_forward(step, mask, last + 1 + i, cache)
+            tokens.append(self.best_action(hidden))
+        return torch.cat(tokens, dim=1)
+
+    def cached_forward(self, inputs, mask, positions, cache):
+        """The language model on inputs (B, S, hidden), which come after what is in the cache."""
+        output = self.vla.llm.base_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
+                                         **{self.cache_argument: cache}, use_cache=True)
+        return output.last_hidden_state
+
+    def best_action(self, hidden) -> torch.Tensor:
+        """hidden (B, T, width) -> the likeliest action token at each place (B, T)."""
+        first, stop = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
+        head = self.vla.llm.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[first:stop]
+        return F.linear(hidden, head.weight[first:stop], bias).argmax(-1) + first
+
+    # ---- The same, faster ----------------------------------------------------------------------------------
+
+    def speed_up(self) -> None:
+        """For acting on a GPU: fuse kernels and replay them as one CUDA graph for each size of batch and each
+        32 tokens of prompt. The 7B's first action of a kind then takes two minutes (torch.compile)."""
+        from matvec import linear  # here: it needs Triton, which comes with PyTorch for GPUs
+
+        torch._dynamo.config.recompile_limit = 1024  # 8 are four kinds; more would be left uncompiled
+        for layer in self.vla.llm.modules():
+            if isinstance(layer, nn.Linear):
+                layer.forward = partial(linear, layer)
+        self.cached_forward = torch.compile(self.cached_forward, dynamic=False)
+        towers = self.vla.vision_backbone.values()
+        for tower in towers:
+            tower.forward = torch.compile(tower.forward, dynamic=False)
+        if len(towers) == 2:
+            self.vla.patch_features = partial(side_by_side, *towers)
+        self.graphs = {}
+
+    def replay(self, *inputs) -> torch.Tensor:
+        """tokens_of, recorded as a CUDA graph the first time that inputs of these shapes come."""
+        shapes = tuple(None if x is None else x.shape for x in inputs)
+        if shapes not in self.graphs:
+            fixed = [None if x is None else x.clone() for x in inputs]
+            cache = self.make_cache(fixed[0], fixed[1].shape[1])
+            for _ in range(3):  # compile, and let libraries allocate what they keep
+                self.tokens_of(*fixed, cache)
+            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, *_ in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                tokens = self.tokens_of(*fixed, cache)
+            self.graphs[shapes] = graph, fixed, tokens, cache  # the graph writes into the cache's memory
+        graph, fixed, tokens, _ = self.graphs[shapes]
+        for place, x in zip(fixed, inputs, strict=True):
+            if x is not None:
+                place.copy_(x)
+        graph.replay()
+        return tokens.clone()
+
+
+# ---- Parts -------------------------------------------------------------------------------------------------
+
+
+def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) by one of the strategies that image_resize_strategy names. "lanczos"
+    is how training data are resized. "resize-naive", "resize-crop" (cut off what is too long) and "letterbox"
+    (pad with the colour `fill`) are bicubic: how OpenVLA's processors treat what they are given to act on."""
+    if strategy == "lanczos" or image.shape[:2] == (size, size):
+        return resize_image(image, size)
+    image = Image.fromarray(image)
+    (width, height), shape = image.size, (size, size)
+    if strategy == "letterbox":
+        longest = max(width, height)
+        left, top = (longest - width) // 2, (longest - height) // 2
+        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
+        padded.paste(image, (left, top))
+        image, (width, height) = padded, padded.size  # one pixel off square where the difference was odd
+    if strategy != "resize-naive":  # the shorter side becomes `size`
+        shape = (size * width // min(width, height), size * height // min(width, height))
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def side_by_side(first, second, pixel_values: list[torch.Tensor]) -> torch.Tensor:
+    """VLA.patch_features for two towers at the same time: one image does not fill a GPU."""
+    first_pixels, second_pixels = pixel_values
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        second_features = second(second_pixels)[0]
+    first_features = first(first_pixels)[0]
+    main.wait_stream(side)
+    return torch.cat([first_features, second_features], dim=-1)
