@@ -38,6 +38,7 @@ from conftest import ROOT, TINY
 import config
 import train_vla
 from checkpoint import Checkpoint, list_checkpoints
+from ranks import start_job
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
@@ -58,7 +59,7 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         status = 1
         try:
-            neighbour = ranks.start_job()
+            neighbour = start_job()
             train_vla.train(config.TrainConfig(**cfg), ds_config)
             neighbour.release()
             status = 0
