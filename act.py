@@ -24,6 +24,7 @@ from transformers import StaticCache
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
 from checkpoint import CheckpointError
 from config import TrainConfig, UserError
+from convention import Convention, convention
 from images import center_crop, resize_image
 from model import VLA, take
 from weights import open_weights
@@ -84,17 +85,23 @@ class Policy:
 
     def predict_action(self, image: np.ndarray | Sequence, instruction: str | Sequence[str],
                        unnorm_key: str | None = None, proprio: np.ndarray | None = None) -> np.ndarray:
-        """What the robot should do: (action_dim,) float64 in the units of the dataset `unnorm_key`, or
-        (action_chunk, action_dim) when the model was trained to predict several steps.
+        """What the robot should do: (A,) float64 in the units of the dataset `unnorm_key`, or
+        (action_chunk, A) when the model was trained to predict several steps.
 
-        image: (H, W, 3) uint8, or a list of window_size x cameras of them, oldest first. proprio: the robot's
-        state (P,) as the dataset has it, if the model was trained with it. For a batch, give a list of each;
-        the result gets a leading dimension. unnorm_key may be left out when the model was trained on
-        one dataset; otherwise a ValueError lists the choices.
+        image: (H, W, 3) uint8; with several cameras or frames a list of window_size x cameras of them, oldest
+        first, or for a window of one a dict {camera: image}. proprio: the robot's state (P,), if the model
+        was trained with it. For a batch, give a list of each; the result gets a leading dimension. unnorm_key
+        may be left out when the model was trained on one dataset; otherwise a UserError lists the choices.
+
+        Of a dataset that was described in a YAML, actions leave and states come in as they were recorded
+        (convention.py; `convention(unnorm_key).action` says what each number is). Of OpenVLA's own, in its
+        standard form: changes of position and rotation, then the gripper, 1 = open.
         """
         if not isinstance(instruction, str):
-            inputs = self.prepare(image, instruction, unnorm_key, proprio)
-            return self.actions(self.generate(*inputs), unnorm_key)
+            robot = self.convention(unnorm_key)
+            state = None if proprio is None else robot.from_robot(np.asarray(proprio))
+            tokens = self.generate(*self.prepare(image, instruction, unnorm_key, state))
+            return robot.to_robot(self.actions(tokens, unnorm_key))
         state = None if proprio is None else np.asarray(proprio)[None]
         return self.predict_action([image], [instruction], unnorm_key, state)[0]
 
@@ -104,7 +111,7 @@ class Policy:
                 proprio: np.ndarray | None) -> tuple:
         """A batch as predict_action takes it -> what `generate` takes."""
         stats, device, count = self.dataset_statistics(unnorm_key), self.vla.llm.device, self.vla.num_images
-        images = [views if isinstance(views, list | tuple) else [views] for views in images]
+        images = [self.views(view) for view in images]
         if len(images) != len(instructions) or any(len(views) != count for views in images):
             raise UserError(f"{len(instructions)} instructions came with {[*map(len, images)]} images; the "
                             f"model needs {count} for each (window_size x cameras)")
@@ -121,6 +128,16 @@ class Policy:
         states = normalize(states, stats["proprio"], self.cfg.action_normalization)
         states = np.pad(states, ((0, 0), (0, self.cfg.proprio_dim - states.shape[1])))
         return pixels.to(device), prompts, torch.from_numpy(states).to(device)
+
+    def views(self, images) -> Sequence:
+        """One sample's images as predict_action takes them -> a list in the order of training."""
+        cameras = self.cfg.cameras
+        if not isinstance(images, dict):
+            return images if isinstance(images, list | tuple) else [images]
+        if images.keys() != set(cameras) or self.cfg.window_size > 1:
+            raise UserError(f"images of the cameras {', '.join(images)}: expected {', '.join(cameras)}, by "
+                            "name (or a list, where the model looks at several frames)")
+        return [images[camera] for camera in cameras]
 
     def see(self, image: np.ndarray) -> np.ndarray:
         """A camera's image (H, W, 3) uint8 -> what the model was trained to look at, (size, size, 3), or with
@@ -145,14 +162,24 @@ class Policy:
         stats = self.dataset_statistics(unnorm_key)["action"]
         return unnormalize(normalized, stats, self.cfg.action_normalization)
 
-    def dataset_statistics(self, unnorm_key: str | None) -> dict:
-        """The statistics of one training dataset. Raises UserError rather than leave actions in [-1, 1]."""
+    def convention(self, unnorm_key: str | None) -> Convention:
+        """In whose terms the robot of a dataset speaks."""
+        name = self.dataset_name(unnorm_key)
+        return convention(self.cfg, name, self.norm_stats[name])
+
+    def dataset_name(self, unnorm_key: str | None) -> str:
+        """One of the training's datasets, in whose units to act. Raises UserError rather than leave actions
+        in [-1, 1]."""
         if unnorm_key is None and len(self.norm_stats) == 1:
-            return next(iter(self.norm_stats.values()))
+            return next(iter(self.norm_stats))
         if unnorm_key not in self.norm_stats:
             raise UserError(f"unnorm_key {unnorm_key!r} is not one of the model's datasets: "
                             f"{sorted(self.norm_stats)}")
-        return self.norm_stats[unnorm_key]
+        return unnorm_key
+
+    def dataset_statistics(self, unnorm_key: str | None) -> dict:
+        """The statistics of one of the training's datasets."""
+        return self.norm_stats[self.dataset_name(unnorm_key)]
 
     # ---- The model -----------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import socket
 import sys
 import urllib.parse
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,19 +53,28 @@ class Recipe:
     primary: str | None = None  # camera keys; "a|b": either, drawn per episode (DROID has two outside).
     secondary: str | None = None  # A camera may be left out: OpenVLA then shows a black image
     wrist: str | None = None
+    cameras: dict[str, str] = field(default_factory=dict)  # more of them, {name: key}
     state: str = "state"  # field list, concatenated to `proprio`
-    action: str = "action"  # field list; relative dimensions first, absolute ones last
-    instruction: str = "language_instruction"  # key of the text, relative to the step
-    # how many trailing action dimensions are absolute (grippers): neither normalised nor zeroed past the end
-    # of an episode
-    absolute: Annotated[int, Field(ge=0)] = 1
+    action: str = "action"  # field list; `target` and `raw` say what its dimensions are. Or, in numbers:
+    absolute: NotNegative | None = None  # how many trailing ones are `target raw` (default 1: a gripper)
+    targets: int = 0  # how many trailing ones are `target`, normalised or not (joint positions)
+    instruction: str = "language_instruction"  # key of the text, relative to the step or the episode
     trim: bool = False  # Bridge: the first step's action is all zero, the last step has none: drop both
-    skip_idle: bool = False  # DROID: drop frames whose normalised action is "no motion" (see data.py)
+    skip_idle: bool = False  # DROID: drop frames whose normalised action is "no motion" (oxe.is_idle)
+
+    @property
+    def camera_names(self) -> dict[str, str]:
+        """{camera: key} of all that there are."""
+        named = {"primary": self.primary, "secondary": self.secondary, "wrist": self.wrist, **self.cameras}
+        return {name: key for name, key in named.items() if key}
+
+    def camera(self, name: str) -> list[str | None]:
+        """The keys that a camera's images may have, mostly one; [None] where there are none."""
+        return self.camera_names[name].split("|") if name in self.camera_names else [None]
 
     def camera_keys(self, names: list[str]) -> list[str | None]:
         """Observation keys of the named cameras, alternatives flattened in order of first use."""
-        keys = [key for name in names for key in (getattr(self, name) or "").split("|")]
-        return list(dict.fromkeys(key or None for key in keys))
+        return list(dict.fromkeys(key for name in names for key in self.camera(name)))
 
 
 RECIPES = TypeAdapter(dict[str, Recipe])  # what `datasets:` holds, by the datasets' names
@@ -103,8 +112,9 @@ class TrainConfig(BaseModel):
     # data
     data_root_dir: str = "datasets/open-x-embodiment"  # the folder with the datasets' folders
     data_mix: str | dict[str, float] = "bridge"  # mixture or dataset by name, or {dataset: weight}
+    balance_weights: bool = True  # shares are weight x frames, as OpenVLA's; false: weights are the shares
     datasets: Annotated[dict[str, Recipe], BeforeValidator(RECIPES.validate_python)] = {}  # your own
-    cameras: Annotated[list[Literal["primary", "secondary", "wrist"]], Field(min_length=1)] = ["primary"]
+    cameras: Annotated[list[str], Field(min_length=1)] = ["primary"]  # names of recipes' cameras, in order
     use_proprio: bool = False  # show the robot's state to the model
     window_size: Positive = 1  # how many frames the model sees: this one and the ones before
     action_chunk: Positive = 1  # how many steps it predicts: this one and the ones after
@@ -147,6 +157,7 @@ class TrainConfig(BaseModel):
     # filled in from the data when training starts, and kept with the run
     action_dim: int = 0
     proprio_dim: int = 0
+    features: dict[str, dict[str, int]] = {}  # of your own datasets: {feature: numbers in a step}
 
 
 # ---- Reading it --------------------------------------------------------------------------------------------

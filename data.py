@@ -19,7 +19,8 @@ import torch
 
 import oxe
 from action_tokenizer import ActionTokenizer, normalize, prompt_ids
-from config import Recipe, TrainConfig, UserError
+from checks import leave_out_long_texts, mixture_warnings
+from config import TrainConfig, UserError
 from frames import DataError, FrameTable, frame_table
 from images import augment, center_crop, decode_image, draw_augmentation
 
@@ -95,16 +96,25 @@ def interleave(shares: np.ndarray, first: int, count: int) -> tuple[np.ndarray, 
 # ---- Datasets and samples ----------------------------------------------------------------------------------
 
 
-def mixture_shares(weights: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, int]:
+def mixture_shares(weights: np.ndarray, sizes: np.ndarray, balance: bool = True) -> tuple[np.ndarray, int]:
     """Weights and numbers of frames (all splits) of the datasets -> (each one's share of all samples, epoch
     length).
 
-    As OpenVLA: shares are in proportion to weight x frames, and an epoch is over when the datasets of weight
-    1 have been seen once. (Without any of weight 1, where OpenVLA fails: those of the largest weight.)
+    As OpenVLA: shares are in proportion to weight x frames, or without `balance` to the weights alone, and an
+    epoch is over when the datasets of weight 1 have been seen once. (Without any of weight 1, where OpenVLA
+    fails: those of the largest weight.)
     """
-    shares = weights * sizes / np.sum(weights * sizes)
+    shares = weights * sizes if balance else weights
+    shares = shares / shares.sum()
     primary = weights == (1.0 if (weights == 1.0).any() else weights.max())
     return shares, int((sizes / shares)[primary].max())
+
+
+def open_tables(cfg: TrainConfig) -> list[FrameTable]:
+    """The frame tables of a mixture's datasets, which are indexed now where they have not been."""
+    return [frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), cfg.use_proprio,
+                        index_dir=cfg.index_dir, skip_bad_episodes=cfg.skip_bad_episodes)
+            for _, _, recipe, directory in oxe.find_datasets(cfg)]
 
 
 class Mixture:
@@ -114,17 +124,13 @@ class Mixture:
         self.cfg, self.tokenizer, self.train = cfg, tokenizer, train
         found = oxe.find_datasets(cfg)
         self.names = [name for name, *_ in found]
-        self.recipes = [recipe for _, _, recipe, _ in found]
-        self.tables = [self._open(directory, recipe) for _, _, recipe, directory in found]
-        self.statistics = {}  # what dataset_statistics.json holds
+        self.recipes, self.tables = [recipe for _, _, recipe, _ in found], open_tables(cfg)
+        self.targets, self.statistics = [], {}  # which dimensions are targets; dataset_statistics.json
         for name, recipe, table in zip(self.names, self.recipes, self.tables, strict=True):
-            size, absolute = table.frames.dtype["action"].shape[0], recipe.absolute
-            if absolute > size:
-                raise DataError(f"{name}: {absolute} absolute action dimensions of {size}: lower `absolute` "
-                                "in its recipe")
-            mask = [True] * (size - absolute) + [False] * absolute
-            action = {**table.statistics["action"], "mask": mask}
+            target, raw = oxe.action_masks(recipe, table.action_widths)
+            action = {**table.statistics["action"], "mask": (~raw).tolist()}
             self.statistics[name] = {**table.statistics, "action": action}
+            self.targets.append(target)
         dims = {name: len(self.statistics[name]["action"]["mask"]) for name in self.names}
         if len(set(dims.values())) > 1:
             raise UserError(f"data_mix: datasets with different action dimensions cannot be mixed: {dims}")
@@ -132,27 +138,23 @@ class Mixture:
         self.proprio_dim = 0
         if cfg.use_proprio:  # shorter states are padded with zeros
             self.proprio_dim = max(len(stats["proprio"]["mean"]) for stats in self.statistics.values())
+        self.features = {name: table.features for name, table in zip(self.names, self.tables, strict=True)
+                         if name.partition(":")[0] in cfg.datasets}
+        self.warnings = mixture_warnings(self) if train else []
         self.action_tokenizer = ActionTokenizer(tokenizer.action_vocab_size) if tokenizer else None
+        if tokenizer:
+            room = cfg.max_length - cfg.action_chunk * self.action_dim - 1  # for the prompt
+            self.warnings += leave_out_long_texts(self, room)
 
         sizes = np.array([self.statistics[name]["num_transitions"] for name in self.names])
         weights = np.array([weight for _, weight, *_ in found])
-        self.shares, self.epoch_length = mixture_shares(weights, sizes)
+        # (a config made elsewhere may not know of balance_weights)
+        self.shares, self.epoch_length = mixture_shares(weights, sizes, getattr(cfg, "balance_weights", True))
         self.stretches = [self._stretches(d) for d in range(len(self.names))]
         self.sizes = np.array([total[-1] if len(total) else 0 for _, _, total in self.stretches])
         if not self.sizes.all():
             empty, kind = int(np.argmin(self.sizes)), "training" if train else "held-out"
             raise DataError(f"{self.names[empty]}: no {kind} frame with an instruction in {found[empty][3]}")
-        self.warnings = [f"{name}: left out {len(table.bad)} bad episodes, the first: {table.bad[0]}"
-                         for name, table in zip(self.names, self.tables, strict=True) if table.bad]
-        self.warnings += [f"{name}: left out: {why}" for name, why in oxe.left_out(cfg.data_mix).items()]
-        self.warnings += [f"{name}: its recipe has no {' or '.join(cfg.cameras)} camera: its images are black"
-                          for name, recipe in zip(self.names, self.recipes, strict=True)
-                          if not any(recipe.camera_keys(cfg.cameras))]
-
-    def _open(self, directory: Path, recipe: Recipe) -> FrameTable:
-        cfg, keys = self.cfg, recipe.camera_keys(self.cfg.cameras)
-        return frame_table(directory, recipe, keys, cfg.use_proprio, oxe.code_of(recipe),
-                           index_dir=cfg.index_dir, skip_bad_episodes=cfg.skip_bad_episodes)
 
     def _stretches(self, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The frames of dataset d that this split shows, as stretches of consecutive ones: (first, count,
@@ -184,8 +186,7 @@ class Mixture:
         """Normalised actions that follow frames `rows` (R,) of dataset d -> (R, action_chunk, action_dim)
         float32.
 
-        Past the end of the episode, relative dimensions are 0 and absolute ones repeat the last, as in
-        OpenVLA.
+        Past the end of the episode, changes are 0 and targets repeat the last, as in OpenVLA.
         """
         table, stats = self.tables[d], self.statistics[self.names[d]]["action"]
         episode = table.episodes[table.episode_of(rows)]
@@ -193,7 +194,7 @@ class Mixture:
         last = (episode["first"] + episode["count"])[:, None] - 1
         actions = table.frames["action"][np.minimum(wanted, last)]
         actions = normalize(actions, stats, self.cfg.action_normalization)
-        actions[..., : self.action_dim - self.recipes[d].absolute][wanted > last] = 0
+        actions[(wanted > last)[..., None] & ~self.targets[d]] = 0
         return actions
 
     def sample(self, d: int, row: int, epoch: int = 0, augment_seed: int | None = None) -> dict:
@@ -218,7 +219,7 @@ class Mixture:
             images = [center_crop(image, cfg.image_size) for image in images]
 
         frame = table.frames[row]
-        prompt = self._prompt(table.instructions[frame["instruction"]])
+        prompt = self.prompt(table.instructions[frame["instruction"]])
         try:
             targets = self.action_tokenizer.encode(self.actions(d, np.array([row])).reshape(-1))
         except ValueError as error:
@@ -234,17 +235,13 @@ class Mixture:
     def cameras_shown(self, d: int, row: int, epoch: int) -> tuple[str | None, ...]:
         """The keys of the images that cfg.cameras means for a frame. DROID has two exterior cameras; which
         one is `primary` is drawn once per episode and epoch."""
-        choices = [(getattr(self.recipes[d], camera) or "").split("|") for camera in self.cfg.cameras]
+        choices = [self.recipes[d].camera(name) for name in self.cfg.cameras]
         coin = int(mix_bits(self.cfg.seed, d, epoch, self.tables[d].episode_of(row))) & 1
-        return tuple(keys[coin % len(keys)] or None for keys in choices)
+        return tuple(keys[coin % len(keys)] for keys in choices)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (lives as long as the run)
-    def _prompt(self, instruction: str) -> list[int]:
-        ids = prompt_ids(self.tokenizer, instruction, self.cfg.prompt_style)
-        if len(ids) + self.cfg.action_chunk * self.action_dim + 1 > self.cfg.max_length:
-            raise DataError(f"an instruction makes a prompt of {len(ids)} tokens, too long for max_length "
-                            f"{self.cfg.max_length}: {instruction[:200]!r}")
-        return ids
+    def prompt(self, instruction: str) -> list[int]:
+        return prompt_ids(self.tokenizer, instruction, self.cfg.prompt_style)
 
 
 def collate(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -2,12 +2,15 @@
 
     python eval_vla.py --checkpoint runs/demo+n1+b32+x7                      on held-out episodes
     python eval_vla.py --checkpoint runs/demo+n1+b32+x7 --on-train-frames    on frames it learned from
+    python eval_vla.py --checkpoint openvla/openvla-7b --config my_robot.yaml    any model on a YAML's data
 
 Every frame is answered by Policy.predict_action from the image as it was recorded, exactly as a robot would
 ask. For each dataset and action dimension this prints the accuracy of the action tokens, L1 in normalised
 units (-1..1) and in those of the dataset, and beside each what always answering the most frequent bin of the
 training data would give. eval.json keeps the numbers, eval.png shows some episodes, recorded against
-predicted. A low open-loop error does not prove a good policy, but a high one proves a bad one.
+predicted: both in the run's directory. A low open-loop error does not prove a good policy, but a high one
+proves a bad one. The third command is what a fine-tuning should improve on: a model that does not know the
+data acts by their statistics, or, with --unnorm_key, by those of a dataset that it knows.
 
 Robots fail most often because acting prepares its inputs in another way than training did: red and blue
 swapped, another resize, another prompt, other statistics. So the same frames are answered in three ways:
@@ -28,13 +31,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import oxe
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
-from checkpoint import Checkpoint
-from config import TrainConfig, UserError, find_input, told_in_one_line
+from checkpoint import Checkpoint, Tensors
+from config import TrainConfig, UserError, find_input, load_config, told_in_one_line
 from data import IGNORE_INDEX, Mixture, collate
 from frames import DataError
 from images import decode_native
@@ -63,7 +67,7 @@ def act(policy: Policy, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarr
         views.append([decode_native(image) if image else black for image in images])
         texts.append(table.instructions[table.frames["instruction"][row]])
     proprio = np.stack([table.frames["proprio"][row] for _, row, _ in frames]) if cfg.use_proprio else None
-    # predict_action, which does no more than this, would not tell the tokens
+    # predict_action would not tell the tokens, and speak in the robot's terms
     tokens = policy.generate(*policy.prepare(views, texts, mixture.names[dataset], proprio))
     actions = policy.actions(tokens, mixture.names[dataset])
     return tokens.cpu().numpy(), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
@@ -172,59 +176,66 @@ def verdict(accuracy: dict[str, float], agreement: float, strategy: str) -> tupl
 # ---- The picture -------------------------------------------------------------------------------------------
 
 
+COLOURS = {"recorded": "black", "predicted": "darkorange"}
+
+
 def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
-    """Some episodes side by side, a row for each action dimension."""
-    dims, width, height, margin = mixture.action_dim, 380, 100, 60
-    sheet = Image.new("RGB", (width * EPISODES, height * dims + 40), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column in range(EPISODES):
-        d = column % len(mixture.names)
-        name, (first, count, _) = mixture.names[d], mixture.stretches[d]
-        which = int((column + 0.5) / EPISODES * len(first))
-        rows = first[which] + np.arange(min(count[which], EPISODE_FRAMES))
+    """Some episodes side by side, a row for each number of the robot's action, in its own terms."""
+    episodes = [(d, first, count) for d, (firsts, counts, _) in enumerate(mixture.stretches)
+                for first, count in zip(firsts.tolist(), counts.tolist(), strict=True)]
+    chosen = [episodes[i] for i in np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))]
+    rows_needed = max(len(policy.convention(mixture.names[d]).action) for d, *_ in chosen)
+    width, height, left, top = 520, 120, 90, 76
+    sheet = Image.new("RGB", (width * len(chosen), height * rows_needed + top), "white")
+    pen, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(16)
+    for column, (d, first, count) in enumerate(chosen):
+        name, table, x = mixture.names[d], mixture.tables[d], column * width
+        robot, rows = policy.convention(name), first + np.arange(min(count, EPISODE_FRAMES))
         batches = [[(d, row, 0) for row in rows[i : i + BATCH].tolist()] for i in range(0, len(rows), BATCH)]
         predicted = np.concatenate([act(policy, mixture, batch)[1][:, 0] for batch in batches])  # (R, A)
-        recorded = record(mixture, d, rows)[:, 0]
-        table, stats = mixture.tables[d], mixture.statistics[name]["action"]
-        left, right = column * width + margin, (column + 1) * width - 10
-        text = table.instructions[table.frames["instruction"][rows[0]]]
-        title = f"{name}, frames {rows[0]}..{rows[-1]}: recorded black, predicted orange"
-        pen.multiline_text((left, 4), f"{title}\n{text[:50]}", "black")
-        for dim in range(dims):
-            box = (left, 40 + dim * height, right, 30 + (dim + 1) * height)
-            usual = [stats["q01"][dim], stats["q99"][dim]]
-            draw_curves(pen, box, f"dim {dim}", recorded[:, dim], predicted[:, dim], usual)
+        curves = {"recorded": robot.to_robot(record(mixture, d, rows)[:, 0]),
+                  "predicted": robot.to_robot(predicted)}
+        text = table.instructions[table.frames["instruction"][first]]
+        title = f"{name}, episode {table.episode_of(first)}, {len(rows)} frames"
+        pen.multiline_text((x + left, 6), f"{title}\n{text[:60]}", "black", large)
+        for i, (label, colour) in enumerate(COLOURS.items()):
+            pen.line((x + left + 110 * i, 60, x + left + 24 + 110 * i, 60), colour, 3)
+            pen.text((x + left + 30 + 110 * i, 52), label, colour, small)
+        for dim, label in enumerate(robot.action):
+            box = (x + left, top + dim * height, x + width - 16, top + (dim + 1) * height - 14)
+            draw_curves(pen, small, box, label, {key: values[:, dim] for key, values in curves.items()})
     sheet.save(path)
 
 
-def draw_curves(pen: ImageDraw.ImageDraw, box: tuple, title: str, recorded: np.ndarray,
-                predicted: np.ndarray, usual: list[float]) -> None:
-    """Two curves (R,) in a frame that shows at least the usual range, with the range at its left."""
+def draw_curves(pen: ImageDraw.ImageDraw, font, box: tuple, title: str, curves: dict[str, np.ndarray]
+                ) -> None:
+    """Curves (R,) in a frame, with its name above its range on the left."""
     left, top, right, bottom = box
-    values = np.concatenate([recorded, predicted, usual])
+    values = np.concatenate([*curves.values()])
     low, high = values.min(), max(values.max(), values.min() + 1e-6)
     pen.rectangle(box, outline="lightgray")
-    for y, text in ((top, f"{high:.3g}"), ((top + bottom) // 2 - 6, title), (bottom - 12, f"{low:.3g}")):
-        pen.text((left - 55, y), text, "black")
-    x = np.linspace(left, right, len(recorded))
-    for curve, colour in ((recorded, "black"), (predicted, "darkorange")):
+    for y, text in ((top, f"{high:.3g}"), (bottom - 15, f"{low:.3g}")):
+        pen.text((left - 6, y), text, "gray", font, anchor="ra")
+    pen.text((left + 6, top + 3), title, "dimgray", font)
+    for label, curve in curves.items():
+        x = np.linspace(left, right, len(curve))
         y = bottom - 4 - (curve - low) / (high - low) * (bottom - top - 8)
-        pen.line([*zip(x.tolist(), y.tolist(), strict=True)], colour, 2)
+        pen.line([*zip(x.tolist(), y.tolist(), strict=True)], COLOURS[label], 2)
 
 
 # ---- The program -------------------------------------------------------------------------------------------
 
 
-def evaluate(policy: Policy, where: str, cfg: TrainConfig, samples: int, on_train_frames: bool, out: Path
-             ) -> None:
+def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int, on_train_frames: bool,
+             out: Path) -> None:
     """Do all of it, and raise DataError if training and acting do not match on training frames."""
-    mixture, learned = open_mixture(policy, cfg, on_train_frames), open_mixture(policy, cfg, True)
-    checkpoint, step = open_weights(where).tensors, 0
+    learned, step = open_mixture(policy, cfg, True), 0
+    mixture = learned if on_train_frames else open_mixture(policy, cfg, False)
     if isinstance(checkpoint, Checkpoint):
         step, run_dir = checkpoint.meta["step"], checkpoint.path.parents[1]
     known = cfg.global_batch_size * step if step and cfg.data_mix == policy.cfg.data_mix else 0
-    samples = min(samples, known or int(mixture.sizes.sum()))
-    frames = np.stack(mixture.draw(known - samples if known and on_train_frames else 0, samples), axis=1)
+    samples = min(samples, (known if on_train_frames else 0) or int(mixture.sizes.sum()))
+    frames = choose_frames(mixture, known - samples if known and on_train_frames else 0, samples)
 
     results, every = {}, []
     for d in np.unique(frames[:, 0]).tolist():
@@ -240,12 +251,12 @@ def evaluate(policy: Policy, where: str, cfg: TrainConfig, samples: int, on_trai
     agreement = float((tokens["greedy"] == tokens["inference"]).mean())
     if known and (logged := logged_accuracy(run_dir, step, samples, cfg.global_batch_size, on_train_frames)):
         accuracy = {"logged": logged, **accuracy}
-    print(f"{'train' if on_train_frames else 'held-out'} frames {samples} "
+    print(f"{'train' if on_train_frames else 'held-out'} frames {len(frames)} "
           + " ".join(f"accuracy_{name} {value:.4f}" for name, value in accuracy.items())
           + f" agreement {agreement:.4f}")
     mismatch, remarks = verdict(accuracy, agreement, cfg.image_resize_strategy)
     facts = {"checkpoint": str(checkpoint.where), "data_mix": cfg.data_mix,
-             "on_train_frames": on_train_frames, "frames": samples, "accuracy": accuracy,
+             "on_train_frames": on_train_frames, "frames": len(frames), "accuracy": accuracy,
              "agreement": agreement, "mismatch": mismatch, "datasets": results}
     out.with_suffix(".json").write_text(json.dumps(facts, indent=2))
     draw_episodes(policy, mixture, out)
@@ -258,6 +269,17 @@ def evaluate(policy: Policy, where: str, cfg: TrainConfig, samples: int, on_trai
         print(f"warning: {mismatch}")
 
 
+def choose_frames(mixture: Mixture, first: int, samples: int) -> np.ndarray:
+    """The frames of `samples` training samples from number `first` on, (R, 3): dataset, row, epoch. All that
+    there are, if no more than that; none twice while there are others."""
+    if first == 0 and samples >= mixture.sizes.sum():
+        dataset = np.repeat(np.arange(len(mixture.sizes)), mixture.sizes)
+        index = np.concatenate([np.arange(size) for size in mixture.sizes])
+        return np.stack([dataset, mixture.rows(dataset, index), np.zeros_like(index)], axis=1)
+    frames = np.stack(mixture.draw(first, samples), axis=1)
+    return frames if first else frames[frames[:, 2] == 0]
+
+
 def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     """The data, normalised by the model's own statistics."""
     mixture = Mixture(cfg, policy.tokenizer, train)
@@ -266,7 +288,7 @@ def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
                         f"model's {cfg.action_dim}")
     mixture.proprio_dim = cfg.proprio_dim
     for name, ours in mixture.statistics.items():
-        theirs = policy.dataset_statistics(name)
+        theirs = policy.norm_stats.setdefault(name, ours)  # one that it does not know: see `main`
         if train and not all(np.allclose(ours["action"][key], theirs["action"][key], rtol=1e-3, atol=1e-6)
                              for key in ("q01", "q99")):
             print(f"warning: {name}: not the dataset that the model was trained on: its actions have other "
@@ -297,30 +319,52 @@ def report(name: str, result: dict) -> None:
               *(f"{key} {ours:.4g} most_frequent_bin {theirs:.4g}" for key, ours, theirs in values))
 
 
+DATA = "data_mix data_root_dir datasets balance_weights index_dir skip_bad_episodes".split()
+
+
+def data_config(policy: Policy, args: argparse.Namespace) -> TrainConfig:
+    """The model's config, with the data that the command line means. Raises UserError."""
+    given = {key: value for key in ("data_mix", "data_root_dir") if (value := getattr(args, key))}
+    said = policy.cfg.model_fields_set
+    if args.config:
+        theirs = load_config(find_input(args.config))
+        given = {**{key: getattr(theirs, key) for key in DATA}, **given}
+    if missing := [f"--{key}" for key in ("data_mix", "data_root_dir") if key not in {*said, *given}]:
+        raise UserError(f"{args.checkpoint} does not say on what data: give --config, or "
+                        f"{' and '.join(missing)}")
+    cfg = policy.cfg.model_copy(update=given)
+    cfg = cfg.model_copy(update={"data_root_dir": find_input(cfg.data_root_dir)})
+    unknown = [name for name, *_ in oxe.find_datasets(cfg) if name not in policy.norm_stats]
+    for name in unknown:
+        if args.unnorm_key:
+            policy.norm_stats[name] = policy.dataset_statistics(args.unnorm_key)
+        print(f"the model does not know {name}: it acts by the statistics of {args.unnorm_key or 'the data'}")
+    return cfg
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, OpenVLA's, or a hub id")
-    parser.add_argument("--data_mix", help="mixture or dataset; default: the one it was trained on")
-    parser.add_argument("--data_root_dir", help="folder of the datasets; default: where training had it")
-    parser.add_argument("--samples", type=int, default=1024, help="how many frames")
+    parser.add_argument("--config", metavar="YAML", help="on whose data; default: those it was trained on")
+    parser.add_argument("--data_mix", help="mixture or dataset, instead")
+    parser.add_argument("--data_root_dir", help="folder of the datasets, instead")
+    parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on one that it does not")
+    parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
     parser.add_argument("--on-train-frames", action="store_true", help="the last frames it learned from")
-    parser.add_argument("--out", type=Path, default=Path("eval.png"), help="picture; numbers go beside it")
+    parser.add_argument("--out", type=Path, help="picture; numbers go beside it; default: with the run")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     with told_in_one_line():
-        if args.samples < 1 or args.out.suffix not in (".png", ".jpg"):
+        if args.samples < 1 or (args.out and args.out.suffix not in (".png", ".jpg")):
             raise UserError(f"--samples {args.samples} --out {args.out}: expected at least 1 and a .png")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         policy = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
-        given = {key: value for key in ("data_mix", "data_root_dir") if (value := getattr(args, key))}
-        said = policy.cfg.model_fields_set | given.keys()
-        if missing := [f"--{key}" for key in ("data_mix", "data_root_dir") if key not in said]:
-            raise UserError(f"{args.checkpoint} does not say on what data: give {' and '.join(missing)}")
-        cfg = policy.cfg.model_copy(update=given)
-        root = find_input(cfg.data_root_dir)
-        evaluate(policy, args.checkpoint, cfg.model_copy(update={"data_root_dir": root}), args.samples,
-                 args.on_train_frames, args.out)
+        cfg = data_config(policy, args)
+        tensors = open_weights(args.checkpoint).tensors
+        folder = tensors.path.parents[1] if isinstance(tensors, Checkpoint) else Path()
+        out = args.out or folder / ("eval_train.png" if args.on_train_frames else "eval.png")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        evaluate(policy, tensors, cfg, args.samples, args.on_train_frames, out)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from weights import LANGUAGE_MODELS, PRISMATIC, VISION_BACKBONES, Weights, huggi
 SHARD_BYTES = 1 << 30
 HUB_CODE = "openvla/openvla-7b--"  # where transformers finds the classes, with trust_remote_code=True
 DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_size image_resize_strategy
-    action_chunk action_dim action_normalization add_action_tokens cameras image_aug parallel_decoding
-    proprio_dim use_proprio window_size""".split()  # keys of TrainConfig that make a model what it is
+    action_chunk action_dim action_normalization add_action_tokens cameras datasets features image_aug
+    parallel_decoding proprio_dim use_proprio window_size""".split()  # keys that make a model what it is
 
 
 def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:
@@ -187,7 +187,7 @@ def openvla_strategy(cfg: TrainConfig) -> str:
 
 def description(cfg: TrainConfig) -> dict:
     """What this project needs to build the model again."""
-    values = {key: getattr(cfg, key) for key in DESCRIPTION}
+    values = {key: value for key, value in cfg.model_dump().items() if key in DESCRIPTION}
     towers = {name: {key: value for key, value in tower.items() if key != "pretrained"}
               for name, tower in cfg.vision_backbone.items()}
     return values | {"vision_backbone": towers}

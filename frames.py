@@ -9,6 +9,7 @@ images lie, and holds its standardised action. From then on a training sample is
 `pread` of one JPEG, in any order, in constant memory.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,12 +42,17 @@ def find_dataset(data_root_dir: str | Path, name: str) -> Path:
         return root
     name, _, version = name.partition(":")
     root /= name
-    found = [d for d in root.glob(version or "*") if (d / "features.json").exists()]
+    folders = [d for d in (root.iterdir() if root.is_dir() else ()) if (d / "features.json").exists()]
+    found = [d for d in folders if (d.name == version if version else VERSION.fullmatch(d.name))]
     if not found:
-        expected = f"{root}/{version or '<version>'}/features.json"
-        raise DataError(f"{root}: no TFDS dataset there: expected {expected}: set "
-                        f"data_root_dir to the folder that holds the folder {name!r}")
-    return max(found, key=lambda d: [int(part) if part.isdigit() else -1 for part in d.name.split(".")])
+        others = f"; there are {', '.join(sorted(d.name for d in folders))}" if folders else ""
+        raise DataError(f"{root}: no TFDS dataset there: expected {root}/{version or '1.0.0 (say)'}/"
+                        f"features.json{others}: set data_root_dir to the folder that holds the folder "
+                        f"{name!r}")
+    return max(found, key=lambda d: [int(part) for part in d.name.split(".") if part.isdigit()])
+
+
+VERSION = re.compile(r"\d+\.\d+\.\d+")  # copies (1.0.0.bak) and what TFDS is still writing are none
 
 
 class FrameTable:
@@ -63,6 +70,8 @@ class FrameTable:
         self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
         self.instructions, self.statistics = meta["instructions"], meta["statistics"]
         self.bad = meta["bad_episodes"]
+        self.action_widths = meta["action_widths"]  # columns of each field of the recipe's action
+        self.features = meta["features"]  # {feature: numbers in a step} of those that the recipe names
         frame = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
         self.frames = np.memmap(path / "frames.bin", frame, "r")
         self.episodes = np.load(path / "episodes.npy")
@@ -95,40 +104,87 @@ def _open_shard(path: Path) -> io.FileIO:
     return open(path, "rb", buffering=0)
 
 
-def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load_proprio: bool, code: str, *,
+def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load_proprio: bool, *,
                 index_dir: str | None = None, skip_bad_episodes: bool = False) -> FrameTable:
     """Open the frame table of the TFDS dataset in `directory`, and let rlds.py make it where there is none.
 
-    cameras: keys of the images, see Recipe.camera_keys; code: text that changes whenever a recipe is carried
-    out otherwise; index_dir: where tables are kept, by default in the dataset's directory, or
-    ~/.cache/zerovla if that is read-only and has none.
+    cameras: keys of the images, see Recipe.camera_keys; index_dir: where tables are kept, by default in the
+    dataset's directory, or ~/.cache/zerovla if that is read-only and has none.
 
-    The table's name is a hash of all that goes into it, and of the names, sizes and modification times of the
-    data files, so a stale table is never used. It appears by one rename. Safe when many processes call it at
-    once: one builds, the others wait for its lock (not inside a collective, so nothing times out however long
-    it takes). The lock is one that forked processes do not inherit.
+    The table's name is a hash of all that goes into it, of the code that makes it, and of the names, sizes
+    and modification times of the data files, so a stale table is never used. It appears by one rename. Safe
+    when many processes call it at once: one builds, the others wait for its lock (not inside a collective, so
+    nothing times out however long it takes).
     """
     directory = directory.resolve()
-    listing = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir()
-                     if ".tfrecord" in p.name or p.name in ("features.json", "dataset_info.json"))
+    listing, roots = data_files(directory), index_roots(directory, index_dir)
     job = {"recipe": asdict(recipe), "cameras": cameras, "load_proprio": load_proprio,
-           "skip_bad": skip_bad_episodes}
-    key = repr((job, code, (PROJECT / "rlds.py").read_text().partition("# ---- Writing")[0], listing))
-    root = Path(index_dir) / directory.parent.name if index_dir else directory / ".frame_table"
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    writable = os.access(root if root.exists() else root.parent, os.W_OK)
-    if not index_dir and not (root / name).exists() and not writable:
-        root = Path.home() / ".cache/zerovla" / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    path = root / name
-    if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / f"{name}.lock", "w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+           "skip_bad": skip_bad_episodes, "known_bad": known_bad_episodes(roots, listing)}
+    code = "".join((PROJECT / file).read_text().partition("# ---- Writing")[0] for file in CODE)
+    name = hashlib.sha256(repr((job, code, listing)).encode()).hexdigest()[:16]
+    path = next((root / name for root in roots if (root / name).exists()), None)
+    if path is None:
+        path = writable_root(directory, roots) / name
+        with (lock := take_lock(path.with_suffix(".lock"))) or contextlib.nullcontext():
             if not path.exists():
-                for leftover in root.glob(f"{name}.*.tmp"):  # of a process that was killed
+                for leftover in path.parent.glob(f"{name}.*.tmp") if lock else ():  # of one that was killed
                     shutil.rmtree(leftover)
                 index(job | {"directory": str(directory), "path": str(path)})
     return FrameTable(path, directory)
+
+
+CODE = ("rlds.py", "recipes.py")  # what makes a frame table
+
+
+def data_files(directory: Path) -> list[tuple[str, int, int]]:
+    """A dataset's files: (name, size, time of the last change)."""
+    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir()
+                  if "record" in p.name or p.name in ("features.json", "dataset_info.json"))
+
+
+def index_roots(directory: Path, index_dir: str | None) -> list[Path]:
+    """The folders in which a dataset's frame tables may be, the first that is writable for new ones."""
+    if index_dir:
+        return [Path(index_dir) / directory.parent.name]
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return [directory / ".frame_table", Path(os.path.expanduser("~/.cache/zerovla")) / name]
+
+
+def writable_root(directory: Path, roots: list[Path]) -> Path:
+    """The first of the folders that can be written to, made. Raises DataError when none can."""
+    for root in roots:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(root, os.W_OK):
+            return root
+    raise DataError(f"{directory}: no frame table can be written to {' or '.join(map(str, roots))}: set "
+                    "index_dir to a folder that is writable")
+
+
+def known_bad_episodes(roots: list[Path], listing: list[tuple]) -> dict[str, dict[str, str]]:
+    """What `data.py --check` found, {file: {record: reason}}, unless the files have changed since."""
+    for file in (root / "bad_episodes.json" for root in roots):
+        if file.exists():
+            found = json.loads(file.read_text())
+            return found["bad"] if found["files"] == [[*entry] for entry in listing] else {}
+    return {}
+
+
+def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:
+    """Lock a file until it is closed; the system takes the lock back when this process ends, and forked ones
+    do not inherit it. On file systems without locks, None and a warning. Raises BlockingIOError if another
+    process has it and this one should not wait."""
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(str(error)) from error
+    except OSError as error:
+        print(f"warning: {path}: cannot be locked ({error}): start one job at a time", file=sys.stderr)
+        return None
+    return file
 
 
 def index(job: dict) -> None:

@@ -1,77 +1,174 @@
-"""Look at a dataset before training on it: python data.py --inspect DIR [--data_mix NAME]"""
+"""Look at a dataset before training on it, and read every image once.
+
+    python data.py --inspect DIR [--data_mix NAME]         what is in it, what will go wrong, a picture
+    python data.py --inspect DIR --config my_robot.yaml    the same, read as this YAML's recipe says
+    python data.py --check DIR ...                         decode every image, on all cores; list bad episodes
+
+A dataset that nobody has described yet is shown by a guessed recipe, which is printed for copying.
+"""
 
 import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import yaml
+from tqdm import tqdm
 
 import oxe
-from config import Recipe, told_in_one_line
-from frames import DataError, FrameTable, find_dataset, frame_table
-from images import contact_sheet, decode_image
+from checks import action_warnings, come_back, target_warnings
+from config import Recipe, UserError, find_input, load_config, told_in_one_line
+from frames import (
+    DataError,
+    FrameTable,
+    data_files,
+    end_with_parent,
+    find_dataset,
+    frame_table,
+    index_roots,
+    writable_root,
+)
+from images import contact_sheet, decode_image, decode_native
+from recipes import Feature
 from rlds import step_features
 
 
-def guess_recipe(directory: Path) -> Recipe:
-    """A recipe for a dataset nobody described: its image features in order, `action`, and whatever text
-    there is."""
-    features = step_features(directory)
-    images = [name.removeprefix("observation/") for name, (_, _, image) in features.items() if image]
-    texts = [name for name, (_, dtype, image) in features.items() if dtype.kind == "O" and not image]
-    texts.sort(key=lambda name: "language_instruction" not in name)
-    if "action" not in features or not texts or not images:
+@dataclass
+class Subject:
+    """A dataset to look at: its name and directory; its recipe, and where that comes from; kind: of the
+    normalisation."""
+
+    name: str
+    directory: Path
+    recipe: Recipe
+    source: str
+    kind: str = "bounds_q99"
+
+    def table(self, index_dir: str | None, skip_bad_episodes: bool, load_proprio: bool = True) -> FrameTable:
+        keys = self.recipe.camera_keys([*self.recipe.camera_names])
+        return frame_table(self.directory, self.recipe, keys, load_proprio, index_dir=index_dir,
+                           skip_bad_episodes=skip_bad_episodes)
+
+
+def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> list[Subject]:
+    """The datasets that a command line means. Raises UserError."""
+    if config:
+        cfg = load_config(find_input(config))
+        mixture = [(data_mix, None, None)] if data_mix else oxe.resolve_mixture(cfg.data_mix, cfg.datasets)
+        known, kind = {**oxe.DATASETS, **cfg.datasets}, cfg.action_normalization
+    else:
+        mixture = oxe.resolve_mixture(data_mix) if data_mix in {**oxe.DATASETS, **oxe.MIXTURES} else None
+        known, kind = oxe.DATASETS, "bounds_q99"
+    if mixture is None and data_mix is None and not (folder / "features.json").exists():
+        folder, data_mix = folder.parent, folder.name  # the folder that holds the versions
+    subjects = []
+    for name in [name for name, *_ in mixture] if mixture else [data_mix or ""]:
+        directory = find_dataset(folder, name)
+        name = name.partition(":")[0] or directory.resolve().parent.name
+        recipe, source = known.get(name), config if config and name in cfg.datasets else "registered"
+        subjects.append(Subject(name, directory, recipe or guess_recipe(step_features(directory), directory),
+                                source if recipe else "guessed", kind))
+    return subjects
+
+
+# ---- Guessing ----------------------------------------------------------------------------------------------
+
+
+def guess_recipe(features: dict[str, Feature], directory: Path) -> Recipe:
+    """A recipe for a dataset nobody described: its images by name, else in order; its `action`; whatever text
+    there is. Raises DataError where that is not enough."""
+    steps = {name: feature for name, feature in features.items() if feature.of_step}
+    images = [relative(name) for name, feature in steps.items() if feature.kind == "Image"]
+    texts = [name for name, feature in steps.items() if feature.kind == "Text"]
+    texts += [name for name, feature in features.items()
+              if feature.kind == "Text" and not feature.of_step and any(part in name for part in TEXTS)]
+    texts.sort(key=lambda name: [part not in name for part in TEXTS])
+    actions = [name for name in ("action", "actions") if name in steps]
+    if not (actions and texts and images):
         raise DataError(f"{directory}: cannot guess what is action, image and instruction in "
-                        f"{sorted(features)}: describe it under `datasets:` in a YAML and train, or use the "
-                        "names of OXE")
-    return Recipe(**dict(zip(oxe.CAMERAS, images, strict=False)), instruction=texts[0])
+                        f"{sorted(features)}: describe it under `datasets:` in a YAML, and say --config")
+    states = [relative(name) for name in ("observation/state", "observation/proprio", "state")
+              if name in steps]
+    wrist = [name for name in images if any(part in name.lower() for part in WRIST)][:1]
+    outside = [name for name in images if name not in wrist]
+    named = dict(zip(oxe.CAMERAS, [*outside[:2], *[None] * (2 - len(outside[:2])), *wrist], strict=False))
+    return Recipe(**named, cameras={name.strip("/"): name for name in outside[2:]}, action=actions[0],
+                  instruction=texts[0], state=states[0] if states else "0")
 
 
-def inspect_dataset(directory: Path, name: str | None, out: Path) -> None:
-    """Print what is in a dataset, warn of what often goes wrong, and write a contact sheet of some frames."""
-    if name is None and not (directory / "features.json").exists():  # the folder that holds the versions
-        directory, name = directory.parent, directory.name
-    path = find_dataset(directory, name or "")
-    name = (name or path.resolve().parent.name).partition(":")[0]
-    recipe = oxe.DATASETS.get(name) or guess_recipe(path)
-    cameras = [camera for camera in oxe.CAMERAS if getattr(recipe, camera)]
-    keys = recipe.camera_keys(cameras)
-    table = frame_table(path, recipe, keys, False, oxe.code_of(recipe), skip_bad_episodes=True)
+WRIST = ("wrist", "hand", "gripper")
+TEXTS = ("language_instruction", "instruction", "language", "task")  # how instructions are called, best first
+
+
+def relative(name: str) -> str:
+    """A feature's name -> a recipe's key for a state or camera."""
+    return name.removeprefix("observation/") if name.startswith("observation/") else f"/{name}"
+
+
+def as_yaml(subject: Subject) -> str:
+    """The recipe, as it would stand in a YAML."""
+    plain = Recipe()
+    said = {key: value for key, value in vars(subject.recipe).items() if value != getattr(plain, key)}
+    return yaml.safe_dump({"datasets": {subject.name: said}}, sort_keys=False, width=1000)
+
+
+# ---- What is in a dataset ----------------------------------------------------------------------------------
+
+
+def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
+    """Print what is in a dataset, warn of what often goes wrong, and draw some frames."""
+    recipe, table = subject.recipe, subject.table(index_dir, skip_bad_episodes=True)
     stats, episodes = table.statistics["action"], table.episodes
-
-    print(f"dataset {name} directory {path} recipe {'registered' if name in oxe.DATASETS else 'guessed'}")
+    target, raw = oxe.action_masks(recipe, table.action_widths)
+    stats = {**stats, "mask": (~raw).tolist()}
+    print(f"dataset {subject.name} directory {subject.directory} recipe {subject.source}")
     for number, split in enumerate(table.splits):
         count = episodes["count"][episodes["split"] == number]
         print(f"split {split} episodes {len(count)} frames {count.sum()}"
               + (f" frames_per_episode {count.min()}..{count.max()}" if len(count) else ""))
-    for camera in cameras:
-        print(f"camera {camera} key {getattr(recipe, camera)}")
+    for camera, key in recipe.camera_names.items():
+        print(f"camera {camera} key {key}")
     print(f"instructions {len(table.instructions)} e.g. {' | '.join(map(repr, table.instructions[:8]))}")
-    print("action   dim       min       q01      mean       q99       max       std")
-    for dim in range(len(stats["min"])):
-        values = " ".join(f"{stats[key][dim]:9.4f}" for key in ("min", "q01", "mean", "q99", "max", "std"))
-        print(f"action {dim:5d} {values}")
-    for warning in dataset_warnings(table, recipe):
+    rows = np.unique(np.linspace(0, len(table.frames) - 1, 1 << 16).astype(int))
+    back = come_back(table.frames["action"][rows], stats, subject.kind)
+    titles = "dim       min       q01      mean       q99       max       std"
+    print(f"action   {titles}  half_bin     error  cut_off kind")
+    for dim in range(len(raw)):
+        print(f"action {dim:5d} {numbers(stats, dim)} {back['half_bin'][dim]:9.2g} {back['error'][dim]:9.2g} "
+              f"{back['cut'][dim]:8.2%} {'target' if target[dim] else 'change'}{' raw' if raw[dim] else ''}")
+    state = table.statistics["proprio"]
+    print(*[f"state    {titles}"] if recipe.state != "0" else [])
+    for dim in range(len(state["min"]) if recipe.state != "0" else 0):
+        print(f"state  {dim:5d} {numbers(state, dim)}")
+    for warning in [*action_warnings(table, stats, subject.kind), *other_warnings(table, target),
+                    *target_warnings(table, stats, target)]:
         print(f"warning: {warning}")
-    rows = np.linspace(0, len(table.frames) - 1, 12).astype(int)
-    tiles = [(decode_image(table.read_image(row, 0), 224), _caption(table, row)) for row in rows]
-    contact_sheet(tiles).save(out)
+    if subject.source == "guessed":
+        print(f"to train on it, copy and correct:\n{as_yaml(subject)}", end="")
+    draw(table, recipe, out)
     print(f"contact_sheet {out}")
 
 
-def dataset_warnings(table: FrameTable, recipe: Recipe) -> list[str]:
-    """What makes policies fail without any error: constant dimensions, idle frames, missing text, bad
-    episodes."""
+def numbers(stats: dict, dim: int) -> str:
+    """A dimension's statistics, in columns."""
+    return " ".join(f"{stats[key][dim]:9.4g}" for key in ("min", "q01", "mean", "q99", "max", "std"))
+
+
+def other_warnings(table: FrameTable, target: np.ndarray) -> list[str]:
+    """What makes policies fail without any error, beside actions that do not come back: idle frames, missing
+    text, bad episodes."""
     stats, actions = table.statistics["action"], table.frames["action"]
     spread = np.array(stats["q99"]) - np.array(stats["q01"])
-    relative = actions[:, : actions.shape[1] - recipe.absolute]
-    still = np.abs(relative) < 1e-3 * np.maximum(spread, 1e-9)[: relative.shape[1]]
-    idle = still.all(1).mean() if relative.shape[1] else 0.0
+    motion = np.where(target, np.diff(actions, axis=0, prepend=actions[:1]), actions)
+    moving = spread > 0
+    still = np.abs(motion[:, moving]) < 1e-3 * spread[moving]
+    idle = still.all(1).mean() if moving.any() else 0.0
     unlabeled = int((~table.episodes["labeled"] & (table.episodes["count"] > 0)).sum())
-    largest = np.abs([stats["min"], stats["max"]]).max(0)
-    found = [f"action dimension {d} never changes (always {stats['min'][d]:.4g}): it will be trained as 0"
-             for d in np.flatnonzero(np.array(stats["min"]) == np.array(stats["max"]))]
-    found += [f"action dimension {d} is absolute and reaches {largest[d]:.4g}: what lies beyond -1..1 is cut "
-              "off" for d in range(relative.shape[1], actions.shape[1]) if largest[d] > 1]
+    found = []
     if idle > 0.05:
         found.append(f"{idle:.0%} of all frames command no motion: policies copy such pauses; remove them")
     if unlabeled:
@@ -79,25 +176,86 @@ def dataset_warnings(table: FrameTable, recipe: Recipe) -> list[str]:
     return found + [f"bad episode: {reason}" for reason in table.bad]
 
 
-def _caption(table: FrameTable, row: int) -> str:
-    text = table.instructions[table.frames["instruction"][row]]
-    action = " ".join(f"{value:.2f}" for value in table.frames["action"][row])
-    return f"frame {row}\n{text[:40]}\n{text[40:80]}\n{action}"
+def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
+    """Some frames, all cameras side by side, each with its instruction and action."""
+    keys = [recipe.camera(name)[0] for name in recipe.camera_names]
+    side, columns = (224, 4) if len(keys) == 1 else (160, 4 // len(keys) or 1)
+    tiles = []
+    for row in np.linspace(0, len(table.frames) - 1, 12).astype(int):
+        views = [decode_image(table.read_image(row, table.cameras.index(key)), side) for key in keys]
+        text = table.instructions[table.frames["instruction"][row]]
+        values = [f"{value:.2f}" for value in table.frames["action"][row]]
+        per_line = max(side * len(keys) // 34, 6)
+        lines = [" ".join(values[i : i + per_line]) for i in range(0, len(values), per_line)]
+        letters = side * len(keys) // 7
+        words = [text[i : i + letters] for i in range(0, min(len(text), 2 * letters), letters)]
+        tiles.append((np.concatenate(views, axis=1), "\n".join([f"frame {row}", *words, *lines])))
+    contact_sheet(tiles, columns).save(out)
+
+
+# ---- Reading every image -----------------------------------------------------------------------------------
+
+
+def check_dataset(subject: Subject, index_dir: str | None) -> int:
+    """Decode every image of a dataset, and list episodes with one that cannot be, for skip_bad_episodes ->
+    how many. An episode that was bad for another reason stays listed."""
+    table = subject.table(index_dir, skip_bad_episodes=True, load_proprio=False)
+    directory = subject.directory.resolve()
+    listing, roots = data_files(directory), index_roots(directory, index_dir)
+    parts = np.array_split(np.arange(len(table.episodes)), min(len(table.episodes), 256))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), end_with_parent) as pool:
+        every = pool.map(check_episodes, [table.path] * len(parts), [table.directory] * len(parts), parts)
+        bad = [found for part in tqdm(every, f"check {subject.name}", len(parts), leave=False, disable=None)
+               for found in part]
+    listed: dict[str, dict[str, str]] = {}
+    for file, record, reason in bad:
+        listed.setdefault(file, {})[str(record)] = reason
+        print(f"bad episode {table.directory / file}: record {record}: {reason}")
+    root = writable_root(directory, roots)
+    if listed or (root / "bad_episodes.json").exists():
+        (root / "bad_episodes.json").write_text(json.dumps({"files": listing, "bad": listed}, indent=1))
+    print(f"checked {subject.name} episodes {len(table.episodes)} frames {len(table.frames)} bad_episodes "
+          f"{len(bad) + len(table.bad)}" + (" (skip_bad_episodes: true leaves them out)" if bad else ""))
+    return len(bad) + len(table.bad)
+
+
+def check_episodes(path: Path, directory: Path, episodes: np.ndarray) -> list[tuple[str, int, str]]:
+    """[(file, record, what is wrong), ...] for those of the episodes with an image that cannot be decoded."""
+    table, bad = FrameTable(path, directory), []
+    for number in episodes:
+        episode = table.episodes[number]
+        rows = range(episode["first"], episode["first"] + episode["count"])
+        try:
+            for row in rows:
+                for camera in range(len(table.cameras)):
+                    if data := table.read_image(row, camera):
+                        decode_native(data)
+        except (ValueError, OSError) as error:
+            reason = f"{table.cameras[camera]} of frame {row - rows[0]}: {' '.join(str(error).split())}"
+            bad.append((table.shards[episode["shard"]], int(episode["record"]), reason))
+    return bad
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=inspect_dataset.__doc__)
-    parser.add_argument("--inspect", type=Path, required=True, metavar="DIR",
-                        help="a dataset, or a folder of datasets")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--inspect", type=Path, metavar="DIR", help="a dataset, or a folder of datasets")
+    what.add_argument("--check", type=Path, metavar="DIR", help="the same, to decode all its images")
     parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
+    parser.add_argument("--config", metavar="YAML", help="whose recipes and normalisation to use")
+    parser.add_argument("--index_dir", metavar="DIR", help="where frame tables go; default: with the dataset")
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
     args = parser.parse_args()
     with told_in_one_line():
-        names = [name for name, _, _ in oxe.resolve_mixture(args.data_mix)] if args.data_mix else [None]
-        for name in names:
-            stem = args.out.stem if len(names) == 1 else f"{args.out.stem}_{name}"
-            inspect_dataset(args.inspect, name, args.out.with_stem(stem))
+        subjects = find_subjects(args.inspect or args.check, args.data_mix, args.config)
+        if args.check:
+            if sum(check_dataset(subject, args.index_dir) for subject in subjects):
+                raise UserError("some episodes cannot be used: see above")
+            return
+        for subject in subjects:
+            stem = args.out.stem if len(subjects) == 1 else f"{args.out.stem}_{subject.name}"
+            inspect_dataset(subject, args.index_dir, args.out.with_stem(stem))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,26 @@ comma-separated columns to be concatenated,
 
     "action[:6], action[-1:] clip invert"        key, slice of its columns, helpers applied from left to right
     "world_vector, 0*3, gripper rel2abs"         0*3: three columns of zeros (1*2: two of ones)
+    "joints target, gripper /255 target raw"     scaled by a number (/255, *0.001), and two words
 
-where a helper is one of the small functions in HELPERS. State and camera keys are relative to `observation/`;
-a state key that starts with "/" and all action keys are relative to the step.
+where a helper is one of recipes.py's small functions, and the words say what OpenVLA's two masks say:
+
+    target   a place to go to: past the end of an episode, the last one repeats. Without it: a change, zero
+             past the end
+    raw      taken as it is, in -1..1 (a gripper in 0..1). Without it: normalised by the dataset's quantiles
+
+State and camera keys are relative to `observation/`; those that start with "/" and all action keys are
+relative to the step; the instruction's, too, or it is one of the whole episode (episode_metadata/...).
 
 The recipes of Open X-Embodiment and OpenVLA's mixtures stand in configs/tables/open_x_embodiment.yaml; a
-user's own dataset is described in the same words in the YAML (`datasets:`). Read the helpers, then
-standardize.
+user's own dataset is described in the same words in the YAML (`datasets:`). recipes.py carries them out.
 """
 
-import ctypes.util
-import functools
-import inspect
 import math
 import re
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,220 +39,72 @@ DATASETS: dict[str, Recipe] = RECIPES.validate_python(_table["datasets"])
 MIXTURES: dict[str, dict[str, float]] = _table["mixtures"]  # {name: {dataset: weight}}
 REFUSED: dict[str, str] = _table["refused"]  # {dataset: why OpenVLA does not train on it}
 
-# ------------------------------------------------------------------------------------------------------------
-# Helpers: (T, k) -> (T, m). Comparisons are in float32, as in TensorFlow, because 0.95 and 0.1 are
-# thresholds.
+# ---- Field lists -------------------------------------------------------------------------------------------
 
-
-def clip(x):
-    """To [0, 1]."""
-    return np.clip(x, 0, 1)
-
-
-def invert(x):
-    """0 <-> 1: makes "1 = open" of "1 = closed"."""
-    return 1 - x
-
-
-def delta(x):
-    """Difference to the next step (the last row has none; it is trimmed)."""
-    return np.diff(x, axis=0, append=x[-1:])
-
-
-def binarize(x):
-    """Gripper openings to 0 or 1: values in between take the value reached next; those at the end take the
-    very last one as it is."""
-    x = x.astype(np.float32)
-    decided = (x > np.float32(0.95)) | (x < np.float32(0.05))
-    value = np.where(decided, x > np.float32(0.95), x[-1:]).astype(np.float32)
-    rows = np.where(decided, np.arange(len(x))[:, None], len(x) - 1)
-    return np.take_along_axis(value, np.minimum.accumulate(rows[::-1], axis=0)[::-1], axis=0)
-
-
-def rel2abs(x):
-    """Relative gripper commands (+ closes, - opens, within 0.1 of zero: no change) to absolute: 1 = open,
-    0 = closed. Before the first command the gripper is in the opposite state; without any command it is
-    open."""
-    x = x.astype(np.float32)
-    command = np.where(x < np.float32(-0.1), 1, np.where(x > np.float32(0.1), -1, 0))
-    first = np.take_along_axis(command, (command != 0).argmax(0)[None], axis=0)  # (1, k)
-    command = np.concatenate([np.where(first == 0, 1, -first), command])
-    last = np.maximum.accumulate(np.where(command != 0, np.arange(len(command))[:, None], 0), axis=0)
-    return np.take_along_axis(command, last, axis=0)[1:].astype(np.float32) / 2 + np.float32(0.5)
-
-
-def _c_function(name: str, *arrays: np.ndarray) -> np.ndarray:
-    function = getattr(ctypes.CDLL(ctypes.util.find_library("m")), name)
-    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float] * len(arrays)
-    rows = zip(*map(np.ndarray.tolist, arrays), strict=True)
-    return np.array([function(*values) for values in rows], np.float32)
-
-
-def _asin(x):
-    large = abs(x) > np.float32(0.5)  # there, asin(x) = pi/2 - 2 asin(sqrt((1 - x) / 2))
-    v = np.where(large, np.sqrt(np.float32(0.5) - np.float32(0.5) * abs(x)), abs(x))
-    p = np.float32(0.0508838854730129)
-    for coefficient in (0.0395139865577221, 0.0755022019147873, 0.166649177670479, 1.0000001192092896):
-        p = p * (v * v) + np.float32(coefficient)
-    return np.copysign(np.where(large, np.float32(np.pi / 2) - 2 * (p * v), p * v), x)
-
-
-def _atan2(y, x):
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = np.where(y == 0, np.copysign(np.float32(0), y) * np.copysign(np.float32(1), x), y / x)
-        large = abs(ratio) > 1  # there, atan(r) = pi/2 - atan(1/r)
-        v = np.where(large, 1 / abs(ratio), abs(ratio))
-    odd, even = np.float32(0.00290188402868807), np.float32(-0.0162907354533672)
-    for o, e in ((0.0430826172232628, -0.0754088833928108), (0.10660472512245178, -0.14209578931331635),
-                 (0.19993579387664795, -0.33333143591880798)):
-        odd, even = odd * (v * v * (v * v)) + np.float32(o), even * (v * v * (v * v)) + np.float32(e)
-    p = (odd * (v * v) + even) * (v * (v * v)) + v
-    atan = np.copysign(np.where(large, np.float32(np.pi / 2) - p, p), ratio)
-    return atan + np.where(np.signbit(x), np.copysign(np.float32(np.pi), y), np.float32(0))
-
-
-def _as_tensorflow(polynomial, c_name: str, *arrays: np.ndarray) -> np.ndarray:
-    """TensorFlow 2.15 on x86 takes whole packets of 8 floats through Eigen's polynomials and the rest through
-    the C library. They differ in the last bit, and OpenVLA's actions have those bits. One bit is out of
-    reach: Eigen begins 1/r with the processor's own estimate (rcpps), which AMD and Intel round differently;
-    we divide. On one EPYC a tenth of the angles beyond 45 degrees differ so, by 2.4e-7 at most."""
-    packets = len(arrays[0]) // 8 * 8
-    rest = _c_function(c_name, *(a[packets:] for a in arrays))
-    return np.append(polynomial(*(a[:packets] for a in arrays)), rest)
-
-
-def euler(q):
-    """Unit quaternion x, y, z, w -> roll, pitch, yaw in radians, bit for bit as tensorflow_graphics does
-    it for OpenVLA (geometry/transformation/euler.py: products are shrunk by two epsilons so that asin
-    stays defined)."""
-    eps = np.float32(2 * np.finfo(np.float32).eps)
-    one = np.float32(1)
-    asin = functools.partial(_as_tensorflow, _asin, "asinf")
-    atan2 = functools.partial(_as_tensorflow, _atan2, "atan2f")
-
-    def shrink(v):
-        return v * (one - eps)
-
-    def sign(v):
-        return np.where(v >= 0, one, -one)
-
-    x, y, z, w = q.astype(np.float32).T
-    tx, ty, tz = shrink(2 * x), shrink(2 * y), shrink(2 * z)
-    r00, r10 = shrink(one - (ty * y + tz * z)), shrink(ty * x + tz * w)
-    r21, r22 = shrink(tz * y + tx * w), shrink(one - (tx * x + ty * y))
-    r20, r01, r02 = shrink(tz * x - ty * w), shrink(ty * x - tz * w), shrink(tz * x + ty * w)
-    pitch = -asin(r20)
-    cos = sign(np.cos(pitch))
-    roll = atan2(r21 * cos, (sign(r22) * eps + r22) * cos)
-    yaw = atan2(r10 * cos, (sign(r00) * eps + r00) * cos)
-    up = sign(r20)  # pointing straight up or down, roll and yaw are one: give all of it to roll
-    locked_roll = atan2(-up * r01, -up * (sign(r02) * eps + r02))
-    locked = np.stack([locked_roll, -up * np.float32(np.pi / 2), np.zeros_like(up)], axis=-1)
-    gimbal = np.abs(np.abs(r20) - one) < np.float32(1e-6)
-    return np.where(gimbal[:, None], locked, np.stack([roll, pitch, yaw], axis=-1))
-
-
-def unzip(strings):
-    """zlib-compressed little-endian float32 (Kuka's observations)."""
-    try:
-        return np.stack([np.frombuffer(zlib.decompress(s), "<f4") for s in strings[:, 0]])
-    except zlib.error as error:
-        raise DataError(f"damaged zlib data: {error}") from error
-
-
-HELPERS = {f.__name__: f for f in (clip, invert, delta, binarize, rel2abs, euler, unzip)}
-
-
-# ---- From an episode to standard form ----------------------------------------------------------------------
-
-FIELD = re.compile(r"(?P<key>[^\s\[\],]+)(?:\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<helpers>(?: \w+)*)")
-
-
-def parse_fields(fields: str) -> list[tuple[str, slice, list]]:
-    """ "a[:6], b clip" -> [(key, columns, helper functions), ...]. Raises UserError naming what it cannot
-    read."""
-    parsed = []
-    for text in fields.split(","):
-        match = FIELD.fullmatch(text.strip())
-        if not match or (unknown := [h for h in match["helpers"].split() if h not in HELPERS]):
-            what = f"unknown helper {unknown[0]!r}" if match else "expected 'key[start:stop] helper ...'"
-            raise UserError(f"field {text.strip()!r}: {what}; helpers are {', '.join(HELPERS)}")
-        start, stop = (int(match[end]) if match[end] else None for end in ("start", "stop"))
-        parsed.append((match["key"], slice(start, stop), [HELPERS[h] for h in match["helpers"].split()]))
-    return parsed
-
-
+HELPERS = "clip invert delta binarize rel2abs euler unzip".split()
+FIELD = re.compile(r"(?P<key>[^\s\[\],]+)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<words>( +\S+)*)")
+SCALE = re.compile(r"[*/]-?(?=[\d.]*[1-9])(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # "*0.001", "/255"; never 0
 CONSTANT = re.compile(r"([01])(?:\*(\d+))?")  # "0", "0*3", "1*2"
 
 
-def read_fields(fields: str, steps, prefix: str, first: int, length: int | None = None) -> np.ndarray:
-    """Evaluate a field list on the steps from `first` on -> (T - first, columns) float32. `length` is T -
-    first, needed where the list may hold nothing but constants."""
-    columns = []
-    for key, part, helpers in parse_fields(fields):
-        if constant := CONSTANT.fullmatch(key):
-            columns.append((int(constant[1]), int(constant[2] or 1)))
-            continue
-        values = steps[key[1:] if key.startswith("/") else prefix + key]
-        values = (values if isinstance(values, np.ndarray) else np.array(values, object))[first:]
-        length = len(values)
-        width = int(np.prod(values.shape[1:]))
-        values = values.reshape(length, width)[:, part]
-        if not values.shape[1]:
-            raise DataError(f"field {key!r}: no columns left of its {width}")
-        for helper in helpers:
-            values = helper(values)
-        columns.append(values.astype(np.float32))
-    columns = [c if isinstance(c, np.ndarray) else np.full((length, c[1]), c[0], np.float32) for c in columns]
-    return np.concatenate(columns, axis=1)
+class Field(NamedTuple):
+    """One entry of a field list."""
+
+    key: str
+    columns: slice
+    helpers: list[str]
+    target: bool
+    raw: bool
 
 
-def read_instructions(values: np.ndarray | list[bytes]) -> list[bytes]:
-    """Instructions per step as UTF-8. Language-Table stores code points, padded with zeros to 512."""
-    if isinstance(values, list):
-        return values
-    decoded = functools.lru_cache(decode_code_points)
-    return [decoded(row.tobytes()) for row in values.astype(np.int64)]
+def parse_fields(fields: str) -> list[Field]:
+    """A field list, read. Raises UserError naming what it cannot read."""
+    parsed = []
+    for text in fields.split(","):
+        match = FIELD.fullmatch(text.strip())
+        words = match["words"].split() if match else []
+        helpers = [word for word in words if word not in ("target", "raw")]
+        unknown = [word for word in helpers if word not in HELPERS and not SCALE.fullmatch(word)]
+        if not match or unknown:
+            close = nearest(unknown[0], [*HELPERS, "target", "raw"]) if unknown else ""
+            what = f"unknown helper {unknown[0]!r}{close}" if match else "expected 'key[a:b] helper ...'"
+            raise UserError(f"field {text.strip()!r}: {what}; helpers are {', '.join(HELPERS)}, *NUMBER and "
+                            "/NUMBER; then come target and raw")
+        start, stop = (int(match[end]) if match[end] else None for end in ("start", "stop"))
+        parsed.append(Field(match["key"], slice(start, stop), helpers, "target" in words, "raw" in words))
+    return parsed
 
 
-def decode_code_points(row: bytes) -> bytes:
-    """int64 code points up to the first zero -> UTF-8; what is no character becomes U+FFFD, as in
-    TensorFlow."""
-    points = np.frombuffer(row, np.int64)
-    points = points[: np.argmax(np.append(points, 0) == 0)]
-    return "".join(chr(p) if 0 <= p < 0xD800 or 0xDFFF < p < 0x110000 else "\ufffd" for p in points).encode()
+def feature_name(key: str, prefix: str) -> str:
+    """A recipe's key -> the feature's name within a step."""
+    return key[1:] if key.startswith("/") else prefix + key
 
 
-def standardize(steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:
-    """One episode (rlds.Steps) in standard form, T frames after trimming.
-
-    -> action (T, A) float32; proprio (T, P) float32 or None; images (T, len(cameras), 2) int64, where each
-    encoded image lies (zeros for a camera that is None); instructions: T byte strings.
-    """
-    trim = int(recipe.trim)
-    action = read_fields(recipe.action, steps, "", trim)
-    proprio = read_fields(recipe.state, steps, "observation/", trim, len(action)) if load_proprio else None
-    if trim:
-        action, proprio = action[:-1], proprio[:-1] if load_proprio else None
-    frames = slice(trim, trim + len(action))
-    images = np.zeros((len(action), len(cameras), 2), np.int64)
-    for c, key in enumerate(cameras):
-        if key is not None:
-            images[:, c] = steps.spans(f"observation/{key}")[frames]
-    instructions = read_instructions(steps[recipe.instruction])[frames]
-    return {"action": action, "proprio": proprio, "images": images, "instructions": instructions}
+def check_recipe(recipe: Recipe) -> None:
+    """Raise UserError for field lists that cannot be read, and words that have no meaning there."""
+    action, state = parse_fields(recipe.action), parse_fields(recipe.state)
+    marked = any(field.target or field.raw for field in action)
+    if marked and (recipe.absolute or recipe.targets):
+        raise UserError("the words target and raw say all: remove `absolute` and `targets`")
+    if any(field.target or field.raw for field in state):
+        raise UserError("state: target and raw are said of actions only")
 
 
-def code_of(recipe: Recipe) -> str:
-    """The source of all that carries a recipe out: when it changes, frame tables are made anew."""
-    fields = [*parse_fields(recipe.action), *parse_fields(recipe.state)]
-    code, todo = {}, ["standardize", *(helper.__name__ for _, _, helpers in fields for helper in helpers)]
-    while todo:  # these, and every function that they name
-        name = todo.pop()
-        if name not in code and inspect.isfunction(function := globals().get(name)):
-            code[name] = inspect.getsource(function)
-            todo += re.findall(r"\w+", code[name])
-    return repr(sorted(code.items()))
+def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which dimensions of a dataset's actions are targets, and which are raw: each (A,) bool. widths: how
+    many of the A dimensions each field has. OpenVLA's absolute_action_mask, and the opposite of its
+    action_normalization_mask."""
+    fields = parse_fields(recipe.action)
+    target = np.repeat([field.target for field in fields], widths)
+    raw = np.repeat([field.raw for field in fields], widths)
+    if not (target | raw).any():
+        absolute = 1 if recipe.absolute is None and not recipe.targets else recipe.absolute or 0
+        if max(absolute, recipe.targets) > len(raw):
+            raise DataError(f"{max(absolute, recipe.targets)} absolute action dimensions of {len(raw)}: "
+                            "lower `absolute` or `targets` in its recipe")
+        raw = np.arange(len(raw)) >= len(raw) - absolute
+        target = np.arange(len(raw)) >= len(raw) - max(absolute, recipe.targets)
+    return target, raw
 
 
 # ---- Which frames are shown --------------------------------------------------------------------------------
@@ -309,7 +164,7 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
     own = RECIPES.validate_python(own or {})
     for name, recipe in own.items():
         try:
-            parse_fields(recipe.action), parse_fields(recipe.state)
+            check_recipe(recipe)
         except UserError as error:
             raise UserError(f"datasets: {name}: {error}") from None
     known, mixture = {**DATASETS, **own}, []
@@ -342,6 +197,27 @@ def left_out(data_mix: str | Mapping[str, float]) -> dict[str, str]:
 
 def find_datasets(cfg: TrainConfig) -> list[tuple[str, float, Recipe, Path]]:
     """The mixture that a config names -> [(dataset, weight, recipe, its directory), ...]. Raises UserError
-    for one that is not there."""
-    mixture = resolve_mixture(cfg.data_mix, cfg.datasets)
-    return [(name, weight, recipe, find_dataset(cfg.data_root_dir, name)) for name, weight, recipe in mixture]
+    for datasets that are not there, or are the same, and for cameras that none of them has."""
+    found, missing, owners = [], [], {}
+    for name, weight, recipe in resolve_mixture(cfg.data_mix, cfg.datasets):
+        try:
+            found.append((name, weight, recipe, find_dataset(cfg.data_root_dir, name)))
+        except DataError as error:
+            missing.append((name, error))
+    if missing and len(found) + len(missing) > 1:
+        here = ", ".join(f"{name!r}: {weight:g}" for name, weight, *_ in found)
+        raise DataError(f"{cfg.data_root_dir} has {len(found)} of {len(found) + len(missing)} datasets; "
+                        f"there are no {', '.join(name for name, _ in missing)}: fetch them"
+                        + f", or train on what is there with data_mix: {{{here}}}" * bool(found))
+    if missing:
+        raise missing[0][1]
+    for name, *_, directory in found:
+        if (first := owners.setdefault(directory.resolve(), name)) != name:
+            raise UserError(f"data_mix: {first} and {name} are the same files, {directory}: remove one")
+    for camera in cfg.cameras:
+        own = [recipe for name, _, recipe, _ in found if name.partition(":")[0] in cfg.datasets]
+        if own and not any(recipe.camera_keys([camera])[0] for _, _, recipe, _ in found):
+            known = {name for recipe in own for name in recipe.camera_names}
+            raise UserError(f"cameras: no dataset has {camera!r}; {', '.join(name for name, *_ in found)} "
+                            f"have {', '.join(sorted(known)) or 'none'}")
+    return found

@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import oxe
 from config import Recipe, UserError
 from frames import DataError, end_with_parent, find_dataset
+from recipes import Feature, check_features, standardize
 
 __all__ = ["DataError", "find_dataset", "write_rlds"]  # what a program needs that writes a dataset
 
@@ -47,12 +47,19 @@ def masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+NOT_RECORDS = {b"version http": "a Git LFS pointer, not the data: run `git lfs pull` in its repository",
+               b"\x1f\x8b": "compressed with gzip: unpack it (gunzip, keeping the file's name)"}
+
+
 def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (file offset of the data, data) of each record of a TFRecord file. Raises DataError on any
     damage."""
     with open(path, "rb") as file:
         number = start = 0
         while header := file.read(12):
+            for first_bytes, what in NOT_RECORDS.items():
+                if not start and header.startswith(first_bytes):
+                    raise DataError(f"{path}: {what}")
             if len(header) < 12 or masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
                 raise DataError(f"{path}: record {number}: damaged header at byte {start}")
             (length,) = struct.unpack("<Q", header[:8])
@@ -92,9 +99,9 @@ class Steps:
     """One episode. `steps["observation/state"]` -> its values, decoded on demand, with a leading time
     dimension T."""
 
-    def __init__(self, data: bytes, offset: int, features: Mapping[str, tuple[tuple, np.dtype]]):
-        """data: a serialized tf.train.Example; offset: where it starts in its file; features: {name:
-        (shape, dtype)}"""
+    def __init__(self, data: bytes, offset: int, features: Mapping[str, Feature]):
+        """data: a serialized tf.train.Example; offset: where it starts in its file; features: what
+        `step_features` says"""
         self.data, self.offset, self.features = data, offset, features
         self.where = {}  # feature name -> (start, stop) of its serialized list
         for _, start, stop in _fields(data, 0, len(data)):  # Example.features
@@ -108,7 +115,7 @@ class Steps:
 
         start, stop = self._find(name)
         feature = tf_feature_pb2.Feature.FromString(self.data[start:stop])
-        shape, dtype = self.features[name]
+        shape, dtype, *_ = self.features[name]
         if dtype.kind == "O":
             return list(feature.bytes_list.value)
         # tf.train.Example has only float32 and int64; float64 features were rounded to float32 when written
@@ -124,8 +131,9 @@ class Steps:
         return np.array(spans, np.int64).reshape(-1, 2)
 
     def _find(self, name: str) -> tuple[int, int]:
+        feature = self.features.get(name)
         try:
-            return self.where[f"steps/{name}"]
+            return self.where[name if feature and not feature.of_step else f"steps/{name}"]
         except KeyError:
             raise DataError(f"its steps have no {name!r}; they have {sorted(self.features)}") from None
 
@@ -142,21 +150,24 @@ def _open_builder(directory: Path):
         raise DataError(f"{directory}: not a readable TFDS dataset: {error}") from error
 
 
-def step_features(directory: Path) -> dict[str, tuple[tuple, np.dtype, bool]]:
-    """{"observation/image": (shape without time, dtype, is it an image?), ...} of a dataset's steps."""
-    builder = _open_builder(directory)
+def step_features(directory: Path) -> dict[str, Feature]:
+    """{"observation/image": Feature, ...} of a dataset's steps, then those of whole episodes under their full
+    names ("episode_metadata/...")."""
+    features = _open_builder(directory).info.features
 
-    def walk(feature, info, prefix):
+    def walk(feature, info, prefix, of_step):
         if isinstance(info, Mapping):
             for key, value in info.items():
-                yield from walk(feature[key], value, f"{prefix}/{key}")
+                yield from walk(feature[key], value, f"{prefix}/{key}", of_step)
         else:
-            yield prefix[1:], (info.shape[1:], np.dtype(info.np_dtype), type(feature).__name__ == "Image")
+            shape = info.shape[1:] if of_step else info.shape
+            yield prefix[1:], Feature(shape, np.dtype(info.np_dtype), type(feature).__name__, of_step)
 
     try:
-        steps = builder.info.features["steps"]
+        stored = features.get_serialized_info()
+        steps = walk(features["steps"].feature, stored.pop("steps"), "", True)
         # sorted, because features.json is read in random order
-        return dict(sorted(walk(steps.feature, builder.info.features.get_serialized_info()["steps"], "")))
+        return dict(sorted(walk(features, stored, "", False))) | dict(sorted(steps))
     except (KeyError, AttributeError):
         raise DataError(f"{directory}: a TFDS dataset, but not RLDS: its examples have no 'steps'") from None
 
@@ -164,15 +175,28 @@ def step_features(directory: Path) -> dict[str, tuple[tuple, np.dtype, bool]]:
 # ---- The frame table ---------------------------------------------------------------------------------------
 
 
-def build_frame_table(directory: Path, standardize: Callable, cameras: list[str], path: Path,
-                      skip_bad: bool) -> None:
-    """Read every record of the dataset once, on all cores, and write its frame table to `path`."""
+def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list[str | None],
+                      load_proprio: bool, skip_bad: bool, known_bad: Mapping[str, Mapping[str, str]]) -> None:
+    """Read every record of the dataset once, on all cores, and write its frame table to `path`. known_bad:
+    {file name: {record: reason}}, episodes that are bad for a reason that is not looked for here."""
+    features = step_features(directory)
     builder = _open_builder(directory)
-    features = {name: (shape, dtype) for name, (shape, dtype, _) in step_features(directory).items()}
     splits = builder.info.splits  # in the order of TFDS' split "all": statistics are sums in this order
+    if (kind := builder.info.file_format.value) != "tfrecord":
+        raise DataError(f"{directory}: its files are {kind} files, not TFRecords: write the dataset again "
+                        "with file_format tfrecord")
+    if "train" not in splits:
+        raise DataError(f"{directory}: has the splits {', '.join(splits)}, but no split 'train' to train on: "
+                        "write it again with one")
+    try:
+        widths_of_features = check_features(features, recipe, cameras, load_proprio)
+    except DataError as error:
+        raise DataError(f"{directory}: {error}") from error
     shards = [(n, Path(file), count) for n, split in enumerate(splits.values())
               for file, count in zip(split.filepaths, split.shard_lengths, strict=True)]
-    read = functools.partial(_index_shard, features=features, standardize=standardize, skip_bad=skip_bad)
+    transform = functools.partial(standardize, recipe=recipe, cameras=cameras, load_proprio=load_proprio)
+    read = functools.partial(_index_shard, features=features, transform=transform, skip_bad=skip_bad,
+                             known_bad=known_bad)
 
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     scratch.mkdir()
@@ -185,16 +209,19 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
                    delay=1) as bar):
             results = pool.map(read, [file for _, file, _ in shards], [count for *_, count in shards])
             for number, ((split, file, _), result) in enumerate(zip(shards, results, strict=True)):
-                frames, found, texts, skipped = result
+                frames, found, texts, widths, skipped = result
                 renumber = [instructions.setdefault(text, len(instructions)) for text in texts]
                 if frames is not None:
-                    dtype = frames.dtype
+                    dtype, action_widths = frames.dtype, widths
                     frames["instruction"] = np.array(renumber, np.uint32)[frames["instruction"]]
                     out.write(frames.tobytes())
                 for record, frames_of_it, labeled in found:
                     episodes.append((split, number, record, rows, frames_of_it, labeled))
                     rows += frames_of_it
                 bad += [f"{file}: {reason}" for reason in skipped]
+                if bad and rows and not skip_bad:
+                    raise DataError(f"{bad[0]}. Other episodes are fine: skip_bad_episodes: true leaves out "
+                                    "those that are not")
                 bar.update()
         if not rows:
             raise DataError(f"{directory}: no usable frame in its {len(shards)} files"
@@ -203,48 +230,54 @@ def build_frame_table(directory: Path, standardize: Callable, cameras: list[str]
         table = np.memmap(scratch / "frames.bin", dtype, "r")
         meta = {"splits": list(splits), "shards": [file.name for _, file, _ in shards],
                 "cameras": cameras, "instructions": list(instructions), "bad_episodes": bad,
+                "action_widths": action_widths, "features": widths_of_features,
                 "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
                 "statistics": statistics(table, num_trajectories=len(episodes))}
         (scratch / "table.json").write_text(json.dumps(meta))
         scratch.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        if not (isinstance(error, OSError) and path.exists()):  # another job was faster
+            raise
 
 
-def _index_shard(file: Path, count: int, features: dict, standardize: Callable, skip_bad: bool):
+def _index_shard(file: Path, count: int, features: Mapping[str, Feature], transform: Callable, skip_bad: bool,
+                 known_bad: Mapping[str, Mapping[str, str]]):
     """One shard of `count` records -> (frame rows, [(record, frames, labeled)], distinct instructions,
-    [reason for each bad episode])."""
+    columns of each field of the action, [reason for each bad episode]). Unless bad ones are to be skipped, it
+    ends when one was found, and one that is not."""
     if not file.exists():
         raise DataError(f"{file}: missing, but dataset_info.json lists it (incomplete download?)")
-    rows, episodes, texts, bad = [], [], {}, []
+    rows, episodes, texts, bad, widths = [], [], {}, [], None
+    known = known_bad.get(file.name, {})
     for record, (offset, data) in enumerate(read_records(file)):
         try:
-            episode = standardize(Steps(data, offset, features))
+            if str(record) in known:
+                raise DataError(known[str(record)])
+            episode = transform(Steps(data, offset, features))
             for key in ("action", "proprio"):
                 if episode[key] is not None and not np.isfinite(episode[key]).all():
                     raise DataError(f"its {key} is not finite")
             instructions = [text.decode() for text in episode["instructions"]]
         except (ValueError, IndexError, TypeError) as error:  # DataError is a ValueError
-            if not skip_bad:
-                raise DataError(f"{file}: record {record}: {error}. If only some episodes are bad, "
-                                "skip_bad_episodes: true leaves them out.") from error
             bad.append(f"record {record}: {error}")
-            continue
-        numbers = {key: episode[key] for key in ("action", "proprio") if episode[key] is not None}
-        cameras = episode["images"].shape[1:2]
-        frames = np.zeros(len(instructions), [
-            ("offset", "<i8", cameras), ("length", "<u4", cameras), ("instruction", "<u4"),
-            *((key, "<f4", values.shape[1:]) for key, values in numbers.items())])
-        frames["offset"], frames["length"] = np.moveaxis(episode["images"], -1, 0)
-        frames["instruction"] = [texts.setdefault(text, len(texts)) for text in instructions]
-        for key, values in numbers.items():
-            frames[key] = values
-        rows.append(frames)
-        episodes.append((record, len(frames), any(instructions)))
-    if (records := len(episodes) + len(bad)) != count:
+        else:
+            numbers = {key: episode[key] for key in ("action", "proprio") if episode[key] is not None}
+            cameras, widths = episode["images"].shape[1:2], episode["widths"]
+            frames = np.zeros(len(instructions), [
+                ("offset", "<i8", cameras), ("length", "<u4", cameras), ("instruction", "<u4"),
+                *((key, "<f4", values.shape[1:]) for key, values in numbers.items())])
+            frames["offset"], frames["length"] = np.moveaxis(episode["images"], -1, 0)
+            frames["instruction"] = [texts.setdefault(text, len(texts)) for text in instructions]
+            for key, values in numbers.items():
+                frames[key] = values
+            rows.append(frames)
+            episodes.append((record, len(frames), any(instructions)))
+        if bad and episodes and not skip_bad:
+            break
+    if (records := len(episodes) + len(bad)) != count and (skip_bad or not bad):
         raise DataError(f"{file}: has {records} records, dataset_info.json says {count}")
-    return np.concatenate(rows) if rows else None, episodes, list(texts), bad
+    return np.concatenate(rows) if rows else None, episodes, list(texts), widths, bad
 
 
 def statistics(frames: np.ndarray, num_trajectories: int) -> dict:
@@ -369,11 +402,9 @@ def main() -> None:
     """Carry out the job on standard input; what is wrong with the data goes to standard output."""
     end_with_parent()
     job = json.load(sys.stdin)
-    standardize = functools.partial(oxe.standardize, recipe=Recipe(**job["recipe"]), cameras=job["cameras"],
-                                    load_proprio=job["load_proprio"])
+    paths = {key: Path(job[key]) for key in ("directory", "path")}
     try:
-        build_frame_table(Path(job["directory"]), standardize, job["cameras"], Path(job["path"]),
-                          job["skip_bad"])
+        build_frame_table(**{**job, **paths, "recipe": Recipe(**job["recipe"])})
     except (UserError, OSError) as error:
         print(error)
         sys.exit(1)

@@ -38,7 +38,8 @@ from weights import SHAPE
 MAY_CHANGE = """vla_id hf_token max_length data_root_dir index_dir num_workers epochs max_steps
     expected_world_size per_device_batch_size learning_rate weight_decay max_grad_norm lr_scheduler_type
     warmup_ratio compile run_root_dir run_id run_id_note resume_step resume_epoch save_interval
-    keep_checkpoints on_save_error log_interval eval_interval eval_samples action_dim proprio_dim""".split()
+    keep_checkpoints on_save_error log_interval eval_interval eval_samples action_dim proprio_dim
+    features""".split()
 # what a person reads of the numbers, and what is about speed; metrics.jsonl and TensorBoard have all
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()

@@ -3,18 +3,19 @@
     python serve_vla.py --checkpoint runs/demo+n1+b32+x7          a run, a checkpoint, OpenVLA's, a hub id
 
     POST /act   {"image": ..., "instruction": "open the drawer", "unnorm_key": "bridge_orig"}  ->  the action
-    GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], ...}
+    GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], "cameras": [...], "action": {...}, ...}
 
 OpenVLA's clients (its vla-scripts/deploy.py) work unchanged. An image is any of
     {"__numpy__": base64, "dtype": "|u1", "shape": [H, W, 3]}      what json_numpy makes of an array
     [[[r, g, b], ...], ...]                                        plain lists of whole numbers, 0..255
     "..."                                                          base64 of a JPEG or PNG file
-A model trained with several cameras or frames takes `images`, a list of them (window_size x cameras, oldest
-first); one trained with the robot's state takes `proprio`, its numbers as the dataset has them. unnorm_key
-may be left out if the model knows one dataset. The reply is the action, (action_dim,) or (action_chunk,
-action_dim), in the form of the request: as json_numpy has it if an array came so, else plain lists; and to a
-request {"encoded": "<all of this as a string>"}, a string. Mistakes get status 4xx and {"error": what is
-wrong and what to do}.
+A model trained with several cameras takes `images`, {camera: image}, or, also where it looks at several
+frames, a list (window_size x cameras, oldest first); one trained with the robot's state takes `proprio`, its
+numbers. unnorm_key may be left out if the model knows one dataset. The reply is the action, (A,) or
+(action_chunk, A), in the form of the request: as json_numpy has it if an array came so, else plain lists; and
+to a request {"encoded": "<all of this as a string>"}, a string. /health names the cameras, and what each
+number of action and state is (convention.py). Mistakes get status 4xx and {"error": what is wrong and what to
+do}.
 
 Read `parse_request`, then Batcher: while the model computes, requests queue, and then go through it together.
 There is no password: the server listens on this machine alone unless --host says otherwise (for a robot
@@ -95,7 +96,7 @@ def parse_request(body: bytes, policy: Policy) -> Query:
         if key not in known:
             raise RequestError(f"unknown field {key[:80]!r}: the fields are {', '.join(known)}")
 
-    images = parse_images(payload, policy.vla.num_images)
+    images = parse_images(payload, policy)
     instruction, unnorm_key = payload.get("instruction"), payload.get("unnorm_key")
     if not isinstance(instruction, str) or not instruction.strip():
         raise RequestError("instruction: must be text that says what to do, such as \"open the drawer\"")
@@ -108,14 +109,16 @@ def parse_request(body: bytes, policy: Policy) -> Query:
     if not isinstance(unnorm_key, str | None):
         raise RequestError(f"unnorm_key: must be one of {', '.join(sorted(policy.norm_stats))}")
     try:
-        stats = policy.dataset_statistics(unnorm_key)
+        robot = policy.convention(unnorm_key)
     except UserError as error:
         raise RequestError(f"{error}"[:2000]) from error
 
-    sent = [*payload.get("images", []), payload.get("image"), payload.get("proprio")]
+    several = payload.get("images", [])
+    several = several.values() if isinstance(several, dict) else several
+    sent = [*several, payload.get("image"), payload.get("proprio")]
     arrays = any(isinstance(value, dict) for value in sent)
     return Query(images, instruction, unnorm_key or next(iter(policy.norm_stats)),
-                 parse_proprio(payload.get("proprio"), policy.cfg.use_proprio, stats),
+                 parse_proprio(payload.get("proprio"), policy.cfg.use_proprio, robot.state),
                  "encoded" if encoded else "numpy" if arrays else "list")
 
 
@@ -131,14 +134,20 @@ def read_object(text: bytes | str, name: str) -> dict:
     return value
 
 
-def parse_images(payload: dict, count: int) -> list[np.ndarray]:
-    """The fields `image` or `images` -> `count` images."""
+def parse_images(payload: dict, policy: Policy) -> list[np.ndarray]:
+    """The fields `image` or `images` -> as many images as the model looks at, in the order of training."""
+    count, cameras = policy.vla.num_images, policy.cfg.cameras
     if ("image" in payload) == ("images" in payload):
         raise RequestError("image: send either image or images")
     if "image" in payload and count > 1:
-        raise RequestError(f"image: this model looks at {count} images (frames x cameras, oldest first): "
-                           "send them as a list `images`")
+        raise RequestError(f"image: this model looks at {count} images (frames x cameras "
+                           f"{', '.join(cameras)}, oldest first): send them as a list `images`")
     images = payload.get("images", [payload.get("image")])
+    if isinstance(images, dict) and count == len(cameras):
+        if images.keys() != set(cameras):
+            raise RequestError(f"images: of the cameras {', '.join(images)[:200]}: must be of "
+                               f"{', '.join(cameras)}")
+        return [parse_image(images[camera], f"images[{camera!r}]") for camera in cameras]
     if not isinstance(images, list) or len(images) != count:
         what = f"a list of {len(images)}" if isinstance(images, list) else f"a {type(images).__name__}"
         raise RequestError(f"images: must be a list of {count}, this is {what}")
@@ -182,18 +191,18 @@ def check_sides(height: int, width: int, name: str) -> None:
         raise RequestError(f"{name}: is {height} x {width} pixels; each side must be {low}..{high}")
 
 
-def parse_proprio(value, wanted: bool, stats: dict) -> np.ndarray | None:
-    """The robot's state -> (P,) float32."""
+def parse_proprio(value, wanted: bool, labels: list[str]) -> np.ndarray | None:
+    """The robot's state -> a float32 for each of the labels, which say what they are."""
     if not wanted:
         if value is not None:
             raise RequestError("proprio: this model was trained without the robot's state: leave it out")
         return None
-    size = len(stats["proprio"]["mean"])
+    size = len(labels)
     if value is None:
         raise RequestError(f"proprio: missing: this model needs the robot's state, {size} numbers")
     state = parse_array(value, "proprio")
     if state.shape != (size,):
-        raise RequestError(f"proprio: has shape {list(state.shape)}, must be [{size}]")
+        raise RequestError(f"proprio: has shape {list(state.shape)}, must be [{size}]: {', '.join(labels)}")
     with np.errstate(over="ignore"):
         state = state.astype(np.float32)
     if not np.isfinite(state).all():
@@ -328,9 +337,13 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
         return Response(reply, status, media_type="application/json")
 
     async def health(request: Request) -> Response:
-        facts = {"status": "ok", "model": model, "unnorm_keys": sorted(policy.norm_stats),
+        robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
+        facts = {"status": "ok", "model": model, "unnorm_keys": [*robots], "cameras": policy.cfg.cameras,
                  "images": policy.vla.num_images, "proprio": policy.cfg.use_proprio,
-                 "action_shape": [policy.cfg.action_chunk, policy.cfg.action_dim]}
+                 "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
+                 "action": {key: robot.action for key, robot in robots.items()}}
+        if policy.cfg.use_proprio:
+            facts["state"] = {key: robot.state for key, robot in robots.items()}
         return Response(json.dumps(facts), media_type="application/json")
 
     async def nothing_here(request: Request, error: HTTPException) -> Response:
@@ -366,13 +379,17 @@ def serve(policy: Policy, model: str, host: str, port: int, max_batch: int) -> N
     listener = config.bind_socket()
     # a first action, before any robot asks: kernels are compiled, and a model that cannot act shows it
     key = next(iter(policy.norm_stats))
-    state = np.array(policy.norm_stats[key]["proprio"]["mean"]) if policy.cfg.use_proprio else None
+    state = np.zeros(len(policy.convention(key).state)) if policy.cfg.use_proprio else None
     policy.predict_action([np.zeros((224, 224, 3), np.uint8)] * policy.vla.num_images, "wait", key, state)
     batcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn sends itself the signal once more after it stopped
     listener.listen()  # who reads the next line may connect
     host, port, *_ = listener.getsockname()
+    for key in sorted(policy.norm_stats):
+        robot = policy.convention(key)
+        log(f"unnorm_key {key} cameras {','.join(policy.cfg.cameras)} action {','.join(robot.action)}"
+            + f" state {','.join(robot.state)}" * policy.cfg.use_proprio)
     log(f"serving http://{host}:{port} model {model} unnorm_keys {','.join(sorted(policy.norm_stats))}")
     uvicorn.Server(config).run([listener])
     log("stopped")

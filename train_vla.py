@@ -52,7 +52,8 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     run = Run(cfg)  # its directory, its log, and its newest checkpoint, from which it continues
     cfg, tokenizer, weights = start_from(run.cfg, run.checkpoint)
     mixture, held_out = open_data(cfg, tokenizer, run)
-    cfg = cfg.model_copy(update={"action_dim": mixture.action_dim, "proprio_dim": mixture.proprio_dim})
+    cfg = cfg.model_copy(update={"action_dim": mixture.action_dim, "proprio_dim": mixture.proprio_dim,
+                                 "features": mixture.features})
     total_steps = cfg.max_steps or cfg.epochs * math.ceil(mixture.epoch_length / cfg.global_batch_size)
     if run.step >= total_steps:
         return run.line(f"already at step {run.step} of {total_steps}: set max_steps or run_id to train on")

@@ -32,6 +32,7 @@ from action_tokenizer import load_tokenizer
 from config import TrainConfig
 from data import Mixture, TrainBatches
 from frames import find_dataset
+from recipes import standardize
 from rlds import _index_shard, step_features, write_rlds
 from train_vla import make_loader
 
@@ -101,16 +102,17 @@ def index_speed(directory: Path, name: str) -> None:
     """Print how fast one process reads, checks and standardises the shards of a dataset."""
     path, recipe = find_dataset(directory, name), oxe.DATASETS[name]
     keys = recipe.camera_keys(["primary"])
-    features = {key: (shape, dtype) for key, (shape, dtype, _) in step_features(path).items()}
-    standardize = functools.partial(oxe.standardize, recipe=recipe, cameras=keys, load_proprio=False)
+    read = functools.partial(
+        _index_shard, features=step_features(path), skip_bad=False, known_bad={},
+        transform=functools.partial(standardize, recipe=recipe, cameras=keys, load_proprio=False))
     splits = tfds.builder_from_directory(path).info.splits.values()
     shards = [(Path(file), count) for split in splits
               for file, count in zip(split.filepaths, split.shard_lengths, strict=True)]
     size = sum(len(shard.read_bytes()) for shard, _ in shards)
-    _index_shard(*shards[0], features, standardize, False)  # imports
+    read(*shards[0])  # imports
     start = time.perf_counter()
     for shard, count in shards:
-        _index_shard(shard, count, features, standardize, False)
+        read(shard, count)
     speed = size / (time.perf_counter() - start) / 1e9
     print(f"index bytes {size} gb_per_s_per_core {speed:.2f}", flush=True)
 

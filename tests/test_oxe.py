@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oxe
+import recipes
 from action_tokenizer import normalize
 from config import UserError
 from data import Mixture, mixture_shares
@@ -77,7 +78,7 @@ def test_images_are_the_same_bytes(name, tmp_path):
     wanted = [camera for camera in oxe.CAMERAS
               if f"{camera}_sha256_first_last" in str(golden) or camera == "primary"]
     keys = recipe.camera_keys(wanted)
-    table = frame_table(find_dataset(RLDS / "data", name), recipe, keys, False, "images", index_dir=tmp_path)
+    table = frame_table(find_dataset(RLDS / "data", name), recipe, keys, False, index_dir=tmp_path)
 
     def hashes(rows, camera):
         """One list per key that the camera may show (DROID: two)."""
@@ -163,15 +164,15 @@ def test_droid_draws_one_of_its_cameras_per_episode(data_config):
 
 def test_gripper_helpers_and_text_equal_openvla():
     for case in PRIMITIVES["binarize"]:
-        np.testing.assert_array_equal(oxe.binarize(column(case["in"])), column(case["out"]))
+        np.testing.assert_array_equal(recipes.binarize(column(case["in"])), column(case["out"]))
     for case in PRIMITIVES["rel2abs"]:
-        np.testing.assert_array_equal(oxe.rel2abs(column(case["in"])), column(case["out"]))
+        np.testing.assert_array_equal(recipes.rel2abs(column(case["in"])), column(case["out"]))
     for case in PRIMITIVES["language_table"]:
         points = np.zeros(512, np.int64)
         points[: len(case["codepoints"])] = case["codepoints"]
-        assert oxe.decode_code_points(points.tobytes()).hex() == case["out_hex"]
+        assert recipes.decode_code_points(points.tobytes()).hex() == case["out_hex"]
     for case in PRIMITIVES["euler_from_quaternion"]:
-        angles = oxe.euler(np.float32([case["q_xyzw"]]))[0]
+        angles = recipes.euler(np.float32([case["q_xyzw"]]))[0]
         np.testing.assert_array_equal(angles, np.float32(case["euler_xyz"]))
 
 
@@ -188,7 +189,7 @@ def test_binarize_is_the_backward_scan(values):
         if x[i, 0] > np.float32(0.95) or x[i, 0] < np.float32(0.05):
             carry = np.float32(x[i, 0] > np.float32(0.95))
         expected[i] = carry
-    np.testing.assert_array_equal(oxe.binarize(x), expected)
+    np.testing.assert_array_equal(recipes.binarize(x), expected)
 
 
 @given(gripper_values([0.0, 0.1, -0.1, 1.0, -1.0]))
@@ -200,14 +201,14 @@ def test_rel2abs_is_the_forward_scan(values):
     for c in command:
         state = c or state
         expected.append(state / 2 + 0.5)
-    np.testing.assert_array_equal(oxe.rel2abs(x), column(expected))
+    np.testing.assert_array_equal(recipes.rel2abs(x), column(expected))
 
 
 @given(st.lists(st.floats(-1, 1, width=32), min_size=4, max_size=4).filter(lambda q: np.linalg.norm(q) > 0.1),
        st.integers(1, 20))
 def test_euler_angles_are_those_of_the_rotation(q, repeat):
     q = np.float64(q) / np.linalg.norm(q)
-    angles = oxe.euler(np.float32([q] * repeat))  # packets of eight and the rest are computed differently
+    angles = recipes.euler(np.float32([q] * repeat))  # packets of eight and the rest are computed differently
     np.testing.assert_allclose(angles, angles[:1].repeat(repeat, 0), atol=2e-6)
 
     def rotation(axis, angle):

@@ -61,12 +61,11 @@ def written(tmp_path) -> Path:
 
 def open_table(directory: Path, index_dir: Path | None = None, **options) -> FrameTable:
     recipe = Recipe(primary="image", wrist="wrist")
-    return frame_table(directory, recipe, ["image", "wrist"], True, oxe.code_of(recipe), index_dir=index_dir,
-                       **options)
+    return frame_table(directory, recipe, ["image", "wrist"], True, index_dir=index_dir, **options)
 
 
 def all_steps(directory: Path) -> list[Steps]:
-    features = {name: (shape, dtype) for name, (shape, dtype, _) in step_features(directory).items()}
+    features = step_features(directory)
     return [Steps(data, offset, features) for file in sorted(directory.glob("*.tfrecord*"))
             for offset, data in read_records(file)]
 
@@ -80,8 +79,8 @@ def test_tensorflow_reads_the_same(which, request):
     directory = DEMO if which == "committed" else request.getfixturevalue("written")
     builder = tfds.builder_from_directory(directory)
     ours = iter(all_steps(directory))
-    keys = list(step_features(directory))
-    images = [key for key, (_, _, image) in step_features(directory).items() if image]
+    features = {key: feature for key, feature in step_features(directory).items() if feature.of_step}
+    keys, images = list(features), [key for key, feature in features.items() if feature.kind == "Image"]
     decoders = {"steps": {"observation": {k.split("/")[1]: tfds.decode.SkipDecoding() for k in images}}}
     episodes = 0
     for split in builder.info.splits:  # alphabetical, like the files
