@@ -9,7 +9,6 @@ one robot and a GPU several times as fast.
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from checkpoint import CheckpointError
 from config import TrainConfig, UserError
 from convention import Convention, convention
 from images import center_crop, resize_image
+from llm import cached_forward, make_cache
 from model import VLA, take
 from weights import open_weights
 
@@ -80,8 +80,7 @@ class Policy:
         self.vla, self.cfg, self.tokenizer, self.norm_stats = vla, vla.cfg, tokenizer, norm_stats
         self.action_tokenizer = vla.action_tokenizer
         self.graphs: dict | None = None  # see speed_up
-        parameters = inspect.signature(vla.llm.base_model.forward).parameters
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # its former name
+        self.continue_llm = cached_forward(vla.llm)
 
     def predict_action(self, image: np.ndarray | Sequence, instruction: str | Sequence[str],
                        unnorm_key: str | None = None, proprio: np.ndarray | None = None) -> np.ndarray:
@@ -198,15 +197,10 @@ class Policy:
         return self.tokens_of(*inputs, self.make_cache(images, longest))
 
     def make_cache(self, images, text: int) -> StaticCache | None:
-        """Room for the keys and values of all that the language model will see, if it needs any."""
+        """Room for all that the language model will see of prompts of `text` tokens, if it needs any."""
         if self.cfg.parallel_decoding:
             return None
-        config, llm = self.vla.llm.config, self.vla.llm
-        cache = StaticCache(config, max_cache_len=self.vla.sequence_length(text))
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        cache.early_initialization(len(images), heads, width, llm.dtype, images.device)
-        return cache
+        return make_cache(self.vla.llm, len(images), self.vla.sequence_length(text))
 
     def tokens_of(self, images, input_ids, lengths, proprio, cache: StaticCache | None) -> torch.Tensor:
         """generate, for prompts padded on the right: input_ids (B, L), lengths (B,). Touches nothing but the
@@ -226,20 +220,14 @@ class Policy:
         slots = torch.arange(cache.layers[0].keys.shape[2], device=device)
         prompt_or_new = ((slots <= last) | (slots >= size))[:, None, None]  # (B, 1, 1, slots): not padding
         mask = prompt_or_new & (slots <= slots[:size, None])  # (B, 1, S, slots): causal
-        hidden = self.cached_forward(inputs, mask, slots[None, :size], cache)
+        hidden = self.continue_llm(inputs, mask, slots[None, :size], cache)
         tokens.append(self.best_action(take(hidden, last)))
         for i in range(count - 1):
             step = vla.llm.get_input_embeddings()(tokens[-1])  # (B, 1, hidden)
             mask = prompt_or_new & (slots <= size + i)
-            hidden = self.cached_forward(step, mask, last + 1 + i, cache)
+            hidden = self.continue_llm(step, mask, last + 1 + i, cache)
             tokens.append(self.best_action(hidden))
         return torch.cat(tokens, dim=1)
-
-    def cached_forward(self, inputs, mask, positions, cache):
-        """The language model on inputs (B, S, hidden), which come after what is in the cache."""
-        output = self.vla.llm.base_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
-                                         **{self.cache_argument: cache}, use_cache=True)
-        return output.last_hidden_state
 
     def best_action(self, hidden) -> torch.Tensor:
         """hidden (B, T, width) -> the likeliest action token at each place (B, T)."""
@@ -259,7 +247,7 @@ class Policy:
         for layer in self.vla.llm.modules():
             if isinstance(layer, nn.Linear):
                 layer.forward = partial(linear, layer)
-        self.cached_forward = torch.compile(self.cached_forward, dynamic=False)
+        self.continue_llm = torch.compile(self.forward, dynamic=False)
         towers = self.vla.vision_backbone.values()
         for tower in towers:
             tower.forward = torch.compile(tower.forward, dynamic=False)

@@ -91,7 +91,8 @@ class Tensors:
                 problems.append(f"{name}: shape {self.shapes[name]}, this model has {shape}")
             elif resume and self.trained.get(name, trained) != trained:
                 problems.append(f"{name}: was {'frozen' if trained else 'trained'}, now it is not")
-        problems += [f"unexpected {name}" for name in self.shapes.keys() - ours.keys()]
+        tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # a head that is a table
+        problems += [f"unexpected {name}" for name in self.shapes.keys() - tied]
         if problems:
             shown = "; ".join(sorted(problems)[:20])
             raise CheckpointError(f"{self.where} does not fit this model ({len(problems)} problems): {shown}")

@@ -27,7 +27,8 @@ from act import parameters_without_memory
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointError
 from config import TrainConfig, told_in_one_line
-from model import build_tower, llm_config
+from llm import llm_config
+from model import build_tower
 from weights import LANGUAGE_MODELS, PRISMATIC, VISION_BACKBONES, Weights, hugging_face_prefixes, open_weights
 
 SHARD_BYTES = 1 << 30

@@ -10,7 +10,6 @@ ViT blocks are timm's and the decoder layers transformers'. How a trained model 
 """
 
 import itertools
-import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -19,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from action_tokenizer import ActionTokenizer
-from config import TrainConfig, UserError, out_of_reach
+from config import TrainConfig, UserError
+from llm import build_llm, check_llm, llm_config
 
 
 class VLA(nn.Module):
@@ -48,10 +47,8 @@ class VLA(nn.Module):
                             "must agree")
         self.num_patches = patches.pop()
         config = llm_config(cfg.llm_backbone, len(tokenizer))
-        needed, window = self.sequence_length(text=64), getattr(config, "sliding_window", None) or math.inf
-        if needed > window:
-            raise UserError(f"llm_backbone: {config.model_type} looks back {window} tokens only; images and "
-                            f"text need {needed}: take another model, fewer cameras or smaller images")
+        longest = self.sequence_length(getattr(cfg, "max_length", 64))
+        check_llm(config, longest, cached=not cfg.parallel_decoding)
         with llm_context or nullcontext():
             self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size
@@ -183,19 +180,30 @@ def take(sequence, positions):
     return sequence.gather(1, positions[..., None].expand(-1, -1, sequence.shape[-1]))
 
 
-def build_tower(image_size: int, *, model: str, **kwargs) -> nn.Module:
+def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """A timm ViT by name, with any of timm's arguments, whose output is [(B, patches, width)]: the
     second-to-last block's, without final norm and class or register tokens (Prismatic's choice,
-    prismatic/.../base_vision.py)."""
-    try:
-        vit = timm.create_model(model, num_classes=0, img_size=image_size, **kwargs)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"vision_backbone: timm cannot make {model!r}: {error}") from error
-    if not hasattr(vit, "blocks") or any("running_mean" in name for name, _ in vit.named_buffers()):
-        raise UserError(f"vision_backbone: {model!r} is not a ViT without batch normalisation")
-    # through forward, because ZeRO-3 gathers a module's parameters when the module is called
-    vit.forward = partial(vit.forward_intermediates, indices=[len(vit.blocks) - 2], norm=False,
-                          stop_early=True, output_fmt="NLC", intermediates_only=True)
+    prismatic/.../base_vision.py). Raises UserError for what is no plain ViT."""
+    def make(pretrained):
+        vit = timm.create_model(model, pretrained, num_classes=0, img_size=image_size, **kwargs)
+        # through forward, because ZeRO-3 gathers a module's parameters when the module is called
+        vit.forward = partial(vit.forward_intermediates, indices=[len(vit.blocks) - 2], norm=False,
+                              stop_early=True, output_fmt="NLC", intermediates_only=True)
+        return vit
+
+    try:  # it looks at an image once, on the meta device, which takes neither memory nor time
+        with torch.device("meta"):
+            vit = make(pretrained=False)
+            (features,), patches = vit(torch.empty(1, 3, image_size, image_size)), vit.patch_embed.num_patches
+        plain = patches and features.shape == (1, patches, vit.embed_dim) and vit.num_prefix_tokens >= 0
+        batch_norm = any("running_mean" in name for name, _ in vit.named_buffers())
+        reason = "" if plain and not batch_norm else "it has batch normalisation or another shape of output"
+    except Exception as error:  # timm has many kinds for a wrong argument, and each architecture its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
+    if reason:
+        raise UserError(f"vision_backbone: timm makes no plain ViT of {model!r} at image_size {image_size}: "
+                        f"{reason}")
+    vit = make(pretrained)
     stats = timm.data.resolve_model_data_config(vit)
     vit.mean, vit.std = stats["mean"], stats["std"]  # numbers: as buffers they would be cast to bf16
     return vit
@@ -205,30 +213,6 @@ def normalize_pixels(pixels: torch.Tensor, tower: nn.Module) -> torch.Tensor:
     """(B, 3, H, W) float32 in [0, 1] -> of the mean and deviation this tower was pretrained on."""
     channels = zip(pixels.unbind(1), tower.mean, tower.std, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
-
-
-def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
-    """The language model's transformers config. spec: its fields with model_type, or a directory or hub id
-    to read them from. The vocabulary is num_tokens, rounded up to a multiple of 64. There is no dropout: a
-    step depends on its batch alone, and recomputation finds the same activations again."""
-    try:
-        config = (AutoConfig.for_model(**spec) if isinstance(spec, dict)
-                  else AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec)))
-    except Exception as error:  # transformers has many kinds for a wrong field
-        raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {error}") from error
-    config.vocab_size = -(-num_tokens // 64) * 64
-    for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    return config
-
-
-def build_llm(config: PretrainedConfig) -> nn.Module:
-    """A causal language model with random weights."""
-    llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    if not hasattr(llm.base_model, "layers"):
-        raise UserError(f"llm_backbone: {config.model_type} has no decoder blocks in `layers`, as Llama has")
-    return llm
 
 
 def build_projector(arch_specifier: str, features: int, hidden: int) -> nn.Module:

@@ -11,21 +11,23 @@ tensors: torch.load(weights_only=True).
 """
 
 import copy
+import fnmatch
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from action_tokenizer import load_tokenizer
 from checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
 from config import TrainConfig, UserError, load_table, nearest, out_of_reach
-from model import llm_config
+from llm import llm_config
 
 # ---- What Prismatic calls things ---------------------------------------------------------------------------
 
@@ -93,6 +95,7 @@ def open_weights(where: str | Path) -> Weights:
     path = Path(os.path.abspath(where))
     if not path.exists():
         path = download(str(where))
+    refuse_parts_left_out(str(where), [file.name for file in path.iterdir()] if path.is_dir() else [])
     if (path / "checkpoint.json").exists():
         return _open_ours(Checkpoint(path.resolve()))  # a link to a checkpoint: its run is where it points
     if path.suffix == ".pt":
@@ -109,6 +112,19 @@ def open_weights(where: str | Path) -> Weights:
                           "(config.json with model_type openvla)")
 
 
+def refuse_parts_left_out(where: str, names: Iterable[str]) -> None:
+    """Raise CheckpointError when a model's files hold more than OpenVLA's model: it would act nonsense."""
+    parts = {"action_head--*": "OpenVLA-OFT's continuous action head",
+             "noisy_action_projector--*": "OpenVLA-OFT's diffusion head",
+             "proprio_projector--*": "OpenVLA-OFT's projector of the robot's state",
+             "vision_backbone--*": "OpenVLA-OFT's vision backbone with FiLM",
+             "adapter_config.json": "an adapter: merge it first (peft's merge_and_unload) and save the whole"}
+    for pattern, part in parts.items():
+        if found := fnmatch.filter(names, pattern):
+            raise CheckpointError(f"{where}: has {found[0]}, {part}: this project does not load such a part, "
+                                  "and without it the model would act nonsense")
+
+
 def download(name: str) -> Path:
     """Fetch a Prismatic VLM or a hub repository into the cache (once per node) and return its directory."""
     if name not in PRISMATIC and name.count("/") != 1:
@@ -119,6 +135,8 @@ def download(name: str) -> Path:
         repository = PRISMATIC_HUB
         patterns = [f"{name}/config.json", f"{name}/checkpoints/latest-checkpoint.pt"]
     try:
+        if not out_of_reach(name):  # said before gigabytes are fetched
+            refuse_parts_left_out(name, list_repo_files(repository))
         folder = snapshot_download(repository, allow_patterns=patterns, local_files_only=out_of_reach(name))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -205,7 +223,10 @@ def _open_hugging_face(path: Path) -> Weights:
     for file in safetensors_files(path):
         for key, shape in file.shapes.items():
             tensors.add(native_name(key, towers), shape, partial(file.read, key))
-    return Weights(tensors, config, facts.get("norm_stats") or {})
+    # OpenVLA's finetune.py leaves the statistics of its data beside the base model's config; acting goes by
+    # them first (experiments/robot/openvla_utils.py)
+    own, known = path / "dataset_statistics.json", facts.get("norm_stats") or {}
+    return Weights(tensors, config, known | (_read_json(own) if own.exists() else {}))
 
 
 def safetensors_files(path: Path) -> list[SafetensorsFile]:

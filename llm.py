@@ -1,0 +1,100 @@
+"""The language model: any of transformers' causal ones that this project can both train and let act.
+
+Training needs little of it: embeddings in, hidden states out, decoder blocks in a list. Acting needs more: a
+cache of keys and values of fixed size, in which prompts of several lengths stand with padding after them
+(act.Policy.tokens_of). Not every architecture has such a cache, so `check_llm` tries it out before anything
+is trained.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
+
+from config import UserError, out_of_reach
+
+
+def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
+    """The language model's transformers config. spec: its fields with model_type, or a directory or hub id
+    to read them from. The vocabulary is num_tokens, rounded up to a multiple of 64. There is no dropout: a
+    step depends on its batch alone, and recomputation finds the same activations again."""
+    try:
+        config = (AutoConfig.for_model(**spec) if isinstance(spec, dict)
+                  else AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec)))
+    except Exception as error:  # transformers has many kinds for a wrong field
+        raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {error}") from error
+    config.vocab_size = -(-num_tokens // 64) * 64
+    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+        config.pad_token_id = None  # of a larger vocabulary; the tokenizer says what padding is
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal language model with random weights. Raises UserError."""
+    try:
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"llm_backbone: transformers makes no {config.model_type}: {reason}") from error
+    if not hasattr(llm.base_model, "layers"):
+        raise UserError(f"llm_backbone: {config.model_type} has no decoder blocks in `layers`, as Llama has")
+    return llm
+
+
+def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
+    """Raise UserError for a language model that would train and then could not act.
+
+    longest: the most tokens it may have to look back upon; cached: whether it will act token by token. It
+    then acts once on the meta device, where neither weights nor activations take memory or time.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window and longest > window:
+        raise UserError(f"llm_backbone: {config.model_type} looks back {window} tokens only; images, text of "
+                        f"max_length and action may be {longest}: lower max_length, or take another model, "
+                        "fewer cameras or smaller images")
+    if not cached:
+        return
+    with torch.device("meta"), torch.no_grad():
+        llm = build_llm(config, torch.bfloat16)
+        try:
+            cache, forward = make_cache(llm, batch=1, slots=64), cached_forward(llm)
+            mask = torch.ones(1, 1, 8, 64, dtype=torch.bool)
+            positions = torch.arange(8)[None]
+            for step in (slice(0, 8), slice(0, 1)):  # a prompt, then one token
+                inputs = torch.empty(1, positions[:, step].shape[1], config.hidden_size, dtype=llm.dtype)
+                forward(inputs, mask[:, :, step], positions[:, step], cache)
+            acts = all(hasattr(layer, "keys") for layer in cache.layers)  # a running state has no slots
+        except Exception:  # each architecture fails in its own way
+            acts = False
+    if not acts:
+        raise UserError(f"llm_backbone: {config.model_type} could be trained here, but then not act: it "
+                        "keeps no plain keys and values of what it has seen (linear, hybrid or latent "
+                        "attention?). Take one that does, as Llama, Qwen3 or Gemma")
+
+
+def make_cache(llm: nn.Module, batch: int, slots: int) -> StaticCache:
+    """Room for the keys and values of `slots` tokens, on the language model's device and of its dtype."""
+    config, cache = llm.config, StaticCache(llm.config, max_cache_len=slots)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(batch, heads, width, llm.dtype, llm.device)
+    return cache
+
+
+def cached_forward(llm: nn.Module) -> Callable:
+    """-> a function of inputs (B, S, hidden), which come after what is in the cache; mask (B, 1, S, slots),
+    positions (B, S) and the cache -> hidden states (B, S, hidden)."""
+    base = llm.base_model
+    parameters = inspect.signature(base.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # as it was called formerly
+
+    def forward(inputs, mask, positions, cache):
+        return base(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, **{name: cache},
+                    use_cache=True).last_hidden_state
+
+    return forward
