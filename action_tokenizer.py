@@ -40,8 +40,8 @@ def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedToke
         why = "the hub does not answer" if out_of_reach(path) else " ".join(str(error).split())
         raise UserError(f"tokenizer: {path!r} is none: {why}") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer: {path!r} has no eos_token, with which every training sequence ends: name "
-                        "one in its tokenizer_config.json")
+        raise UserError(f"tokenizer: {path!r} has no eos_token, with which every training sequence ends: "
+                        "name one in its tokenizer_config.json")
     tokenizer.action_vocab_size = tokenizer.vocab_size
     if add_action_tokens:
         tokenizer.add_tokens([f"<action_{i}>" for i in range(256)])

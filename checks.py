@@ -5,14 +5,18 @@ tokens are decoded and un-normalised again: a policy can give no better actions 
 it, for every dimension. Warnings name the dimension, what is lost, and the cure.
 """
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
+from config import UserError
 from frames import DataError, FrameTable
 from oxe import left_out
 
+PREFETCH = 4  # micro-batches that each of the DataLoader's workers loads ahead
 SAMPLE = 4096  # frames, and episodes, that are looked at
 
 
@@ -103,6 +107,18 @@ def target_warnings(table: FrameTable, stats: Mapping, target: np.ndarray) -> li
             "change: then say `target` in the recipe; as a change, its label past the end of an episode is "
             "the middle of its range"
             for d in np.flatnonzero(~target & (high > low) & ((low > 0) | (high < 0) | smooth | followed))]
+
+
+def check_shared_memory(batches, num_workers: int) -> None:
+    """Raise UserError where /dev/shm is too small for the micro-batches that this rank's workers load ahead:
+    Docker gives a container 64 MB. batches: data.TrainBatches."""
+    cfg, memory = batches.mixture.cfg, Path("/dev/shm")
+    images = cfg.per_device_batch_size * cfg.window_size * len(cfg.cameras)
+    needed = num_workers * PREFETCH * images * cfg.image_size**2 * 3
+    if memory.exists() and needed > (free := shutil.disk_usage(memory).free):
+        raise UserError(f"/dev/shm has {free / 1e6:.0f} MB free, and num_workers {num_workers} load "
+                        f"{needed / 1e6:.0f} MB of images ahead: lower num_workers, or give the container "
+                        "more (docker run --shm-size 16g)")
 
 
 def leave_out_long_texts(mixture, room: int) -> list[str]:

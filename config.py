@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -284,6 +284,15 @@ def find_input(path: str) -> str:
     return path if os.path.exists(path) or not (PROJECT / path).exists() else str(PROJECT / path)
 
 
+def read_secret(name: str, key: str) -> str:
+    """What a file or an environment variable of this name holds. Raises UserError."""
+    if name in os.environ:
+        return os.environ[name].strip()
+    if not Path(name).is_file():
+        raise UserError(f"{key}: {name!r} is neither a file nor an environment variable")
+    return Path(name).read_text().strip()
+
+
 PATHS = {**dict.fromkeys(["base_vlm", "llm_backbone", "tokenizer", "data_root_dir", "pretrained_checkpoint"],
                          find_input), **dict.fromkeys(["run_root_dir", "index_dir", "hf_token"], expand)}
 
@@ -311,6 +320,40 @@ def out_of_reach(name: str) -> bool:
     except OSError:
         return True
     return False
+
+
+# ---- The job -----------------------------------------------------------------------------------------------
+
+# what mpirun (Open MPI), mpiexec (MPICH) and srun call what PyTorch calls so
+LAUNCHERS = [
+    {"WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "RANK": "OMPI_COMM_WORLD_RANK",
+     "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"},
+    {"WORLD_SIZE": "PMI_SIZE", "RANK": "PMI_RANK",
+     "LOCAL_RANK": "MPI_LOCALRANKID", "LOCAL_WORLD_SIZE": "MPI_LOCALNRANKS"},
+    {"WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "RANK": "SLURM_PROCID",
+     "LOCAL_RANK": "SLURM_LOCALID", "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE"}]
+
+
+def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let the environment say in PyTorch's words which rank of which job this process is. deepspeed and
+    torchrun say it so, others in words of their own; plain python is a job of one. Raises UserError naming
+    what is missing."""
+    for names in LAUNCHERS:
+        if "RANK" not in environ and environ.get(names["WORLD_SIZE"], "1") != "1":
+            for ours, name in names.items():
+                if name in environ:  # "8(x2)" is how SLURM says 8 on each of two machines
+                    environ[ours] = environ[name].partition("(")[0]
+            if environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
+                environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "RANK" not in environ:
+        environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        environ.setdefault("MASTER_PORT", "0")  # any free one
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR") if name not in environ]:
+        raise UserError(f"the environment has RANK {environ['RANK']} but no {' and no '.join(missing)}: set "
+                        "them to the number of processes and the host of rank 0, or start the job with "
+                        "deepspeed or torchrun")
+    environ.setdefault("MASTER_PORT", "29500")
+    environ.setdefault("LOCAL_RANK", "0")  # one process in each container
 
 
 def run_directory(cfg: TrainConfig) -> Path:
@@ -373,4 +416,5 @@ def from_command_line(description: str) -> tuple[TrainConfig, dict]:
     # launchers pass it in two spellings; the environment's LOCAL_RANK is what counts
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    settle_place()
     return load_config(find_input(args.config), args.set), load_ds_config(find_input(args.deepspeed_config))

@@ -13,6 +13,7 @@ through memory a few at a time; no GPU is needed.
 import argparse
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 from act import parameters_without_memory
@@ -49,13 +50,27 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
+        refuse_small_disk(weights, scratch, dtype, copies=1 if format == "hf" else 2)
         save_tokenizer(cfg, scratch)
         (scratch / "dataset_statistics.json").write_text(json.dumps(weights.norm_stats, indent=2))
         (write_hugging_face if format == "hf" else write_native)(weights, cfg, scratch, dtype)
         scratch.rename(out)
+        if own := sorted(cfg.datasets.keys() & {name.partition(":")[0] for name in weights.norm_stats}):
+            print(f"note: OpenVLA's own class acts in the standard form that the recipe of {', '.join(own)} "
+                  "makes (gripper 1 = open, ...); load_vla and serve_vla.py, in that of the recordings")
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def refuse_small_disk(weights: Weights, out: Path, dtype: torch.dtype | None, copies: int) -> None:
+    """Raise CheckpointError where the tensors will not fit."""
+    sizes = {name: math.prod(shape) for name, shape in weights.tensors.shapes.items()}
+    widths = {name: (weights.tensors.read(name, 0, 1).to(dtype)).element_size() for name in sizes}
+    needed, free = copies * sum(sizes[name] * widths[name] for name in sizes), shutil.disk_usage(out).free
+    if needed > free:
+        raise CheckpointError(f"{out.parent}: No space left: the export takes {needed / 1e9:.4g} GB there, "
+                              f"and {free / 1e9:.4g} GB are free")
 
 
 def save_tokenizer(cfg: TrainConfig, out: Path) -> None:
@@ -119,7 +134,7 @@ def hugging_face_name(name: str, towers: tuple[str, ...]) -> str:
 
 def write_shard(shard: dict[str, torch.Tensor], out: Path, number: int) -> list[str]:
     """Write one file under a temporary name; returns what is in it."""
-    save_file(shard, out / f"{number}.safetensors", metadata={"format": "pt"})
+    (out / f"{number}.safetensors").write_bytes(to_safetensors(shard, metadata={"format": "pt"}))
     return list(shard)
 
 
@@ -234,15 +249,23 @@ def write_native(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dty
     staging, modules = out / "staging", {}
     staging.mkdir()
     for number, (name, tensor) in enumerate(converted(weights, dtype)):
-        mapped = torch.from_file(str(staging / str(number)), True, tensor.numel(), dtype=tensor.dtype)
+        with open(staging / str(number), "wb") as file:  # on a full disk an error here, not a crash later
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        mapped = torch.from_file(file.name, True, tensor.numel(), dtype=tensor.dtype)
         module, _, key = name.partition(".")
         modules.setdefault(module, {})[key] = mapped.view(tensor.shape).copy_(tensor)
     tag = Path(weights.tensors.where).name.removesuffix(".pt")
     tag = tag if tag.startswith("step-") else "step-000000-epoch-00-loss=0.0000"
     path = out / "checkpoints" / f"{tag}.pt"
-    torch.save({"model": modules}, path)
+    try:
+        torch.save({"model": modules}, path)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: could not be written: is there no space left? ({error})") from error
     shutil.rmtree(staging)
-    os.link(path, path.with_name("latest-checkpoint.pt"))
+    try:
+        os.link(path, path.with_name("latest-checkpoint.pt"))
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, path.with_name("latest-checkpoint.pt"))
 
 
 def main() -> None:

@@ -205,9 +205,6 @@ def run_job(program: Callable[[], None]) -> None:
 
 def start_job() -> Neighbour:
     """Connect the ranks, under any launcher or none."""
-    if "RANK" not in os.environ:  # plain python: a job of one
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", "0")  # any free one
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -215,7 +212,14 @@ def start_job() -> Neighbour:
     # how far the host may run ahead of the GPU: the towers' backward pass is thousands of short kernels
     os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it after the model is made
-    deepspeed.init_distributed()
+    try:
+        deepspeed.init_distributed()
+    except RuntimeError as error:  # as PyTorch's network errors are
+        if "address already in use" not in str(error).lower():
+            raise
+        raise UserError(f"port {os.environ['MASTER_PORT']} is in use, perhaps by another job on this machine:"
+                        " start this one with another, as in deepspeed --master_port 29501 train_vla.py ... "
+                        "(torchrun: --master-port; else the variable MASTER_PORT)") from error
     share_cores()
     return Neighbour()
 

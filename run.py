@@ -13,7 +13,6 @@ A run that has a checkpoint of its own continues from it and opens nothing else.
 what the weights mean, and a config that says otherwise is refused.
 """
 
-import fcntl
 import json
 import math
 import sys
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, save_checkpoint
 from config import TrainConfig, UserError, run_directory, walk
 from data import Mixture
+from frames import take_lock
 from images import contact_sheet
 from model import VLA
 from weights import SHAPE
@@ -72,10 +72,9 @@ class Run:
         if self.quiet or self.lock:
             return
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / ".lock", "w")  # the system takes it back when this process ends
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+            self.lock = take_lock(self.path / ".lock", wait=False)
+        except BlockingIOError as error:
             raise UserError(f"{self.path}: another job is training there: wait for its end, or give this one "
                             "a run_id of its own") from error
 
@@ -91,6 +90,9 @@ class Run:
         """Write what the run is, now that nothing was found wrong with it, and start its log."""
         shares = " ".join(f"{n}:{share:.4f}" for n, share in zip(mixture.names, mixture.shares, strict=True))
         self.line(f"data frames {mixture.sizes.sum()} epoch_frames {mixture.epoch_length} shares {shares}")
+        for name, recipe in zip(mixture.names, mixture.recipes, strict=True):
+            if name.partition(":")[0] in cfg.datasets:
+                self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
         for warning in mixture.warnings:
             self.line(f"warning: {warning}")
         self.line(f"startup_s {time.time() - self.started:.1f}")
@@ -164,7 +166,8 @@ class Run:
             action = " ".join(f"{a:.2f}" for a in mixture.action_tokenizer.decode(tokens))
             row = np.concatenate(images.numpy(), axis=1).repeat(times, axis=0).repeat(times, axis=1)
             tiles.append((row, f"{prompt.split(' to ', 1)[-1].split('?')[0]}\naction {action}"))
-        self.line(f"first_prompt {prompt!r} action {action}")
+        self.line(f"first_prompt {prompt!r}")
+        self.line(f"first_action {action}")
         sheet = contact_sheet(tiles, columns=2)
         sheet.save(self.path / "first_batch.png")
         self.board.add_image("first_batch", np.asarray(sheet), dataformats="HWC")

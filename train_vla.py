@@ -33,7 +33,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from checkpoint import load_checkpoint
-from data import Mixture, TrainBatches
+from checks import PREFETCH, check_shared_memory
+from data import Mixture, TrainBatches, open_tables
 from frames import DataError
 from model import VLA
 from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
@@ -50,6 +51,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     accumulation = accumulation_steps(cfg, world_size)
     torch.manual_seed(cfg.seed)
     run = Run(cfg)  # its directory, its log, and its newest checkpoint, from which it continues
+    open_tables(run.cfg)  # what is wrong with the data is said before gigabytes of weights are fetched
     cfg, tokenizer, weights = start_from(run.cfg, run.checkpoint)
     mixture, held_out = open_data(cfg, tokenizer, run)
     cfg = cfg.model_copy(update={"action_dim": mixture.action_dim, "proprio_dim": mixture.proprio_dim,
@@ -138,10 +140,11 @@ def open_data(cfg: TrainConfig, tokenizer, run: Run) -> tuple[Mixture, Mixture |
 
 def make_loader(dataset: TrainBatches, num_workers: int, micro_batches: range):
     """Iterator over this rank's micro-batches with these numbers, loaded ahead by worker processes."""
+    check_shared_memory(dataset, num_workers)
     workers = {"num_workers": num_workers, "generator": torch.Generator()}  # the global one makes the weights
     if num_workers:
-        workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork",
-                    "worker_init_fn": follow_rank}
+        workers |= {"persistent_workers": True, "prefetch_factor": PREFETCH, "worker_init_fn": follow_rank,
+                    "multiprocessing_context": "fork"}
     batches = iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
                                                pin_memory=torch.cuda.is_available(), **workers))
     # a worker's death is an error when its batch is asked for; PyTorch's handler could also raise it while a

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from action_tokenizer import load_tokenizer
 from checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
-from config import TrainConfig, UserError, load_table, nearest, out_of_reach
+from config import TrainConfig, load_table, nearest, out_of_reach, read_secret
 from llm import llm_config
 
 # ---- What Prismatic calls things ---------------------------------------------------------------------------
@@ -148,11 +148,8 @@ def download(name: str) -> Path:
 def use_token(hf_token: str | None) -> None:
     """Let downloads use the Hugging Face token that a file or an environment variable of this name holds. A
     token in the variable HF_TOKEN is used anyway."""
-    if hf_token is None:
-        return
-    if hf_token not in os.environ and not Path(hf_token).exists():
-        raise UserError(f"hf_token: {hf_token!r} is neither a file nor an environment variable")
-    os.environ["HF_TOKEN"] = os.environ.get(hf_token) or Path(hf_token).read_text().strip()
+    if hf_token is not None:
+        os.environ["HF_TOKEN"] = read_secret(hf_token, "hf_token")
 
 
 def _read_json(path: Path) -> dict:
