@@ -99,7 +99,7 @@ def synthesize(name: str, root) -> None:
 
     add(f"observation/{recipe.primary}", f.Image(shape=(16, 16, 3)), np.full((16, 16, 3), 99, np.uint8))
     add(recipe.instruction, f.Text(), "lift the cup")
-    for key, _, _ in oxe.parse_fields(recipe.action):
+    for key in (field.key for field in oxe.parse_fields(recipe.action)):
         if not oxe.CONSTANT.fullmatch(key):
             columns = COLUMNS.get(key.split("/")[-1], 8)  # where nothing is said, recipes cut 7 of 8
             add(key, f.Tensor(shape=(columns,), dtype=np.float32), np.float32(rng.uniform(0, 0.4, columns)))

@@ -132,7 +132,8 @@ import eval_vla, export_vla, inspect_data, rlds, serve_vla, train_vla
 import test_rlds
 episodes = {{"train": [test_rlds.make_episode(0)]}}
 path = rlds.write_rlds(Path({str(tmp_path)!r}), "robot", "1.0.0", test_rlds.FEATURES, episodes)
-inspect_data.inspect_dataset(path, None, Path({str(tmp_path / 'sheet.png')!r}))
+(subject,) = inspect_data.find_subjects(path, None, None)
+inspect_data.inspect_dataset(subject, None, Path({str(tmp_path / 'sheet.png')!r}))
 assert "tensorflow" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -164,7 +165,7 @@ def test_table_holds_every_frame(written, tmp_path):
 def test_bytes_per_frame():
     recipe = oxe.DATASETS["bridge_orig"]
     directory = find_dataset(RLDS / "data", "bridge_orig")
-    table = frame_table(directory, recipe, ["image_0"], False, "test")
+    table = frame_table(directory, recipe, ["image_0"], False)
     assert table.frames.dtype.itemsize == 44
 
 
@@ -339,8 +340,8 @@ def test_depth_images(tmp_path):
 
 def test_a_missing_camera_is_named(written, tmp_path):
     recipe = Recipe(primary="image_9")
-    with pytest.raises(DataError, match=r"robot-train.*record 0: its steps have no 'observation/image_9'"):
-        frame_table(written, recipe, ["image_9"], False, "x", index_dir=tmp_path / "index")
+    with pytest.raises(DataError, match=r"robot/1.2.0: its steps have no 'observation/image_9', which the recipe"):
+        frame_table(written, recipe, ["image_9"], False, index_dir=tmp_path / "index")
 
 
 def test_not_a_dataset(tmp_path):
@@ -372,7 +373,8 @@ def test_the_newest_version_is_found(tmp_path):
         write_rlds(tmp_path, "robot", version, FEATURES, {"train": [make_episode(0)]})
     assert find_dataset(tmp_path, "robot").name == "1.10.0"
     assert find_dataset(tmp_path, "robot:1.9.0").name == "1.9.0"
-    assert guess_recipe(find_dataset(tmp_path, "robot")).primary == "image"
+    newest = find_dataset(tmp_path, "robot")
+    assert guess_recipe(step_features(newest), newest).primary == "image"
 
 
 def test_crc_is_that_of_tfrecord():
