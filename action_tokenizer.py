@@ -27,12 +27,10 @@ PROMPTS = load_table("prismatic")["prompts"]  # how a base model was taught to b
 
 
 def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedTokenizerBase:
-    """The text tokenizer of a directory or hub id, with the attribute `action_vocab_size` for
-    ActionTokenizer.
+    """The text tokenizer of a directory or hub id, with `action_vocab_size` for ActionTokenizer.
 
     Llama's last 256 ids are rare characters nobody will miss; for vocabularies that do not end so,
-    add_action_tokens appends 256 ids of their own. Then a padding token is added, as OpenVLA does (Llama-2:
-    id 32000).
+    add_action_tokens appends 256 ids of their own. Then, as in OpenVLA, comes one for padding (there 32000).
     """
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=out_of_reach(path))
@@ -64,8 +62,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt_styl
 class ActionTokenizer:
     """Turns actions into the last `n_bins` ids below `vocab_size`, and back.
 
-    vocab_size: number of ids the text tokenizer knows, without padding tokens (Llama-2: 32000, not 32001 or
-    32064).
+    vocab_size: number of ids the text tokenizer knows, without padding (Llama-2: 32000, not 32001 or 32064)
     """
 
     def __init__(self, vocab_size: int, n_bins: int = 256):
@@ -95,8 +92,7 @@ class ActionTokenizer:
         return self.bin_centers[self.bin_index(np.asarray(ids))]
 
     def bin_index(self, ids):
-        """Token ids (NumPy array or torch tensor) -> index of the bin centre, 0..n_bins-2. Works on any
-        device."""
+        """Token ids (NumPy array, or tensor on any device) -> index of the bin centre, 0..n_bins-2."""
         return (self.vocab_size - ids - 1).clip(0, self.n_bins - 2)
 
 

@@ -10,8 +10,7 @@ ranks. A checkpoint is simply those slices, written by each rank as they are: fl
         ...
 
 Why not DeepSpeed's own format: it is pickles (code that runs on loading), is tied to stage and world size
-until converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves it
-half-written.
+until converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves a half.
 
 Read Tensors, then save_checkpoint. Which slice lives where in a sharded model is zero.py's business.
 """
@@ -162,8 +161,7 @@ def checkpoint_step(path: Path) -> int:
 def load_checkpoint(engine, checkpoint: Checkpoint) -> None:
     """Restore weights, moments and step count, written at any stage and number of ranks.
 
-    Every rank reads just the elements it owns. Raises CheckpointError on all ranks when the checkpoint does
-    not fit.
+    Every rank reads just the elements it owns. Raises CheckpointError on all ranks if it does not fit.
     """
     checkpoint.check(engine.module, resume=True)
     set_tensors(engine, checkpoint.read, ("weight", *MOMENTS))
@@ -196,8 +194,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) -> Path:
-    """Write <directory>/<tag>, then delete all but the newest `keep` checkpoints (0: keep all). Call it on
-    every rank.
+    """On every rank: write <directory>/<tag>, then delete all but the newest `keep` checkpoints (0: none).
 
     Raises CheckpointError on every rank when any rank fails (a full disk, say); then nothing new is left
     behind and the older checkpoints are untouched. A killed job leaves at most directories "*.tmp", which

@@ -2,21 +2,18 @@
 
 An action that is recorded, normalised and turned into tokens should come back, to within half a bin, when the
 tokens are decoded and un-normalised again: a policy can give no better actions than these. `come_back` tries
-it, for every dimension. Warnings name the dimension, what is lost, and the cure.
+it, for every dimension. Warnings name the dimension, what is lost, and the cure; they are made when a dataset
+is indexed (rlds.py), and a training's log says them at its start.
 """
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
-from config import UserError
-from frames import DataError, FrameTable
-from oxe import left_out
+from config import Recipe
+from oxe import action_masks
 
-PREFETCH = 4  # micro-batches that each of the DataLoader's workers loads ahead
 SAMPLE = 4096  # frames, and episodes, that are looked at
 
 
@@ -39,11 +36,11 @@ def come_back(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.n
             "lost": np.where(wrong, difference, 0).sum(0) / np.maximum(motion, 1e-12)}
 
 
-def action_warnings(table: FrameTable, stats: Mapping, kind: str) -> list[str]:
-    """One line for each dimension of a dataset's actions that does not come back. stats: "action" of its
-    dataset_statistics.json."""
-    rows = np.unique(np.linspace(0, len(table.frames) - 1, SAMPLE).astype(int))
-    back, found = come_back(table.frames["action"][rows], stats, kind), []
+def action_warnings(actions: np.ndarray, stats: Mapping, kind: str) -> list[str]:
+    """One line for each dimension of a dataset's actions (N, A) that does not come back. stats: "action" of
+    its dataset_statistics.json."""
+    actions = actions[np.unique(np.linspace(0, len(actions) - 1, SAMPLE).astype(int))]
+    back, found = come_back(actions, stats, kind), []
     low, high, q01, q99 = (np.array(stats[key]) for key in ("min", "max", "q01", "q99"))
     for d, raw in enumerate(~np.array(stats["mask"])):
         reach, cut = f"goes from {low[d]:.4g} to {high[d]:.4g}", back["cut"][d]
@@ -55,7 +52,7 @@ def action_warnings(table: FrameTable, stats: Mapping, kind: str) -> list[str]:
         elif raw and high[d] - low[d] < 0.5:
             problem = (f"is raw and {reach}: it uses {(high[d] - low[d]) * 127.5:.0f} of 256 bins: scale it "
                        "to 0..1 in the recipe, or remove raw")
-        elif raw and low[d] < -0.001 and len(np.unique(table.frames["action"][rows, d])) > 16:
+        elif raw and low[d] < -0.001 and len(np.unique(actions[:, d])) > 16:
             problem = (f"is raw and {reach}, with many values between: a position or angle should be "
                        "normalised: remove raw (or `absolute`) in its recipe")
         elif not raw and kind == "bounds_q99" and (q01[d] == q99[d] or back["lost"][d] > 0.5):
@@ -70,37 +67,22 @@ def action_warnings(table: FrameTable, stats: Mapping, kind: str) -> list[str]:
     return found
 
 
-def mixture_warnings(mixture) -> list[str]:
-    """All that a log should say of a data.Mixture at its start, each line beginning with the dataset."""
-    cfg = mixture.cfg
-    found = [f"{name}: left out: {why}" for name, why in left_out(cfg.data_mix).items()]
-    for name, recipe, table, target in zip(mixture.names, mixture.recipes, mixture.tables, mixture.targets,
-                                           strict=True):
-        stats, kind = mixture.statistics[name]["action"], cfg.action_normalization
-        lines = [f"left out {len(table.bad)} bad episodes, the first: {table.bad[0]}"] if table.bad else []
-        if not any(recipe.camera_keys(cfg.cameras)):
-            lines.append(f"its recipe has no {' or '.join(cfg.cameras)} camera: its images are black")
-        lines += action_warnings(table, stats, kind)
-        lines += target_warnings(table, stats, target) if cfg.action_chunk > 1 else []
-        found += [f"{name}: {line}" for line in lines]
-    return found
-
-
-def target_warnings(table: FrameTable, stats: Mapping, target: np.ndarray) -> list[str]:
+def target_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray
+                    ) -> list[str]:
     """Dimensions that are said to be changes, target (A,) bool, and look like places to go to: never near
     zero, moving little from frame to frame, or followed by the state. Past the end of an episode, their
     labels jump to the middle of their range."""
-    episodes = table.episodes[:: len(table.episodes) // 256 + 1]
+    episodes = episodes[:: len(episodes) // 256 + 1]
     rows = np.concatenate([np.arange(e["first"], e["first"] + e["count"] - 1) for e in episodes]).astype(int)
     if not len(rows):
         return []
-    actions, following = table.frames["action"][rows], table.frames["action"][rows + 1]
+    actions, following = frames["action"][rows], frames["action"][rows + 1]
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
     deviation = np.maximum(actions.std(0), 1e-9)
     smooth = np.abs(following - actions).mean(0) < 0.12 * deviation
     followed = np.zeros_like(smooth)
-    if "proprio" in table.frames.dtype.names:
-        state = table.frames["proprio"][rows + 1]
+    if "proprio" in frames.dtype.names:
+        state = frames["proprio"][rows + 1]
         both = np.nan_to_num(np.cov(actions.T, state.T))[: len(low), len(low) :]
         followed = (both / deviation[:, None] / np.maximum(state.std(0), 1e-9) > 0.98).any(1)
     return [f"action dimension {d} looks like a place to go to (a joint's angle, a pose) and not like a "
@@ -109,37 +91,13 @@ def target_warnings(table: FrameTable, stats: Mapping, target: np.ndarray) -> li
             for d in np.flatnonzero(~target & (high > low) & ((low > 0) | (high < 0) | smooth | followed))]
 
 
-def check_shared_memory(batches, num_workers: int) -> None:
-    """Raise UserError where /dev/shm is too small for the micro-batches that this rank's workers load ahead:
-    Docker gives a container 64 MB. batches: data.TrainBatches."""
-    cfg, memory = batches.mixture.cfg, Path("/dev/shm")
-    images = cfg.per_device_batch_size * cfg.window_size * len(cfg.cameras)
-    needed = num_workers * PREFETCH * images * cfg.image_size**2 * 3
-    if memory.exists() and needed > (free := shutil.disk_usage(memory).free):
-        raise UserError(f"/dev/shm has {free / 1e6:.0f} MB free, and num_workers {num_workers} load "
-                        f"{needed / 1e6:.0f} MB of images ahead: lower num_workers, or give the container "
-                        "more (docker run --shm-size 16g)")
-
-
-def leave_out_long_texts(mixture, room: int) -> list[str]:
-    """Find instructions of a data.Mixture that make prompts of more than `room` tokens. Raises DataError with
-    the first one's file and record; where bad episodes are to be skipped, theirs are, and told."""
-    found = []
-    for name, table in zip(mixture.names, mixture.tables, strict=True):
-        # no token is shorter than a byte, and templates than 512: most texts need not be counted
-        long = {number: tokens for number, text in enumerate(table.instructions)
-                if len(text.encode()) + 512 > room and (tokens := len(mixture.prompt(text))) > room}
-        if not long:
-            continue
-        rows = np.flatnonzero(np.isin(table.frames["instruction"], [*long]))
-        number = int(table.frames["instruction"][rows[0]])
-        problem = (f"{table.where(rows[0])}: its instruction makes a prompt of {long[number]} tokens, and "
-                   f"max_length {mixture.cfg.max_length} leaves room for {room}: "
-                   f"{table.instructions[number][:100]!r}")
-        episodes = np.unique(table.episode_of(rows))
-        if not mixture.cfg.skip_bad_episodes:
-            raise DataError(f"{problem}: raise max_length, or leave such episodes out with "
-                            "skip_bad_episodes: true")
-        table.episodes["labeled"][episodes] = False
-        found.append(f"{name}: left out {len(episodes)} episodes, the first: {problem}")
-    return found
+def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, recipe: Recipe,
+                   widths: list[int]) -> dict[str, list[str]]:
+    """All warnings of a frame table: for each kind of normalisation, and "chunks", those that matter only
+    where several actions are predicted at once. stats: "action" of its statistics; widths: columns of each
+    field of the recipe's action."""
+    target, raw = action_masks(recipe, widths)
+    stats = {**stats, "mask": (~raw).tolist()}
+    kinds = ("bounds_q99", "bounds", "normal")
+    found = {kind: action_warnings(frames["action"], stats, kind) for kind in kinds}
+    return found | {"chunks": target_warnings(frames, episodes, stats, target)}

@@ -160,6 +160,9 @@ class TrainConfig(BaseModel):
     features: dict[str, dict[str, int]] = {}  # of your own datasets: {feature: numbers in a step}
 
 
+FILLED_IN = ("action_dim", "proprio_dim", "features")  # the last three
+
+
 # ---- Reading it --------------------------------------------------------------------------------------------
 
 
@@ -324,21 +327,10 @@ def out_of_reach(name: str) -> bool:
 
 # ---- The job -----------------------------------------------------------------------------------------------
 
-# what mpirun (Open MPI), mpiexec (MPICH) and srun call what PyTorch calls so
-LAUNCHERS = [
-    {"WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "RANK": "OMPI_COMM_WORLD_RANK",
-     "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"},
-    {"WORLD_SIZE": "PMI_SIZE", "RANK": "PMI_RANK",
-     "LOCAL_RANK": "MPI_LOCALRANKID", "LOCAL_WORLD_SIZE": "MPI_LOCALNRANKS"},
-    {"WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "RANK": "SLURM_PROCID",
-     "LOCAL_RANK": "SLURM_LOCALID", "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE"}]
-
-
 def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
     """Let the environment say in PyTorch's words which rank of which job this process is. deepspeed and
-    torchrun say it so, others in words of their own; plain python is a job of one. Raises UserError naming
-    what is missing."""
-    for names in LAUNCHERS:
+    torchrun say it so, others in words of their own; plain python is a job of one. Raises UserError."""
+    for names in load_table("launchers").values():
         if "RANK" not in environ and environ.get(names["WORLD_SIZE"], "1") != "1":
             for ours, name in names.items():
                 if name in environ:  # "8(x2)" is how SLURM says 8 on each of two machines
@@ -350,8 +342,7 @@ def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault("MASTER_PORT", "0")  # any free one
     if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR") if name not in environ]:
         raise UserError(f"the environment has RANK {environ['RANK']} but no {' and no '.join(missing)}: set "
-                        "them to the number of processes and the host of rank 0, or start the job with "
-                        "deepspeed or torchrun")
+                        "these, too, or start the job with deepspeed or torchrun")
     environ.setdefault("MASTER_PORT", "29500")
     environ.setdefault("LOCAL_RANK", "0")  # one process in each container
 

@@ -2,8 +2,7 @@
 
 A training batch is a pure function of (seed, step): `Mixture.draw` says which frames sample number g, g+1,
 ... of the run are, by arithmetic alone. No shuffle buffer, no state to save: resuming at step k means
-starting at sample k x global_batch_size; one GPU or 64 see the same global batches, each rank taking its
-slice.
+starting at sample k x global_batch_size, and on 1 GPU or 64 the global batches are the same.
 
 Read in this order: permute and interleave (which frame comes when), Mixture (datasets, weights, one sample),
 TrainBatches and collate (what the DataLoader's workers run). How a dataset is read from disk is in frames.py,
@@ -19,7 +18,6 @@ import torch
 
 import oxe
 from action_tokenizer import ActionTokenizer, normalize, prompt_ids
-from checks import leave_out_long_texts, mixture_warnings
 from config import TrainConfig, UserError
 from frames import DataError, FrameTable, frame_table
 from images import augment, center_crop, decode_image, draw_augmentation
@@ -45,8 +43,7 @@ def permute(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Element `index` of a random permutation of 0..n-1 chosen by `key`, without making the permutation.
 
     A Feistel network permutes the numbers of 2b bits, for the smallest b with 4^b >= n; a result that is not
-    below n is sent through again until it is, which keeps the map one-to-one (cycle walking). All arguments
-    broadcast.
+    below n is sent through again until it is (cycle walking: still one-to-one). All arguments broadcast.
     """
     index, n, key = (a.astype(np.uint64) for a in np.broadcast_arrays(index, n, key))
     bits = np.uint64(1) + np.floor(np.log2(np.maximum(n, 2) - np.uint64(1)) / 2).astype(np.uint64)
@@ -140,11 +137,13 @@ class Mixture:
             self.proprio_dim = max(len(stats["proprio"]["mean"]) for stats in self.statistics.values())
         self.features = {name: table.features for name, table in zip(self.names, self.tables, strict=True)
                          if name.partition(":")[0] in cfg.datasets}
-        self.warnings = mixture_warnings(self) if train else []
+        self.warnings = oxe.mixture_warnings(cfg, self.names, self.recipes, self.tables) if train else []
         self.action_tokenizer = ActionTokenizer(tokenizer.action_vocab_size) if tokenizer else None
         if tokenizer:
             room = cfg.max_length - cfg.action_chunk * self.action_dim - 1  # for the prompt
-            self.warnings += leave_out_long_texts(self, room)
+            for name, table in zip(self.names, self.tables, strict=True):
+                told = oxe.leave_out_long_texts(cfg, table, room, lambda text: len(self.prompt(text)))
+                self.warnings += [f"{name}: {line}" for line in told]
 
         sizes = np.array([self.statistics[name]["num_transitions"] for name in self.names])
         weights = np.array([weight for _, weight, *_ in found])
@@ -157,16 +156,14 @@ class Mixture:
             raise DataError(f"{self.names[empty]}: no {kind} frame with an instruction in {found[empty][3]}")
 
     def _stretches(self, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The frames of dataset d that this split shows, as stretches of consecutive ones: (first, count,
-        total so far)."""
+        """This split's frames of dataset d, as stretches of adjacent ones: (first, count, total so far)."""
         first, count = oxe.kept_episodes(self.tables[d], self.train)
         if self.recipes[d].skip_idle:
             first, count = oxe.without_idle(first, count, functools.partial(self.actions, d))
         return first[count > 0], count[count > 0], np.cumsum(count[count > 0])
 
     def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples first .. first+count-1 of the training -> (dataset, frame row, epoch of that dataset), each
-        (count,)."""
+        """Samples first .. first+count-1 of the training -> (dataset, frame row, epoch), each (count,)."""
         dataset, visit = interleave(self.shares, first, count)
         epoch, index = np.divmod(visit, self.sizes[dataset])
         index = permute(index, self.sizes[dataset], mix_bits(self.cfg.seed, dataset, epoch))
@@ -183,11 +180,8 @@ class Mixture:
         return row
 
     def actions(self, d: int, rows: np.ndarray) -> np.ndarray:
-        """Normalised actions that follow frames `rows` (R,) of dataset d -> (R, action_chunk, action_dim)
-        float32.
-
-        Past the end of the episode, changes are 0 and targets repeat the last, as in OpenVLA.
-        """
+        """Normalised actions from frames `rows` (R,) of dataset d on: (R, action_chunk, action_dim) float32.
+        Past the end of the episode, changes are 0 and targets repeat the last, as in OpenVLA."""
         table, stats = self.tables[d], self.statistics[self.names[d]]["action"]
         episode = table.episodes[table.episode_of(rows)]
         wanted = rows[:, None] + np.arange(self.cfg.action_chunk)
@@ -254,8 +248,7 @@ def collate(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """Micro-batch number i of this rank, counted from the start of the run. For a DataLoader with
-    batch_size=None."""
+    """For a DataLoader with batch_size=None: this rank's micro-batch i, counted from the run's start."""
 
     def __init__(self, mixture: Mixture, global_batch: int, micro_batch: int, rank: int, world_size: int):
         self.mixture, self.global_batch, self.micro_batch = mixture, global_batch, micro_batch

@@ -1,5 +1,4 @@
-"""Where a dataset's frames are: one small row for each, and the images read straight from the dataset's
-files.
+"""Where a dataset's frames are: a small row for each, and images read straight from the dataset's files.
 
 Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories in the RLDS format: shards of
 TFRecords hold an episode per record, and an image lies encoded (JPEG or PNG) inside its episode. So an
@@ -69,7 +68,7 @@ class FrameTable:
         self.path, self.directory = path, directory
         self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
         self.instructions, self.statistics = meta["instructions"], meta["statistics"]
-        self.bad = meta["bad_episodes"]
+        self.bad, self.warnings = meta["bad_episodes"], meta["warnings"]  # see checks.table_warnings
         self.action_widths = meta["action_widths"]  # columns of each field of the recipe's action
         self.features = meta["features"]  # {feature: numbers in a step} of those that the recipe names
         frame = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
@@ -133,7 +132,7 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     return FrameTable(path, directory)
 
 
-CODE = ("rlds.py", "recipes.py")  # what makes a frame table
+CODE = ("rlds.py", "recipes.py", "checks.py")  # what makes a frame table
 
 
 def data_files(directory: Path) -> list[tuple[str, int, int]]:
@@ -188,8 +187,7 @@ def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:
 
 
 def index(job: dict) -> None:
-    """Run rlds.py: a process without PyTorch, from which many can be forked cheaply. Raises DataError with
-    its message."""
+    """Run rlds.py, a process without PyTorch, so that many can be forked cheaply. Raises its DataError."""
     done = subprocess.run([sys.executable, str(PROJECT / "rlds.py")], input=json.dumps(job), text=True,
                           stdout=subprocess.PIPE)
     if done.returncode:

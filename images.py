@@ -29,8 +29,7 @@ def decode_native(data: bytes) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) by Lanczos, without keeping the aspect ratio: OpenVLA's training
-    data."""
+    """(H, W, 3) uint8 -> (size, size, 3) by Lanczos, whatever its aspect ratio: OpenVLA's training data."""
     if image.shape[:2] == (size, size):
         return image
     try:

@@ -20,7 +20,7 @@ import yaml
 from tqdm import tqdm
 
 import oxe
-from checks import action_warnings, come_back, target_warnings
+from checks import come_back
 from config import Recipe, UserError, find_input, load_config, told_in_one_line
 from frames import (
     DataError,
@@ -144,8 +144,7 @@ def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
     print(*[f"state    {titles}"] if recipe.state != "0" else [])
     for dim in range(len(state["min"]) if recipe.state != "0" else 0):
         print(f"state  {dim:5d} {numbers(state, dim)}")
-    for warning in [*action_warnings(table, stats, subject.kind), *other_warnings(table, target),
-                    *target_warnings(table, stats, target)]:
+    for warning in [*table.warnings[subject.kind], *other_warnings(table, target), *table.warnings["chunks"]]:
         print(f"warning: {warning}")
     if subject.source == "guessed":
         print(f"to train on it, copy and correct:\n{as_yaml(subject)}", end="")

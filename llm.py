@@ -2,8 +2,7 @@
 
 Training needs little of it: embeddings in, hidden states out, decoder blocks in a list. Acting needs more: a
 cache of keys and values of fixed size, in which prompts of several lengths stand with padding after them
-(act.Policy.tokens_of). Not every architecture has such a cache, so `check_llm` tries it out before anything
-is trained.
+(act.Policy.tokens_of). Not every architecture has one, so `check_llm` tries it before anything is trained.
 """
 
 import inspect

@@ -111,8 +111,7 @@ class VLA(nn.Module):
         return inputs.scatter(1, index, queries.expand(len(inputs), -1, -1))
 
     def pixel_values(self, images) -> list[torch.Tensor]:
-        """images (B, N, H, W, 3) uint8 -> for each tower (B * N, 3, H, W) float32, normalised as it was
-        pretrained."""
+        """images (B, N, H, W, 3) uint8 -> for each tower (B * N, 3, H, W) float32, as it was pretrained."""
         pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         pixels = itertools.cycle(pixels.split(3, dim=1))  # the towers share an image, or have one each
         return [normalize_pixels(next(pixels), tower) for tower in self.vision_backbone.values()]
@@ -126,8 +125,7 @@ class VLA(nn.Module):
 
     def freeze(self, freeze_vision_backbone: bool, freeze_llm_backbone: bool,
                unfreeze_last_llm_layer: bool) -> str:
-        """Choose the trainable parameters as OpenVLA's three flags do; returns OpenVLA's name for them (there
-        called a stage)."""
+        """Choose the trainable parameters as OpenVLA's flags do -> its name for them (there: a stage)."""
         if freeze_llm_backbone and not unfreeze_last_llm_layer:
             raise UserError("freeze_llm_backbone without unfreeze_last_llm_layer leaves nothing that could "
                             "learn to act: set unfreeze_last_llm_layer: true")

@@ -221,3 +221,34 @@ def find_datasets(cfg: TrainConfig) -> list[tuple[str, float, Recipe, Path]]:
             raise UserError(f"cameras: no dataset has {camera!r}; {', '.join(name for name, *_ in found)} "
                             f"have {', '.join(sorted(known)) or 'none'}")
     return found
+
+
+def mixture_warnings(cfg: TrainConfig, names: list[str], recipes: list[Recipe], tables: list[FrameTable]
+                     ) -> list[str]:
+    """All that a log should say of the datasets at its start, each line beginning with one's name."""
+    found = [f"{name}: left out: {why}" for name, why in left_out(cfg.data_mix).items()]
+    for name, recipe, table in zip(names, recipes, tables, strict=True):
+        lines = [f"left out {len(table.bad)} bad episodes, the first: {table.bad[0]}"] if table.bad else []
+        if not any(recipe.camera_keys(cfg.cameras)):
+            lines.append(f"its recipe has no {' or '.join(cfg.cameras)} camera: its images are black")
+        lines += table.warnings[cfg.action_normalization]
+        found += [f"{name}: {line}" for line in lines + table.warnings["chunks"] * (cfg.action_chunk > 1)]
+    return found
+
+
+def leave_out_long_texts(cfg: TrainConfig, table: FrameTable, room: int, tokens: Callable) -> list[str]:
+    """Find instructions that make prompts of more than `room` tokens; tokens: text -> their number. Raises
+    DataError naming the first, unless bad episodes are to be skipped: then theirs are, and told."""
+    # no token is shorter than a byte, and templates than 512: most texts need not be counted
+    long = {number: count for number, text in enumerate(table.instructions)
+            if len(text.encode()) + 512 > room and (count := tokens(text)) > room}
+    rows = np.flatnonzero(np.isin(table.frames["instruction"], [*long])) if long else []
+    if not len(rows):
+        return []
+    number, episodes = int(table.frames["instruction"][rows[0]]), np.unique(table.episode_of(rows))
+    problem = (f"{table.where(rows[0])}: its instruction makes a prompt of {long[number]} tokens, and "
+               f"max_length {cfg.max_length} leaves room for {room}: {table.instructions[number][:100]!r}")
+    if not cfg.skip_bad_episodes:
+        raise DataError(f"{problem}: raise max_length, or leave such out with skip_bad_episodes: true")
+    table.episodes["labeled"][episodes] = False
+    return [f"left out {len(episodes)} episodes, the first: {problem}"]

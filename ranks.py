@@ -1,5 +1,4 @@
-"""How a job's ranks begin and end together, and what may end them early: signals, dead ranks, bad data and
-numbers.
+"""How a job's ranks begin and end together, and what ends them early: signals, dead ranks, broken numbers.
 
 A rank that stops alone leaves the others waiting in a collective, for minutes and without a word. So nothing
 is decided alone: with Preemption all ranks stop after the same step; Neighbour ends a rank within moments of
@@ -145,7 +144,8 @@ class Neighbour:
 def naming_step(step: int) -> Iterator[None]:
     """Put step and rank before what goes wrong with the data, whether it is read here or by a worker."""
     where = f"step {step} rank {dist.get_rank()}"
-    memory = "(When a machine runs out of memory it kills processes: lower num_workers.)"
+    memory = ("(Processes are killed where memory runs out, or /dev/shm, of which Docker gives 64 MB: lower "
+              "num_workers, or docker run --shm-size 16g)")
     try:
         yield
     except (ConnectionError, EOFError) as error:  # a dying process' connections end a moment before it does

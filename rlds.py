@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from checks import table_warnings
 from config import Recipe, UserError
 from frames import DataError, end_with_parent, find_dataset
 from recipes import Feature, check_features, standardize
@@ -172,6 +173,19 @@ def step_features(directory: Path) -> dict[str, Feature]:
         raise DataError(f"{directory}: a TFDS dataset, but not RLDS: its examples have no 'steps'") from None
 
 
+def open_splits(directory: Path) -> Mapping:
+    """A dataset's splits, in the order of TFDS' split "all": statistics are sums in this order. Raises
+    DataError when one cannot train on them."""
+    info = _open_builder(directory).info
+    if (kind := info.file_format.value) != "tfrecord":
+        raise DataError(f"{directory}: its files are {kind} files, not TFRecords: write the dataset again "
+                        "with file_format tfrecord")
+    if "train" not in info.splits:
+        raise DataError(f"{directory}: has the splits {', '.join(info.splits)}, but no split 'train' to "
+                        "train on: write it again with one")
+    return info.splits
+
+
 # ---- The frame table ---------------------------------------------------------------------------------------
 
 
@@ -179,15 +193,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
                       load_proprio: bool, skip_bad: bool, known_bad: Mapping[str, Mapping[str, str]]) -> None:
     """Read every record of the dataset once, on all cores, and write its frame table to `path`. known_bad:
     {file name: {record: reason}}, episodes that are bad for a reason that is not looked for here."""
-    features = step_features(directory)
-    builder = _open_builder(directory)
-    splits = builder.info.splits  # in the order of TFDS' split "all": statistics are sums in this order
-    if (kind := builder.info.file_format.value) != "tfrecord":
-        raise DataError(f"{directory}: its files are {kind} files, not TFRecords: write the dataset again "
-                        "with file_format tfrecord")
-    if "train" not in splits:
-        raise DataError(f"{directory}: has the splits {', '.join(splits)}, but no split 'train' to train on: "
-                        "write it again with one")
+    features, splits = step_features(directory), open_splits(directory)
     try:
         widths_of_features = check_features(features, recipe, cameras, load_proprio)
     except DataError as error:
@@ -200,45 +206,54 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
 
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     scratch.mkdir()
-    episodes, instructions, bad, rows = [], {}, [], 0
-    workers = min(len(os.sched_getaffinity(0)), max(len(shards), 1))
     try:
-        with (ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) as pool,
-              open(scratch / "frames.bin", "wb") as out,
-              tqdm(total=len(shards), desc=f"index {directory.parent.name}", unit="shard", leave=False,
-                   delay=1) as bar):
-            results = pool.map(read, [file for _, file, _ in shards], [count for *_, count in shards])
-            for number, ((split, file, _), result) in enumerate(zip(shards, results, strict=True)):
-                frames, found, texts, widths, skipped = result
-                renumber = [instructions.setdefault(text, len(instructions)) for text in texts]
-                if frames is not None:
-                    dtype, action_widths = frames.dtype, widths
-                    frames["instruction"] = np.array(renumber, np.uint32)[frames["instruction"]]
-                    out.write(frames.tobytes())
-                for record, frames_of_it, labeled in found:
-                    episodes.append((split, number, record, rows, frames_of_it, labeled))
-                    rows += frames_of_it
-                bad += [f"{file}: {reason}" for reason in skipped]
-                if bad and rows and not skip_bad:
-                    raise DataError(f"{bad[0]}. Other episodes are fine: skip_bad_episodes: true leaves out "
-                                    "those that are not")
-                bar.update()
-        if not rows:
+        episodes, instructions, bad, dtype, action_widths = collect(
+            shards, read, scratch / "frames.bin", skip_bad)
+        if not len(episodes):
             raise DataError(f"{directory}: no usable frame in its {len(shards)} files"
                             + (f"; the first problem: {bad[0]}" if bad else ""))
-        np.save(scratch / "episodes.npy", np.array(episodes, EPISODE))
+        np.save(scratch / "episodes.npy", episodes)
         table = np.memmap(scratch / "frames.bin", dtype, "r")
         meta = {"splits": list(splits), "shards": [file.name for _, file, _ in shards],
-                "cameras": cameras, "instructions": list(instructions), "bad_episodes": bad,
+                "cameras": cameras, "instructions": instructions, "bad_episodes": bad,
                 "action_widths": action_widths, "features": widths_of_features,
                 "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
-                "statistics": statistics(table, num_trajectories=len(episodes))}
+                "statistics": (stats := statistics(table, num_trajectories=len(episodes))),
+                "warnings": table_warnings(table, episodes, stats["action"], recipe, action_widths)}
         (scratch / "table.json").write_text(json.dumps(meta))
         scratch.rename(path)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if not (isinstance(error, OSError) and path.exists()):  # another job was faster
             raise
+
+
+def collect(shards: list[tuple[int, Path, int]], read: Callable, out: Path, skip_bad: bool) -> tuple:
+    """Write the frame rows of all shards (number of the split, file, records) to `out`, on all cores ->
+    (episodes, instructions, what is wrong with bad episodes, the rows' dtype, columns of each field of the
+    action)."""
+    episodes, instructions, bad, rows, dtype, action_widths = [], {}, [], 0, None, None
+    workers = min(len(os.sched_getaffinity(0)), max(len(shards), 1))
+    with (ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) as pool,
+          open(out, "wb") as table,
+          tqdm(total=len(shards), desc="index", unit="shard", leave=False, delay=1) as bar):
+        results = pool.map(read, [file for _, file, _ in shards], [count for *_, count in shards])
+        for number, ((split, file, _), result) in enumerate(zip(shards, results, strict=True)):
+            frames, found, texts, widths, skipped = result
+            renumber = [instructions.setdefault(text, len(instructions)) for text in texts]
+            if frames is not None:
+                dtype, action_widths = frames.dtype, widths
+                frames["instruction"] = np.array(renumber, np.uint32)[frames["instruction"]]
+                table.write(frames.tobytes())
+            for record, frames_of_it, labeled in found:
+                episodes.append((split, number, record, rows, frames_of_it, labeled))
+                rows += frames_of_it
+            bad += [f"{file}: {reason}" for reason in skipped]
+            if bad and rows and not skip_bad:
+                raise DataError(f"{bad[0]}. Other episodes are fine: skip_bad_episodes: true leaves out "
+                                "those that are not")
+            bar.update()
+    return np.array(episodes if rows else [], EPISODE), [*instructions], bad, dtype, action_widths
 
 
 def _index_shard(file: Path, count: int, features: Mapping[str, Feature], transform: Callable, skip_bad: bool,

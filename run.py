@@ -90,9 +90,9 @@ class Run:
         """Write what the run is, now that nothing was found wrong with it, and start its log."""
         shares = " ".join(f"{n}:{share:.4f}" for n, share in zip(mixture.names, mixture.shares, strict=True))
         self.line(f"data frames {mixture.sizes.sum()} epoch_frames {mixture.epoch_length} shares {shares}")
-        for name, recipe in zip(mixture.names, mixture.recipes, strict=True):
-            if name.partition(":")[0] in cfg.datasets:
-                self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
+        for name in mixture.features:  # your own datasets
+            recipe = cfg.datasets[name.partition(":")[0]]
+            self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
         for warning in mixture.warnings:
             self.line(f"warning: {warning}")
         self.line(f"startup_s {time.time() - self.started:.1f}")
@@ -183,8 +183,7 @@ class Run:
     # ---- Checkpoints ---------------------------------------------------------------------------------------
 
     def save(self, engine, step: int, epoch: int, loss: float, must: bool) -> None:
-        """Save a checkpoint. A failure ends the run, unless on_save_error allows to continue and nothing says
-        that it must succeed."""
+        """Save a checkpoint. A failure ends the run if it `must` succeed, or on_save_error says so."""
         tag = f"step-{step:06d}-epoch-{epoch:02d}-loss={loss:.4f}"
         try:
             path = save_checkpoint(engine, self.path / "checkpoints", tag, {"step": step, "epoch": epoch},

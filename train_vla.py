@@ -15,7 +15,7 @@ import time
 import warnings
 from functools import partial
 
-from config import TrainConfig, UserError, from_command_line, told_in_one_line
+from config import FILLED_IN, TrainConfig, UserError, from_command_line, told_in_one_line
 from oxe import find_datasets
 
 if __name__ == "__main__":
@@ -33,7 +33,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from checkpoint import load_checkpoint
-from checks import PREFETCH, check_shared_memory
 from data import Mixture, TrainBatches, open_tables
 from frames import DataError
 from model import VLA
@@ -54,8 +53,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     open_tables(run.cfg)  # what is wrong with the data is said before gigabytes of weights are fetched
     cfg, tokenizer, weights = start_from(run.cfg, run.checkpoint)
     mixture, held_out = open_data(cfg, tokenizer, run)
-    cfg = cfg.model_copy(update={"action_dim": mixture.action_dim, "proprio_dim": mixture.proprio_dim,
-                                 "features": mixture.features})
+    cfg = cfg.model_copy(update={key: getattr(mixture, key) for key in FILLED_IN})
     total_steps = cfg.max_steps or cfg.epochs * math.ceil(mixture.epoch_length / cfg.global_batch_size)
     if run.step >= total_steps:
         return run.line(f"already at step {run.step} of {total_steps}: set max_steps or run_id to train on")
@@ -70,8 +68,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     baseline = most_frequent_tokens(mixture, cfg.eval_samples) if held_out else None
 
     for step in run.steps(total_steps):
-        lr = learning_rate(cfg, step, total_steps)
-        set_learning_rate(engine, lr)
+        set_learning_rate(engine, lr := learning_rate(cfg, step, total_steps))
         done, losses = step + 1, []
         with naming_step(done):
             for _ in range(accumulation):
@@ -140,11 +137,10 @@ def open_data(cfg: TrainConfig, tokenizer, run: Run) -> tuple[Mixture, Mixture |
 
 def make_loader(dataset: TrainBatches, num_workers: int, micro_batches: range):
     """Iterator over this rank's micro-batches with these numbers, loaded ahead by worker processes."""
-    check_shared_memory(dataset, num_workers)
     workers = {"num_workers": num_workers, "generator": torch.Generator()}  # the global one makes the weights
     if num_workers:
-        workers |= {"persistent_workers": True, "prefetch_factor": PREFETCH, "worker_init_fn": follow_rank,
-                    "multiprocessing_context": "fork"}
+        workers |= {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork",
+                    "worker_init_fn": follow_rank}
     batches = iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=micro_batches,
                                                pin_memory=torch.cuda.is_available(), **workers))
     # a worker's death is an error when its batch is asked for; PyTorch's handler could also raise it while a
@@ -267,8 +263,7 @@ class Metrics:
         self.sums[-1, 1] += loss.detach()
 
     def read(self, cfg: TrainConfig, steps_left: int = 0) -> dict:
-        """Averages over all ranks since the last reading, which waits for the device; then start again
-        from zero."""
+        """Averages over all ranks since the last reading (it waits for the device); then begin from zero."""
         dist.all_reduce(self.sums)
         *datasets, (batches, loss, _) = self.sums.tolist()
         seconds = time.perf_counter() - self.started
@@ -313,8 +308,7 @@ def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) 
 
 
 def most_frequent_tokens(mixture: Mixture, samples: int) -> np.ndarray:
-    """The most frequent id of each action token over the first training samples: the answer that knows no
-    image."""
+    """The most frequent id of each action token in training samples: the answer that knows no image."""
     dataset, rows, _ = mixture.draw(0, samples)
     actions = np.concatenate([mixture.actions(d, rows[dataset == d]) for d in np.unique(dataset)])
     tokens = mixture.action_tokenizer.encode(actions.reshape(samples, -1))

@@ -71,7 +71,8 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
     -> (the config, in which the weights fill in what it leaves unsaid of the model's shape, and which
     describes the language model itself; the tokenizer; Weights or None)
     """
-    use_token(cfg.hf_token)
+    if cfg.hf_token:
+        os.environ["HF_TOKEN"] = read_secret(cfg.hf_token, "hf_token")
     weights, where = None, cfg.pretrained_checkpoint or cfg.base_vlm
     if checkpoint or where:
         weights = _open_ours(checkpoint) if checkpoint else open_weights(where)
@@ -90,8 +91,7 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
 
 def open_weights(where: str | Path) -> Weights:
     """Find out what `where` is and open it: a run or checkpoint of this project, a directory or hub id of
-    OpenVLA (Hugging Face or native format), a native .pt file, or the id of a Prismatic VLM. Raises
-    CheckpointError."""
+    OpenVLA (either format), a native .pt file, or the id of a Prismatic VLM. Raises CheckpointError."""
     path = Path(os.path.abspath(where))
     if not path.exists():
         path = download(str(where))
@@ -114,12 +114,7 @@ def open_weights(where: str | Path) -> Weights:
 
 def refuse_parts_left_out(where: str, names: Iterable[str]) -> None:
     """Raise CheckpointError when a model's files hold more than OpenVLA's model: it would act nonsense."""
-    parts = {"action_head--*": "OpenVLA-OFT's continuous action head",
-             "noisy_action_projector--*": "OpenVLA-OFT's diffusion head",
-             "proprio_projector--*": "OpenVLA-OFT's projector of the robot's state",
-             "vision_backbone--*": "OpenVLA-OFT's vision backbone with FiLM",
-             "adapter_config.json": "an adapter: merge it first (peft's merge_and_unload) and save the whole"}
-    for pattern, part in parts.items():
+    for pattern, part in _table["parts_left_out"].items():
         if found := fnmatch.filter(names, pattern):
             raise CheckpointError(f"{where}: has {found[0]}, {part}: this project does not load such a part, "
                                   "and without it the model would act nonsense")
@@ -143,13 +138,6 @@ def download(name: str) -> Path:
         raise CheckpointError(f"could not download {name} from {repository}: {reason} (for gated models set "
                               "HF_TOKEN or hf_token; or give a local path)") from error
     return Path(folder) / name if name in PRISMATIC else Path(folder)
-
-
-def use_token(hf_token: str | None) -> None:
-    """Let downloads use the Hugging Face token that a file or an environment variable of this name holds. A
-    token in the variable HF_TOKEN is used anyway."""
-    if hf_token is not None:
-        os.environ["HF_TOKEN"] = read_secret(hf_token, "hf_token")
 
 
 def _read_json(path: Path) -> dict:

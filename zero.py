@@ -39,8 +39,7 @@ def check_json(ds_config: dict) -> None:
 @dataclass
 class Slice:
     """This rank's part of one trainable parameter: elements [first, first + count) of it, flattened, live as
-    elements [offset, offset + count) of `flat`, a float32 tensor that AdamW steps on. replicated: every rank
-    has all of it."""
+    elements [offset, offset + count) of `flat` (float32; AdamW's). replicated: every rank has all of it."""
 
     flat: torch.Tensor
     offset: int
@@ -59,8 +58,7 @@ class Slice:
 
 
 def find_slice(engine, param: torch.nn.Parameter) -> Slice | None:
-    """Where this rank keeps float32 master weight and moments of a trainable parameter; None if it has no
-    part."""
+    """Where this rank keeps a trainable parameter's float32 weight and moments; None if it has no part."""
     optimizer = engine.optimizer
     if hasattr(param, "ds_id"):  # ZeRO-3: each parameter is cut into equal slices, the last one padded
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
@@ -123,8 +121,7 @@ def local_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def set_tensors(engine, read: Callable[..., torch.Tensor | None], kinds: tuple[str, ...]) -> None:
-    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where they are known, the
-    moments.
+    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where known, the moments.
 
     read(parameter, start, stop, kind) returns elements [start, stop) of the flattened tensor in any dtype, or
     None to leave it as it is (checkpoint.Tensors.read); it is asked only for what this rank owns, a tensor at
@@ -170,8 +167,7 @@ def set_learning_rate(engine, lr: float) -> None:
 
 
 def optimizer_step(engine) -> torch.Tensor:
-    """engine.step(), which ends an accumulation by updating the weights -> gradients' norm before
-    clipping."""
+    """engine.step(), which ends an accumulation by moving the weights -> gradients' norm before clipping."""
     norm = None
     plain = not (engine.zero_optimization() or engine.bfloat16_enabled())
     if plain and engine.is_gradient_accumulation_boundary():  # there, DeepSpeed neither reports nor checks it

@@ -179,7 +179,7 @@ def test_windows_and_cameras(data_config):
 
 
 def test_too_long_instructions_are_refused_instead_of_cut(data_config):
-    with pytest.raises(DataError, match=r"viola-train.*record 0: .*max_length 20 leaves room for 12: 'close d"):
+    with pytest.raises(DataError, match=r"viola-train.*record 0: .*max_length 20 leaves room for 12: 'clos"):
         Mixture(data_config(data_mix="viola", max_length=20), TOKENIZER)
 
 

@@ -295,7 +295,8 @@ def test_a_dataset_without_the_camera_is_warned_of(data_config):
 
 
 def test_a_registered_dataset_that_lacks_a_key_is_named(data_config):
-    with pytest.raises(DataError, match=r"bridge_oxe/.*its steps have no 'observation/image_1', which the recipe names; they have"):
+    message = r"bridge_oxe/.*its steps have no 'observation/image_1', which the recipe names; they have"
+    with pytest.raises(DataError, match=message):
         Mixture(data_config(data_mix="bridge_oxe", cameras=["secondary"]), Tokenizer())
 
 

@@ -340,7 +340,7 @@ def test_depth_images(tmp_path):
 
 def test_a_missing_camera_is_named(written, tmp_path):
     recipe = Recipe(primary="image_9")
-    with pytest.raises(DataError, match=r"robot/1.2.0: its steps have no 'observation/image_9', which the recipe"):
+    with pytest.raises(DataError, match=r"robot/1.2.0: its steps have no 'observation/image_9', which the"):
         frame_table(written, recipe, ["image_9"], False, index_dir=tmp_path / "index")
 
 

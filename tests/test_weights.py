@@ -23,13 +23,7 @@ from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointError, list_checkpoints
 from config import TrainConfig
 from model import VLA
-from weights import (
-    PRISMATIC,
-    native_name,
-    open_weights,
-    prismatic_config,
-    use_token,
-)
+from weights import PRISMATIC, native_name, open_weights, prismatic_config, start_from
 
 GOLDEN = {name: json.loads((GOLDEN_MODEL / f"{name}.json").read_text()) for name in (
     "keys_openvla7b_native", "keys_openvla_v01_native", "keys_openvla7b_hf", "keys_openvla_v01_hf",
@@ -266,10 +260,11 @@ def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hf_def")
     monkeypatch.setenv("HF_TOKEN", "hf_before")
     for where, token in ((str(tmp_path / "token"), "hf_abc"), ("MY_TOKEN", "hf_def")):
-        use_token(where)
+        with pytest.raises(ValueError, match="tokenizer: '' is none"):  # nothing else is asked for
+            start_from(TrainConfig(hf_token=where), None)
         assert huggingface_hub.get_token() == token  # what every download asks for
     with pytest.raises(ValueError, match="'nowhere' is neither a file nor an environment variable"):
-        use_token("nowhere")
+        start_from(TrainConfig(hf_token="nowhere"), None)
 
 
 def test_a_checkpoint_by_any_way_to_it(run, tmp_path, monkeypatch):
