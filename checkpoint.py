@@ -150,12 +150,7 @@ class Checkpoint(Tensors):
 def list_checkpoints(directory: Path) -> list[Path]:
     """All checkpoints in a run's checkpoints directory, oldest step first, without those half written."""
     found = [p for p in Path(directory).glob("step-[0-9]*") if p.suffix != ".tmp"]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.split("-")[1])
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def load_checkpoint(engine, checkpoint: Checkpoint) -> None:

@@ -122,10 +122,15 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
 def test_mistakes_name_the_cure(colours, monkeypatch, capsys, tmp_path):
     for arguments, message in (
             (["--data_mix", "nothing_like_it"], "nothing_like_it"),
-            (["--data_root_dir", tmp_path], "no TFDS dataset there")):
+            (["--data_root_dir", tmp_path], "has 0 of 2 datasets; there are no cold, warmer: fetch them")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             evaluate(monkeypatch, capsys, colours, tmp_path, *arguments)
     write_colours(tmp_path, "unseen", 1.0)
     run = changed_run(colours, tmp_path / "run", datasets={"unseen": {"primary": "image"}})
-    with pytest.raises(SystemExit, match=r"unnorm_key 'unseen' is not one of .*\['cold', 'warmer'\]"):
-        evaluate(monkeypatch, capsys, run, tmp_path, "--data_mix", "unseen", "--data_root_dir", tmp_path)
+    unseen = ["--data_mix", "unseen", "--data_root_dir", tmp_path]
+    with pytest.raises(SystemExit, match=r"unnorm_key 'hot' is not one of .*\['cold', 'warmer'\]"):
+        evaluate(monkeypatch, capsys, run, tmp_path, *unseen, "--unnorm_key", "hot")
+    for key, whose in (([], "the data"), (["--unnorm_key", "warmer"], "warmer")):  # how good untuned?
+        facts, printed = evaluate(monkeypatch, capsys, run, tmp_path, *unseen, *key)
+        assert f"the model does not know unseen: it acts by the statistics of {whose}" in printed
+        assert facts["agreement"] == 1 and [*facts["datasets"]] == ["unseen"]

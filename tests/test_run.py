@@ -64,7 +64,7 @@ def test_a_run_goes_on_without_what_it_began_with(runs, begun):
 
 
 CHANGES = {  # what a YAML may say otherwise under the same run_id -> whether the run honours it
-    "cameras": (["wrist", "primary"], False), "action_chunk": (4, False), "window_size": (2, False),
+    "cameras": (["primary", "primary"], False), "action_chunk": (4, False), "window_size": (2, False),
     "use_proprio": (True, False), "parallel_decoding": (True, False),
     "action_normalization": ("normal", False),
     "datasets": ({"metaworld_demo": {"primary": "image", "absolute": 0}}, False), "seed": (8, False),
