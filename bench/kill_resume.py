@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--as_is", action="store_true", help="the JSONs unchanged, and one stage per run")
     args = parser.parse_args()
+    if args.ranks > 1 and not args.as_is:
+        parser.error("only one rank adds up alike on every stage: with --ranks say --as_is")
     draw, root = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="kill_resume"))
     configs = {stage: json.loads((ROOT / f"ds_configs/{stage}.json").read_text()) for stage in STAGES}
     cfg = {**TINY, "run_root_dir": str(root), "max_steps": args.steps, "save_interval": 2, "image_aug": True,
