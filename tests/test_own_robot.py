@@ -15,7 +15,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 import yaml
 from conftest import RLDS, ROOT, TINY
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -741,6 +741,7 @@ def robots(draw):
             fields.append((f"{key}[1:{cut + 1}]", [*range(1, cut + 1)], helpers, words, cut))
         else:
             fields.append((key, [*range(width)], helpers, words, width))
+    assume(features)
     recipe = ", ".join(" ".join([key, *helpers]) + words for key, _, helpers, words, _ in fields)
     if not any(words for *_, words, _ in fields) and draw(st.booleans()):
         recipe = f"{recipe}" + " target"
