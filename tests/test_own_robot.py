@@ -175,7 +175,7 @@ def warnings_of(actions: np.ndarray, recipe: Recipe) -> dict[str, list[str]]:
     return table_warnings(frames, episodes, statistics(frames, 1)["action"], recipe, widths)
 
 
-def test_training_and_inspecting_say_so(opened, plain_run, tiny, tmp_path):
+def test_training_and_inspecting_say_so(opened, commands, plain_run, tiny, tmp_path):
     """A dimension that moves in less than 1 % of the frames is trained as -1 or 1 and never moves again;
     `normal` cuts off a third of every Gaussian."""
     draw = np.random.RandomState(0)
@@ -185,10 +185,10 @@ def test_training_and_inspecting_say_so(opened, plain_run, tiny, tmp_path):
                           max_steps=1, save_interval=0, eval_samples=16), "--deepspeed_config",
                      "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
-    command = [sys.executable, "data.py", "--inspect", directory, "--out", tmp_path / "sheet.png"]
-    seen = subprocess.run(command, text=True, capture_output=True, cwd=ROOT)
-    assert seen.returncode == 0, seen.stderr
-    for text in (done.text, seen.stdout):
+    arguments = ["--inspect", directory, "--out", tmp_path / "sheet.png"]
+    ((status, seen),) = commands(("", {}, "data.py", arguments))
+    assert status == 0, seen
+    for text in (done.text, seen):
         assert sum("warning" in line and "dimension" in line for line in text.splitlines()) == 1, text
         assert any("warning" in line and "dimension 5" in line for line in text.splitlines())
 
@@ -533,7 +533,7 @@ def test_a_long_instruction_is_found_before_the_first_step(text, opened, tmp_pat
     words = (F.Text(), lambda e, t: text if e == 50 and t > 3 else "open")
     write_arm(tmp_path, random_actions(7, 60), step={"language_instruction": words})
     with pytest.raises(DataError, match=r"arm-train.*: record 50: its instruction makes a prompt of \d+ "
-                       r"tokens, and max_length 512 leaves room for 504.*raise max_length, or .*skip_bad_episodes"):
+                       r"tokens, and max_length 512 leaves room for 504.*raise max_length, .*skip_bad_epis"):
         opened(max_length=512)
     mixture = opened(max_length=512, skip_bad_episodes=True)
     assert any("left out 1 episodes, the first: " in line for line in mixture.warnings)
@@ -555,20 +555,18 @@ BROKEN = {"cut short": png(NOISE)[:900], "no picture": b"no picture at all",
           "a damaged jpeg": b"\xff\xd8" + bytes(200), "empty": b""}
 
 
-def test_check_lists_bad_episodes_which_are_then_left_out(opened, tmp_path):
+def test_check_lists_bad_episodes_which_are_then_left_out(opened, commands, tmp_path):
     bad = dict(zip((2, 5, 6, 8), BROKEN, strict=True))
     wrist = (JPEG, lambda e, t: BROKEN[bad[e]] if e in bad and t == 3 else jpeg(NOISE))
     directory = write_arm(tmp_path, random_actions(7, 9), observation={"wrist": wrist})
     with pytest.raises(DataError, match="wrist of frame 3"):
         opened({"wrist": "wrist"}, cameras=["primary", "wrist"]).sample(0, 2 * 8 + 3)
-    command = [sys.executable, "data.py", "--check", tmp_path, "--data_mix", "arm"]
-    command += ["--index_dir", tmp_path / "index"]
-    done = subprocess.run(command, text=True, capture_output=True, cwd=ROOT)
-    assert done.returncode == 1, done.stderr
-    assert "checked arm episodes 9 frames 72 bad_episodes 4" in done.stdout
+    arguments = ["--check", tmp_path, "--data_mix", "arm", "--index_dir", tmp_path / "index"]
+    ((status, text),) = commands(("", {}, "data.py", arguments))
+    assert status == 1 and "checked arm episodes 9 frames 72 bad_episodes 4" in text, text
     for record in bad:
         said = rf"bad episode {directory}/arm-train\S+: record {record}: wrist of frame 3: ."
-        assert re.search(said, done.stdout)
+        assert re.search(said, text)
     recipe, two = {"wrist": "wrist"}, {"cameras": ["primary", "wrist"]}
     mixture = opened(recipe, skip_bad_episodes=True, **two)
     assert mixture.tables[0].episodes["record"].tolist() == [0, 1, 3, 4, 7]
@@ -910,7 +908,7 @@ def write_robot(root: Path, name: str) -> dict:
 
 
 @pytest.mark.parametrize("name, dims, state", [("bimanual", 14, 14), ("hand", 26, 23)])
-def test_a_whole_robot(name, dims, state, plain_run, tiny, tmp_path):
+def test_a_whole_robot(name, dims, state, commands, plain_run, tiny, tmp_path):
     """Trained, continued, evaluated, and asked for an action in its own words."""
     config = tiny(**write_robot(tmp_path, name), run_id="robot", save_interval=2, eval_samples=16,
                   parallel_decoding=name == "hand", global_batch_size=8)
@@ -920,9 +918,8 @@ def test_a_whole_robot(name, dims, state, plain_run, tiny, tmp_path):
         assert "warning" not in done.text, done.text
     assert "resumed" in done.text
     run = tmp_path / "runs/robot"
-    command = [sys.executable, "eval_vla.py", "--checkpoint", run]
-    done = subprocess.run(command, text=True, capture_output=True, cwd=ROOT)
-    assert done.returncode == 0 and "agreement 1.0000" in done.stdout, done.stderr
+    ((status, text),) = commands(("", {}, "eval_vla.py", ["--checkpoint", run]))
+    assert status == 0 and "agreement 1.0000" in text, text
     facts = json.loads((run / "eval.json").read_text())
     held_out = 14 * 1  # one of 12 episodes
     assert facts["frames"] == held_out
