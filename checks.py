@@ -74,7 +74,7 @@ def target_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, ta
     labels jump to the middle of their range."""
     episodes = episodes[:: len(episodes) // 256 + 1]
     rows = np.concatenate([np.arange(e["first"], e["first"] + e["count"] - 1) for e in episodes]).astype(int)
-    if not len(rows):
+    if len(rows) < 2:
         return []
     actions, following = frames["action"][rows], frames["action"][rows + 1]
     low, high = np.array(stats["q01"]), np.array(stats["q99"])

@@ -227,8 +227,9 @@ def check_episodes(path: Path, directory: Path, episodes: np.ndarray) -> list[tu
         try:
             for row in rows:
                 for camera in range(len(table.cameras)):
-                    if data := table.read_image(row, camera):
-                        decode_native(data)
+                    if not (data := table.read_image(row, camera)):
+                        raise DataError("it is empty, and would be shown as black")
+                    decode_native(data)
         except (ValueError, OSError) as error:
             reason = f"{table.cameras[camera]} of frame {row - rows[0]}: {' '.join(str(error).split())}"
             bad.append((table.shards[episode["shard"]], int(episode["record"]), reason))
