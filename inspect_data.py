@@ -222,7 +222,7 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
 
 def check_episodes(path: Path, directory: Path, black: bool, episodes: np.ndarray
                    ) -> list[tuple[str, int, str]]:
-    """[(file, record, what is wrong), ...] for those of the episodes with an image that cannot be decoded, or,
+    """[(file, record, what is wrong), ...] for those of the episodes with an image that cannot be decoded or,
     unless it may be shown as `black`, is empty."""
     table, bad = FrameTable(path, directory), []
     for number in episodes:
