@@ -96,7 +96,8 @@ def guess_recipe(features: dict[str, Feature], directory: Path) -> Recipe:
               if name in steps]
     wrist = [name for name in images if any(part in name.lower() for part in WRIST)]
     outside = [name for name in images if name not in wrist]
-    named = dict(zip(("primary", "secondary"), outside, strict=False)) | ({"wrist": wrist[0]} if wrist else {})
+    named = dict(zip(("primary", "secondary"), outside, strict=False))
+    named |= {"wrist": wrist[0]} if wrist else {}
     others = {name.strip("/"): name for name in [*outside[2:], *wrist[1:]]}  # by their own names
     return Recipe(**named, cameras=others, action=actions[0], instruction=texts[0],
                   state=states[0] if states else "0")

@@ -87,7 +87,7 @@ class Arm:
         self.data.mocap_pos[:, :2] = self.discs
         self.goal = int(rng.integers(3))
         self.instruction = f"touch the {[*COLOURS][self.goal]} disc"
-        self.target = np.append([-0.6, 1.2, -0.6] + rng.uniform(-0.5, 0.5, 3), 0.0)
+        self.target = np.array([-0.6, 1.2, -0.6, 0]) + np.append(rng.uniform(-0.5, 0.5, 3), 0)
         self.data.qpos[:3] = self.data.ctrl[:3] = self.target[:3]
         mujoco.mj_forward(self.model, self.data)
 
