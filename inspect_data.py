@@ -66,6 +66,9 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
         known, kind = oxe.DATASETS, "bounds_q99"
     if mixture is None and data_mix is None and not (folder / "features.json").exists():
         folder, data_mix = folder.parent, folder.name  # the folder that holds the versions
+    if mixture and not (folder / folder.name).exists():  # one dataset of the mixture is asked for
+        only = [(name, *rest) for name, *rest in mixture if name.partition(":")[0] == folder.name]
+        mixture, folder = (only, folder.parent) if only else (mixture, folder)
     subjects = []
     for name in [name for name, *_ in mixture] if mixture else [data_mix or ""]:
         directory = find_dataset(folder, name)

@@ -1,6 +1,6 @@
 """The policy drives the robot, through the server: success in so many episodes.
 
-    python serve_vla.py --checkpoint runs/my_robot+n1+b64+x7     in one terminal (or on another machine), and
+    python serve_vla.py --checkpoint runs/my_robot+n1+b32+x7     in one terminal (or on another machine), and
     python examples/own_robot/drive.py --episodes 40             in another
 
 This is what runs on a robot's own computer: it needs the robot and a few lines of Python, nothing of the

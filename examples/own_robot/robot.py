@@ -5,7 +5,7 @@ demonstrations an `expert` (you would teleoperate). It is told absolute joint an
 Franka in joint mode, ten times a second, and a gripper command, 1 = closed.
 
 The task: three discs lie on the table, and the arm is to hold its closed gripper over one of them, whose
-colour the instruction names.
+colour the instruction names: red is always on the left and blue on the right, but never in the same place.
 """
 
 import os
@@ -81,9 +81,8 @@ class Arm:
         """Begin the episode that belongs to this seed: other places of the discs, another instruction."""
         rng = np.random.default_rng(seed)
         mujoco.mj_resetData(self.model, self.data)
-        order = rng.permutation(3)  # which disc lies on the left, before the robot, on the right
-        angles = np.radians(np.array([-42, 0, 42])[order] + rng.uniform(-13, 13, 3))
-        self.discs = rng.uniform(0.29, 0.42, 3)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+        angles = np.radians(np.array([42, 0, -42]) + rng.uniform(-12, 12, 3))  # left, before it, right
+        self.discs = rng.uniform(0.30, 0.41, 3)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
         self.data.mocap_pos[:, :2] = self.discs
         self.goal = int(rng.integers(3))
         self.instruction = f"touch the {[*COLOURS][self.goal]} disc"
