@@ -72,14 +72,8 @@ def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping)
     frame, or followed by the state. stats: of the actions."""
     episodes = episodes[:: len(episodes) // 256 + 1]
     rows = np.concatenate([np.arange(e["first"], e["first"] + e["count"] - 1) for e in episodes]).astype(int)
-<<<<<<< HEAD
-    if len(rows) < 2:
-        return []
-    actions, following = frames["action"][rows], frames["action"][rows + 1]
-=======
->>>>>>> h18b
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
-    if not len(rows):
+    if len(rows) < 2:
         return np.zeros(len(low), bool)
     actions, following = frames["action"][rows], frames["action"][rows + 1]
     deviation = np.maximum(actions.std(0), 1e-9)
