@@ -64,9 +64,9 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
                   if (part := [e for e in chosen if (e.index in dataset.held_out) == (split == "val")])}
         try:
             path = write_rlds(out, name, "1.0.0", features(dataset, chosen, image_size), splits)
-        finally:
-            if not any(scratch.iterdir()):
-                scratch.rmdir()
+        except BaseException:
+            print(f"finished episodes are kept for the next command in {scratch}")
+            raise
     shutil.rmtree(scratch)
     report(dataset, chosen, dimensions, step, path, name)
 
