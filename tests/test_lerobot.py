@@ -41,7 +41,7 @@ SO101 = [f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_fl
 SIZES = {"front": (96, 128), "wrist": (64, 64), "top": (80, 80)}  # (height, width): cameras differ
 TEXTS = ["pick up the cube", "leg den Würfel in die Schale", "把方块放进碗里"]
 
-# ---- Writing ------------------------------------------------------------------------------------------------
+# ---- Writing -----------------------------------------------------------------------------------------------
 
 
 def pattern(camera: int, episode: int, frame: int, size: tuple[int, int]) -> np.ndarray:
@@ -127,7 +127,8 @@ class Source:
             "codebase_version": version, "robot_type": "so101", "total_episodes": len(lengths),
             "total_frames": sum(lengths), "total_tasks": len(texts), "chunks_size": 2, "fps": fps,
             "splits": splits or {"train": f"0:{len(lengths)}"},
-            "features": {"action": vector, "observation.state": vector, **cameras, "timestamp": {**plain, "dtype": "float32"},
+            "features": {"action": vector, "observation.state": vector, **cameras,
+                         "timestamp": {**plain, "dtype": "float32"},
                          **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), plain)},
             **changes}
         self.write_v2() if version.startswith("v2") else self.write_v3()
@@ -205,8 +206,8 @@ class Source:
                     rows[episode] |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": file,
                                       f"videos/{key}/from_timestamp": seconds}
                     seconds += self.lengths[episode] / self.fps
-                concatenate([videos[e] for e in part if e in videos], self.root / self.info["video_path"].format(
-                    video_key=key, chunk_index=0, file_index=file))
+                path = self.info["video_path"].format(video_key=key, chunk_index=0, file_index=file)
+                concatenate([videos[e] for e in part if e in videos], self.root / path)
         for file, part in enumerate((rows[:2], rows[2:])):  # these, too, may be several
             path = self.root / f"meta/episodes/chunk-000/file-{file:03d}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +280,7 @@ def compare(source: Source, episodes: list[dict], numbers=None, keep=slice(None)
                 assert error < 6, (camera, number, frame, error)
 
 
-# ---- Both versions ------------------------------------------------------------------------------------------
+# ---- Both versions -----------------------------------------------------------------------------------------
 
 VIDEOS, MIXED = {"front": "video", "wrist": "video"}, {"wrist": "image", "front": "video", "top": "image"}
 
@@ -376,7 +377,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path):
     compare(source, read_back(tmp_path / "out"))
 
 
-# ---- What is broken is named ---------------------------------------------------------------------------------
+# ---- What is broken is named -------------------------------------------------------------------------------
 
 LEAVE_OUT = "leave the episode out with --episodes"
 
@@ -465,8 +466,10 @@ def test_frames_that_are_no_frames(tmp_path):
 
     assert "task_index 7 in episode 1 has no text" in edited("task_index", [1, 7, 1])
     assert "does not count from 0 to 2" in edited("frame_index", [0, 1, 3])
-    assert "action of episode 1 is not finite at frame 2" in edited("action", [[0.0] * 6, [1.0] * 6, [np.nan] * 6])
-    assert "action of episode 1 is not a row of numbers" in edited("action", [[0.0] * 6, [1.0] * 6, [2.0] * 5])
+    line = edited("action", [[0.0] * 6, [1.0] * 6, [np.nan] * 6])
+    assert "action of episode 1 is not finite at frame 2" in line
+    line = edited("action", [[0.0] * 6, [1.0] * 6, [2.0] * 5])
+    assert "action of episode 1 is not a row of numbers" in line
     pq.write_table(table.drop_columns(["action"]), path)
     assert f"{path}: has no column action; it has observation.state" in refused(source, out)
 
@@ -475,6 +478,8 @@ def test_what_is_no_dataset(tmp_path):
     source = Source(tmp_path, "v2.1", (3, 4))
     (source.root / "meta/info.json").write_text("{")
     assert "not readable as JSON" in refused(source, tmp_path / "out")
+    source.edit(video_path=None)
+    assert "/meta: not as LeRobot writes it: " in refused(source, tmp_path / "out")
     source.info.pop("data_path")
     source.edit()
     assert "has no data_path: not LeRobot v2.x or v3.x" in refused(source, tmp_path / "out")
@@ -486,13 +491,12 @@ def test_what_is_no_dataset(tmp_path):
 def test_what_is_only_told(tmp_path):
     """Two tasks with one text, an episode without frames, and names that say nothing."""
     for version in ("v2.1", "v3.0"):
-        source = Source(tmp_path / version, version, (4, 0, 5), names=None, texts=[TEXTS[0], TEXTS[1], TEXTS[0]])
+        source = Source(tmp_path / version, version, (4, 0, 5), names=None, texts=[*TEXTS[:2], TEXTS[0]])
         printed = convert(source, tmp_path / version / "out")
         notes = [line for line in printed.splitlines() if line.startswith("note: ")]
         assert notes == [
-            "note: action: its names are None, which do not name its 6 dimensions: ranges alone tell what they are",
-            "note: observation.state: its names are None, which do not name its 6 dimensions: ranges alone tell "
-            "what they are",
+            *(f"note: {key}: names: null in meta/info.json does not name each of its dimensions: ranges "
+              "alone tell what they are" for key in ("action", "observation.state")),
             f"note: tasks 0 and 2 have one text, {TEXTS[0]!r}: they become one instruction",
             "note: episode 1 has no frames: it is left out"]
         compare(source, read_back(tmp_path / version / "out"))
@@ -506,7 +510,7 @@ def refused_where_it_exists(source: Source, out) -> str:
     return str(error.value)
 
 
-# ---- What actions mean ---------------------------------------------------------------------------------------
+# ---- What actions mean -------------------------------------------------------------------------------------
 
 XYZ = ["x", "y", "z", "roll", "pitch", "yaw"]
 
@@ -529,7 +533,7 @@ def steps_of(episode: int, length: int, width: int, size: float) -> np.ndarray:
 
 ROBOTS = {  # name: (names, actions, the recipe)
     "so101": (SO101, lambda e, n: np.append(walk(e, n, -100, 100, 5), walk(e, n, 1, 99, 1), 1),
-              {"action": "action[0:5] target, action[5:6] /100 target raw"}),
+              {"action": "action[:5] target, action[5:] /100 target raw"}),
     "so101, gripper hardly moves": (
         SO101, lambda e, n: np.append(walk(e, n, -100, 100, 5), walk(e, n, 1, 30, 1), 1),
         {"action": "action target"}),
@@ -537,18 +541,18 @@ ROBOTS = {  # name: (names, actions, the recipe)
     "aloha, names": ([f"{side}_{joint}" for side in ("left", "right") for joint in (
         "waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")],
         lambda e, n: np.hstack([walk(e, n, -1.5, 1.5, 6), walk(e, n, 0, 1, 1)] * 2),
-        {"action": "action[0:6] target, action[6:7] target raw, action[7:13] target, action[13:14] target raw"}),
+        {"action": "action[:6] target, action[6:7] target raw, action[7:13] target, action[13:] target raw"}),
     "pose": ([*XYZ, "gripper"], lambda e, n: np.append(walk(e, n, 0.2, 0.7, 6), grip(e, n), 1),
-             {"action": "action[0:6] target, action[6:7] target raw"}),
+             {"action": "action[:6] target, action[6:] target raw"}),
     "steps": ([*XYZ, "gripper"], lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n, 1, -1), 1),
-              {"action": "action[0:6], action[6:7] target raw"}),
+              {"action": "action[:6], action[6:] target raw"}),
     "steps, no names": (None, lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n), 1),
-                        {"action": "action[0:6], action[6:7] target raw"}),
+                        {"action": "action[:6], action[6:] target raw"}),
     "deltas by name": ([f"delta_{axis}" for axis in XYZ], lambda e, n: walk(e, n, 0.1, 0.2, 6),
                        {"action": "action", "absolute": 0}),
     "a base that drives": (["arm_shoulder_pan.pos", "arm_gripper.pos", "x.vel", "theta.vel"],
                            lambda e, n: np.append(walk(e, n, 0, 100, 2), steps_of(e, n, 2, 1), 1),
-                           {"action": "action[0:1] target, action[1:2] /100 target raw, action[2:4]"}),
+                           {"action": "action[:1] target, action[1:2] /100 target raw, action[2:]"}),
 }
 
 
@@ -595,7 +599,7 @@ def test_idle_frames():
     assert idle_frames([moving, still], deltas) == 10 + 0  # the first of `moving` moves in one dimension
 
 
-# ---- From a recording to a robot that acts --------------------------------------------------------------------
+# ---- From a recording to a robot that acts -----------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -610,7 +614,7 @@ def test_so101_from_a_recording_to_acting(tmp_path):
     source = Source(tmp_path, "v3.0", (90,) * 20, fps=30, action=action, texts=TEXTS[:1], codec="libsvtav1")
     printed = convert(source, tmp_path / "out", "--fps", 10)
     told = recipe_of(printed)
-    assert told["datasets"]["my_robot"]["action"] == "action[0:5] target, action[5:6] /100 target raw"
+    assert told["datasets"]["my_robot"]["action"] == "action[:5] target, action[5:] /100 target raw"
     config = {**TINY, **told, "action_chunk": 8, "max_steps": 200, "run_id": "so101", "learning_rate": 3e-3,
               "log_interval": 50, "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "so101.yaml").write_text(yaml.safe_dump(config))
@@ -635,7 +639,8 @@ def test_so101_from_a_recording_to_acting(tmp_path):
             errors.append(np.abs(predicted - wanted).mean(0))
             constant.append(np.abs(np.median(source.action[19], axis=0) - wanted).mean(0))
     errors, constant = np.mean(errors, axis=0), np.mean(constant, axis=0)
-    print(f"\nso101 loss {metrics[50]['loss']:.3f} .. {metrics[200]['loss']:.3f} degrees_off {errors[:5].round(1)} "
-          f"of_always_the_median {constant[:5].round(1)} gripper_percent_off {errors[5]:.1f} {constant[5]:.1f}")
+    print(f"\nso101 loss {metrics[50]['loss']:.3f} .. {metrics[200]['loss']:.3f} degrees_off "
+          f"{errors[:5].round(1)} of_always_the_median {constant[:5].round(1)} gripper_percent_off "
+          f"{errors[5]:.1f} of_always_the_median {constant[5]:.1f}")
     print(printed, inspected.stdout, sep="")
     assert errors[:5].mean() < 0.5 * constant[:5].mean() and errors[5] < 25

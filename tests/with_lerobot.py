@@ -1,7 +1,7 @@
-"""Run by the Python of an environment with LeRobot's package (0.3.3 writes v2.1, 0.4.4 writes v3.0), not by ours.
+"""Run by the Python of an environment with LeRobot's package (0.3.3 writes v2.1, 0.4.4 v3.0), not by ours.
 
-    with_lerobot.py write DIR JSON       a dataset of pictures that tell which they are; what was written, and what
-                                         LeRobot itself reads, goes to DIR.npz
+    with_lerobot.py write DIR JSON       a dataset of pictures that tell which they are; what was written, and
+                                         what LeRobot itself reads, goes to DIR.npz
     with_lerobot.py read DIR WORKERS     prints how many frames a second its own reading gives
 
 JSON: {"codec": "h264" or "libsvtav1", "kinds": {camera: "video" or "image"}, "width": 6, "lengths": [...],
@@ -25,7 +25,7 @@ TEXTS = ["pick up the cube", "leg den Würfel in die Schale", "把方块放进�
 
 
 def pattern(camera: int, episode: int, frame: int, size: tuple[int, int]) -> np.ndarray:
-    """As in test_lerobot.py; larger pictures get some texture, so that they take the bytes that real ones do."""
+    """As in test_lerobot.py; large ones have some texture, so that they take as many bytes as real ones."""
     bits = np.array([*f"{camera:02b}{episode:05b}{frame:09b}"], np.uint8).reshape(4, 4)
     rows, columns = (np.arange(side) * 4 // side for side in size)
     light = 40 + 170 * bits[rows][:, columns]
@@ -56,7 +56,8 @@ def write(root: str, how: dict) -> None:
             "dtype": kind, "shape": (*size, 3), "names": ["height", "width", "channels"]}
     more = {"vcodec": codec} if "vcodec" in inspect.signature(LeRobotDataset.create).parameters else {}
     if not more:  # 0.3.3 leaves no choice
-        lerobot_dataset.encode_video_frames = functools.partial(lerobot_dataset.encode_video_frames, vcodec=codec)
+        encode = lerobot_dataset.encode_video_frames
+        lerobot_dataset.encode_video_frames = functools.partial(encode, vcodec=codec)
     dataset = LeRobotDataset.create("some/robot", FPS, features, root=root, robot_type="so101", **more)
     draw, numbers, texts = np.random.default_rng(1), [], []
     for episode, length in enumerate(how["lengths"]):
@@ -86,16 +87,17 @@ def write(root: str, how: dict) -> None:
 
 
 def read(root: str, workers: int) -> None:
-    """As a training would, in order and shuffled; the first hundred frames are not timed."""
+    """As a training would, in order and shuffled; the first ten batches are not timed."""
     dataset = LeRobotDataset("some/robot", root=root, video_backend="torchcodec")
     for order in ("in_order", "shuffled"):
         loader = torch.utils.data.DataLoader(dataset, batch_size=8, num_workers=workers,
                                              shuffle=order == "shuffled")
-        count = 0
-        for batch in loader:
-            start = start if count else time.perf_counter()
-            count += len(batch["action"])
-        print(f"RESULT {order} {(count - 8) / (time.perf_counter() - start)}", flush=True)
+        batches = iter(loader)
+        for _ in range(10):
+            next(batches)
+        start = time.perf_counter()
+        count = sum(len(batch["action"]) for batch in batches)
+        print(f"RESULT {order} {count / (time.perf_counter() - start)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,8 @@ def as_recipe(dimensions: list[Dimension]) -> dict:
     fields, widths = [], Counter(dimension.key for dimension in dimensions)
     for (key, words), group in groupby(dimensions, lambda d: (d.key, d.words)):
         columns = [dimension.column for dimension in group]
-        first, stop = columns[0], columns[-1] + 1
-        part = "" if len(columns) == widths[key] else f"[{first}:{stop}]"
-        fields.append(f"{key}{part}{words}")
+        first, stop = columns[0] or "", columns[-1] + 1 if columns[-1] + 1 < widths[key] else ""
+        fields.append(f"{key}{f'[{first}:{stop}]' if first or stop else ''}{words}")
     marked = any(dimension.words for dimension in dimensions)
     return {"action": ", ".join(fields)} | ({} if marked else {"absolute": 0})  # its default means a gripper
 

@@ -263,7 +263,7 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
         print(f"warning: {warning}")
     if dataset.fps / step > 20:
         print(f"warning: {dataset.fps / step:g} frames a second: little moves from one to the next, and "
-              "single actions are learned badly: convert with --fps 10, or train with action_chunk: 8 or more")
+              "single actions are learned badly: convert with --fps 10, or train with action_chunk: 8")
     more = {"data_root_dir": str(path.parents[1]), "data_mix": name, "cameras": [*recipe.camera_names],
             "use_proprio": recipe.state != "0"}
     print("to train on it, copy and correct:")

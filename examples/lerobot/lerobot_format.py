@@ -73,13 +73,15 @@ class LeRobotSet:
 def open_set(source: Path) -> LeRobotSet:
     """Read a dataset's metadata. Raises DataError where they are missing, or contradict each other."""
     info = read_info(source / "meta/info.json")
-    cameras, names, notes = read_features(info["features"])
-    # what else a version says of itself, third parties' included: its paths tell what it is
-    many_in_a_file = "{file_index" in info["data_path"]
-    tasks = read_tasks(source / "meta", notes)
-    read = episodes_of_v3 if many_in_a_file else episodes_of_v2
-    videos = [key for key, kind in cameras.items() if kind == "video"]
-    episodes = sorted(read(source, info, videos), key=lambda episode: episode.index)
+    try:
+        cameras, names, notes = read_features(info["features"])
+        tasks = read_tasks(source / "meta", notes)
+        # its paths tell which format it is; versions are of third parties' own making, too
+        read = episodes_of_v3 if "{file_index" in info["data_path"] else episodes_of_v2
+        videos = [key for key, kind in cameras.items() if kind == "video"]
+        episodes = sorted(read(source, info, videos), key=lambda episode: episode.index)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{source}/meta: not as LeRobot writes it: {type(error).__name__}: {error}") from None
     check_counts(source, info, episodes)
     for episode in episodes:
         if not episode.length:
@@ -121,8 +123,9 @@ def read_features(features: dict) -> tuple[dict, dict, list[str]]:
                 continue
             names[key] = flat_names(feature.get("names"), int(shape[0]) if shape else 1)
             if names[key] is None:
-                notes.append(f"{key}: its names are {str(feature.get('names'))[:40]}, which do not name its "
-                             f"{shape[0] if shape else 1} dimensions: ranges alone tell what they are")
+                said = json.dumps(feature.get("names"))[:40]
+                notes.append(f"{key}: names: {said} in meta/info.json does not name each of its dimensions: "
+                             "ranges alone tell what they are")
     return cameras, names, notes
 
 
