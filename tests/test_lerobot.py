@@ -577,6 +577,18 @@ def test_actions_come_back_in_the_robots_own_units(robot):
     assert (np.abs(back - every) <= 1.01 * half_bin + 1e-6).all()
 
 
+def test_the_user_knows_better():
+    """A keyboard's steps of -1, 0 and 1 are no gripper; what is said holds for all but grippers."""
+    keys = np.random.default_rng(0).integers(-1, 2, (200, 3)).astype(np.float32)
+    action = np.append(keys, grip(0, 200), 1)
+    assert as_recipe(describe("action", None, [action], None, None)) == {
+        "action": "action[:3], action[3:] target raw"}
+    joints = np.append(walk(0, 200, -1, 1, 3), grip(0, 200), 1)
+    for said, words in (("target", " target"), ("change", "")):
+        assert as_recipe(describe("action", ["x", "y", "z", "gripper"], [joints], None, said)) == {
+            "action": f"action[:3]{words}, action[3:] target raw"}
+
+
 def test_fewer_frames_a_second():
     names = ["joint.pos", "delta_x", "x.vel", "gripper"]
     values = np.stack([np.arange(8), np.ones(8), np.arange(8), np.arange(8) % 2], axis=1).astype(np.float32)

@@ -46,17 +46,17 @@ def describe(key: str, names: list[str] | None, actions: list[np.ndarray], state
              said: str | None) -> list[Dimension]:
     """The dimensions of the feature `key`. actions, states: (T, k) of each episode; said: "target" or
     "change" where the user knows better."""
-    every = np.concatenate(actions)
-    known = [said or kind_by_name(name) for name in names or [""] * every.shape[1]]
-    looks = looks_like_targets(actions, states) if None in known else None
-    dimensions = []
+    every, dimensions = np.concatenate(actions), []
+    looks = looks_like_targets(actions, states)
     for column, values in enumerate(every.T):
-        name, few = names[column] if names else f"{key}[{column}]", len(np.unique(values[:100_000])) <= 4
-        # a number of few values is an opening or a grip, whatever it is called
-        scale = gripper_scale(values, few) if GRIPPER.search(name) or (few and not said) else 0
-        kind = known[column] or ("target" if scale or looks else "change")
-        dimensions.append(Dimension(key, column, name, kind, scale if kind == "target" else 0,
-                                    float(values.min()), float(values.max())))
+        name, number = names[column] if names else f"{key}[{column}]", len(np.unique(values))
+        grips = number == 2 or bool(GRIPPER.search(name))  # two values are open and closed, however named
+        kind = kind_by_name(name)
+        if not grips and kind != "velocity":
+            kind = said or kind or ("target" if looks else "change")
+        kind = kind or "target"
+        scale = gripper_scale(values, number <= 4) if grips and kind == "target" else 0
+        dimensions.append(Dimension(key, column, name, kind, scale, float(values.min()), float(values.max())))
     return dimensions
 
 

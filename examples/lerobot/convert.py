@@ -58,7 +58,8 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
             print(f"note: {note}")
         scratch = out / f".{name}.episodes"
         scratch.mkdir(parents=True, exist_ok=True)
-        make = functools.partial(write_pictures, dataset=dataset, size=image_size, step=step, scratch=scratch)
+        make = functools.partial(write_pictures, dataset=replace(dataset, episodes=[]), size=image_size,
+                                 step=step, scratch=scratch)  # episodes are many numbers to send
         splits = {split: Episodes(part, make, functools.partial(as_steps, dataset, dimensions, step), pool)
                   for split in ("train", "val")
                   if (part := [e for e in chosen if (e.index in dataset.held_out) == (split == "val")])}
