@@ -7,10 +7,9 @@ av and torchcodec (datasets < 4 for 0.3.3). --check: sets in H.264 and AV1, of v
 14-D; every number and text must be equal, every picture where it belongs, and where SVT-AV1 has encoded
 another picture than it was given, both readers must see the same one. It exits with 1 where they do not.
 
-Without --check: one set of episodes of 100 frames of two 640 x 480 videos; a frame is both pictures.
-LeRobot's reader decodes to float tensors and keeps nothing, its workers' start not counted; the converter
-decodes, resizes to 256, writes JPEGs and indexes them, once. frames_per_s is all of it, with the seconds of
-imports; more_frames_per_s counts what further frames take, beyond a conversion of two episodes.
+Without --check: one set of episodes of 100 frames of two videos; a frame is both pictures. LeRobot's reader
+decodes to float tensors and keeps nothing, its workers' start not counted; the converter decodes, resizes to
+256, writes JPEGs and indexes them, once. frames_per_s is all of it, with the seconds of imports; more_frames_per_s counts what further frames take, beyond a conversion of two episodes.
 """
 
 import argparse
@@ -106,11 +105,11 @@ def check(args, folder: Path) -> None:
 def speed(args, folder: Path) -> None:
     """Time both readers on one set, one after the other."""
     how = {"codec": args.codec, "kinds": {"front": "video", "wrist": "video"}, "width": 6,
-           "lengths": [100] * args.episodes, "size": [480, 640]}
+           "lengths": [100] * args.episodes, "size": args.size}
     lerobot(args, "write", folder / "source", json.dumps(how))
     frames, size = sum(how["lengths"]), sum(p.stat().st_size for p in (folder / "source").rglob("*.mp4"))
-    print(f"set codec {args.codec} frames {frames} cameras 2 mp4_bytes {size} cores "
-          f"{len(os.sched_getaffinity(0))} load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"set codec {args.codec} size {args.size[0]}x{args.size[1]} frames {frames} cameras 2 mp4_bytes "
+          f"{size} cores {len(os.sched_getaffinity(0))} load {os.getloadavg()[0]:.1f}", flush=True)
     start = time.perf_counter()
     convert(folder / "source", folder / "two", "--episodes", "0-1", "--workers", args.workers)
     two = time.perf_counter() - start
@@ -136,6 +135,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--codec", choices=("h264", "libsvtav1"), default="libsvtav1")
     parser.add_argument("--episodes", type=int, default=8)
+    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], help="height and width of pictures")
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
