@@ -9,7 +9,8 @@ another picture than it was given, both readers must see the same one. It exits 
 
 Without --check: one set of episodes of 100 frames of two videos; a frame is both pictures. LeRobot's reader
 decodes to float tensors and keeps nothing, its workers' start not counted; the converter decodes, resizes to
-256, writes JPEGs and indexes them, once. frames_per_s is all of it, with the seconds of imports; more_frames_per_s counts what further frames take, beyond a conversion of two episodes.
+256, writes JPEGs and indexes them, once. frames_per_s is all of it, with the seconds of imports;
+more_frames_per_s counts what further frames take, beyond a conversion of two episodes.
 """
 
 import argparse
