@@ -1,0 +1,134 @@
+"""What the dimensions of a robot's actions are, told from their names and ranges, as a recipe.
+
+A joint's angle and a pose are *targets*: past the end of an episode the last one is held, and a slower
+recording takes those at its times. A displacement is a *change*: zero past the end; over a longer step they
+add up. A *velocity* ends in zero, too, but over a longer step it is a mean. A gripper is a target, and *raw*
+(not normalised by quantiles, which may cut off how far it opens) where its range is one of the usual ones.
+"""
+
+import re
+from collections import Counter
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from checks import target_warnings
+from rlds import EPISODE
+
+GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger", re.IGNORECASE)
+VELOCITY = re.compile(r"vel(ocity)?\b|speed", re.IGNORECASE)
+CHANGE = re.compile(r"delta|\b(d|rel_?)(x|y|z|roll|pitch|yaw|r[xyz])\b", re.IGNORECASE)
+TARGET = re.compile(r"pos\b|joint|shoulder|elbow|wrist|waist|forearm|motor|qpos", re.IGNORECASE)
+USUAL = (1, 100, 255)  # a gripper's value when open (or closed); LeRobot's own is 0..100
+
+
+class Dimension(NamedTuple):
+    """One dimension of an action. kind: target, change or velocity; scale: what it is divided by to be raw, 0
+    where it is normalised."""
+
+    key: str
+    column: int
+    name: str
+    kind: str
+    scale: int
+    low: float
+    high: float
+
+    @property
+    def words(self) -> str:
+        """What a recipe says of it."""
+        return (f" /{self.scale}" * (self.scale > 1) + " target" * (self.kind == "target")
+                + " raw" * (self.scale > 0))
+
+
+def describe(key: str, names: list[str] | None, actions: list[np.ndarray], states: list[np.ndarray] | None,
+             said: str | None) -> list[Dimension]:
+    """The dimensions of the feature `key`. actions, states: (T, k) of each episode; said: "target" or
+    "change" where the user knows better."""
+    every, dimensions = np.concatenate(actions), []
+    looks = looks_like_targets(actions, states)
+    for column, values in enumerate(every.T):
+        name, number = names[column] if names else f"{key}[{column}]", len(np.unique(values))
+        grips = number == 2 or bool(GRIPPER.search(name))  # two values are open and closed, however named
+        kind = kind_by_name(name)
+        if not grips and kind != "velocity":
+            kind = said or kind or ("target" if looks else "change")
+        kind = kind or "target"
+        scale = gripper_scale(values, number <= 4) if grips and kind == "target" else 0
+        dimensions.append(Dimension(key, column, name, kind, scale, float(values.min()), float(values.max())))
+    return dimensions
+
+
+def kind_by_name(name: str) -> str | None:
+    """What a dimension is by its name; None where that does not tell: "x" may be a place or a step."""
+    spaced = name.replace("_", " ")  # so that words end there
+    kinds = {"velocity": VELOCITY, "change": CHANGE, "target": TARGET}
+    return next((kind for kind, pattern in kinds.items() if pattern.search(spaced)),
+                "target" if GRIPPER.search(name) else None)
+
+
+def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | None) -> bool:
+    """Do most dimensions of actions that move look like targets? By the test that --inspect warns by."""
+    width = actions[0].shape[1]
+    count = np.array([len(episode) for episode in actions])
+    episodes = np.zeros(len(actions), EPISODE)
+    episodes["first"], episodes["count"] = np.cumsum(count) - count, count
+    columns = {"action": np.concatenate(actions)} | ({"proprio": np.concatenate(states)} if states else {})
+    frames = np.zeros(count.sum(), [(name, "<f4", values.shape[1:]) for name, values in columns.items()])
+    for name, values in columns.items():
+        frames[name] = values
+    stats = {f"q{q:02d}": np.quantile(frames["action"], q / 100, axis=0) for q in (1, 99)}
+    found = len(target_warnings(frames, episodes, stats, np.zeros(width, bool)))
+    return found > (stats["q99"] > stats["q01"]).sum() / 2
+
+
+def gripper_scale(values: np.ndarray, few: bool) -> int:
+    """What a gripper's values are divided by to be raw, in 0..1 or -1..1; 0: they are to be normalised."""
+    low, high = values.min(), values.max()
+    for scale in USUAL:
+        within = -1e-3 * scale <= low or (few and -1.001 * scale <= low)
+        if within and high <= 1.001 * scale and high - low >= 0.5 * scale:
+            return scale
+    return 0
+
+
+def as_recipe(dimensions: list[Dimension]) -> dict:
+    """The recipe's keys that say what an action is: neighbours of one kind are one field."""
+    fields, widths = [], Counter(dimension.key for dimension in dimensions)
+    for (key, words), group in groupby(dimensions, lambda d: (d.key, d.words)):
+        columns = [dimension.column for dimension in group]
+        first, stop = columns[0] or "", columns[-1] + 1 if columns[-1] + 1 < widths[key] else ""
+        fields.append(f"{key}{f'[{first}:{stop}]' if first or stop else ''}{words}")
+    marked = any(dimension.words for dimension in dimensions)
+    return {"action": ", ".join(fields)} | ({} if marked else {"absolute": 0})  # its default means a gripper
+
+
+def resample(values: np.ndarray, dimensions: list[Dimension], frames: np.ndarray) -> np.ndarray:
+    """An episode's actions (T, k) at some of its frames: targets at that time, sums of changes and means of
+    velocities until the next of them. Rotations are added like all else: right for small ones."""
+    taken = values[frames]
+    if len(frames) == len(values):
+        return taken
+    sums = np.add.reduceat(values.astype(np.float64), frames, axis=0)
+    steps = np.diff(frames, append=len(values))
+    for dimension in dimensions:
+        if dimension.kind != "target":
+            whole = sums[:, dimension.column] / (steps if dimension.kind == "velocity" else 1)
+            taken[:, dimension.column] = whole.astype(taken.dtype)
+    return taken
+
+
+def idle_frames(actions: list[np.ndarray], dimensions: list[Dimension]) -> int:
+    """How many frames command no motion: no target moves, no change or velocity is above a thousandth of its
+    range. Policies copy such pauses."""
+    target = np.array([dimension.kind == "target" for dimension in dimensions])
+    every = np.concatenate(actions)
+    spread = np.quantile(every, 0.99, axis=0) - np.quantile(every, 0.01, axis=0)
+    idle = 0
+    for values in actions:
+        motion = np.where(target, np.diff(values, axis=0, append=values[-1:]), values)[:, spread > 0]
+        still = (np.abs(motion) < 1e-3 * spread[spread > 0]).all(1)
+        still[-1] &= not target.all()  # what a last target leads to is not recorded
+        idle += int(still.sum())
+    return idle

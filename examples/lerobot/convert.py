@@ -1,0 +1,297 @@
+"""Convert a LeRobot dataset, v2.1 or v3.0, to RLDS, to train on.
+
+    python examples/lerobot/convert.py --source ~/lerobot/my_robot --out datasets --name my_robot --fps 10
+
+All numbers and all counts are checked first, and every video's packets read, so that what is broken is told
+before anything is written. Then each episode's pictures become JPEGs, on all cores, a file for each episode
+in OUT/.NAME.episodes: an interrupted command goes on where it stopped. In the end come the lines for the
+YAML, and what `data.py --inspect` warns of. Read convert; lerobot_format.py knows the files, actions.py what
+actions mean.
+"""
+
+import argparse
+import functools
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
+
+import msgpack
+import numpy as np
+import simplejpeg
+import yaml
+from actions import Dimension, as_recipe, describe, idle_frames, resample
+from lerobot_format import Episode, LeRobotSet, as_array, check_video, open_set, read_numbers, read_pictures
+from tqdm import tqdm
+
+from config import Recipe, UserError, told_in_one_line
+from frames import end_with_parent
+from inspect_data import Subject, as_yaml, guess_recipe, other_warnings
+from oxe import action_masks
+from rlds import DataError, step_features, write_rlds
+
+JPEG_QUALITY = 95
+
+
+def convert(source: Path, out: Path, name: str, image_size: int, fps: float | None, episodes: str | None,
+            said: str | None, workers: int) -> None:
+    """Do all of it, and print what was done."""
+    if (out / name / "1.0.0").exists():
+        raise UserError(f"{out / name} exists: remove it, or choose another --name")
+    dataset = open_set(source)
+    chosen = choose(dataset, episodes)
+    step = frame_step(dataset.fps, fps)
+    read_numbers(dataset, chosen)
+    dimensions = describe_actions(dataset, chosen, said)
+    with ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) as pool:
+        check_videos(dataset, chosen, pool)
+        print(f"source {source} version {dataset.version} fps {dataset.fps:g} episodes {len(chosen)} frames "
+              f"{sum(episode.length for episode in chosen)}")
+        for note in dataset.notes:
+            print(f"note: {note}")
+        scratch = out / f".{name}.episodes"
+        scratch.mkdir(parents=True, exist_ok=True)
+        make = functools.partial(write_pictures, dataset=replace(dataset, episodes=[]), size=image_size,
+                                 step=step, scratch=scratch)  # episodes are many numbers to send
+        splits = {split: Episodes(part, make, functools.partial(as_steps, dataset, dimensions, step), pool)
+                  for split in ("train", "val")
+                  if (part := [e for e in chosen if (e.index in dataset.held_out) == (split == "val")])}
+        try:
+            path = write_rlds(out, name, "1.0.0", features(dataset, chosen, image_size), splits)
+        except BaseException:
+            print(f"finished episodes are kept for the next command in {scratch}")
+            raise
+    shutil.rmtree(scratch)
+    report(dataset, chosen, dimensions, step, path, name)
+
+
+# ---- What is to be done ------------------------------------------------------------------------------------
+
+
+def choose(dataset: LeRobotSet, wanted: str | None) -> list[Episode]:
+    """The episodes that --episodes means ("0-9,12"), all without it."""
+    if wanted is None:
+        return dataset.episodes
+    numbers: set[int] = set()
+    for part in wanted.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise UserError(f"--episodes {wanted}: {part.strip()!r} is no number or range; write 0-9,12")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    there = {episode.index: episode for episode in dataset.episodes}
+    if missing := sorted(numbers - there.keys()):
+        raise UserError(f"--episodes {wanted}: {dataset.source} has no frames of episode {missing[0]}; it "
+                        f"has {min(there, default='none')} to {max(there, default='none')}")
+    return [there[number] for number in sorted(numbers)]
+
+
+def frame_step(recorded: float, fps: float | None) -> float:
+    """How many recorded frames a written one stands for."""
+    if fps is not None and not 0 < fps <= recorded:
+        raise UserError(f"--fps {fps:g}: the dataset has {recorded:g}: choose that or fewer")
+    return recorded / (fps or recorded)
+
+
+def kept_frames(length: int, step: float) -> np.ndarray:
+    """Which of an episode's frames are written."""
+    frames = np.rint(np.arange(np.ceil(length / step)) * step).astype(np.int64)
+    return frames[frames < length]
+
+
+def describe_actions(dataset: LeRobotSet, chosen: list[Episode], said: str | None) -> list[Dimension]:
+    """What each dimension of the action is: of the feature `action`, or of all that begin with it."""
+    keys = [key for key in dataset.names if key.startswith("action")]
+    keys = ["action"] if "action" in keys else keys
+    if not keys or not dataset.cameras or not chosen:
+        there = ", ".join([*dataset.names, *dataset.cameras])
+        raise DataError(f"{dataset.source}/meta/info.json: needs episodes, an action and a camera; it has "
+                        f"{len(chosen)} episodes with frames, and the features {there}")
+    state = "observation.state"
+    states = [episode.numbers[state] for episode in chosen] if state in dataset.names else None
+    return [dimension for key in keys
+            for dimension in describe(rlds_name(key), dataset.names[key],
+                                      [episode.numbers[key] for episode in chosen], states, said)]
+
+
+def check_videos(dataset: LeRobotSet, chosen: list[Episode], pool: ProcessPoolExecutor) -> None:
+    """Raise DataError where videos are missing or short, before anything is written."""
+    files: dict[Path, list] = {}
+    for episode in chosen:
+        for path, start in episode.videos.values():
+            files.setdefault(path, []).append((episode.index, start, episode.length))
+    found = pool.map(check_video, files, files.values(), [dataset.fps] * len(files))
+    bar = tqdm(found, "check", len(files), unit="video", leave=False, delay=1, disable=None)
+    if problems := [problem for problem in bar if problem]:
+        more = f" ({len(problems) - 1} other videos are broken, too)" if len(problems) > 1 else ""
+        raise DataError(problems[0] + more)
+
+
+# ---- Pictures, on all cores --------------------------------------------------------------------------------
+
+
+def write_pictures(episode: Episode, dataset: LeRobotSet, size: int, step: float, scratch: Path) -> Path:
+    """Make the JPEGs of an episode, unless an earlier command made the same of the same files -> the file
+    that holds {camera: [JPEG, ...]}."""
+    files = [episode.data, *(video.path for video in episode.videos.values())]
+    changed = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    path = scratch / hashlib.sha256(repr((changed, episode.index, size, step)).encode()).hexdigest()
+    if not path.exists():
+        frames = kept_frames(episode.length, step)
+        made = {camera: [as_jpeg(x, size) for x in read_pictures(dataset, episode, camera, frames)]
+                for camera in dataset.cameras}
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_bytes(msgpack.packb(made))
+        partial.rename(path)
+    return path
+
+
+def as_jpeg(picture, size: int) -> bytes:
+    """A picture as it is stored; one that is a JPEG of the right size already stays what it is."""
+    if isinstance(picture, bytes) and picture.startswith(b"\xff\xd8"):
+        height, width, *_ = simplejpeg.decode_jpeg_header(picture)
+        if (height, width) == (size, size) or not size:
+            return picture
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(as_array(picture, size)), JPEG_QUALITY,
+                                  colorsubsampling="420")
+
+
+class Episodes:
+    """Episodes as write_rlds takes them, in order; its progress bar asks for their number. Pictures are made
+    by `pool`, at most a few episodes ahead of what is written."""
+
+    def __init__(self, episodes: list[Episode], make: Callable, as_steps: Callable,
+                 pool: ProcessPoolExecutor):
+        self.episodes, self.make, self.as_steps, self.pool = episodes, make, as_steps, pool
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __iter__(self) -> Iterator[dict]:
+        jobs, ahead = [], 2 * self.pool._max_workers
+        for number, episode in enumerate(self.episodes):
+            for later in self.episodes[number + len(jobs) : number + ahead]:
+                jobs.append(self.pool.submit(self.make, replace(later, numbers={})))
+            yield self.as_steps(episode, msgpack.unpackb(jobs.pop(0).result().read_bytes()))
+
+
+# ---- An episode in RLDS ------------------------------------------------------------------------------------
+
+
+def rlds_name(key: str) -> str:
+    """A LeRobot feature's name -> its name in RLDS, within `observation` or beside it."""
+    for prefix in ("observation.images.", "observation."):
+        key = key.removeprefix(prefix)
+    return key.replace(".", "_").replace("/", "_")
+
+
+def features(dataset: LeRobotSet, chosen: list[Episode], size: int) -> dict:
+    """What an episode looks like to TFDS."""
+    import tensorflow_datasets as tfds
+
+    f, observation, beside = tfds.features, {}, {}
+    sides = (size or None, size or None, 3)
+    for key in [*dataset.cameras, *dataset.names]:
+        name, seen = rlds_name(key), key in dataset.cameras or key.startswith("observation.")
+        place = observation if seen else beside
+        if name in place:
+            raise UserError(f"{dataset.source}: two of its features would be called {name}: rename {key}")
+        if key in dataset.cameras:
+            place[name] = f.Image(shape=sides, encoding_format="jpeg")
+        else:
+            values = chosen[0].numbers[key]
+            kind = np.float32 if values.dtype.kind == "f" else np.int64
+            place[name] = f.Tensor(shape=values.shape[1:], dtype=kind)
+    return {"steps": f.Dataset({"observation": observation, **beside, "language_instruction": f.Text(),
+                                "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}),
+            "episode_metadata": {"episode_index": np.int64}}
+
+
+def at_frames(episode: Episode, key: str, dimensions: list[Dimension], step: float) -> np.ndarray:
+    """A feature of numbers, at the frames that are written."""
+    own = [dimension for dimension in dimensions if dimension.key == rlds_name(key)]
+    frames = kept_frames(episode.length, step)
+    values = episode.numbers[key]
+    values = resample(values, own, frames) if key.startswith("action") else values[frames]
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+
+
+def as_steps(dataset: LeRobotSet, dimensions: list[Dimension], step: float, episode: Episode,
+             pictures: dict[str, list[bytes]]) -> dict:
+    """An episode as write_rlds takes it."""
+    columns = {key: at_frames(episode, key, dimensions, step) for key in dataset.names}
+    tasks = episode.numbers["task_index"][kept_frames(episode.length, step)]
+    steps = []
+    for i, task in enumerate(tasks.tolist()):
+        seen = {rlds_name(camera): pictures[camera][i] for camera in dataset.cameras}
+        beside = {"language_instruction": dataset.tasks[task]}
+        for key, values in columns.items():
+            (seen if key.startswith("observation.") else beside)[rlds_name(key)] = values[i]
+        last = i == len(tasks) - 1
+        steps.append({"observation": seen, **beside,
+                      "is_first": i == 0, "is_last": last, "is_terminal": last})
+    return {"steps": steps, "episode_metadata": {"episode_index": episode.index}}
+
+
+# ---- What was done -----------------------------------------------------------------------------------------
+
+
+def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimension], step: float,
+           path: Path, name: str) -> None:
+    """Print what the action is taken for, lines for the YAML, and the warnings of data.py --inspect."""
+    keys = list(dict.fromkeys(dimension.key for dimension in dimensions))
+    keys = [key for key in dataset.names if rlds_name(key) in keys and key.startswith("action")]
+    actions = [np.concatenate([at_frames(e, key, dimensions, step) for key in keys], axis=1) for e in chosen]
+    count = sum(map(len, actions))
+    idle = idle_frames(actions, dimensions)
+    print(f"written {path} fps {dataset.fps / step:g} episodes {len(chosen)} frames {count} idle_frames "
+          f"{idle} ({idle / count:.1%})")
+    for number, dimension in enumerate(dimensions):
+        print(f"action {number} name {dimension.name} kind {dimension.kind} min {dimension.low:.4g} max "
+              f"{dimension.high:.4g}" + f" raw /{dimension.scale}" * (dimension.scale > 0))
+    guessed = guess_recipe(step_features(path), path)
+    recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions)})
+    subject = Subject(name, path, recipe, "converted")
+    table = subject.table(None, skip_bad_episodes=True)
+    target, _ = action_masks(recipe, table.action_widths)
+    for warning in [*table.warnings[subject.kind], *other_warnings(table, target), *table.warnings["chunks"]]:
+        print(f"warning: {warning}")
+    if dataset.fps / step > 20:
+        print(f"warning: {dataset.fps / step:g} frames a second: little moves from one to the next, and "
+              "single actions are learned badly: convert with --fps 10, or train with action_chunk: 8")
+    more = {"data_root_dir": str(path.parents[1]), "data_mix": name, "cameras": [*recipe.camera_names],
+            "use_proprio": recipe.state != "0"}
+    print("to train on it, copy and correct:")
+    print(yaml.safe_dump(more, sort_keys=False, width=1000) + as_yaml(subject), end="")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--source", type=Path, required=True, help="the folder that holds meta/info.json")
+    parser.add_argument("--out", type=Path, default=Path("datasets"))
+    parser.add_argument("--name", required=True, help="what it is to be called")
+    parser.add_argument("--image_size", type=int, default=256,
+                        help="side of the squares that pictures become; 0: as they are")
+    parser.add_argument("--fps", type=float, help="fewer frames a second than were recorded; 5 to 10 do well")
+    parser.add_argument("--episodes", metavar="0-9,12", help="only these")
+    parser.add_argument("--action", choices=("target", "change"),
+                        help="places to go to, or displacements, where what is printed of them is wrong")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    with told_in_one_line():
+        if args.image_size < 0 or args.workers < 1 or not args.name or "/" in args.name:
+            raise UserError(f"--image_size {args.image_size} --workers {args.workers} --name {args.name!r}: "
+                            "must be at least 0, at least 1, and a folder's name")
+        convert(args.source.expanduser(), args.out, args.name, args.image_size, args.fps, args.episodes,
+                args.action, args.workers)
+
+
+if __name__ == "__main__":
+    main()

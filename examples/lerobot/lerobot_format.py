@@ -1,0 +1,373 @@
+"""LeRobot's formats, v2.1 and v3.0, read with pyarrow and av.
+
+    meta/info.json       fps, features, counts, and where the files are
+    meta/tasks.*         the text of each task_index
+    meta/episodes*       how long each episode is; in v3.0, in which files, and where in them
+    data/...parquet      a row for each frame: its numbers, and pictures of `image` features
+    videos/...mp4        pictures of `video` features
+
+v2.1 has a parquet and an mp4 for each episode, v3.0 files of many episodes. Every count is checked, episode
+by episode, because a missing file or a cut-off video looks like a smaller dataset to who only reads what is
+there.
+Read open_set (what there is) -> read_numbers -> check_video -> read_pictures (one episode, one camera).
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from rlds import DataError
+
+LEAVE_OUT = "leave the episode out with --episodes"
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+
+
+class Video(NamedTuple):
+    """Where an episode's pictures of a camera are: a file, and the second at which they begin."""
+
+    path: Path
+    start: float
+
+
+@dataclass
+class Episode:
+    """One episode: how many frames it should have, and where they are. numbers: filled by read_numbers,
+    {feature: (length, k)} and "task_index" (length,)."""
+
+    index: int
+    length: int
+    data: Path
+    videos: dict[str, Video]
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class LeRobotSet:
+    """A dataset. cameras: {feature: "video" or "image"}; names: of the dimensions of features, where known;
+    held_out: numbers of episodes that are not in its split "train"; notes: what a reader should know."""
+
+    source: Path
+    version: str
+    fps: float
+    cameras: dict[str, str]
+    names: dict[str, list[str] | None]
+    tasks: dict[int, str]
+    episodes: list[Episode]
+    held_out: set[int]
+    notes: list[str]
+
+
+# ---- What there is -----------------------------------------------------------------------------------------
+
+
+def open_set(source: Path) -> LeRobotSet:
+    """Read a dataset's metadata. Raises DataError where they are missing, or contradict each other."""
+    info = read_info(source / "meta/info.json")
+    try:
+        cameras, names, notes = read_features(info["features"])
+        tasks = read_tasks(source / "meta", notes)
+        # its paths tell which format it is; versions are of third parties' own making, too
+        read = episodes_of_v3 if "{file_index" in info["data_path"] else episodes_of_v2
+        videos = [key for key, kind in cameras.items() if kind == "video"]
+        episodes = sorted(read(source, info, videos), key=lambda episode: episode.index)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{source}/meta: not as LeRobot writes it: {type(error).__name__}: {error}") from None
+    check_counts(source, info, episodes)
+    for episode in episodes:
+        if not episode.length:
+            notes.append(f"episode {episode.index} has no frames: it is left out")
+    held_out = set(range(len(episodes))) - train_split(info.get("splits"), len(episodes))
+    return LeRobotSet(source, str(info["codebase_version"]), float(info["fps"]), cameras, names, tasks,
+                      [episode for episode in episodes if episode.length], held_out, notes)
+
+
+def read_info(path: Path) -> dict:
+    """meta/info.json."""
+    if not path.exists():
+        raise DataError(f"{path}: missing: --source must be the folder of a LeRobot dataset, which has it")
+    try:
+        info = json.loads(path.read_text())
+        missing = {"codebase_version", "fps", "features", "data_path"} - info.keys()
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from None
+    if missing:
+        raise DataError(f"{path}: has no {', '.join(sorted(missing))}: not LeRobot v2.x or v3.x; convert "
+                        "older datasets with LeRobot's own scripts first")
+    return info
+
+
+def read_features(features: dict) -> tuple[dict, dict, list[str]]:
+    """-> cameras {feature: kind}, {feature of numbers: names of its dimensions, or None}, notes."""
+    cameras, names, notes = {}, {}, []
+    for key, feature in features.items():
+        kind, shape = feature["dtype"], feature.get("shape") or ()
+        if kind in ("video", "image"):
+            details = {**feature, **(feature.get("info") or {}), **(feature.get("video_info") or {})}
+            if details.get("video.is_depth_map") or details.get("is_depth_map"):
+                notes.append(f"{key} is a depth map: it is left out")
+            else:
+                cameras[key] = kind
+        elif key.startswith(("action", "observation.")) and key not in BOOKKEEPING:
+            if len(shape) > 1 or kind == "string":
+                notes.append(f"{key} ({kind} of shape {[*shape]}) is no row of numbers: it is left out")
+                continue
+            names[key] = flat_names(feature.get("names"), int(shape[0]) if shape else 1)
+            if names[key] is None:
+                said = json.dumps(feature.get("names"))[:40]
+                notes.append(f"{key}: names: {said} in meta/info.json does not name each of its dimensions: "
+                             "ranges alone tell what they are")
+    return cameras, names, notes
+
+
+def flat_names(names, width: int) -> list[str] | None:
+    """A feature's names may be a list, a dict of lists ({"motors": [...]}), a dict {name: place}, or null."""
+    if isinstance(names, dict):
+        lists = [part for part in names.values() if isinstance(part, list)]
+        names = [name for part in lists for name in part] if lists else list(names)
+    return [*map(str, names)] if names and len(names) == width else None
+
+
+def read_tasks(meta: Path, notes: list[str]) -> dict[int, str]:
+    """{task_index: text}."""
+    if (path := meta / "tasks.parquet").exists():  # v3.0: the text is the index of a pandas table
+        table = read_parquet(path)
+        text = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
+        if text is None or "task_index" not in table.column_names:
+            raise DataError(f"{path}: has the columns {', '.join(table.column_names)}: expected task_index "
+                            "and the texts")
+        rows = list(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+    elif (path := meta / "tasks.jsonl").exists():
+        rows = [(row["task_index"], row["task"]) for row in read_lines(path)]
+    else:
+        raise DataError(f"{meta}: has neither tasks.parquet nor tasks.jsonl (incomplete download?)")
+    tasks, owner = {}, {}
+    for index, text in rows:
+        if tasks.setdefault(index, text) != text:
+            raise DataError(f"{path}: task_index {index} has two texts, {tasks[index]!r} and {text!r}: "
+                            "remove one")
+        if owner.setdefault(text, index) != index:
+            notes.append(f"tasks {owner[text]} and {index} have one text, {text!r}: they become one "
+                         "instruction")
+    return tasks
+
+
+def episodes_of_v2(source: Path, info: dict, videos: list[str]) -> Iterator[Episode]:
+    """v2.x: meta/episodes.jsonl, and a file for each episode."""
+    for row in read_lines(source / "meta/episodes.jsonl"):
+        where = {"episode_index": row["episode_index"],
+                 "episode_chunk": row["episode_index"] // info.get("chunks_size", 1000)}
+        yield Episode(row["episode_index"], row["length"], source / info["data_path"].format(**where), {
+            key: Video(source / info["video_path"].format(video_key=key, **where), 0.0) for key in videos})
+
+
+def episodes_of_v3(source: Path, info: dict, videos: list[str]) -> Iterator[Episode]:
+    """v3.x: meta/episodes/*/*.parquet. Numbers, and each camera, are divided into files in their own way."""
+    paths = sorted((source / "meta/episodes").glob("*/*.parquet"))
+    if not paths:
+        raise DataError(f"{source / 'meta/episodes'}: no parquet files there (incomplete download?)")
+    places = ["data", *(f"videos/{key}" for key in videos)]
+    indices = ("chunk_index", "file_index")
+    columns = ["episode_index", "length", *(f"{place}/{index}" for place in places for index in indices),
+               *(f"{place}/from_timestamp" for place in places[1:])]
+    for path in paths:
+        for row in read_parquet(path, columns).to_pylist():
+            data, *where = ({index: row[f"{place}/{index}"] for index in indices} for place in places)
+            yield Episode(row["episode_index"], row["length"], source / info["data_path"].format(**data), {
+                key: Video(source / info["video_path"].format(video_key=key, **place),
+                           row[f"videos/{key}/from_timestamp"])
+                for key, place in zip(videos, where, strict=True)})
+
+
+def check_counts(source: Path, info: dict, episodes: list[Episode]) -> None:
+    """Do the episodes that are listed add up to what info.json says?"""
+    listed = [episode.index for episode in episodes]
+    if lost := sorted(set(range(max([*listed, -1]) + 1)) - set(listed)):
+        raise DataError(f"{source}/meta: episode {lost[0]} is not listed, and {len(lost) - 1} others "
+                        "(incomplete download?)")
+    if len(set(listed)) < len(listed):
+        raise DataError(f"{source}/meta: {len(listed)} episodes are listed, some of them twice: there are "
+                        f"{len(set(listed))} numbers")
+    counts = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
+    for key, count in counts.items():
+        if info.get(key, count) != count:
+            raise DataError(f"{source}/meta/info.json: says {key} {info[key]}, but the episodes that are "
+                            f"listed make {count}: download it again, or correct {key}")
+
+
+def train_split(splits: dict | None, count: int) -> set[int]:
+    """The episodes of the split "train" (such as "0:50"); all of them where none is told."""
+    match = re.fullmatch(r"(\d+):(\d+)", str((splits or {}).get("train", "")))
+    return set(range(int(match[1]), int(match[2]))) if match and len(splits) > 1 else set(range(count))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A .jsonl file."""
+    if not path.exists():
+        raise DataError(f"{path}: missing (incomplete download?)")
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as lines of JSON: {error}") from None
+
+
+def read_parquet(path: Path, columns: list[str] | None = None, **how) -> pa.Table:
+    """A parquet file, or some of its columns."""
+    if not path.exists():
+        raise DataError(f"{path}: missing, but the metadata list it (incomplete download?)")
+    try:
+        there = pq.read_schema(path).names
+        if missing := [name for name in columns or () if name not in there]:
+            raise DataError(f"{path}: has no column {missing[0]}; it has {', '.join(there)[:200]}")
+        return pq.read_table(path, columns=columns, partitioning=None, **how)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file: {what_it_is(path, error)}") from None
+
+
+def what_it_is(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    with open(path, "rb") as file:
+        pointer = file.read(12) == b"version http"
+    return ("a Git LFS pointer, not the data: run `git lfs pull` in its repository" if pointer
+            else " ".join(str(error).split()))
+
+
+# ---- Numbers -----------------------------------------------------------------------------------------------
+
+
+def read_numbers(dataset: LeRobotSet, episodes: Sequence[Episode]) -> None:
+    """Read the numbers of the episodes into them. Raises DataError where frames are missing, or too many."""
+    opened, rows = None, {}
+    for episode in episodes:  # of v3.0, those in one file follow each other
+        if episode.data != opened:
+            table = read_parquet(episode.data, [*BOOKKEEPING[:3], "task_index", *dataset.names])
+            order, opened = table["episode_index"].to_numpy(), episode.data
+        rows = np.flatnonzero(order == episode.index)
+        if len(rows) != episode.length:
+            raise DataError(f"{episode.data}: has {len(rows)} frames of episode {episode.index}, the "
+                            f"metadata say {episode.length}: download it again, or {LEAVE_OUT}")
+        part = table.take(rows)
+        part = part.take(np.argsort(part["frame_index"].to_numpy(), kind="stable"))
+        episode.numbers = {key: as_rows(part[key], key, episode) for key in dataset.names}
+        episode.numbers["task_index"] = part["task_index"].to_numpy()
+        check_frames(dataset, episode, part["frame_index"].to_numpy(), part["timestamp"].to_numpy())
+
+
+def as_rows(column: pa.ChunkedArray, key: str, episode: Episode) -> np.ndarray:
+    """A column of numbers, or of lists of numbers -> (T, k)."""
+    flat, rows = column.combine_chunks(), len(column)
+    flat = flat.storage if isinstance(flat, pa.ExtensionArray) else flat
+    values = (flat.flatten() if pa.types.is_nested(flat.type) else flat).to_numpy(zero_copy_only=False)
+    if flat.null_count or len(values) % rows or values.dtype.kind not in "biuf":
+        raise DataError(f"{episode.data}: {key} of episode {episode.index} is not a row of numbers in each "
+                        "frame")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0]) // (len(values) // rows)
+        raise DataError(f"{episode.data}: {key} of episode {episode.index} is not finite at frame {bad}: "
+                        f"{LEAVE_OUT}")
+    return values.reshape(rows, -1)
+
+
+def check_frames(dataset: LeRobotSet, episode: Episode, frames: np.ndarray, seconds: np.ndarray) -> None:
+    """Are an episode's frames numbered from 0, at the dataset's rate, and of known tasks?"""
+    if (frames != np.arange(len(frames))).any():
+        raise DataError(f"{episode.data}: the frame_index of episode {episode.index} does not count from 0 "
+                        f"to {len(frames) - 1}: {LEAVE_OUT}")
+    # float32, so only near frame_index / fps
+    if (late := np.abs(seconds.reshape(-1) * dataset.fps - frames) > 0.5).any():
+        frame = int(np.argmax(late))
+        raise DataError(f"{episode.data}: frame {frame} of episode {episode.index} has the timestamp "
+                        f"{float(seconds[frame]):.4g} s, but at {dataset.fps:g} fps it is due at "
+                        f"{frame / dataset.fps:.4g} s: correct fps in meta/info.json, or {LEAVE_OUT}")
+    if unknown := set(episode.numbers["task_index"].tolist()) - dataset.tasks.keys():
+        raise DataError(f"{episode.data}: task_index {min(unknown)} in episode {episode.index} has no text "
+                        f"in meta/tasks; there are {sorted(dataset.tasks)[:10]}")
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------
+
+
+def check_video(path: Path, episodes: Iterable[tuple[int, float, int]], fps: float) -> str | None:
+    """Read a video's packets, without decoding them -> what is wrong with it. episodes: (number, start in
+    seconds, frames) of those that should be in it. A header may promise frames that are not there."""
+    if not path.exists():
+        return f"{path}: missing, but the metadata list it (incomplete download?)"
+    times, cut = [], False
+    try:
+        with av.open(str(path)) as container:
+            (stream,) = container.streams.video[:1]
+            for packet in container.demux(stream):
+                cut |= packet.is_corrupt
+                if packet.pts is not None and not packet.is_corrupt:
+                    times.append((packet.pts - (stream.start_time or 0)) * float(stream.time_base))
+    except (av.FFmpegError, ValueError) as error:
+        if not times:
+            return f"{path}: not a readable video: {what_it_is(path, error)}"
+        cut = True
+    times = np.sort(times)
+    for number, start, length in episodes:
+        frames = np.rint((times - start) * fps)
+        if (found := len(np.intersect1d(frames, np.arange(length)))) < length:
+            return (f"{path}: has {found} of the {length} frames of episode {number}"
+                    + (", the file is cut off" if cut else "")
+                    + f": download it again, or {LEAVE_OUT}")
+    return None
+
+
+def read_pictures(dataset: LeRobotSet, episode: Episode, camera: str, frames: np.ndarray
+                  ) -> Iterator[av.VideoFrame | bytes]:
+    """Yield the pictures of some frames (ascending numbers): decoded from a video, or an image's bytes."""
+    if dataset.cameras[camera] == "video":
+        yield from video_frames(*episode.videos[camera], dataset.fps, frames, episode.index)
+        return
+    table = read_parquet(episode.data, ["frame_index", camera],
+                         filters=[("episode_index", "=", episode.index)])
+    pictures = table.take(np.argsort(table["frame_index"].to_numpy(), kind="stable")[frames])[camera]
+    for frame, picture in zip(frames, pictures, strict=True):
+        if not (data := (picture.as_py() or {}).get("bytes")):
+            raise DataError(f"{episode.data}: {camera} of frame {frame} of episode {episode.index} has no "
+                            f"bytes: {LEAVE_OUT}")
+        yield data
+
+
+def video_frames(path: Path, start: float, fps: float, frames: np.ndarray, episode: int
+                 ) -> Iterator[av.VideoFrame]:
+    """Yield those of a video's frames that lie at frames / fps seconds after `start`, decoded in order."""
+    wanted, place = frames.tolist(), 0
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # each core has an episode of its own
+            first, seconds = stream.start_time or 0, float(stream.time_base)
+            if start > 0:  # to the key frame an episode begins with: not to one before, so half a frame later
+                container.seek(first + int((start + 0.5 / fps) / seconds), stream=stream)
+            for frame in container.decode(stream):
+                number = round(((frame.pts - first) * seconds - start) * fps)
+                if number > wanted[place] or frame.is_corrupt:
+                    break
+                if number == wanted[place]:
+                    yield frame
+                    place += 1
+                    if place == len(wanted):
+                        return
+    except av.FFmpegError:
+        pass  # told in the same words as a frame that is passed over
+    raise DataError(f"{path}: frame {wanted[place]} of episode {episode} cannot be decoded: {LEAVE_OUT}")
+
+
+def as_array(picture: av.VideoFrame | bytes, size: int) -> np.ndarray:
+    """A picture -> (size, size, 3) uint8, resized by Lanczos whatever its aspect ratio; size 0: as it is."""
+    if isinstance(picture, bytes):
+        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        return np.array(image.resize((size, size), Image.Resampling.LANCZOS) if size else image)
+    sides = {"width": size, "height": size, "interpolation": "LANCZOS"} if size else {}
+    return picture.to_ndarray(format="rgb24", **sides)
