@@ -247,7 +247,7 @@ class Policy:
         for layer in self.vla.llm.modules():
             if isinstance(layer, nn.Linear):
                 layer.forward = partial(linear, layer)
-        self.continue_llm = torch.compile(self.forward, dynamic=False)
+        self.continue_llm = torch.compile(self.continue_llm, dynamic=False)
         towers = self.vla.vision_backbone.values()
         for tower in towers:
             tower.forward = torch.compile(tower.forward, dynamic=False)

@@ -362,3 +362,15 @@ print("all good")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.stdout == "all good\n", done.stderr
+
+
+def test_what_speed_up_puts_in_place_acts_alike():
+    """All but the GPU's part of it: nothing is compiled and no graph recorded."""
+    pytest.importorskip("triton")
+    image, texts = np.full((28, 28, 3), 90, np.uint8), ["open it", "close the drawer, slowly"]
+    policy = tiny_policy(vision_backbone={"a": TINY["vision_backbone"]["dino"]}, arch_specifier="gelu-mlp")
+    before = policy.predict_action([image] * 2, texts)
+    with torch.compiler.set_stance("force_eager"):
+        policy.speed_up()
+        policy.graphs = None
+        np.testing.assert_array_equal(policy.predict_action([image] * 2, texts), before)
