@@ -495,6 +495,8 @@ def test_cameras_have_any_names(cameras, opened, tmp_path):
     policy = tiny_policy(mixture)
     views = {name: VIEWS[keys[name]][1] for name in cameras}
     shuffled = dict(reversed(views.items()))
+    shown, *_ = policy.prepare([shuffled], ["open"], None, None)
+    np.testing.assert_array_equal(shown[0, :, 0, 0], expected)  # in the order of training
     by_order = policy.predict_action([*views.values()], "open")
     np.testing.assert_array_equal(policy.predict_action(shuffled, "open"), by_order)
     body = {"images": {name: view.tolist() for name, view in shuffled.items()}, "instruction": "open"}
@@ -567,6 +569,7 @@ def test_check_lists_bad_episodes_which_are_then_left_out(opened, commands, tmp_
     for record in bad:
         said = rf"bad episode {directory}/arm-train\S+: record {record}: wrist of frame 3: ."
         assert re.search(said, text)
+    assert "record 8: wrist of frame 3: it is empty" in text
     recipe, two = {"wrist": "wrist"}, {"cameras": ["primary", "wrist"]}
     mixture = opened(recipe, skip_bad_episodes=True, **two)
     assert mixture.tables[0].episodes["record"].tolist() == [0, 1, 3, 4, 7]

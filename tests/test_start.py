@@ -382,6 +382,9 @@ def test_read_only_data_with_a_table_of_their_own(tmp_path, commands):
     mount = f"mount --bind {directory} {directory} && mount -o remount,bind,ro {directory}"
     ((status, text),) = commands((mount, {"HOME": "/proc/nohome"}, "data.py", inspect))
     assert status == 0 and text == first
+    another = ["--check", directory]  # which looks at no states
+    ((status, text),) = commands(("", {"HOME": "/proc/nohome"}, "data.py", another))
+    assert status == 1 and "no frame table can be written to" in text and "set index_dir" in text, text
 
 
 def test_small_shared_memory(tiny, commands):
