@@ -23,7 +23,7 @@ def experiments(tour: str = "tour.md") -> dict[int, tuple[str, str, str]]:
 
 def run(code: str) -> str:
     """What the code prints, run from the project's folder."""
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "DS_ACCELERATOR": "cpu"}
     return subprocess.run([sys.executable, "-"], input=code, text=True, cwd=FOLDER.parent, env=environment,
                           stdout=subprocess.PIPE, check=True).stdout
 
