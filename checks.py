@@ -67,17 +67,15 @@ def action_warnings(actions: np.ndarray, stats: Mapping, kind: str) -> list[str]
     return found
 
 
-def target_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray
-                    ) -> list[str]:
-    """Dimensions that are said to be changes, target (A,) bool, and look like places to go to: never near
-    zero, moving little from frame to frame, or followed by the state. Past the end of an episode, their
-    labels jump to the middle of their range."""
+def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping) -> np.ndarray:
+    """Which dimensions look like places to go to, (A,) bool: never near zero, moving little from frame to
+    frame, or followed by the state. stats: of the actions."""
     episodes = episodes[:: len(episodes) // 256 + 1]
     rows = np.concatenate([np.arange(e["first"], e["first"] + e["count"] - 1) for e in episodes]).astype(int)
-    if not len(rows):
-        return []
-    actions, following = frames["action"][rows], frames["action"][rows + 1]
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
+    if len(rows) < 2:
+        return np.zeros(len(low), bool)
+    actions, following = frames["action"][rows], frames["action"][rows + 1]
     deviation = np.maximum(actions.std(0), 1e-9)
     smooth = np.abs(following - actions).mean(0) < 0.12 * deviation
     followed = np.zeros_like(smooth)
@@ -85,10 +83,25 @@ def target_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, ta
         state = frames["proprio"][rows + 1]
         both = np.nan_to_num(np.cov(actions.T, state.T))[: len(low), len(low) :]
         followed = (both / deviation[:, None] / np.maximum(state.std(0), 1e-9) > 0.98).any(1)
-    return [f"action dimension {d} looks like a place to go to (a joint's angle, a pose) and not like a "
-            "change: then say `target` in the recipe; as a change, its label past the end of an episode is "
-            "the middle of its range"
-            for d in np.flatnonzero(~target & (high > low) & ((low > 0) | (high < 0) | smooth | followed))]
+    return (high > low) & ((low > 0) | (high < 0) | smooth | followed)
+
+
+def target_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray
+                    ) -> list[str]:
+    """One line for the dimensions that are said to be changes, target (A,) bool, and look like places to go
+    to: past the end of an episode, their labels jump to the middle of their range."""
+    dims = np.flatnonzero(~target & looks_like_targets(frames, episodes, stats))
+    one = len(dims) == 1
+    return [f"action dimension{'s' * (not one)} {spans(dims)} look{'s' * one} like "
+            f"{'a place' if one else 'places'} to go to (a joint's angle, a pose) and not like changes: then "
+            "say `target` in the recipe; as a change, a label past the end of an episode is the middle of "
+            "its range"] if len(dims) else []
+
+
+def spans(numbers: np.ndarray) -> str:
+    """Ascending numbers in short: 0-2, 7."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, recipe: Recipe,

@@ -291,7 +291,7 @@ def read_secret(name: str, key: str) -> str:
     """What a file or an environment variable of this name holds. Raises UserError."""
     if name not in os.environ and not Path(name).is_file():
         raise UserError(f"{key}: {name!r} is neither a file nor an environment variable")
-    return (os.environ.get(name) or Path(name).read_text()).strip()
+    return (os.environ[name] if name in os.environ else Path(name).read_text()).strip()
 
 
 PATHS = {**dict.fromkeys(["base_vlm", "llm_backbone", "tokenizer", "data_root_dir", "pretrained_checkpoint"],

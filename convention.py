@@ -8,8 +8,8 @@ recipe does to an action is undone on the way out, and done to a state on the wa
     recipe  action: "pose[:6], grip /255 invert target raw"     0..255, 255 = closed, was recorded
     the model says ... 0.25, the robot gets ... 191.25
 
-A helper that has no inverse (delta, rel2abs, ...) leaves its dimensions in standard form; what is clipped or
-binarised stays as it is.
+A helper that has no inverse (delta, rel2abs, ...) leaves its dimensions in standard form; what was clipped is
+clipped again, and what was binarised stays as it is.
 """
 
 from collections.abc import Callable
@@ -102,6 +102,8 @@ def invert_helpers(values: np.ndarray, helpers: list[str]) -> np.ndarray:
     for word in reversed(helpers):
         if word == "invert":
             values = 1 - values
+        elif word == "clip":  # what was recorded lay there; what a model says need not
+            values = np.clip(values, 0, 1)
         elif word not in AS_IT_IS:
             values = values / float(word[1:]) if word[0] == "*" else values * float(word[1:])
     return values

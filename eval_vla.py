@@ -197,26 +197,26 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
                   "predicted": robot.to_robot(predicted)}
         text = table.instructions[table.frames["instruction"][first]]
         title = f"{name}, episode {table.episode_of(first)}, {len(rows)} frames"
-        pen.multiline_text((x + left, 6), f"{title}\n{text[:60]}", "black", large)
+        pen.multiline_text((x + left, 6), f"{title}\n{text[:50]}", "black", large)
         for i, (label, colour) in enumerate(COLOURS.items()):
             pen.line((x + left + 110 * i, 60, x + left + 24 + 110 * i, 60), colour, 3)
             pen.text((x + left + 30 + 110 * i, 52), label, colour, small)
         for dim, label in enumerate(robot.action):
-            box = (x + left, top + dim * height, x + width - 16, top + (dim + 1) * height - 14)
+            box = (x + left, top + dim * height + 18, x + width - 16, top + (dim + 1) * height - 4)
             draw_curves(pen, small, box, label, {key: values[:, dim] for key, values in curves.items()})
     sheet.save(path)
 
 
 def draw_curves(pen: ImageDraw.ImageDraw, font, box: tuple, title: str, curves: dict[str, np.ndarray]
                 ) -> None:
-    """Curves (R,) in a frame, with its name above its range on the left."""
+    """Curves (R,) in a frame, with its name above and its range on the left."""
     left, top, right, bottom = box
     values = np.concatenate([*curves.values()])
     low, high = values.min(), max(values.max(), values.min() + 1e-6)
     pen.rectangle(box, outline="lightgray")
     for y, text in ((top, f"{high:.3g}"), (bottom - 15, f"{low:.3g}")):
         pen.text((left - 6, y), text, "gray", font, anchor="ra")
-    pen.text((left + 6, top + 3), title, "dimgray", font)
+    pen.text((left, top - 17), title, "dimgray", font)
     for label, curve in curves.items():
         x = np.linspace(left, right, len(curve))
         y = bottom - 4 - (curve - low) / (high - low) * (bottom - top - 8)

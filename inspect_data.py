@@ -10,8 +10,10 @@ A dataset that nobody has described yet is shown by a guessed recipe, which is p
 import argparse
 import json
 import os
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 import oxe
-from checks import come_back
+from checks import come_back, looks_like_targets
 from config import Recipe, UserError, find_input, load_config, told_in_one_line
 from frames import (
     DataError,
@@ -65,6 +67,9 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
         known, kind = oxe.DATASETS, "bounds_q99"
     if mixture is None and data_mix is None and not (folder / "features.json").exists():
         folder, data_mix = folder.parent, folder.name  # the folder that holds the versions
+    if mixture and not (folder / folder.name).exists():  # one dataset of the mixture is asked for
+        only = [(name, *rest) for name, *rest in mixture if name.partition(":")[0] == folder.name]
+        mixture, folder = (only, folder.parent) if only else (mixture, folder)
     subjects = []
     for name in [name for name, *_ in mixture] if mixture else [data_mix or ""]:
         directory = find_dataset(folder, name)
@@ -93,11 +98,26 @@ def guess_recipe(features: dict[str, Feature], directory: Path) -> Recipe:
                         f"{sorted(features)}: describe it under `datasets:` in a YAML, and say --config")
     states = [relative(name) for name in ("observation/state", "observation/proprio", "state")
               if name in steps]
-    wrist = [name for name in images if any(part in name.lower() for part in WRIST)][:1]
+    wrist = [name for name in images if any(part in name.lower() for part in WRIST)]
     outside = [name for name in images if name not in wrist]
-    named = dict(zip(oxe.CAMERAS, [*outside[:2], *[None] * (2 - len(outside[:2])), *wrist], strict=False))
-    return Recipe(**named, cameras={name.strip("/"): name for name in outside[2:]}, action=actions[0],
-                  instruction=texts[0], state=states[0] if states else "0")
+    named = dict(zip(("primary", "secondary"), outside, strict=False))
+    named |= {"wrist": wrist[0]} if wrist else {}
+    others = {name.strip("/"): name for name in [*outside[2:], *wrist[1:]]}  # by their own names
+    return Recipe(**named, cameras=others, action=actions[0], instruction=texts[0],
+                  state=states[0] if states else "0")
+
+
+def guess_action(recipe: Recipe, table: FrameTable) -> Recipe:
+    """The recipe, with words for what its action's dimensions look like: places to go to, and grippers."""
+    stats = table.statistics["action"]
+    places = looks_like_targets(table.frames, table.episodes, stats)
+    grippers = (np.array(stats["min"]) == 0) & (np.array(stats["max"]) == 1)
+    words = [" target raw" if gripper else " target" if place else ""
+             for gripper, place in zip(grippers, places, strict=True)]
+    starts = [d for d in range(len(words)) if d == 0 or words[d] != words[d - 1]]
+    fields = [f"{recipe.action}[{start}:{stop}]{words[start]}"
+              for start, stop in zip(starts, [*starts[1:], len(words)], strict=True)]
+    return replace(recipe, action=", ".join(fields)) if any(words) else recipe
 
 
 WRIST = ("wrist", "hand", "gripper")
@@ -147,7 +167,9 @@ def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
     for warning in [*table.warnings[subject.kind], *other_warnings(table, target), *table.warnings["chunks"]]:
         print(f"warning: {warning}")
     if subject.source == "guessed":
-        print(f"to train on it, copy and correct:\n{as_yaml(subject)}", end="")
+        guessed = replace(subject, recipe=guess_action(recipe, table))
+        print("to train on it, copy and correct (a gripper that is 1 when closed: clip invert target raw)\n"
+              + as_yaml(guessed), end="")
     draw(table, recipe, out)
     print(f"contact_sheet {out}")
 
@@ -178,7 +200,8 @@ def other_warnings(table: FrameTable, target: np.ndarray) -> list[str]:
 def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
     """Some frames, all cameras side by side, each with its instruction and action."""
     keys = [recipe.camera(name)[0] for name in recipe.camera_names]
-    side, columns = (224, 4) if len(keys) == 1 else (160, 4 // len(keys) or 1)
+    side, columns = (224, 4) if len(keys) == 1 else (160, max(6 // len(keys), 1))
+    cameras = " | ".join(recipe.camera_names)
     tiles = []
     for row in np.linspace(0, len(table.frames) - 1, 12).astype(int):
         views = [decode_image(table.read_image(row, table.cameras.index(key)), side) for key in keys]
@@ -186,9 +209,9 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
         values = [f"{value:.2f}" for value in table.frames["action"][row]]
         per_line = max(side * len(keys) // 34, 6)
         lines = [" ".join(values[i : i + per_line]) for i in range(0, len(values), per_line)]
-        letters = side * len(keys) // 7
-        words = [text[i : i + letters] for i in range(0, min(len(text), 2 * letters), letters)]
-        tiles.append((np.concatenate(views, axis=1), "\n".join([f"frame {row}", *words, *lines])))
+        words = textwrap.wrap(text, side * len(keys) // 7)[:2]
+        caption = "\n".join([f"frame {row}: {cameras}", *words, *lines])
+        tiles.append((np.concatenate(views, axis=1), caption))
     contact_sheet(tiles, columns).save(out)
 
 
@@ -203,7 +226,8 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     listing, roots = data_files(directory), index_roots(directory, index_dir)
     parts = np.array_split(np.arange(len(table.episodes)), min(len(table.episodes), 256))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), end_with_parent) as pool:
-        every = pool.map(check_episodes, [table.path] * len(parts), [table.directory] * len(parts), parts)
+        black = subject.source == "registered"  # OpenVLA's rule for its own datasets' empty images
+        every = pool.map(partial(check_episodes, table.path, table.directory, black), parts)
         bad = [found for part in tqdm(every, f"check {subject.name}", len(parts), leave=False, disable=None)
                for found in part]
     listed: dict[str, dict[str, str]] = {}
@@ -218,8 +242,10 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     return len(bad) + len(table.bad)
 
 
-def check_episodes(path: Path, directory: Path, episodes: np.ndarray) -> list[tuple[str, int, str]]:
-    """[(file, record, what is wrong), ...] for those of the episodes with an image that cannot be decoded."""
+def check_episodes(path: Path, directory: Path, black: bool, episodes: np.ndarray
+                   ) -> list[tuple[str, int, str]]:
+    """[(file, record, what is wrong), ...] for those of the episodes with an image that cannot be decoded or,
+    unless it may be shown as `black`, is empty."""
     table, bad = FrameTable(path, directory), []
     for number in episodes:
         episode = table.episodes[number]
@@ -229,6 +255,8 @@ def check_episodes(path: Path, directory: Path, episodes: np.ndarray) -> list[tu
                 for camera in range(len(table.cameras)):
                     if data := table.read_image(row, camera):
                         decode_native(data)
+                    elif not black:
+                        raise DataError("it is empty, and would be shown as black")
         except (ValueError, OSError) as error:
             reason = f"{table.cameras[camera]} of frame {row - rows[0]}: {' '.join(str(error).split())}"
             bad.append((table.shards[episode["shard"]], int(episode["record"]), reason))

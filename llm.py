@@ -67,7 +67,8 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
             for step in (slice(0, 8), slice(0, 1)):  # a prompt, then one token
                 inputs = torch.empty(1, positions[:, step].shape[1], config.hidden_size, dtype=llm.dtype)
                 forward(inputs, mask[:, :, step], positions[:, step], cache)
-            acts = all(hasattr(layer, "keys") for layer in cache.layers)  # a running state has no slots
+            # a running state has no slots: the padding after a shorter prompt would become part of it
+            acts = all(hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in cache.layers)
         except Exception:  # each architecture fails in its own way
             acts = False
     if not acts:

@@ -156,7 +156,8 @@ def naming_step(step: int) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(f"{where}: {error} {memory}") from error
+        what = str(error).strip().splitlines()[-1] if "shared memory" in str(error) else error
+        raise DataError(f"{where}: {what} {memory}") from error
 
 
 def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batches: TrainBatches) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,76 @@ def launch_command(config: Path, *arguments, ranks: int = 1, launcher: str = "de
     }[launcher]
     env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return {"args": command, "env": env, "cwd": ROOT}
+
+
+FORKS = """
+import contextlib, json, os, runpy, subprocess, sys, tempfile
+import eval_vla, export_vla, inspect_data, train_vla
+
+PROGRAMS = {"data.py": inspect_data, "eval_vla.py": eval_vla, "export_vla.py": export_vla,
+            "train_vla.py": train_vla}
+
+def start(shell, environ, script, arguments):
+    subprocess.run(shell, shell=True, check=True)
+    output = tempfile.TemporaryFile()
+    if not (child := os.fork()):
+        for stream in (0, 1, 2):
+            os.dup2(output.fileno(), stream)
+        os.environ.update(environ)
+        sys.argv = [script, *arguments]
+        try:
+            PROGRAMS[script].main()
+        except SystemExit as stop:
+            print(stop.code if isinstance(stop.code, str) else "", file=sys.stderr, flush=True)
+            os._exit(1 if isinstance(stop.code, str) else stop.code or 0)
+        sys.stdout.flush()
+        os._exit(0)
+    return child, output
+
+def end(child, output):
+    returncode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    output.seek(0)
+    return returncode, output.read().decode().replace("\\r", "\\n")
+
+for line in sys.stdin:
+    print("reply", json.dumps([end(*job) for job in [start(*job) for job in json.loads(line)]]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """Run the project's commands in a process that has done the seconds of importing, and may mount file
+    systems that nobody else sees: a list of (shell commands to run before, variables, script, arguments), all
+    at once -> [(exit status, all that was printed), ...]."""
+    private = ["unshare", "-rm"]
+    if subprocess.run([*private, "true"], capture_output=True).returncode:
+        private = []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    server = subprocess.Popen([*private, sys.executable, "-c", FORKS], cwd=ROOT, env=env, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def run(*jobs) -> list[tuple[int, str]]:
+        if any(shell for shell, *_ in jobs) and not private:
+            pytest.skip("may not mount file systems")
+        print(json.dumps(jobs, default=str), file=server.stdin, flush=True)
+        while not (line := server.stdout.readline()).startswith("reply "):
+            assert line, "the process ended"
+        return json.loads(line.removeprefix("reply "))
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def plain_run(commands):
+    """Run train_vla.py without a launcher -> its exit status and text."""
+
+    def run(config, *arguments) -> SimpleNamespace:
+        ((returncode, text),) = commands(("", {}, "train_vla.py", ["--config", config, *arguments]))
+        return SimpleNamespace(returncode=returncode, text=text)
+
+    return run
 
 
 def read_metrics(runs: Path) -> dict[int, dict]:

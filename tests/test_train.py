@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,43 +185,6 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
 
 # ------------------------------------------------------------------------------------------------------------
 # Mistakes are explained, and leave nothing behind
-
-
-SERVER = """
-import json, os, sys, tempfile
-import train_vla
-for line in sys.stdin:
-    with tempfile.TemporaryFile() as output:
-        if not (child := os.fork()):
-            for stream in (0, 1, 2):
-                os.dup2(output.fileno(), stream)
-            sys.argv = ["train_vla.py", *json.loads(line)]
-            train_vla.main()
-            os._exit(0)
-        returncode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        output.seek(0)
-        print("reply", json.dumps([returncode, output.read().decode()]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def plain_run():
-    """Run train_vla.py without a launcher, in a process that has done the seconds of importing already:
-    it forks for each call."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=env, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-    def run(config, *arguments) -> SimpleNamespace:
-        print(json.dumps(["--config", str(config), *map(str, arguments)]), file=server.stdin, flush=True)
-        while not (line := server.stdout.readline()).startswith("reply "):
-            assert line, "the process ended"
-        returncode, text = json.loads(line.removeprefix("reply "))
-        return SimpleNamespace(returncode=returncode, text=text)
-
-    yield run
-    server.stdin.close()
-    server.wait()
 
 
 @pytest.mark.parametrize(

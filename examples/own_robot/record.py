@@ -1,0 +1,67 @@
+"""Record demonstrations as an RLDS dataset: copy this, and put your own robot where `Arm` stands.
+
+    python examples/own_robot/record.py --episodes 300 --val_episodes 30 --out datasets
+
+Each step holds what the robot knew (pictures, where its joints were), what it was told to do next, and the
+instruction. Record what you send to the robot, as you send it: a policy gives it back in the same form
+(absolute angles here, and a gripper that is 1 when closed); the YAML says what it means.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
+
+import numpy as np
+import tensorflow_datasets as tfds
+from robot import Arm
+
+from rlds import write_rlds
+
+FIRST_SEED = {"train": 0, "val": 100_000}  # drive.py's begin at 200_000
+HOLD = 3  # steps that a demonstration goes on for when its goal is reached
+
+
+def features(robot: Arm) -> dict:
+    """What an episode looks like: names, shapes and types, in TFDS' words."""
+    f = tfds.features
+    images = {camera: f.Image(shape=(None, None, 3), encoding_format="jpeg") for camera in robot.cameras}
+    return {"steps": f.Dataset({
+        "observation": {**images, "state": f.Tensor(shape=(len(robot.state_names),), dtype=np.float32)},
+        "action": f.Tensor(shape=(len(robot.action_names),), dtype=np.float32),
+        "language_instruction": f.Text(),
+    })}
+
+
+def demonstrations(robot: Arm, seeds: range) -> Iterator[dict]:
+    """Episodes, one after the other: nothing but the one that is recorded is kept in memory."""
+    for seed in seeds:
+        robot.reset(seed)
+        steps, held = [], 0
+        while held < HOLD:
+            seen, action = robot.look(), robot.expert()
+            steps.append({"observation": {**seen["images"], "state": seen["state"]}, "action": action,
+                          "language_instruction": robot.instruction})
+            robot.move(action)
+            held = held + 1 if robot.solved else 0
+        yield {"steps": steps}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--episodes", type=int, default=300, help="to train on")
+    parser.add_argument("--val_episodes", type=int, default=30, help="to evaluate on")
+    parser.add_argument("--name", default="my_robot")
+    parser.add_argument("--out", type=Path, default=Path("datasets"))
+    args = parser.parse_args()
+    robot, counts = Arm(), {"train": args.episodes, "val": args.val_episodes}
+    splits = {split: demonstrations(robot, range(FIRST_SEED[split], FIRST_SEED[split] + count))
+              for split, count in counts.items()}
+    print(f"recorded {write_rlds(args.out, args.name, '1.0.0', features(robot), splits)}")
+
+
+if __name__ == "__main__":
+    main()

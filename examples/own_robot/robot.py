@@ -1,0 +1,125 @@
+"""The robot of this example: an arm in MuJoCo, in place of which yours goes.
+
+record.py and drive.py need of a robot what `Arm` has: `reset`, `look`, `move`, `instruction`, and for
+demonstrations an `expert` (you would teleoperate). It is told absolute joint angles, like ALOHA, SO-101 or a
+Franka in joint mode, ten times a second, and a gripper command, 1 = closed.
+
+The task: three discs lie on the table, and the arm is to hold its closed gripper over one of them, whose
+colour the instruction names: red is always on the left and blue on the right, but never in the same place.
+"""
+
+import os
+import weakref
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+
+import mujoco
+import numpy as np
+
+COLOURS = {"red": "0.9 0.1 0.1 1", "green": "0.1 0.7 0.2 1", "blue": "0.1 0.3 0.9 1"}
+UPPER, LOWER, HAND = 0.20, 0.18, 0.10  # metres: shoulder to elbow, elbow to wrist, wrist to fingertips
+SPEED = 0.12  # radians that the expert turns a joint in a step
+REACHED = 0.04  # metres from the disc's middle; its radius, too
+IMAGE_SIZE = 128
+
+MODEL = f"""
+<mujoco>
+  <option timestep="0.005" gravity="0 0 0" integrator="implicitfast"/>
+  <visual><quality offsamples="0"/><headlight ambient="0.5 0.5 0.5" diffuse="0.5 0.5 0.5"/></visual>
+  <default>
+    <geom contype="0" conaffinity="0"/>
+    <joint damping="0.5" armature="0.01"/>
+    <position kp="20" dampratio="1"/>
+  </default>
+  <worldbody>
+    <geom type="plane" size="3 3 0.01" rgba="0.85 0.82 0.75 1"/>
+    <camera name="outside" pos="0.20 0 0.85" xyaxes="0 -1 0 1 0 0" fovy="46"/>
+    {"".join(f'<body name="{name}" mocap="true"><geom type="cylinder" size="{REACHED} 0.004" '
+             f'rgba="{rgba}"/></body>' for name, rgba in COLOURS.items())}
+    <body name="upper" pos="0 0 0.08">
+      <joint name="shoulder" axis="0 0 1"/>
+      <geom type="cylinder" size="0.035 0.05" rgba="0.2 0.2 0.2 1"/>
+      <geom type="capsule" fromto="0 0 0 {UPPER} 0 0" size="0.018" rgba="0.45 0.45 0.5 1"/>
+      <body name="lower" pos="{UPPER} 0 0">
+        <joint name="elbow" axis="0 0 1"/>
+        <geom type="capsule" fromto="0 0 0 {LOWER} 0 0" size="0.016" rgba="0.6 0.6 0.65 1"/>
+        <body name="hand" pos="{LOWER} 0 0">
+          <joint name="wrist" axis="0 0 1"/>
+          <geom type="box" pos="0.025 0 0" size="0.025 0.035 0.012" rgba="0.15 0.15 0.15 1"/>
+          <camera name="wrist" pos="0.03 0 0.22" xyaxes="0 -1 0 0.95 0 0.31" fovy="80"/>
+          <site name="tip" pos="{HAND} 0 0"/>
+          <body><joint name="left" type="slide" axis="0 1 0" range="-0.025 0"/>
+            <geom type="box" pos="{HAND - 0.03} 0.03 0" size="0.03 0.005 0.01" rgba="0.9 0.6 0.1 1"/></body>
+          <body><joint name="right" type="slide" axis="0 -1 0" range="-0.025 0"/>
+            <geom type="box" pos="{HAND - 0.03} -0.03 0" size="0.03 0.005 0.01" rgba="0.9 0.6 0.1 1"/></body>
+        </body>
+      </body>
+    </body>
+  </worldbody>
+  <actuator>
+    <position joint="shoulder"/> <position joint="elbow"/> <position joint="wrist"/>
+    <position joint="left" kp="100"/> <position joint="right" kp="100"/>
+  </actuator>
+</mujoco>"""
+
+
+class Arm:
+    """The arm, its table and its two cameras."""
+
+    cameras = ("outside", "wrist")
+    action_names = ("shoulder", "elbow", "wrist", "gripper")  # radians; 1 = closed
+    state_names = action_names  # where the joints are, and the gripper
+
+    def __init__(self):
+        self.model = mujoco.MjModel.from_xml_string(MODEL)
+        self.data = mujoco.MjData(self.model)
+        self.renderer = mujoco.Renderer(self.model, IMAGE_SIZE, IMAGE_SIZE)
+        weakref.finalize(self, self.renderer.close)  # also when Python ends, while OpenGL still exists
+        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+
+    def reset(self, seed: int) -> None:
+        """Begin the episode that belongs to this seed: other places of the discs, another instruction."""
+        rng = np.random.default_rng(seed)
+        mujoco.mj_resetData(self.model, self.data)
+        angles = np.radians(np.array([42, 0, -42]) + rng.uniform(-12, 12, 3))  # left, before it, right
+        self.discs = rng.uniform(0.30, 0.41, 3)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+        self.data.mocap_pos[:, :2] = self.discs
+        self.goal = int(rng.integers(3))
+        self.instruction = f"touch the {[*COLOURS][self.goal]} disc"
+        self.target = np.array([-0.6, 1.2, -0.6, 0]) + np.append(rng.uniform(-0.5, 0.5, 3), 0)
+        self.data.qpos[:3] = self.data.ctrl[:3] = self.target[:3]
+        mujoco.mj_forward(self.model, self.data)
+
+    def look(self) -> dict:
+        """What the robot knows: {"images": {camera: (H, W, 3) uint8}, "state": (4,) float32}."""
+        images = {}
+        for camera in self.cameras:
+            self.renderer.update_scene(self.data, camera)
+            images[camera] = self.renderer.render()
+        closed = -self.data.qpos[3] / 0.025
+        return {"images": images, "state": np.float32([*self.data.qpos[:3], closed])}
+
+    def move(self, action: np.ndarray) -> None:
+        """Turn towards joint angles (3) and open or close the gripper (1 = closed), for a tenth of a
+        second."""
+        self.target = np.asarray(action, np.float64)
+        grip = -0.025 * np.clip(self.target[3], 0, 1)
+        self.data.ctrl[:] = [*self.target[:3], grip, grip]
+        for _ in range(20):
+            mujoco.mj_step(self.model, self.data)
+
+    @property
+    def solved(self) -> bool:
+        """Is the closed gripper over the right disc?"""
+        tip = self.data.site("tip").xpos[:2]
+        return bool(np.linalg.norm(tip - self.discs[self.goal]) < REACHED and self.target[3] > 0.5)
+
+    def expert(self) -> np.ndarray:
+        """What a demonstrator does next, (4,) float32: turn the joints towards the disc, then close."""
+        x, y = self.discs[self.goal]
+        angle, distance = np.arctan2(y, x), np.hypot(x, y) - HAND  # the hand points away from the base
+        elbow = np.arccos((distance**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER))
+        shoulder = angle - np.arctan2(LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow))
+        way = np.array([shoulder, elbow, angle - shoulder - elbow]) - self.target[:3]
+        step = way * min(1, SPEED / np.abs(way).max())  # all joints arrive together
+        return np.float32([*self.target[:3] + step, np.abs(way).max() < 0.01])

@@ -1,0 +1,101 @@
+"""examples/own_robot: record, train, serve, drive, with a robot of a few lines in place of MuJoCo's; and the
+template configs/my_robot.yaml, which both read."""
+
+import importlib
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY, launch
+from test_serve import serving
+
+from config import load_config
+from inspect_data import find_subjects, guess_action
+
+EXAMPLE = ROOT / "examples/own_robot"
+STATE = np.array([0.3, 1.5, -0.9, 0])
+
+
+class PaperArm:
+    """A robot that is where it was told to be, and shows it as two grey pictures."""
+
+    cameras = ("outside", "wrist")
+    action_names = state_names = ("shoulder", "elbow", "wrist", "gripper")
+
+    def reset(self, seed: int) -> None:
+        self.goal = STATE + np.append(np.random.default_rng(seed).uniform(-0.2, 0.2, 3), 1)
+        self.at, self.told, self.instruction = STATE, [], "touch the red disc"
+
+    def look(self) -> dict:
+        grey = int(50 + 60 * self.at[0])
+        return {"images": {name: np.full((48, 64, 3), grey, np.uint8) for name in self.cameras},
+                "state": self.at.astype(np.float32)}
+
+    def move(self, action) -> None:
+        self.at = np.asarray(action, np.float64)
+        self.told.append(self.at)
+
+    @property
+    def solved(self) -> bool:
+        return bool(np.allclose(self.at, self.goal, atol=0.01))
+
+    def expert(self) -> np.ndarray:
+        near = np.abs(self.goal - self.at)[:3].max() < 0.03
+        return np.float32(self.goal if near else [*(self.at + self.goal)[:3] / 2, 0])
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The example's two programs, with PaperArm as the robot."""
+    monkeypatch.setitem(sys.modules, "robot", types.SimpleNamespace(Arm=PaperArm))
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in ("record", "drive")})
+    for name in ("record", "drive"):
+        del sys.modules[name]
+
+
+def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["record.py", "--episodes", "12", "--val_episodes", "2", "--out",
+                                      str(tmp_path)])
+    example.record.main()
+
+    # inspecting it guesses cameras by name, and which numbers are places to go to
+    (subject,) = find_subjects(tmp_path / "my_robot", None, None)
+    guess = guess_action(subject.recipe, subject.table(None, False))
+    assert (guess.primary, guess.wrist) == ("outside", "wrist")
+    assert guess.action == "action[0:3] target, action[3:4] target raw"
+
+    small = {key: TINY[key] for key in ("image_size", "vision_backbone", "arch_specifier", "llm_backbone")}
+    changes = {**small, "inherits": str(ROOT / "configs/my_robot.yaml"), "data_root_dir": str(tmp_path),
+               "run_root_dir": str(tmp_path / "runs"), "max_steps": 2, "global_batch_size": 8,
+               "per_device_batch_size": 8, "eval_samples": 8, "num_workers": 0, "run_id": "few"}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(changes))
+    done = launch(tmp_path / "few.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    assert done.returncode == 0 and "warning" not in done.text.lower().replace("[warning]", ""), done.text
+
+    with serving(tmp_path / "runs/few", tmp_path) as (_, port, log):
+        robot, url = PaperArm(), f"http://127.0.0.1:{port}"
+        result = example.drive.drive(robot, url, 200_000)
+        assert result.keys() == {"reached", "success"} and len(robot.told) == example.drive.STEPS
+        assert "cameras primary,wrist" in log.read_text()
+    told = np.array(robot.told)
+    recorded = subject.table(None, False).statistics["action"]
+    low, high = (np.array(recorded[key]) for key in ("min", "max"))
+    assert (told >= low - 0.01).all() and (told <= high + 0.01).all()  # radians, and a gripper in 0..1
+
+
+def test_the_template_says_what_a_7b_needs(tmp_path):
+    """Its commented lines, put in place of what they say they are for, are a YAML that loads."""
+    text = (ROOT / "configs/my_robot.yaml").read_text()
+    values = yaml.safe_load(text)
+    marked = yaml.safe_load("\n".join(line[4:] for line in re.findall(r"^#7b \w+: .*", text, re.MULTILINE)))
+    model = ("image_size", "vision_backbone", "arch_specifier", "llm_backbone", "tokenizer",
+             "add_action_tokens")
+    rest = {key: value for key, value in values.items() if key not in model}
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump({**rest, **marked}))
+    cfg = load_config(tmp_path / "big.yaml")
+    assert cfg.base_vlm == "openvla/openvla-7b" and cfg.image_size == 224 and not cfg.llm_backbone
+    assert cfg.datasets["my_robot"].action == values["datasets"]["my_robot"]["action"]

@@ -1,0 +1,592 @@
+"""Models, tokenizers, checkpoints, machines and disks as people have them: what begins works, and what cannot
+work is refused by name before it begins."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY
+from safetensors.torch import load_file, save_file
+from test_own_robot import random_actions, write_arm
+from test_serve import Client
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import config
+import export_vla
+import serve_vla
+from act import Policy, load_vla
+from action_tokenizer import load_tokenizer, prompt_ids
+from checkpoint import CheckpointError
+from config import TrainConfig, UserError, settle_place
+from data import Mixture
+from frames import take_lock
+from model import VLA, build_tower
+from weights import open_weights
+
+TOKENIZER = load_tokenizer(TINY["tokenizer"], True)
+IMAGE = np.random.RandomState(0).randint(0, 255, (28, 28, 3)).astype(np.uint8)
+ON_CPU = ("--deepspeed_config", "ds_configs/cpu.json")
+
+
+@pytest.fixture(scope="module")
+def run(plain_run, tmp_path_factory) -> Path:
+    """A run of two steps."""
+    path = tmp_path_factory.mktemp("start")
+    values = {**TINY, "max_steps": 2, "save_interval": 2, "run_root_dir": str(path / "runs"),
+              "run_id": "tiny"}
+    (path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    done = plain_run(path / "tiny.yaml", *ON_CPU)
+    assert done.returncode == 0, done.text
+    return path / "runs/tiny"
+
+
+@pytest.fixture
+def exported(run, tmp_path) -> Path:
+    """The same as OpenVLA's Hugging Face class has it."""
+    export_vla.export(str(run), tmp_path / "hf", "hf")
+    return tmp_path / "hf"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Language models and towers: they act, or are refused before training
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+         "num_key_value_heads": 1}
+
+
+def tiny_vla(**changes) -> VLA:
+    torch.manual_seed(0)
+    llm = {"model_type": "llama", **SHAPE, **changes.pop("llm", {})}
+    values = {"vision_backbone": TINY["vision_backbone"], "arch_specifier": TINY["arch_specifier"],
+              "tokenizer": TINY["tokenizer"], "image_size": 28, "action_dim": 7, "max_length": 64}
+    return VLA(TrainConfig(**{**values, "llm_backbone": llm, **changes}), TOKENIZER).eval()
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("llama", {}), ("mixtral", {"num_local_experts": 4}), ("qwen2_moe", {"num_experts": 4}), ("qwen3", {}),
+    ("gemma", {}), ("phi3", {}), ("smollm3", {}), ("glm", {}), ("cohere2", {}), ("gemma3_text", {}),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": False}), ("mistral", {"sliding_window": 128}),
+])
+def test_language_models_that_act(kind, more):
+    """And say what they would without a cache, also to a shorter prompt beside a longer one."""
+    vla = tiny_vla(llm={"model_type": kind, "tie_word_embeddings": False, **more})
+    policy = Policy(vla, TOKENIZER, {})
+    images = torch.from_numpy(np.stack([IMAGE, 255 - IMAGE]))[:, None]
+    prompts = [prompt_ids(TOKENIZER, text) for text in ("open", "put the red cup on the blue plate")]
+    together = policy.generate(images, prompts)
+    assert len({*map(tuple, together.tolist())}) == 2  # they depend on what is seen and asked
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        tokens = []
+        for _ in range(7):
+            inputs = vla.embed(images[i : i + 1], torch.cat([ids, *tokens], dim=1))
+            hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            tokens.append(policy.best_action(hidden[:, -1:]))
+        assert torch.cat(tokens, dim=1)[0].tolist() == together[i].tolist()
+    inputs = torch.tensor([[*prompts[0], *together[0].tolist(), TOKENIZER.eos_token_id]])
+    labels = torch.where(torch.arange(inputs.shape[1]) < len(prompts[0]), -100, inputs)
+    vla(images[:1], inputs, labels)[0].backward()  # a training step
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("qwen3_5_text", {}), ("qwen3_next", {}), ("deepseek_v3", {}), ("deepseek_v2", {}), ("minicpm3", {}),
+    ("falcon_h1", {}), ("jamba", {}), ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    ("minimax", {}), ("recurrent_gemma", {}), ("nemotron_h", {}), ("kimi_linear", {}),
+])
+def test_language_models_that_could_train_but_not_act(kind, more):
+    with pytest.raises(UserError, match=f"llm_backbone: {kind} could be trained here, but then not act"):
+        tiny_vla(llm={"model_type": kind, **more})
+    if kind == "lfm2":  # in parallel, all is said in one forward pass, and nothing need be kept
+        tiny_vla(llm={"model_type": kind, **more}, parallel_decoding=True)
+
+
+@pytest.mark.parametrize("kind, window, changes", [
+    ("mistral", 64, {}), ("gemma3_text", 64, {}), ("phi3", 100, {}), ("mistral", 4096, {"max_length": 4096}),
+    ("mistral", 300, {"cameras": ["primary", "wrist"], "image_size": 224}),
+    ("mistral", 256, {"action_chunk": 27, "parallel_decoding": True}),
+])
+def test_a_sliding_window_shorter_than_what_is_asked(kind, window, changes):
+    with pytest.raises(UserError, match=f"llm_backbone: {kind} looks back {window} tokens.*lower max_length"):
+        tiny_vla(llm={"model_type": kind, "sliding_window": window}, **changes)
+
+
+TOWER = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+@pytest.mark.parametrize("model, image_size, more", [
+    ("naflexvit_base_patch16_siglip", 64, TOWER), ("hiera_tiny_224", 224, {}), ("mixer_s16_224", 224, {}),
+    ("samvit_base_patch16_224", 64, TOWER), ("swin_tiny_patch4_window7_224", 224, {}),
+    ("convnext_atto", 224, {}), ("resnet18", 224, {}), ("vit_smal_patch14_dinov2", 28, TOWER),
+    ("vit_small_patch14_reg4_dinov2", 28, {**TOWER, "num_heads": 5}),
+    ("vit_small_patch14_reg4_dinov2", 8, TOWER), ("vit_small_patch14_reg4_dinov2", 28, {**TOWER, "heads": 2}),
+])
+def test_towers_that_are_no_plain_vit(model, image_size, more):
+    message = f"vision_backbone: timm makes no plain ViT of '{model}' at image_size {image_size}: ."
+    with pytest.raises(UserError, match=message):
+        build_tower(image_size, model=model, **more)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"llm_backbone": {"model_type": "qwen3_next", **SHAPE}}, "llm_backbone: qwen3_next could be trained"),
+    ({"llm_backbone": {"model_type": "mistral", "sliding_window": 64, **SHAPE}}, "lower max_length"),
+    ({"vision_backbone": {"a": {"model": "mixer_s16_224"}}, "image_size": 224}, "no plain ViT of 'mixer_s16"),
+])
+def test_training_refuses_them_in_one_line(changes, message, plain_run, tiny, tmp_path):
+    done = plain_run(tiny(**changes), *ON_CPU)
+    assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
+    assert not list((tmp_path / "runs").rglob("config.yaml"))
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama", "qwen3"])
+def test_a_tied_language_model_whose_file_has_its_head_too(kind, plain_run, tiny, tmp_path):
+    values = AutoConfig.for_model(kind, **{**SHAPE, "head_dim": 16}, vocab_size=500, tie_word_embeddings=True)
+    llm = AutoModelForCausalLM.from_config(values)
+    llm.save_pretrained(tmp_path / "llm")
+    file = tmp_path / "llm/model.safetensors"
+    state = load_file(file)
+    assert "lm_head.weight" not in state
+    table = state["model.embed_tokens.weight"]
+    save_file({**state, "lm_head.weight": table.clone()}, file, {"format": "pt"})
+    towers = {name: {**tower, "pretrained": False} for name, tower in TINY["vision_backbone"].items()}
+    changes = {"llm_backbone": str(tmp_path / "llm"), "pretrained_backbones": True, "vision_backbone": towers}
+    done = plain_run(tiny(**changes, max_steps=1, save_interval=1, run_id=kind, learning_rate=0.0,
+                          eval_samples=8), *ON_CPU)
+    assert done.returncode == 0, done.text
+    policy = load_vla(tmp_path / f"runs/{kind}")
+    head, embedding = policy.vla.llm.get_output_embeddings(), policy.vla.llm.get_input_embeddings()
+    assert head.weight is embedding.weight and torch.equal(head.weight[:500], table.to(head.weight.dtype))
+    assert policy.predict_action(IMAGE, "open").shape == (4,)
+
+
+# ---- Tokenizers --------------------------------------------------------------------------------------------
+
+
+def byte_level(folder: Path, **settings) -> None:
+    """A tokenizer of 300 pieces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(["open the drawer"] * 9, trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False,
+        special_tokens=[value for key, value in settings.items() if key.endswith("_token")]))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", **settings}))
+
+
+def sentencepiece_model() -> bytes:
+    """A tokenizer.model as Llama's and Vicuna's: protobuf by hand, pieces and a trainer of type BPE."""
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{i:02X}>", 6) for i in range(256)),
+              ("\u2581", 1), ("\u2581o", 1)]
+
+    def field(number: int, data: bytes) -> bytes:
+        size = bytes([len(data)] if len(data) < 128 else [len(data) & 127 | 128, len(data) >> 7])
+        return bytes([number << 3 | 2]) + size + data
+
+    model = b"".join(field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -i) + bytes([0x18, kind]))
+                     for i, (text, kind) in enumerate(pieces))
+    return model + field(2, b"\x18\x02\xe8\x02\x00\xf0\x02\x01\xf8\x02\x02\x98\x02\x01")
+
+
+@pytest.mark.parametrize("settings", [{}, {"bos_token": "<s>"}, {"pad_token": "<pad>", "unk_token": "<unk>"}])
+def test_a_tokenizer_without_an_end_is_refused_by_name(settings, plain_run, tiny, tmp_path):
+    byte_level(tmp_path, **settings)
+    with pytest.raises(UserError, match=f"tokenizer: '{tmp_path}' has no eos_token.*tokenizer_config.json"):
+        load_tokenizer(str(tmp_path), True)
+    if not settings:
+        done = plain_run(tiny(tokenizer=str(tmp_path)), *ON_CPU)
+        assert done.returncode == 1 and "eos" in done.text and "Traceback" not in done.text
+
+
+@pytest.mark.parametrize("settings", [{"eos_token": "</s>"},
+                                      {"eos_token": "<|end|>", "bos_token": "<|begin|>"}])
+def test_a_tokenizer_with_an_end_serves(settings, tmp_path):
+    byte_level(tmp_path, **settings)
+    tokenizer = load_tokenizer(str(tmp_path), True)
+    assert tokenizer.decode([tokenizer.eos_token_id]) == settings["eos_token"]
+    assert prompt_ids(tokenizer, "open")[0] == tokenizer.convert_tokens_to_ids([*settings.values()][-1])
+
+
+def test_tokenizer_model_alone(plain_run, tiny, tmp_path):
+    """lmsys/vicuna-7b-v1.5, which 28 of Prismatic's ids use, has nothing else."""
+    (tmp_path / "vicuna").mkdir()
+    (tmp_path / "vicuna/tokenizer.model").write_bytes(sentencepiece_model())
+    (tmp_path / "vicuna/tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
+    tokenizer = load_tokenizer(str(tmp_path / "vicuna"))
+    assert tokenizer.action_vocab_size == 261 and tokenizer.eos_token_id == 2
+    assert tokenizer("x", add_special_tokens=False).input_ids == [259, ord("x") + 3]
+    done = plain_run(tiny(tokenizer=str(tmp_path / "vicuna"), max_steps=1, save_interval=0, eval_samples=8),
+                     *ON_CPU)
+    assert done.returncode == 0, done.text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {"type": "BPE"}}'])
+def test_what_is_no_tokenizer_is_said_to_be_none(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"tokenizer: '{tmp_path}' is none: "):
+        load_tokenizer(str(tmp_path))
+
+
+# ---- Checkpoints that are more, or other, than what is loaded ----------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["my_robot", "bridge_orig"])
+def test_openvlas_finetuned_statistics_count(key, exported):
+    """Its finetune.py leaves the base model's in config.json; those of its own data lie beside it, also where
+    the base model knew data of that name."""
+    facts = json.loads((exported / "config.json").read_text())
+    base = facts["norm_stats"].pop("metaworld_demo")
+    facts["norm_stats"] = {"bridge_orig": base, "viola": base}
+    (exported / "config.json").write_text(json.dumps(facts))
+    mine = json.loads(json.dumps(base))
+    mine["action"]["q99"] = [2 * value for value in base["action"]["q99"]]
+    (exported / "dataset_statistics.json").write_text(json.dumps({key: mine}))
+    policy = load_vla(exported)
+    assert policy.norm_stats[key]["action"]["q99"] == mine["action"]["q99"]
+    assert policy.norm_stats["viola"] == base
+    mine, theirs = (policy.predict_action(IMAGE, "open", name) for name in (key, "viola"))
+    assert not np.allclose(mine, theirs)
+
+
+@pytest.mark.parametrize("names, part", [
+    (["action_head--9_checkpoint.pt", "proprio_projector--9_checkpoint.pt"], "continuous action head"),
+    (["proprio_projector--5_checkpoint.pt"], "projector of the robot's state"),
+    (["vision_backbone--150000_checkpoint.pt"], "FiLM"), (["noisy_action_projector--1.pt"], "diffusion head"),
+    (["adapter_config.json", "adapter_model.safetensors"], "an adapter: merge it first"),
+])
+def test_a_checkpoint_with_parts_that_would_be_left_out(names, part, exported, run):
+    for name in names:
+        (exported / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=f"{exported}: has .*{part}.*act nonsense"):
+        load_vla(exported)
+    for name in names:
+        (exported / name).unlink()
+    (exported / "lora_adapter").mkdir()  # what a merged one leaves beside itself hurts nobody
+    assert load_vla(exported).predict_action(IMAGE, "open").shape == (4,)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 12. Where files live
+
+
+@pytest.mark.parametrize("path", ["~/runs", "$SCRATCH/runs", "${SCRATCH}/a/runs"])
+def test_what_a_shell_would_expand_is_expanded(path, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("INDEX", str(tmp_path))
+    cfg = config.load_config(tiny(run_root_dir=path, index_dir="$INDEX/index"))
+    expected = path.replace("~", "$HOME").replace("${SCRATCH}", "$SCRATCH")
+    for name in ("HOME", "SCRATCH"):
+        expected = expected.replace(f"${name}", os.environ[name])
+    assert config.run_directory(cfg).parent == Path(expected) and cfg.index_dir == str(tmp_path / "index")
+
+
+@pytest.mark.parametrize("format, room", [("hf", 0.5), ("native", 0.5), ("native", 1.5), ("hf", 1.02),
+                                          ("native", 2.02)])
+def test_exporting_to_a_full_disk(format, room, run, tmp_path, commands):
+    """room: for how many copies of the tensors. It ends at once, or in the middle where other files came
+    between; in one line, and leaves nothing."""
+    tensors = open_weights(run).tensors
+    copy = sum(tensors.whole(name).nbytes for name in tensors.shapes)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    left = tmp_path / "left"
+    mount = f"mount -t tmpfs -o size={int(room * copy) // 4096 * 4}k tmpfs {disk}"
+    ((status, text),) = commands((mount, {}, "export_vla.py", [run, disk / "out", "--format", format]))
+    commands((f"ls -A {disk} > {left}", {}, "export_vla.py", [run, run, "--format", format]))
+    assert status == 1 and "Traceback" not in text and left.read_text() == "", text
+    assert re.search("error: .*[Nn]o space left", text), text
+
+
+@pytest.mark.parametrize("umask, readable", [(0o022, stat.S_IRGRP | stat.S_IROTH), (0o027, stat.S_IRGRP)])
+@pytest.mark.parametrize("format", ["hf", "native"])
+def test_exports_are_readable_by_the_umask(format, umask, readable, run, tmp_path):
+    before = os.umask(umask)
+    try:
+        export_vla.export(str(run), tmp_path / "out", format)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o077 == readable, path
+
+
+def test_a_file_system_without_hard_links(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")  # as exFAT and some network file systems say
+
+    monkeypatch.setattr(os, "link", refuse)
+    export_vla.export(str(run), tmp_path / "out", "native")
+    first, second = sorted((tmp_path / "out/checkpoints").iterdir())
+    assert first.name == "latest-checkpoint.pt" and first.read_bytes() == second.read_bytes()
+    assert load_vla(tmp_path / "out").predict_action(IMAGE, "open").shape == (4,)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capfd, data_config):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    assert take_lock(tmp_path / "lock") is None
+    assert "cannot be locked" in capfd.readouterr().err
+    write_arm(tmp_path, random_actions(7))
+    mixture = Mixture(data_config(data_root_dir=str(tmp_path), data_mix="arm",
+                                  datasets={"arm": {"primary": "image"}}))
+    assert len(mixture.tables[0].frames) == 32 and "start one job at a time" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train_vla.py --config {tiny} --deepspeed_config ds_configs/cpu.json",
+                                     "data.py --inspect {data}/arm --out {tmp}/sheet.png",
+                                     "data.py --check {data}/arm"])
+def test_read_only_data_and_no_home(command, tiny, tmp_path, commands):
+    """Containers and SLURM have it so: the cure is named. With it, it works."""
+    write_arm(tmp_path / "from", random_actions(7))
+    (tmp_path / "data").mkdir()
+    config = tiny(data_root_dir=str(tmp_path / "data"), data_mix="arm", max_steps=1, save_interval=0,
+                  datasets={"arm": {"primary": "image"}}, eval_samples=8)
+    script, *arguments = command.format(tiny=config, data=tmp_path / "data", tmp=tmp_path).split()
+    mount = (f"mount -t tmpfs tmpfs {tmp_path}/data && cp -r {tmp_path}/from/* {tmp_path}/data && "
+             f"mount -o remount,ro {tmp_path}/data")
+    index_dir = tmp_path / "index"
+    cure = ["--set", f"index_dir={index_dir}"] if script == "train_vla.py" else ["--index_dir", index_dir]
+    ((status, text),) = commands((mount, {"HOME": "/proc/nohome"}, script, arguments))
+    assert status == 1 and "Traceback" not in text, text
+    assert re.search("error: .*arm/1.0.0: no frame table can be written to .*: set index_dir", text), text
+    ((status, text),) = commands(("true", {"HOME": "/proc/nohome"}, script, [*arguments, *cure]))
+    assert status == 0, text
+
+
+def test_read_only_data_with_a_table_of_their_own(tmp_path, commands):
+    """Which somebody made who could write there."""
+    directory = write_arm(tmp_path, random_actions(7))
+    inspect = ["--inspect", directory, "--out", tmp_path / "sheet.png"]
+    ((status, first),) = commands(("", {}, "data.py", inspect))
+    assert status == 0 and len(list(directory.glob(".frame_table/*/table.json"))) == 1
+    mount = f"mount --bind {directory} {directory} && mount -o remount,bind,ro {directory}"
+    ((status, text),) = commands((mount, {"HOME": "/proc/nohome"}, "data.py", inspect))
+    assert status == 0 and text == first
+
+
+def test_small_shared_memory(tiny, commands):
+    """Docker gives 64 MB of it, and with large batches that is little."""
+    config = tiny(max_steps=3, save_interval=0, num_workers=2, global_batch_size=64, per_device_batch_size=64,
+                  eval_samples=8)
+    ((status, text),) = commands(("mount -t tmpfs -o size=64k tmpfs /dev/shm", {}, "train_vla.py",
+                                  ["--config", config, *ON_CPU]))
+    commands(("umount -l /dev/shm", {}, "train_vla.py", ["--config", "none"]))
+    assert "Traceback" not in text, text
+    told = [line for line in text.splitlines() if "/dev/shm" in line and "lower num_workers" in line]
+    assert status == 0 or len(told) == 1, text
+
+
+# ---- How jobs start ----------------------------------------------------------------------------------------
+
+
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+         "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+PYTORCH = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node7"}
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}),
+    ({"MASTER_PORT": "4"}, {"RANK": "0", "MASTER_PORT": "4"}),
+    (PYTORCH, {**PYTORCH, "LOCAL_RANK": "0", "MASTER_PORT": "29500"}),  # Kubeflow: a process in each pod
+    ({**PYTORCH, "LOCAL_RANK": "1", "MASTER_PORT": "5"}, {"LOCAL_RANK": "1", "MASTER_PORT": "5"}),
+    ({**OPEN_MPI, "MASTER_ADDR": "node7"},
+     {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7"}),
+    ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, {"RANK": "3", "MASTER_ADDR": "127.0.0.1"}),
+    ({**OPEN_MPI, **PYTORCH}, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node7"}),  # torchrun within
+    ({"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+     {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}),
+    ({**SLURM, "MASTER_ADDR": "node7"},
+     {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}),
+    ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}),
+])
+def test_ranks_under_any_launcher(environ, expected):
+    environ = dict(environ)
+    settle_place(environ)
+    assert {name: environ[name] for name in expected} == expected
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys()
+
+
+@pytest.mark.parametrize("environ, missing", [
+    ({"RANK": "2"}, "WORLD_SIZE and no MASTER_ADDR"), ({"RANK": "2", "WORLD_SIZE": "4"}, "MASTER_ADDR"),
+    (SLURM, "MASTER_ADDR"), (OPEN_MPI, "MASTER_ADDR"),
+])
+def test_what_a_launcher_left_unsaid_is_named(environ, missing):
+    with pytest.raises(UserError, match=rf"RANK \d but no {missing}: set these, too, or start the job with"):
+        settle_place(dict(environ))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("ranks, variables", [
+    (1, {"RANK": "{rank}", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}),
+    (2, {name: {"SIZE": "2", "RANK": "{rank}"}[name.rpartition("_")[2]] for name in OPEN_MPI}),
+], ids=["kubernetes", "mpirun"])
+def test_a_job_of_another_launcher_trains(ranks, variables, tiny, commands):
+    arguments = ["--config", tiny(max_steps=1, save_interval=0, eval_samples=8, run_id="job"), *ON_CPU]
+    environs = [{"MASTER_PORT": str(free_port()), **variables}] * ranks
+    environs = [{key: value.format(rank=rank) for key, value in environ.items()}
+                for rank, environ in enumerate(environs)]
+    done = commands(*(("", environ, "train_vla.py", [*arguments, "--local-rank=0"]) for environ in environs))
+    assert all(status == 0 for status, _ in done), done
+    assert f"ranks {ranks} " in done[0][1] and "done steps 1" in done[0][1]
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2"},
+                                       {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0"}])
+def test_a_port_in_use_is_named(variables, tiny, commands):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        ((status, text),) = commands(("", {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                                      "train_vla.py", ["--config", tiny(), *ON_CPU]))
+    assert status == 1 and f"error: port {port} is in use" in text and "--master_port" in text, text
+    assert "Traceback" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 13. The server lets in who belongs there
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--host", "0.0.0.0"], "lets others in than this machine: give a password with --token .*--no_token"),
+    (["--host", "::"], "lets others in than this machine"),
+    (["--host", socket.gethostname()], "lets others in than this machine|error"),
+    (["--token", "NOT_SET_ANYWHERE"], "--token: 'NOT_SET_ANYWHERE' is neither a file nor an environment var"),
+    (["--host", "0.0.0.0", "--token", "EMPTY"], "--token: 'EMPTY' is empty"),
+    (["--token", "{tmp}/blank"], "is empty: write a long random text"),
+])
+def test_a_server_without_a_password_stays_on_this_machine(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMPTY", "")
+    (tmp_path / "blank").write_text("\n")
+    arguments = [word.format(tmp=tmp_path) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["serve_vla.py", "--checkpoint", str(tmp_path / "no model"), *arguments])
+    if socket.gethostname() in arguments and serve_vla.on_this_machine(socket.gethostname()):
+        pytest.skip("this machine is known to itself alone")
+    with pytest.raises(SystemExit, match=message):
+        serve_vla.main()
+
+
+@pytest.fixture(scope="module")
+def server(run, tmp_path_factory):
+    """A server on all addresses with the password of a file, which closes silent connections after 2 seconds
+    -> its port."""
+    path = tmp_path_factory.mktemp("server")
+    (path / "password").write_text("open sesame\n")
+    code = "import serve_vla; serve_vla.HEAD_SECONDS = 2; serve_vla.main()"
+    log = path / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--checkpoint", run, "--host", "0.0.0.0", "--port", "0", "--device",
+             "cpu", "--token", path / "password"], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (found := re.search(r"serving http://0\.0\.0\.0:(\d+) model ", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield int(found[1])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0 and "Traceback" not in log.read_text(), log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+BODY = json.dumps({"image": IMAGE.tolist(), "instruction": "open"}).encode()
+
+
+def ask(port: int, path: str = "/act", **headers) -> tuple[int, object]:
+    client = Client(port)
+    client.http.request("POST" if path == "/act" else "GET", path, BODY if path == "/act" else None, headers)
+    reply = client.http.getresponse()
+    return reply.status, json.loads(reply.read())
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer open"}, {"Authorization": "open sesame"},
+                                     {"Authorization": "Basic open sesame"}, {"Authorization": "Bearer "},
+                                     {"Authorization": "Bearer open sesame2"}, {"X-Token": "open sesame"}])
+def test_who_has_no_password_is_not_answered(headers, server):
+    status, reply = ask(server, **headers)
+    assert status == 401 and "Authorization: Bearer" in reply["error"]
+    assert ask(server, "/health", **headers) == (200, {"status": "ok"})  # that it lives, and nothing more
+
+
+def test_who_has_it_is(server, run):
+    known = {"Authorization": "Bearer open sesame"}
+    status, action = ask(server, **known)
+    assert status == 200
+    np.testing.assert_allclose(action, load_vla(run).predict_action(IMAGE, "open"), atol=1e-6)
+    facts = ask(server, "/health", **known)[1]
+    assert facts["cameras"] == ["primary"]
+    assert facts["action"] == {"metaworld_demo": [f"action[{i}]" for i in range(4)]}
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /act HTTP/1.1\r\nHost: x\r\n", b"GET "])
+def test_a_connection_without_a_request_is_closed(sent, server):
+    with socket.create_connection(("127.0.0.1", server), timeout=30) as connection:
+        begun = time.monotonic()
+        connection.sendall(sent)
+        read_all(connection)
+        assert 1 < time.monotonic() - begun < 10
+
+
+def test_a_trickle_is_closed_too_and_so_is_silence_after_a_reply(server):
+    with (socket.create_connection(("127.0.0.1", server), timeout=30) as slow,
+          socket.create_connection(("127.0.0.1", server), timeout=30) as served):
+        served.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert served.recv(1000).startswith(b"HTTP/1.1 200")
+        with pytest.raises(OSError):
+            for letter in b"POST /act HTTP/1.1\r\nHost: a-name-of-very-many-letters" * 10:
+                slow.sendall(bytes([letter]))
+                time.sleep(0.2)
+        assert b"200" not in read_all(served)
+
+
+def test_many_silent_connections_keep_nobody_out(server):
+    silent = [socket.create_connection(("127.0.0.1", server), timeout=30)
+              for _ in range(serve_vla.MAX_CONNECTIONS)]
+    try:
+        time.sleep(3)
+        assert ask(server, Authorization="Bearer open sesame")[0] == 200
+    finally:
+        for connection in silent:
+            connection.close()
+
+
+def test_a_request_may_take_longer_than_its_head(server):
+    head = b"POST /act HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer open sesame\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server), timeout=30) as connection:
+        connection.sendall(head % len(BODY) + BODY[:1000])
+        time.sleep(3)
+        connection.sendall(BODY[1000:])
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
