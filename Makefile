@@ -8,6 +8,9 @@ demo: .venv/core  # train the small VLA and see that it learned (about six minut
 rollout: .venv/examples  # let what "make demo" has trained act in the simulator: success rates, picture, film
 	python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
 
+break: .venv/core  # tell what "make demo" has trained something wrong, and see what notices (two minutes)
+	python examples/break/break.py
+
 test: .venv/dev  # nearly everything, on the CPU
 	python -m pytest -q -n 2 --dist loadfile
 
@@ -31,4 +34,4 @@ check: .venv/dev
 	pip install -r examples/metaworld/requirements.txt -c constraints.txt
 	touch $@
 
-.PHONY: demo rollout test slow check
+.PHONY: demo rollout break test slow check

@@ -1,29 +1,74 @@
-"""What the README says of the code is true of the code."""
+"""What the documentation says of the code is true of the code, and English and Chinese say the same."""
 
 import re
+import runpy
 
+import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+COUNT = runpy.run_path(str(ROOT / "docs/count.py"))
+PAGES = [path.relative_to(ROOT).as_posix() for folder in ("", "docs", "bench", "ds_configs", "examples/*")
+         for path in ROOT.glob(f"{folder}/*.md".lstrip("/"))]
+PAIRS = [("README.md", "README.zh.md"), ("docs/tour.md", "docs/tour.zh.md")]
 
 
-def lines(name: str) -> int:
-    return (ROOT / name).read_text().count("\n")
+def read(page: str) -> str:
+    return (ROOT / page).read_text()
 
 
-def test_line_counts():
-    training, rest = README.split("*and not needed to train:*")
-    row = re.compile(r"^\| `(\w+\.py)` \| (\d+) \|", re.MULTILINE)
-    tour = dict(row.findall(training)) | dict(row.findall(rest))
-    assert set(tour) == {path.name for path in ROOT.glob("*.py")}
-    assert {name: int(count) for name, count in tour.items()} == {name: lines(name) for name in tour}
-    files, count = re.search(r"\| (\d+) files, ([\d,]+) lines \|$", README, re.MULTILINE).groups()
-    core = [name for name, _ in row.findall(training)]
-    assert (int(files), int(count.replace(",", ""))) == (len(core), sum(lines(name) for name in core))
+def test_lengths():
+    """Those of files, of the lesson and of a training run; python docs/count.py mends them."""
+    listed = {name for _, name in COUNT["ROW"].findall(read("docs/files.md"))}
+    assert listed == {path.name for path in ROOT.glob("*.py")}
+    for page in ("README.md", "README.zh.md", "docs/files.md"):
+        assert read(page) == COUNT["counted"](read(page)), page
+    assert [name for _, name in COUNT["ROW"].findall(read("README.md"))] == COUNT["LESSON"]
+    assert COUNT["lines"](COUNT["LESSON"]) <= 1000 and len(read("README.md").splitlines()) <= 140
 
 
 def test_files_it_names_exist():
-    named = re.findall(r"`((?:\w+/)+[\w.+-]+\.(?:py|json|yaml|md))`", README)
-    links = re.findall(r"\]\(([\w/.]+)\)", README)
-    missing = [name for name in [*named, *links] if not (ROOT / name).exists()]
-    assert len(named) + len(links) > 5 and not missing
+    found = 0
+    for page in PAGES:
+        here = (ROOT / page).parent
+        named = re.findall(r"`((?:\w+/)+[\w.+-]+\.(?:py|json|yaml|md))`", read(page))
+        links = re.findall(r"\]\(([\w/.+-]+)(?:#[\w-]+)?\)", read(page))
+        missing = [name for name in named if not any((root / name).exists() for root in (ROOT, here))
+                   and not name.startswith(("prismatic/", "vla-scripts/", "meta/"))]
+        missing += [link for link in links if not (here / link).exists()]
+        assert not missing, (page, missing)
+        found += len(named) + len(links)
+    assert found > 75
+
+
+def test_anchors_exist():
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\(([\w/.+-]*)#([\w-]+)\)", read(page)):
+            target = (ROOT / page).parent / link if link else ROOT / page
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            titles = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in titles, (page, anchor)
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_english_and_chinese_agree(english, chinese):
+    """Code blocks, file names and keys, links but for the language, and numbers."""
+    first, second = read(english), read(chinese).split("## 附录")[0]  # there: libraries, words, mirrors
+    blocks = [re.findall(r"```\w+\n.*?```", text, re.DOTALL) for text in (first, second)]
+    assert blocks[0] == blocks[1]
+    first, second = (re.sub(r"```\w+\n.*?```", "", text, flags=re.DOTALL) for text in (first, second))
+    for what in (r"`[^`\n]+`", r"\]\(([\w/.:-]+)", r"(?a:(?<![\w.])\d[\d,.]*(?:e-?\d+)?(?!\w))"):
+        ours, theirs = ({one.replace(".zh", "").rstrip(".,") for one in re.findall(what, text)}
+                        for text in (first, second))
+        assert ours == theirs, what
+
+
+def test_pictures_are_drawn_by_the_script(tmp_path):
+    drawing = runpy.run_path(str(ROOT / "docs/draw.py"))
+    drawing["sequence"].__globals__["FOLDER"] = tmp_path
+    for language, ending in (("en", ""), ("zh", ".zh")):
+        words = drawing["WORDS"][language]
+        drawing["sequence"](words, f"sequence{ending}.svg")
+        drawing["data"](words, drawing["CHAIN"][language], f"data{ending}.svg")
+        drawing["zero"](words, f"zero{ending}.svg")
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (ROOT / "docs" / path.name).read_text(), path.name

@@ -1,0 +1,35 @@
+"""Run the experiments of docs/tour.md: python docs/experiment.py 4      (or several numbers, or none for all)
+
+The code is the tour's own: the Python block under each station's heading. What it prints stands below it.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+BLOCKS = re.compile(r"^## (\d+)\. (.*?)$.*?```python\n(.*?)```\n\n```text\n(.*?)```",
+                    re.MULTILINE | re.DOTALL)
+
+
+def experiments(tour: str = "tour.md") -> dict[int, tuple[str, str, str]]:
+    """{station: (title, code, what it prints)} of a tour."""
+    stations = re.split(r"^(?=## \d)", (FOLDER / tour).read_text(), flags=re.MULTILINE)
+    found = [match.groups() for station in stations if (match := BLOCKS.search(station))]
+    return {int(number): tuple(rest) for number, *rest in found}
+
+
+def run(code: str) -> str:
+    """What the code prints, run from the project's folder."""
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "DS_ACCELERATOR": "cpu"}
+    return subprocess.run([sys.executable, "-"], input=code, text=True, cwd=FOLDER.parent, env=environment,
+                          stdout=subprocess.PIPE, check=True).stdout
+
+
+if __name__ == "__main__":
+    known = experiments()
+    for number in [int(word) for word in sys.argv[1:]] or known:
+        title, code, _ = known[number]
+        print(f"{number}. {title}", run(code), sep="\n")
