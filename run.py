@@ -57,6 +57,7 @@ class Run:
         """Raises UserError when `cfg` does not fit the run of that name, or another job is in it."""
         self.quiet, self.path, self.cfg = dist.get_rank() != 0, run_directory(cfg), cfg
         self.lock, self.checkpoint, self.step, self.started = None, None, 0, time.time()
+        self.base = None
         if self.path.exists():
             self.claim()
         if own := list_checkpoints(self.path / "checkpoints"):
@@ -186,7 +187,8 @@ class Run:
         """Save a checkpoint. A failure ends the run if it `must` succeed, or on_save_error says so."""
         tag = f"step-{step:06d}-epoch-{epoch:02d}-loss={loss:.4f}"
         try:
-            path = save_checkpoint(engine, self.path / "checkpoints", tag, {"step": step, "epoch": epoch},
+            path = save_checkpoint(engine, self.path / "checkpoints", tag,
+                                   {"step": step, "epoch": epoch, "base": self.base},
                                    self.cfg.keep_checkpoints)
         except CheckpointError as error:
             if must or self.cfg.on_save_error == "stop":
