@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,8 @@ from test_zero import JSONS, MODEL, STEPS, agree, cell, read, tensors
 
 import export_vla
 import int8
+import ranks
+import run
 from act import load_vla
 from action_tokenizer import load_tokenizer
 from checkpoint import Checkpoint, CheckpointError, list_checkpoints
@@ -57,11 +60,11 @@ def runs(tmp_path_factory):
     resumed = cell(root, "resumed", "zero2", **LORA, base_vlm=str(root / "base"),
                    pretrained_checkpoint=str(root / "straight/checkpoints/step-000002-*"))
     base = cell(root, "base", "cpu", bf16=False, max_steps=20, learning_rate=1e-2)
-    for ranks, content in ((1, {**base, **cells(root, 1), **more_cells(root), **resumed}),
+    for count, content in ((1, {**base, **cells(root, 1), **more_cells(root), **resumed}),
                            (2, cells(root, 2))):
-        path = root / f"cells{ranks}.json"
+        path = root / f"cells{count}.json"
         path.write_text(json.dumps(content))
-        done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
+        done = launch(path, ranks=count, script="tests/run_cells.py", timeout=1200)
         assert done.returncode == 0, done.text[-5000:]
     return root
 
@@ -77,7 +80,7 @@ def test_no_way_of_sharding_changes_the_losses(kind, freezing, runs):
 def test_both_matter(runs):
     first = {kind: read(runs / f"{kind}-full-zero0-x1") for kind in KINDS}
     full = read(runs / "lora-frozen_vision-zero0-x1", "grad_norm")
-    assert (abs(first["lora"] - first["int8"]) > 1e-6).all()
+    assert abs(first["lora"] - first["int8"]).max() > 1e-5
     assert (abs(read(runs / "lora-full-zero0-x1", "grad_norm") - full) > 1e-3).all()
 
 
@@ -135,17 +138,21 @@ def test_adapters_begin_as_nothing_and_merge_to_the_same(runs, batch):
     assert (logits(merged, batch) - begun).abs().max() > 1e-2
     opened = open_weights(runs / "lora-full-zero0-x1").tensors  # any part of a merged matrix can be read
     name = "llm_backbone.llm.model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(opened.read(name, 5, 21), opened.whole(name).flatten()[5:21])
+    torch.testing.assert_close(opened.read(name, 5, 21), opened.whole(name).flatten()[5:21])
 
 
-def test_as_many_parameters_as_under_openvlas_finetune():
-    """peft reports them at the start of its fine-tunes: "trainable params: 110,828,288"."""
+def test_nearly_as_many_parameters_as_under_openvlas_finetune():
+    """There peft reports "trainable params: 110,828,288 || all params: 7,652,065,472". Its "all-linear" meant
+    names' last words: `proj` also chose the towers' first convolutions, and the head was not left out."""
     cfg = released_config("prism-dinosiglip-224px+7b")
     with parameters_without_memory():
         vla = VLA(cfg, load_tokenizer(str(LLAMA_TOKENIZER)))
     vla.freeze(False, False, False)
     add_adapters(vla, 32, 16.0, seed=7)
-    assert vla.count_parameters() == (7_652_065_472, 110_828_288)
+    convolutions = [tower.patch_embed.proj.weight.shape for tower in vla.vision_backbone.values()]
+    more = sum(shape[0] + shape[1:].numel() for shape in (*convolutions, vla.llm.lm_head.weight.shape))
+    whole, trained = vla.count_parameters()
+    assert (whole + 32 * more, trained + 32 * more) == (7_652_065_472, 110_828_288)
 
 
 # ---- The base ----------------------------------------------------------------------------------------------
@@ -205,9 +212,9 @@ def test_what_cannot_be_is_refused(tmp_path, tiny):
 def test_peft_loads_the_adapters_onto_the_exported_base(runs, batch, tmp_path):
     """The module tree of OpenVLA's Hugging Face class, made of this project's modules."""
     peft = pytest.importorskip("peft")
-    run = runs / "lora-full-zero0-x1"
+    adapted = runs / "lora-full-zero0-x1"
     export_vla.export(str(runs / "base"), tmp_path / "base", "hf")
-    export_vla.export(str(run), tmp_path / "adapter", "peft")
+    export_vla.export(str(adapted), tmp_path / "adapter", "peft")
     vla = load_vla(tmp_path / "base").vla
     begun, projector = logits(vla, batch), vla.projector["projector"]
 
@@ -220,7 +227,7 @@ def test_peft_loads_the_adapters_onto_the_exported_base(runs, batch, tmp_path):
 
     theirs = peft.PeftModel.from_pretrained(Theirs(), tmp_path / "adapter")
     projector[0], projector[2] = theirs.base_model.model.projector.values()
-    expected = logits(load_vla(run).vla, batch)
+    expected = logits(load_vla(adapted).vla, batch)
     torch.testing.assert_close(logits(vla, batch), expected, atol=1e-5, rtol=1e-5)
     assert (expected - begun).abs().max() > 1e-2
     with pytest.raises(CheckpointError, match="has no adapters"):
@@ -257,3 +264,37 @@ def test_a_trained_model_in_8_bits_says_the_same(dtype, colours):
             int8.shrink(layer)
         _, found, true = vla(**batch)
     assert (found == expected).float().mean() >= 0.99 and (found == true).float().mean() > 0.9
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage, expected", [  # GB of 1e9 parameters on 4 ranks: ds_configs/README.md's table
+    (0, (2, 2, 12)), (1, (2, 6, 3)), (2, (2, 1, 3)), (3, (0.5, 1, 3))])
+def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
+    lines, ds_config = [], {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    with torch.device("meta"):
+        vla = torch.nn.Linear(50_000, 20_000, bias=False)
+    vla.count_parameters = lambda: (10**9, 10**9)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 4)
+    run.check_memory(vla, ds_config, SimpleNamespace(line=lines.append))
+    values = dict(zip(lines[0].split()[1::2], map(float, lines[0].split()[2::2]), strict=True))
+    assert tuple(values.values()) == expected
+    assert [*values] == ["weights_gb", "gradients_gb", "optimizer_gb"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4 * 10**9))
+    with pytest.raises(UserError, match=f"take {sum(expected):.1f} GB, of a GPU that has 4.0: take a "):
+        run.check_memory(vla, ds_config, SimpleNamespace(line=lines.append))
+
+
+def test_out_of_memory_ends_with_advice(capsys, monkeypatch):
+    def program():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(ranks, "start_job", lambda: None)
+    monkeypatch.setattr(ranks.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        ranks.run_job(program)
+    told = capsys.readouterr().err
+    assert "error: the GPU's memory is full: take a smaller per_device_batch_size" in told
+    assert "Traceback" not in told
