@@ -184,8 +184,8 @@ def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batc
 # ---- Beginning and end -------------------------------------------------------------------------------------
 
 
-LESS_MEMORY = (
-    'take a smaller per_device_batch_size, or "activation_checkpointing": {} in the JSON; train with lora_rank: '
+LESS_MEMORY = (  # what to do where a GPU has too little
+    'take a smaller per_device_batch_size, or "activation_checkpointing": {} in the JSON; train lora_rank: '
     "32 (a 7B: 17 GB beside its activations), and frozen_weights: int8 (10 GB); or let more GPUs share by a "
     "higher ZeRO stage, or the host's memory help (ds_configs/zero2_offload.json)")
 

@@ -67,7 +67,7 @@ class Run:
         else:
             self.checkpoint = given_checkpoint(cfg)
         if self.checkpoint:
-            self.step = self.checkpoint.meta["step"]
+            self.step, self.base = self.checkpoint.meta["step"], self.checkpoint.base
 
     def claim(self) -> None:
         """Make the directory, and make sure that no other job trains in it."""

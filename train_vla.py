@@ -156,18 +156,19 @@ def to_device(batch: dict, device) -> dict:
 
 
 def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights | None) -> VLA:
-    """The model, on the GPU. Its weights are random, and `weights` are put in place once it is sharded. So if
-    a run begins with weights, ZeRO-3 may shard the language model as it is made: it stands whole nowhere; and
-    a base, which is not trained, needs no memory before it is filled in."""
-    given = weights and any(name.startswith("vision_backbone.") for name in weights.tensors.shapes)
-    towers = {name: tower | {"pretrained": not given and tower.get("pretrained", cfg.pretrained_backbones)}
+    """The model, on the GPU, where its weights are random until `weights` are put in place. If a run begins
+    with weights, its language model stands whole nowhere: ZeRO-3 shards it as it is made; else it takes no
+    memory before `fill` reads it in the training's dtype."""
+    given = {name.split(".")[0] for name in weights.tensors.shapes} if weights else ()
+    new = "vision_backbone" not in given
+    towers = {name: tower | {"pretrained": new and tower.get("pretrained", cfg.pretrained_backbones)}
               for name, tower in cfg.vision_backbone.items()}
     make = partial(VLA, cfg.model_copy(update={"vision_backbone": towers}), tokenizer)
     begun_with = cfg.base_vlm or cfg.pretrained_checkpoint or cfg.pretrained_backbones
     with torch.device(get_accelerator().current_device_name()):
-        if is_zero3(ds_config) and begun_with:
+        if begun_with and ds_config.get("zero_optimization", {}).get("stage") == 3:
             return born_in_shards(make, ds_config)
-        return make(parameters_without_memory()) if cfg.rests_on_base else make()
+        return make(parameters_without_memory()) if "llm_backbone" in given else make()
 
 
 def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights | None, run: Run):
@@ -180,14 +181,12 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     if cfg.lora_rank:
         add_adapters(vla, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         trained_parts += f" lora_rank {cfg.lora_rank}"
-    if cfg.rests_on_base:
-        base = cfg.pretrained_checkpoint or cfg.base_vlm
-        run.base = run.checkpoint.base if run.checkpoint else describe_base(base, weights.tensors)
-    filled = run.base and not is_zero3(ds_config)
-    if filled:  # each rank has all of the base
+    if cfg.rests_on_base and not run.checkpoint:
+        run.base = describe_base(cfg.pretrained_checkpoint or cfg.base_vlm, weights.tensors)
+    if filled := any(param.is_meta for param in vla.parameters()):
         dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
-        fill(vla, weights.tensors, get_accelerator().current_device_name(), dtype,
-             in_8_bits=cfg.frozen_weights == "int8")
+        device = get_accelerator().current_device_name()
+        fill(vla, weights.tensors, device, dtype, in_8_bits=bool(cfg.frozen_weights))
     if cfg.compile:
         vla.compile_blocks()
     if "activation_checkpointing" in ds_config:
@@ -202,7 +201,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     run.line(f"model {trained_parts} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M "
              f"zero_stage {engine.zero_optimization_stage()} ranks {dist.get_world_size()} "
              f"accumulation {ds_config['gradient_accumulation_steps']}")
-    if weights and (run.base or not run.checkpoint):
+    if weights and (cfg.rests_on_base or not run.checkpoint):
         set_tensors(engine, weights.tensors.read, ("weight",), frozen=not filled)
         run.line(f"weights_from {weights.tensors.where}" + (f" except {', '.join(fresh)}" if fresh else ""))
     if run.checkpoint:
@@ -211,10 +210,6 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     if weights:
         weights.tensors = run.checkpoint = None  # they are read, and their files may be deleted now
     return engine
-
-
-def is_zero3(ds_config: dict) -> bool:
-    return ds_config.get("zero_optimization", {}).get("stage") == 3
 
 
 def with_yaml_values(ds_config: dict, cfg: TrainConfig) -> dict:
