@@ -61,8 +61,8 @@ def divide(folder: Path) -> None:
 def train(out: Path, name: str, data: str, **keys) -> dict:
     """A run of configs/demo.yaml on one of the two datasets -> its last held-out numbers."""
     config = {"inherits": str(ROOT / "configs/demo.yaml"), "data_root_dir": str(out / "data"),
-              "data_mix": data, "datasets": {data: {"primary": "image"}}, "run_root_dir": str(out), "run_id": name,
-              "eval_interval": 0, "save_interval": 100000, **keys}
+              "data_mix": data, "datasets": {data: {"primary": "image"}}, "run_root_dir": str(out),
+              "run_id": name, "eval_interval": 0, "save_interval": 100000, **keys}
     path = out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     subprocess.run([sys.executable, ROOT / "train_vla.py", "--config", path, "--deepspeed_config",
