@@ -8,8 +8,7 @@ tokens one after the other (greedy: `tokens_of`), and turns them into numbers. `
 one robot and a GPU several times as fast.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from convention import Convention, convention
 from images import center_crop, resize_image
 from llm import cached_forward, make_cache
 from model import VLA, take
-from weights import open_weights
+from weights import fill, open_weights, parameters_without_memory
 
 
 def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -44,29 +43,8 @@ def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch
     vla.llm.tie_weights()
     if missing := weights.tensors.check(vla):
         raise CheckpointError(f"{where}: has no {', '.join(missing)}, which acting needs")
-    for name, _ in [*vla.named_parameters()]:
-        module, _, leaf = name.rpartition(".")
-        value = weights.tensors.whole(name).to(device, dtype, copy=True)
-        vla.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-    vla.llm.tie_weights()
+    fill(vla.requires_grad_(False), weights.tensors, device, dtype)
     return Policy(vla.to(device).eval(), tokenizer, weights.norm_stats)
-
-
-@contextlib.contextmanager
-def parameters_without_memory() -> Iterator[None]:
-    """Modules made in here have matrices without values (on the meta device), but real buffers, vectors and
-    convolutions: timm's hybrid towers try theirs out as they are made."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module, name, param):
-        matrix = param is not None and param.ndim == 2
-        register(module, name, nn.Parameter(param.to("meta"), param.requires_grad) if matrix else param)
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 class Policy:

@@ -52,6 +52,7 @@ class Tensors:
     def __init__(self, where: str | Path):
         self.where, self.shapes = where, {}
         self.trained: dict[str, bool] = {}  # was a parameter trained? Where nobody knows, it is not there
+        self.base: dict | None = None  # what else the model needs, where only what was trained is here
         # (kind, parameter) -> its pieces: (first element, the one after the last, what reads elements of it)
         self.pieces: dict[tuple[str, str], list[tuple[int, int, Callable[[int, int], torch.Tensor]]]] = {}
 
@@ -83,6 +84,7 @@ class Tensors:
         as they are. To resume, nothing may be missing, and what was trained must be trained now."""
         problems, present = [], {name.split(".")[0] for name in self.shapes}
         ours = describe_parameters(module)
+        ours = {name: facts for name, facts in ours.items() if facts[1] or not self.base}
         for name, (shape, trained) in ours.items():
             if name not in self.shapes and (resume or name.split(".")[0] in present):
                 problems.append(f"missing {name}")
@@ -125,6 +127,7 @@ class Checkpoint(Tensors):
         self.path = Path(path)
         try:
             self.meta = json.loads((self.path / "checkpoint.json").read_text())
+            self.base = self.meta.get("base")
             for name, facts in self.meta["tensors"].items():
                 self.shapes[name], self.trained[name] = facts["shape"], facts["trainable"]
             for name, facts in self.meta["files"].items():
@@ -207,7 +210,8 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     def publish():
         if rank == 0:
             tensors = {name: {"shape": shape, "trainable": trainable}
-                       for name, (shape, trainable) in describe_parameters(engine.module).items()}
+                       for name, (shape, trainable) in describe_parameters(engine.module).items()
+                       if trainable or not meta.get("base")}
             merged = {name: facts for part in files for name, facts in part.items()}
             contents = json.dumps({**meta, "tensors": tensors, "files": merged})
             write_durably(scratch / "checkpoint.json", contents.encode())
@@ -217,7 +221,7 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
 
     try:
         together(make_room)
-        mine = together(lambda: write_local_files(engine, scratch, rank))
+        mine = together(lambda: write_local_files(engine, scratch, rank, frozen=not meta.get("base")))
         dist.all_gather_object(files, mine, group=patient_group())
         together(publish)
     except CheckpointError as error:
@@ -241,7 +245,7 @@ def together(action: Callable[[], object]):
     return result
 
 
-def write_local_files(engine, scratch: Path, rank: int) -> dict[str, dict]:
+def write_local_files(engine, scratch: Path, rank: int, frozen: bool) -> dict[str, dict]:
     """Write this rank's slices -> {file name: {"bytes": size, "crc32c": checksum}}. Raises CheckpointError
     rather than write a number that is not finite."""
     files, batch, size = {}, {}, 0
@@ -251,7 +255,7 @@ def write_local_files(engine, scratch: Path, rank: int) -> dict[str, dict]:
         write_durably(scratch / name, data)
         files[name] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
 
-    for key, tensor in local_tensors(engine):
+    for key, tensor in local_tensors(engine, frozen):
         if not tensor.isfinite().all():
             raise CheckpointError(f"{key} is not finite")
         batch[key] = tensor.detach().to("cpu", copy=True)

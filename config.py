@@ -108,6 +108,9 @@ class TrainConfig(BaseModel):
     freeze_vision_backbone: bool = False
     freeze_llm_backbone: bool = False
     unfreeze_last_llm_layer: bool = False
+    lora_rank: NotNegative = 0  # train adapters of this rank beside what is not frozen (lora.py); 0: itself
+    lora_alpha: Rate = 16.0  # an adapter's share is alpha / rank. OpenVLA: rank 32, and min(rank, 16)
+    frozen_weights: Literal["int8"] | None = None  # keep frozen matrices in 8 bits (int8.py)
 
     # data
     data_root_dir: str = "datasets/open-x-embodiment"  # the folder with the datasets' folders
@@ -158,6 +161,11 @@ class TrainConfig(BaseModel):
     action_dim: int = 0
     proprio_dim: int = 0
     features: dict[str, dict[str, int]] = {}  # of your own datasets: {feature: numbers in a step}
+
+    @property
+    def rests_on_base(self) -> bool:
+        """Do checkpoints hold only what was trained, and need what the training began with?"""
+        return bool(self.lora_rank or self.frozen_weights)
 
 
 FILLED_IN = ("action_dim", "proprio_dim", "features")  # the last three
@@ -246,6 +254,8 @@ def what_does_not_fit(cfg: TrainConfig) -> Iterator[str]:
     for name, tower in cfg.vision_backbone.items():
         if "model" not in tower:
             yield f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}"
+    if cfg.rests_on_base and not begins_with:
+        yield "lora_rank and frozen_weights: int8 need trained weights to rest on: set base_vlm"
     if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
         yield "pretrained_backbones: llm_backbone must be a directory or hub id, to take its weights from"
     if cfg.pretrained_backbones and (cfg.base_vlm or (begins_with and not cfg.is_resume)):
@@ -406,4 +416,9 @@ def from_command_line(description: str) -> tuple[TrainConfig, dict]:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     settle_place()
-    return load_config(find_input(args.config), args.set), load_ds_config(find_input(args.deepspeed_config))
+    cfg, ds_config = load_config(find_input(args.config), args.set), load_ds_config(
+        find_input(args.deepspeed_config))
+    if cfg.frozen_weights and ds_config.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(f"frozen_weights: {cfg.frozen_weights}: ZeRO-3 divides weights of the training's own "
+                        "dtype only: take ds_configs/zero2.json")
+    return cfg, ds_config

@@ -231,8 +231,8 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
     """Do all of it, and raise DataError if training and acting do not match on training frames."""
     learned, step = open_mixture(policy, cfg, True), 0
     mixture = learned if on_train_frames else open_mixture(policy, cfg, False)
-    if isinstance(checkpoint, Checkpoint):
-        step, run_dir = checkpoint.meta["step"], checkpoint.path.parents[1]
+    if (Path(checkpoint.where) / "checkpoint.json").exists():
+        step, run_dir = Checkpoint(checkpoint.where).meta["step"], Path(checkpoint.where).parents[1]
     known = cfg.global_batch_size * step if step and cfg.data_mix == policy.cfg.data_mix else 0
     samples = min(samples, (known if on_train_frames else 0) or int(mixture.sizes.sum()))
     frames = choose_frames(mixture, known - samples if known and on_train_frames else 0, samples)
@@ -361,7 +361,8 @@ def main() -> None:
         policy = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
-        folder = tensors.path.parents[1] if isinstance(tensors, Checkpoint) else Path()
+        own = Path(tensors.where) / "checkpoint.json"
+        folder = own.parents[2] if own.exists() else Path()
         out = args.out or folder / ("eval_train.png" if args.on_train_frames else "eval.png")
         out.parent.mkdir(parents=True, exist_ok=True)
         evaluate(policy, tensors, cfg, args.samples, args.on_train_frames, out)

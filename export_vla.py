@@ -2,12 +2,14 @@
 
     python export_vla.py runs/bridge+n1+b32+x7 exported --format hf --dtype bf16
     python export_vla.py openvla/openvla-7b exported --format native
+    python export_vla.py runs/my-lora+n1+b8+x7 adapter --format peft --dtype bf16
 
 The first argument is anything weights.py can open. hf: config.json, sharded safetensors, processor and
 tokenizer, for OpenVLA's Hugging Face class. native: config.json, dataset_statistics.json and
 checkpoints/*.pt, for OpenVLA's training code. Both keep this project's own description beside OpenVLA's (the
-key "zerovla" of config.json), so that load_vla and base_vlm take the export back exactly. Tensors pass
-through memory a few at a time; no GPU is needed.
+key "zerovla" of config.json), so that load_vla and base_vlm take the export back exactly, and adapters
+(lora.py) are merged into the weights. peft: the adapters alone, which Hugging Face's peft loads onto the base
+as it was exported for hf. Tensors pass through memory a few at a time; no GPU is needed.
 """
 
 import argparse
@@ -24,13 +26,21 @@ import torch
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
-from act import parameters_without_memory
 from action_tokenizer import load_tokenizer
-from checkpoint import CheckpointError
+from checkpoint import Checkpoint, CheckpointError
 from config import TrainConfig, told_in_one_line
 from llm import llm_config
+from lora import ADAPTER
 from model import build_tower
-from weights import LANGUAGE_MODELS, PRISMATIC, VISION_BACKBONES, Weights, hugging_face_prefixes, open_weights
+from weights import (
+    LANGUAGE_MODELS,
+    PRISMATIC,
+    VISION_BACKBONES,
+    Weights,
+    hugging_face_prefixes,
+    open_weights,
+    parameters_without_memory,
+)
 
 SHARD_BYTES = 1 << 30
 HUB_CODE = "openvla/openvla-7b--"  # where transformers finds the classes, with trust_remote_code=True
@@ -40,8 +50,9 @@ DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_
 
 
 def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:
-    """Write the model `where` to the new directory `out` in format "hf" or "native". dtype None keeps each
-    tensor's own. Raises CheckpointError when there is nothing to read or `out` exists."""
+    """Write the model `where` to the new directory `out` in format "hf", "native" or "peft". dtype None keeps
+    each tensor's own (of what adapters are merged into: float32). Raises CheckpointError when there is
+    nothing to read or `out` exists."""
     if out.exists():
         raise CheckpointError(f"{out} exists: remove it or name another directory")
     weights = open_weights(where)
@@ -53,7 +64,8 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         refuse_small_disk(weights, scratch, dtype, copies=1 if format == "hf" else 2)
         save_tokenizer(cfg, scratch)
         (scratch / "dataset_statistics.json").write_text(json.dumps(weights.norm_stats, indent=2))
-        (write_hugging_face if format == "hf" else write_native)(weights, cfg, scratch, dtype)
+        write = {"hf": write_hugging_face, "native": write_native, "peft": write_peft}[format]
+        write(weights, cfg, scratch, dtype)
         scratch.rename(out)
         if own := sorted(cfg.datasets.keys() & {name.partition(":")[0] for name in weights.norm_stats}):
             print(f"note: OpenVLA's own class acts in the standard form that the recipe of {', '.join(own)} "
@@ -268,12 +280,35 @@ def write_native(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dty
         shutil.copyfile(path, path.with_name("latest-checkpoint.pt"))
 
 
+# ---- Adapters ----------------------------------------------------------------------------------------------
+
+
+def write_peft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype | None) -> None:
+    """adapter_config.json and adapter_model.safetensors. Raises CheckpointError where there is more, or less,
+    than peft's files can say."""
+    if weights.base is None or not cfg.lora_rank:
+        raise CheckpointError(f"{weights.tensors.where} has no adapters: export it as hf or native")
+    own, towers, tensors, layers = Checkpoint(weights.tensors.where), tuple(cfg.vision_backbone), {}, []
+    if more := [name for name in own.shapes if not name.endswith(ADAPTER)]:
+        raise CheckpointError(f"{own.where}: {more[0]} was trained, too, and peft's files have no place "
+                              "for it: export it as hf or native")
+    for name in own.shapes:
+        layer, _, part = hugging_face_name(name, towers).rpartition(".")
+        tensors[f"base_model.model.{layer}.{part}.weight"] = own.whole(name).to(dtype).contiguous()
+        layers.append(layer)
+    (out / "adapter_model.safetensors").write_bytes(to_safetensors(tensors, metadata={"format": "pt"}))
+    (out / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "lora_dropout": 0.0,
+        "target_modules": sorted(set(layers)), "bias": "none", "init_lora_weights": "gaussian",
+        "base_model_name_or_path": own.base["where"], "inference_mode": True}, indent=2))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a run, a checkpoint, an export, a hub id: whatever weights.py opens")
     parser.add_argument("out", type=Path, help="a new directory")
-    parser.add_argument("--format", choices=["hf", "native"], required=True)
+    parser.add_argument("--format", choices=["hf", "native", "peft"], required=True)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
     args = parser.parse_args()
     with told_in_one_line():

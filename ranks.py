@@ -185,6 +185,12 @@ def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batc
 # ---- Beginning and end -------------------------------------------------------------------------------------
 
 
+LESS_MEMORY = (  # what to do where a GPU has too little
+    'take a smaller per_device_batch_size, or "activation_checkpointing": {} in the JSON; train lora_rank: '
+    "32 (a 7B: 17 GB beside its activations), and frozen_weights: int8 (10 GB); or let more GPUs share by a "
+    "higher ZeRO stage, or the host's memory help (ds_configs/zero2_offload.json)")
+
+
 def run_job(program: Callable[[], None]) -> None:
     """Connect the ranks, run the program on all of them, and end. A rank that fails ends at once: others may
     be waiting for it in a collective, and find that it has gone."""
@@ -193,8 +199,9 @@ def run_job(program: Callable[[], None]) -> None:
             neighbour = start_job()
             program()
             neighbour.release()
-    except SystemExit as stop:
-        print(f"\n{stop}", file=sys.stderr, flush=True)  # below the progress bar
+    except (SystemExit, torch.OutOfMemoryError) as stop:
+        told = stop if isinstance(stop, SystemExit) else f"error: the GPU's memory is full: {LESS_MEMORY}"
+        print(f"\n{told}", file=sys.stderr, flush=True)  # below the progress bar
         os._exit(1)
     except Exception:
         time.sleep(2)  # if it failed because another rank ended, Neighbour ends this one first, in one line

@@ -32,6 +32,7 @@ from data import Mixture
 from frames import take_lock
 from images import contact_sheet
 from model import VLA
+from ranks import LESS_MEMORY
 from weights import SHAPE
 
 # what a run may change when it continues; everything else would give its weights another meaning
@@ -57,6 +58,7 @@ class Run:
         """Raises UserError when `cfg` does not fit the run of that name, or another job is in it."""
         self.quiet, self.path, self.cfg = dist.get_rank() != 0, run_directory(cfg), cfg
         self.lock, self.checkpoint, self.step, self.started = None, None, 0, time.time()
+        self.base = None
         if self.path.exists():
             self.claim()
         if own := list_checkpoints(self.path / "checkpoints"):
@@ -65,7 +67,7 @@ class Run:
         else:
             self.checkpoint = given_checkpoint(cfg)
         if self.checkpoint:
-            self.step = self.checkpoint.meta["step"]
+            self.step, self.base = self.checkpoint.meta["step"], self.checkpoint.base
 
     def claim(self) -> None:
         """Make the directory, and make sure that no other job trains in it."""
@@ -186,7 +188,8 @@ class Run:
         """Save a checkpoint. A failure ends the run if it `must` succeed, or on_save_error says so."""
         tag = f"step-{step:06d}-epoch-{epoch:02d}-loss={loss:.4f}"
         try:
-            path = save_checkpoint(engine, self.path / "checkpoints", tag, {"step": step, "epoch": epoch},
+            path = save_checkpoint(engine, self.path / "checkpoints", tag,
+                                   {"step": step, "epoch": epoch, "base": self.base},
                                    self.cfg.keep_checkpoints)
         except CheckpointError as error:
             if must or self.cfg.on_save_error == "stop":
@@ -257,7 +260,28 @@ def step_of(line: str) -> float:
         return math.inf
 
 
-# ---- How well the GPU is used ------------------------------------------------------------------------------
+# ---- The GPU -----------------------------------------------------------------------------------------------
+
+
+def check_memory(vla: VLA, ds_config: dict, run: Run) -> None:
+    """Log what each GPU keeps all the time, in GB. Raises UserError where that is more than it has; what a
+    batch takes comes on top."""
+    zero, count = ds_config.get("zero_optimization", {}), vla.count_parameters()[1]
+    stage, half = zero.get("stage", 0), ds_config.get("bf16", {}).get("enabled", False)
+    ranks = [dist.get_world_size() if stage >= divided else 1 for divided in range(4)]
+    on_host = zero["offload_optimizer"].get("ratio", 1) if "offload_optimizer" in zero else 0
+    weights = sum(getattr(p, "ds_numel", p.numel()) * min(p.element_size(), 2 if half else 4)
+                  for p in vla.parameters())
+    gradients = 4 if not half or stage > 1 else 6 if stage else 2  # ds_configs/README.md has these numbers
+    held = {"weights": 0 if "offload_param" in zero else weights / ranks[3],
+            "gradients": (on_host < 1) * gradients * count / ranks[2],
+            "optimizer": (1 - on_host) * (12 if half else 8) * count / ranks[1]}
+    run.line("memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items()))
+    needed = sum(held.values()) / 1e9
+    if torch.cuda.is_available() and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
+        raise UserError(f"weights, gradients and optimizer take {needed:.1f} GB, of a GPU that has "
+                        f"{there:.1f}: {LESS_MEMORY}")
+
 
 # dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250,

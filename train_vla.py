@@ -35,10 +35,11 @@ from deepspeed.accelerator import get_accelerator
 from checkpoint import load_checkpoint
 from data import Mixture, TrainBatches, open_tables
 from frames import DataError
+from lora import add_adapters
 from model import VLA
 from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
-from run import Run, utilisation
-from weights import Weights, start_from
+from run import Run, check_memory, utilisation
+from weights import Weights, describe_base, fill, parameters_without_memory, start_from
 from zero import adapt, born_in_shards, check_json, optimizer_step, set_learning_rate, set_tensors
 
 # ---- The program -------------------------------------------------------------------------------------------
@@ -155,16 +156,19 @@ def to_device(batch: dict, device) -> dict:
 
 
 def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights | None) -> VLA:
-    """The model, on the GPU. Its weights are random, and `weights` are put in place once it is sharded. So if
-    a run begins with weights, ZeRO-3 may shard the language model as it is made: it stands whole nowhere."""
-    given = weights and any(name.startswith("vision_backbone.") for name in weights.tensors.shapes)
-    towers = {name: tower | {"pretrained": not given and tower.get("pretrained", cfg.pretrained_backbones)}
+    """The model, on the GPU, where its weights are random until `weights` are put in place. If a run begins
+    with weights, its language model stands whole nowhere: ZeRO-3 shards it as it is made; else it takes no
+    memory before `fill` reads it in the training's dtype."""
+    given = {name.split(".")[0] for name in weights.tensors.shapes} if weights else ()
+    new = "vision_backbone" not in given
+    towers = {name: tower | {"pretrained": new and tower.get("pretrained", cfg.pretrained_backbones)}
               for name, tower in cfg.vision_backbone.items()}
     make = partial(VLA, cfg.model_copy(update={"vision_backbone": towers}), tokenizer)
-    zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
     begun_with = cfg.base_vlm or cfg.pretrained_checkpoint or cfg.pretrained_backbones
     with torch.device(get_accelerator().current_device_name()):
-        return born_in_shards(make, ds_config) if zero3 and begun_with else make()
+        if begun_with and ds_config.get("zero_optimization", {}).get("stage") == 3:
+            return born_in_shards(make, ds_config)
+        return make(parameters_without_memory()) if "llm_backbone" in given else make()
 
 
 def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights | None, run: Run):
@@ -173,10 +177,21 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     vla = build_model(cfg, tokenizer, ds_config, weights)
     trained_parts = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone,
                                cfg.unfreeze_last_llm_layer)
+    fresh = weights.tensors.check(vla) if weights else []  # modules that the weights lack
+    if cfg.lora_rank:
+        add_adapters(vla, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        trained_parts += f" lora_rank {cfg.lora_rank}"
+    if cfg.rests_on_base and not run.checkpoint:
+        run.base = describe_base(cfg.pretrained_checkpoint or cfg.base_vlm, weights.tensors)
+    if filled := any(param.is_meta for param in vla.parameters()):
+        dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+        device = get_accelerator().current_device_name()
+        fill(vla, weights.tensors, device, dtype, in_8_bits=bool(cfg.frozen_weights))
     if cfg.compile:
         vla.compile_blocks()
     if "activation_checkpointing" in ds_config:
         vla.recompute_activations()
+    check_memory(vla, ds_config, run)
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
     engine, *_ = deepspeed.initialize(model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),
                                       config=ds_config)
@@ -186,13 +201,12 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     run.line(f"model {trained_parts} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M "
              f"zero_stage {engine.zero_optimization_stage()} ranks {dist.get_world_size()} "
              f"accumulation {ds_config['gradient_accumulation_steps']}")
+    if weights and (cfg.rests_on_base or not run.checkpoint):
+        set_tensors(engine, weights.tensors.read, ("weight",), frozen=not filled)
+        run.line(f"weights_from {weights.tensors.where}" + (f" except {', '.join(fresh)}" if fresh else ""))
     if run.checkpoint:
         load_checkpoint(engine, run.checkpoint)  # weights, AdamW's two moments and its step count
         run.line(f"resumed {run.checkpoint.path} step {run.step}")
-    elif weights:
-        fresh = weights.tensors.check(vla)
-        set_tensors(engine, weights.tensors.read, ("weight",))
-        run.line(f"weights_from {weights.tensors.where}" + (f" except {', '.join(fresh)}" if fresh else ""))
     if weights:
         weights.tensors = run.checkpoint = None  # they are read, and their files may be deleted now
     return engine

@@ -10,24 +10,31 @@ from them; train_vla.py shards its model first, and each GPU then reads what it 
 tensors: torch.load(weights_only=True).
 """
 
+import contextlib
 import copy
 import fnmatch
 import json
+import math
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import google_crc32c
 import torch
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
 
 from action_tokenizer import load_tokenizer
 from checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
-from config import TrainConfig, load_table, nearest, out_of_reach, read_secret
+from config import TrainConfig, UserError, load_table, nearest, out_of_reach, read_secret
+from int8 import shrink
 from llm import llm_config
+from lora import linear_layers, merged
+from model import VLA
 
 # ---- What Prismatic calls things ---------------------------------------------------------------------------
 
@@ -58,11 +65,13 @@ def prismatic_config(vision_backbone_id: str, llm_backbone_id: str, image_resize
 @dataclass
 class Weights:
     """A model on disk: its tensors; `config`, the keys of TrainConfig that describe it; and `norm_stats`, the
-    content of dataset_statistics.json."""
+    content of dataset_statistics.json. base: the tensors of what a run rests on that keeps only what it
+    trained; in `tensors`, both are merged."""
 
     tensors: Tensors
     config: dict
     norm_stats: dict = field(default_factory=dict)
+    base: Tensors | None = None
 
 
 def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
@@ -78,6 +87,8 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
         weights = _open_ours(checkpoint) if checkpoint else open_weights(where)
         unsaid = {key for key in SHAPE if key in weights.config} - cfg.model_fields_set
         cfg = cfg.model_copy(update={key: weights.config[key] for key in unsaid})
+        if checkpoint and weights.base:
+            weights.tensors = weights.base  # its training goes on beside the base, not in it
     # a run has its own tokenizer, and stays whole when what it began with is gone
     tokenizer = load_tokenizer(weights.config["tokenizer"] if checkpoint else cfg.tokenizer,
                                cfg.add_action_tokens)
@@ -153,7 +164,44 @@ def _open_ours(checkpoint: Checkpoint) -> Weights:
     config["tokenizer"] = str(run_dir / "tokenizer")
     for tower in config["vision_backbone"].values():
         tower.pop("pretrained", None)  # their weights are here
-    return Weights(checkpoint, config, _read_json(run_dir / "dataset_statistics.json"))
+    weights = Weights(checkpoint, config, _read_json(run_dir / "dataset_statistics.json"))
+    if checkpoint.base:
+        weights.base = open_base(checkpoint)
+        scale = config["lora_alpha"] / max(config["lora_rank"], 1)
+        weights.tensors = merged(weights.base, checkpoint, scale)
+    return weights
+
+
+def open_base(checkpoint: Checkpoint) -> Tensors:
+    """What a checkpoint that keeps only what was trained rests on. Raises CheckpointError when it is gone or
+    has changed."""
+    where = checkpoint.base["where"]
+    cure = f"put it back, or write where it is now into {checkpoint.path / 'checkpoint.json'} (\"base\")"
+    try:
+        tensors = open_weights(where).tensors
+    except UserError as error:
+        raise CheckpointError(f"{checkpoint.path} rests on {where}, which cannot be opened: {cure} ({error})"
+                              ) from error
+    if fingerprint(tensors) != checkpoint.base["fingerprint"]:
+        raise CheckpointError(f"{checkpoint.path} rests on {where}, whose weights are others now: {cure}")
+    return tensors
+
+
+def describe_base(where: str, tensors: Tensors) -> dict:
+    """What a checkpoint notes of the base it rests on: its path, or its id on the hub, and a fingerprint."""
+    where = os.path.abspath(tensors.where) if Path(where).exists() else where
+    return {"where": where, "fingerprint": fingerprint(tensors)}
+
+
+def fingerprint(tensors: Tensors) -> int:
+    """A checksum by which to know a model again: of our checkpoints, that of all their files' checksums; of
+    others, that of names, shapes and the beginning of each tensor, for which no gigabytes are read."""
+    own = Path(tensors.where) / "checkpoint.json"
+    parts = [own.read_bytes()] if own.exists() else []
+    for name, shape in sorted(tensors.shapes.items()) if not parts else ():
+        beginning = tensors.read(name, 0, min(math.prod(shape), 1024)).contiguous()
+        parts += [f"{name} {shape}".encode(), beginning.view(torch.uint8).numpy().tobytes()]
+    return google_crc32c.value(b"".join(parts))
 
 
 def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
@@ -244,6 +292,40 @@ def open_language_model(where: str, num_tokens: int) -> Weights:
             else:
                 tensors.add(f"llm_backbone.llm.{key}", shape, partial(file.read, key))
     return Weights(tensors, {})
+
+
+# ---- Filling a model ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Modules made in here have matrices without values (on the meta device), but real buffers, vectors and
+    convolutions: timm's hybrid towers try theirs out as they are made."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module, name, param):
+        matrix = param is not None and param.ndim == 2
+        register(module, name, nn.Parameter(param.to("meta"), param.requires_grad) if matrix else param)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def fill(vla: VLA, tensors: Tensors, device, dtype: torch.dtype, in_8_bits: bool = False) -> None:
+    """Give a model that was made without memory its weights, a tensor at a time; what `tensors` lacks stays.
+    in_8_bits: a frozen linear layer shrinks as soon as it is there, so that the model never is whole."""
+    shrinking = linear_layers(vla) if in_8_bits else {}
+    for name, param in [*vla.named_parameters()]:
+        place, _, leaf = name.rpartition(".")
+        if name in tensors.shapes:
+            value = nn.Parameter(tensors.whole(name).to(device, dtype, copy=True), param.requires_grad)
+            vla.get_submodule(place).register_parameter(leaf, value)
+            if place in shrinking and leaf == "weight" and not param.requires_grad:
+                shrink(shrinking[place])
+    vla.llm.tie_weights()
 
 
 # ---- Names: ours are those of OpenVLA's native checkpoints; its Hugging Face class has others --------------

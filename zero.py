@@ -108,20 +108,22 @@ def split_evenly(n: int) -> tuple[int, int]:
     return n * rank // world, n * (rank + 1) // world
 
 
-def local_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """("weight/<name>@<first>", flat tensor) of everything this rank should write."""
+def local_tensors(engine, frozen: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """("weight/<name>@<first>", flat tensor) of everything this rank should write; frozen: what is, too."""
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
             first, part = frozen_slice(param)
-            yield f"weight/{name}@{first}", part
+            yield from [(f"weight/{name}@{first}", part)] * frozen
         elif (part := find_slice(engine, param)) is not None:
             start, stop = split_evenly(part.count) if part.replicated else (0, part.count)
             for kind in ("weight", *MOMENTS):
                 yield f"{kind}/{name}@{part.first + start}", part.view(engine, kind)[start:stop]
 
 
-def set_tensors(engine, read: Callable[..., torch.Tensor | None], kinds: tuple[str, ...]) -> None:
-    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where known, the moments.
+def set_tensors(engine, read: Callable[..., torch.Tensor | None], kinds: tuple[str, ...],
+                frozen: bool = True) -> None:
+    """Fill a model that DeepSpeed has already sharded. kinds: "weight" and, where known, the moments; frozen:
+    not only what is trained.
 
     read(parameter, start, stop, kind) returns elements [start, stop) of the flattened tensor in any dtype, or
     None to leave it as it is (checkpoint.Tensors.read); it is asked only for what this rank owns, a tensor at
@@ -133,7 +135,7 @@ def set_tensors(engine, read: Callable[..., torch.Tensor | None], kinds: tuple[s
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
             first, part = frozen_slice(param) if zero3 else (0, param.data.view(-1))
-            if (values := read(name, first, first + len(part), "weight")) is not None:
+            if frozen and (values := read(name, first, first + len(part), "weight")) is not None:
                 part.copy_(values)
         elif (part := find_slice(engine, param)) is not None:
             for kind in kinds:

@@ -23,11 +23,11 @@ import torch
 from openvla_peer import INSTRUCTION, STATS
 from torch import nn
 
-from act import Policy, parameters_without_memory
+from act import Policy
 from action_tokenizer import load_tokenizer
 from config import TrainConfig
 from model import VLA
-from weights import PRISMATIC, prismatic_config
+from weights import PRISMATIC, parameters_without_memory, prismatic_config
 
 
 def random_model(base: str) -> Policy:

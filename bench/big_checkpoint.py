@@ -24,13 +24,12 @@ import yaml
 from act_latency import STATS
 from data_throughput import write_frames
 
-from act import parameters_without_memory
 from action_tokenizer import load_tokenizer
 from checkpoint import Tensors, list_checkpoints
 from config import TrainConfig
 from export_vla import save_tokenizer, write_hugging_face
 from model import VLA
-from weights import PRISMATIC, Weights, prismatic_config
+from weights import PRISMATIC, Weights, parameters_without_memory, prismatic_config
 
 ACT = """
 import sys, time, numpy as np, torch

@@ -18,12 +18,19 @@ from test_model import official_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import export_vla
-from act import load_vla, parameters_without_memory
+from act import load_vla
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointError, list_checkpoints
 from config import TrainConfig
 from model import VLA
-from weights import PRISMATIC, native_name, open_weights, prismatic_config, start_from
+from weights import (
+    PRISMATIC,
+    native_name,
+    open_weights,
+    parameters_without_memory,
+    prismatic_config,
+    start_from,
+)
 
 GOLDEN = {name: json.loads((GOLDEN_MODEL / f"{name}.json").read_text()) for name in (
     "keys_openvla7b_native", "keys_openvla_v01_native", "keys_openvla7b_hf", "keys_openvla_v01_hf",

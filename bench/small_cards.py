@@ -1,0 +1,157 @@
+"""What a GPU of 16, 24, 48 or 80 GB can train of OpenVLA-7B, through train_vla.py: a row for each case.
+
+    python bench/small_cards.py --out rows.jsonl                                # on a GPU, 7B's shape
+    python bench/small_cards.py --config configs/demo.yaml --gb 16 --micro 1 4  # a try on the CPU
+
+The model begins with random bf16 weights, which are written first, in OpenVLA's Hugging Face layout (15 GB;
+--folder says where, and keeps them). The GPU is one large one, of which PyTorch may use only so many GB
+(torch.cuda.set_per_process_memory_fraction); so the speed is that of the large one. Blocks are
+compiled and recomputed. Every case is a run of its own; samples/s are medians over the steps after the first
+two. A case that does not fit says so.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import yaml
+from data_throughput import write_frames
+from train_throughput import failure, gpus, run
+
+LAST_LAYER = {"freeze_llm_backbone": True, "unfreeze_last_llm_layer": True}
+CASES = {  # what is trained: keys of the YAML, and the JSON
+    "lora_bf16": ({"lora_rank": 32}, "one_small_gpu"),
+    "lora_int8": ({"lora_rank": 32, "frozen_weights": "int8"}, "one_small_gpu"),
+    "last_layer": ({**LAST_LAYER, "freeze_vision_backbone": True}, "one_small_gpu"),
+    "sandwich": (LAST_LAYER, "one_small_gpu"),
+    "everything_offloaded": ({}, "zero2_offload"),
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gb", type=float, nargs="+", default=[16, 24, 48, 80], help="sizes of the card")
+    parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8], help="samples at a time")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
+    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds for a case")
+    parser.add_argument("--folder", type=Path, help="for weights and data, kept; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="also append the rows to this file, as JSON lines")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        model = describe_model(args)
+        if not (folder / "hf").exists():
+            write_base(folder / "hf", model)
+            write_frames(folder / "data", 400)
+        print("| GPU | of it GB | trained | samples at a time | samples/s | GB at the peak |")
+        print("|---|---:|---|---:|---:|---:|")
+        for gb in args.gb:
+            for case in args.cases:
+                for micro in args.micro:
+                    row = {"gpu": gpus(1), "gb": gb, "case": case, "micro": micro,
+                           **measure(gb, case, micro, args, folder)}
+                    figures = row.get("failed") or f"{row['samples_per_second']:.2f} | {row['gpu_gb']:.1f}"
+                    print(f"| {row['gpu']} | {gb:g} | {case} | {micro} | {figures} |", flush=True)
+                    if args.out:
+                        with open(args.out, "a") as file:
+                            file.write(json.dumps(row) + "\n")
+                    if "failed" in row and "memory" in row["failed"]:
+                        break  # nor will more samples fit
+
+
+def describe_model(args) -> dict:
+    """The keys of TrainConfig that say what the model is."""
+    from config import read_yaml
+    from weights import PRISMATIC, SHAPE, prismatic_config
+
+    if args.config:
+        return {key: value for key, (value, _) in read_yaml(args.config).items() if key in SHAPE}
+    return prismatic_config(*PRISMATIC[args.base]) | {
+        "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")}
+
+
+def write_base(folder: Path, model: dict) -> None:
+    """Random bf16 weights in OpenVLA's Hugging Face layout."""
+    import torch
+    from act_latency import STATS
+
+    from action_tokenizer import load_tokenizer
+    from checkpoint import Tensors
+    from config import TrainConfig
+    from export_vla import save_tokenizer, write_hugging_face
+    from model import VLA
+    from weights import Weights, parameters_without_memory
+
+    cfg, device = TrainConfig(**model, action_dim=7), "cuda" if torch.cuda.is_available() else "cpu"
+    with parameters_without_memory():
+        vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
+
+    def draw(start: int, stop: int) -> torch.Tensor:
+        return (torch.randn(stop - start, device=device) * 0.02).bfloat16().cpu()
+
+    tensors = Tensors(folder)
+    for name, p in vla.named_parameters():
+        tensors.add(name, p.shape, draw)
+    folder.mkdir(parents=True)
+    save_tokenizer(cfg, folder)
+    write_hugging_face(Weights(tensors, model, STATS), cfg, folder, None)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:
+    """Train a few steps -> samples/s and GB at the peak, or why it failed."""
+    keys, json_name = CASES[case]
+    runs = Path(tempfile.mkdtemp(dir=folder))
+    config = {
+        "base_vlm": str(folder / "hf"), "data_root_dir": str(folder / "data"),
+        "data_mix": "libero_spatial_no_noops", "run_root_dir": str(runs), "max_steps": args.steps,
+        "global_batch_size": micro, "per_device_batch_size": micro, "num_workers": 2, "log_interval": 1,
+        "eval_interval": 0, "eval_samples": micro, "save_interval": 0, "compile": not args.no_compile,
+        "learning_rate": 1e-5, **keys}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())
+    (folder / "ds.json").write_text(json.dumps({**ds_config, "activation_checkpointing": {}}))
+    command = [sys.executable, __file__, "inside", str(gb), "--config", str(folder / "config.yaml"),
+               "--deepspeed_config", str(folder / "ds.json")]
+    text, succeeded = run(command, args.timeout, folder)
+    metrics = next(runs.glob("*/metrics.jsonl"), None)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics else []
+    steps = [line for line in lines if "loss" in line and line["step"] > 2]
+    if not succeeded or not steps:
+        return failure(text)
+    estimate = next(line for line in text.splitlines() if line.startswith("memory "))
+    return {"samples_per_second": float(np.median([step["samples_per_second"] for step in steps])),
+            "gpu_gb": steps[-1].get("gpu_gb", 0.0), "host_gb": steps[-1]["host_gb"], "estimate": estimate}
+
+
+def train_inside(gb: float, arguments: list[str]) -> None:
+    """train_vla.py, in a process that may use only so many GB of the GPU."""
+    import torch
+
+    import train_vla
+
+    if torch.cuda.is_available():
+        whole = torch.cuda.mem_get_info()[1] / 1e9
+        torch.cuda.set_per_process_memory_fraction(min(gb / whole, 1.0))
+        torch.cuda.mem_get_info = lambda *_: (int(gb * 1e9), int(gb * 1e9))
+    sys.argv = [sys.argv[0], *arguments]
+    train_vla.main()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["inside"]:
+        train_inside(float(sys.argv[2]), sys.argv[3:])
+    else:
+        main()

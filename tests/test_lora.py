@@ -1,0 +1,300 @@
+"""LoRA and 8-bit weights: alike however sharded; checkpoints beside a base; merged, exported, acting."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import LLAMA_TOKENIZER, ROOT, ds_json, launch
+from test_weights import released_config
+from test_zero import JSONS, MODEL, STEPS, agree, cell, read, tensors
+
+import export_vla
+import int8
+import ranks
+import run
+from act import load_vla
+from action_tokenizer import load_tokenizer
+from checkpoint import Checkpoint, CheckpointError, list_checkpoints
+from config import TrainConfig, UserError, load_config
+from data import Mixture, TrainBatches
+from lora import ADAPTER, add_adapters, linear_layers
+from model import VLA
+from weights import open_weights, parameters_without_memory
+
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 5e-3}
+KINDS = {"lora": LORA, "int8": {**LORA, "frozen_weights": "int8"}}
+
+
+def cells(root, ranks):
+    """Every JSON with adapters on a base, float32 and in 8 bits; what is frozen, recomputed and accumulated
+    varies along. Then a run in bf16 to be resumed, one in 8 bits without adapters, and some that change
+    what is trained."""
+    base, found = {"base_vlm": str(root / "base")}, {}
+    for name in JSONS:
+        for kind, switches in KINDS.items():
+            if kind == "int8" and "zero3" in name:
+                continue
+            for freezing, recompute, accumulation in (("full", False, 1), ("frozen_vision", True, 2)):
+                found |= cell(root, f"{kind}-{freezing}-{name}-x{ranks}", name, ranks, freezing, recompute,
+                              accumulation, bf16=False, **base, **switches)
+    return found
+
+
+def more_cells(root):
+    base = {"base_vlm": str(root / "base")}
+    state = {**base, **LORA, "use_proprio": True}
+    return {**cell(root, "straight", "zero2", save_interval=2, keep_checkpoints=0, **base, **LORA),
+            **cell(root, "last_layer", "zero2", 1, "last_layer", frozen_weights="int8", **base),
+            **cell(root, "with_state", "cpu", bf16=False, **state)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder with all runs; `base` has learned something."""
+    root = tmp_path_factory.mktemp("lora")
+    resumed = cell(root, "resumed", "zero2", **LORA, base_vlm=str(root / "base"),
+                   pretrained_checkpoint=str(root / "straight/checkpoints/step-000002-*"))
+    base = cell(root, "base", "cpu", bf16=False, max_steps=20, learning_rate=1e-2)
+    for count, content in ((1, {**base, **cells(root, 1), **more_cells(root), **resumed}),
+                           (2, cells(root, 2))):
+        path = root / f"cells{count}.json"
+        path.write_text(json.dumps(content))
+        done = launch(path, ranks=count, script="tests/run_cells.py", timeout=1200)
+        assert done.returncode == 0, done.text[-5000:]
+    return root
+
+
+@pytest.mark.parametrize("freezing", ["full", "frozen_vision"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_way_of_sharding_changes_the_losses(kind, freezing, runs):
+    found = sorted(runs.glob(f"{kind}-{freezing}-*"))
+    assert len(found) == 2 * (len(JSONS) if kind == "lora" else len(JSONS) - 2)
+    agree(found, runs / f"{kind}-{freezing}-zero0-x1")
+
+
+def test_both_matter(runs):
+    first = {kind: read(runs / f"{kind}-full-zero0-x1") for kind in KINDS}
+    full = read(runs / "lora-frozen_vision-zero0-x1", "grad_norm")
+    assert abs(first["lora"] - first["int8"]).max() > 1e-5
+    assert (abs(read(runs / "lora-full-zero0-x1", "grad_norm") - full) > 1e-3).all()
+
+
+def test_a_checkpoint_holds_what_was_trained_and_resuming_is_exact(runs):
+    straight, resumed = runs / "straight", runs / "resumed"
+    for key in ("loss", "grad_norm", "learning_rate", "accuracy"):
+        assert len(read(resumed, key)) == STEPS - 2 and (read(straight, key)[2:] == read(resumed, key)).all()
+    first, second = (tensors(list_checkpoints(run / "checkpoints")[-1]) for run in (straight, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert all(key.endswith(ADAPTER) for key in first)
+    small, whole = (sum(file.stat().st_size for file in run.rglob("*.safetensors"))
+                    for run in (resumed, runs / "base"))
+    assert small < whole / 4
+    kept = Checkpoint(list_checkpoints(runs / "last_layer/checkpoints")[-1])
+    assert kept.base and all(kept.trained.values()) and "llm_backbone.llm.lm_head.weight" in kept.shapes
+    assert not any("vision" in name for name in kept.shapes)
+
+
+def test_modules_that_are_not_openvlas_are_trained_whole(runs):
+    kept = Checkpoint(list_checkpoints(runs / "with_state/checkpoints")[-1])
+    assert kept.shapes["proprio_projector.0.weight"] == [16, 4]
+    with pytest.raises(CheckpointError, match=r"proprio_projector\S* was trained, too"):
+        export_vla.export(str(runs / "with_state"), runs / "no", "peft")
+
+
+@pytest.fixture(scope="module")
+def batch(runs):
+    cfg = TrainConfig(**json.loads((runs / "base/config.json").read_text()))
+    tokenizer = load_tokenizer(cfg.tokenizer, True)
+    batch = TrainBatches(Mixture(cfg, tokenizer), 8, 8, rank=0, world_size=1)[0]
+    del batch["dataset"]
+    return batch
+
+
+@torch.no_grad()
+def logits(vla, batch) -> torch.Tensor:
+    inputs = vla.embed(batch["images"], batch["input_ids"])
+    hidden = vla.llm.base_model(inputs_embeds=inputs).last_hidden_state
+    return vla.llm.get_output_embeddings()(hidden)
+
+
+@torch.no_grad()
+def test_adapters_begin_as_nothing_and_merge_to_the_same(runs, batch):
+    vla, merged = load_vla(runs / "base").vla, load_vla(runs / "lora-full-zero0-x1").vla
+    begun = logits(vla, batch)
+    vla.freeze(False, False, False)
+    add_adapters(vla, 4, 8.0, seed=7)
+    assert torch.equal(logits(vla, batch), begun)
+    kept = Checkpoint(list_checkpoints(runs / "lora-full-zero0-x1/checkpoints")[-1])
+    trained = {name: p for name, p in vla.named_parameters() if p.requires_grad}
+    assert trained.keys() == kept.shapes.keys()
+    for name, p in trained.items():
+        p.copy_(kept.whole(name))
+    torch.testing.assert_close(logits(vla, batch), logits(merged, batch), atol=1e-5, rtol=1e-5)
+    assert (logits(merged, batch) - begun).abs().max() > 1e-2
+    opened = open_weights(runs / "lora-full-zero0-x1").tensors  # any part of a merged matrix can be read
+    name = "llm_backbone.llm.model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(opened.read(name, 5, 21), opened.whole(name).flatten()[5:21])
+
+
+def test_nearly_as_many_parameters_as_under_openvlas_finetune():
+    """There peft reports "trainable params: 110,828,288 || all params: 7,652,065,472". Its "all-linear" meant
+    names' last words: `proj` also chose the towers' first convolutions, and the head was not left out."""
+    cfg = released_config("prism-dinosiglip-224px+7b")
+    with parameters_without_memory():
+        vla = VLA(cfg, load_tokenizer(str(LLAMA_TOKENIZER)))
+    vla.freeze(False, False, False)
+    add_adapters(vla, 32, 16.0, seed=7)
+    convolutions = [tower.patch_embed.proj.weight.shape for tower in vla.vision_backbone.values()]
+    more = sum(shape[0] + shape[1:].numel() for shape in (*convolutions, vla.llm.lm_head.weight.shape))
+    whole, trained = vla.count_parameters()
+    assert (whole + 32 * more, trained + 32 * more) == (7_652_065_472, 110_828_288)
+
+
+# ---- The base ----------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_is_gone_or_has_changed_is_named(runs, tmp_path):
+    for name in ("base", "lora-full-zero0-x1"):
+        shutil.copytree(runs / name, tmp_path / name)
+    (checkpoint,) = list_checkpoints(tmp_path / "lora-full-zero0-x1/checkpoints")
+    (base,) = list_checkpoints(tmp_path / "base/checkpoints")
+    meta = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert meta["base"]["where"].startswith(str(runs / "base"))
+    meta["base"]["where"] = str(base)  # moved, as the message below says how
+    (checkpoint / "checkpoint.json").write_text(json.dumps(meta))
+    load_vla(checkpoint)
+    facts = json.loads((base / "checkpoint.json").read_text())
+    (base / "checkpoint.json").write_text(json.dumps({**facts, "step": 21}))
+    with pytest.raises(CheckpointError, match=f"rests on {base}, whose weights are others now: put it back"):
+        load_vla(checkpoint)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=f"rests on {base}, which cannot be opened: put it back"):
+        load_vla(checkpoint)
+
+
+def test_a_base_in_openvlas_format_and_adapters_on_adapters(runs, tmp_path):
+    """The export of a merged model is the base of the next; so is the run itself."""
+    export_vla.export(str(runs / "lora-full-zero0-x1"), tmp_path / "hf", "hf")
+    for name, where in (("on_hf", tmp_path / "hf"), ("on_run", runs / "lora-full-zero0-x1")):
+        values = {**MODEL, **KINDS["int8"], "run_root_dir": str(tmp_path), "run_id": name, "max_steps": 1,
+                  "base_vlm": str(where), "per_device_batch_size": 8}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+        for steps in (1, 2):  # the second resumes
+            done = launch(tmp_path / "c.yaml", "--deepspeed_config", ds_json(tmp_path / "ds.json", 2, False),
+                          "--set", f"max_steps={steps}", launcher="python")
+            assert done.returncode == 0, done.text
+        assert f"weights_from {where}" in done.text and "resumed" in done.text
+    np.testing.assert_array_equal(read(tmp_path / "on_hf"), read(tmp_path / "on_run"))
+    weights = tmp_path / "hf/model-00001-of-00001.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-8:] = b"\0" * 8  # in the first row of the last tensor, a vector
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="whose weights are others now"):
+        open_weights(tmp_path / "on_hf")
+
+
+def test_what_cannot_be_is_refused(tmp_path, tiny):
+    with pytest.raises(UserError, match="need trained weights to rest on: set base_vlm"):
+        load_config(tiny(lora_rank=4))
+    path = tiny(base_vlm=str(ROOT), frozen_weights="int8")
+    done = launch(path, "--deepspeed_config", "ds_configs/zero3.json", launcher="python")
+    assert done.returncode == 1 and "error: frozen_weights: int8: ZeRO-3 divides" in done.text
+
+
+# ---- For peft ----------------------------------------------------------------------------------------------
+
+
+def test_peft_loads_the_adapters_onto_the_exported_base(runs, batch, tmp_path):
+    """The module tree of OpenVLA's Hugging Face class, made of this project's modules."""
+    peft = pytest.importorskip("peft")
+    adapted = runs / "lora-full-zero0-x1"
+    export_vla.export(str(runs / "base"), tmp_path / "base", "hf")
+    export_vla.export(str(adapted), tmp_path / "adapter", "peft")
+    vla = load_vla(tmp_path / "base").vla
+    begun, projector = logits(vla, batch), vla.projector["projector"]
+
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(model_type="openvla")
+            self.vision_backbone, self.language_model = vla.vision_backbone, vla.llm
+            self.projector = torch.nn.ModuleDict({"fc1": projector[0], "fc2": projector[2]})
+
+    theirs = peft.PeftModel.from_pretrained(Theirs(), tmp_path / "adapter")
+    projector[0], projector[2] = theirs.base_model.model.projector.values()
+    expected = logits(load_vla(adapted).vla, batch)
+    torch.testing.assert_close(logits(vla, batch), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - begun).abs().max() > 1e-2
+    with pytest.raises(CheckpointError, match="has no adapters"):
+        export_vla.export(str(runs / "base"), tmp_path / "no", "peft")
+
+
+# ---- In 8 bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_8_bits(dtype):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 48).to(dtype), torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
+    expected = layer(x)
+    (wanted,) = torch.autograd.grad(expected.sum(), x)
+    int8.shrink(layer)
+    assert layer.weight.dtype == torch.int8 and layer.row_scale.dtype == dtype
+    y = layer(x)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    for ours, theirs in ((y, expected), (found, wanted)):
+        assert ours.dtype == dtype and (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_model_in_8_bits_says_the_same(dtype, colours):
+    cfg = TrainConfig(**json.loads((colours / "config.json").read_text()))
+    mixture = Mixture(cfg, load_tokenizer(cfg.tokenizer, True), train=False)
+    batch = TrainBatches(mixture, 64, 64, rank=0, world_size=1)[0]
+    del batch["dataset"]
+    vla = load_vla(colours, dtype=dtype).vla
+    with torch.no_grad():
+        _, expected, _ = vla(**batch)
+        for layer in linear_layers(vla).values():
+            int8.shrink(layer)
+        _, found, true = vla(**batch)
+    assert (found == expected).float().mean() >= 0.99 and (found == true).float().mean() > 0.9
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage, expected", [  # GB of 1e9 parameters on 4 ranks: ds_configs/README.md's table
+    (0, (2, 2, 12)), (1, (2, 6, 3)), (2, (2, 1, 3)), (3, (0.5, 1, 3))])
+def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
+    lines, ds_config = [], {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    with torch.device("meta"):
+        vla = torch.nn.Linear(50_000, 20_000, bias=False)
+    vla.count_parameters = lambda: (10**9, 10**9)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 4)
+    run.check_memory(vla, ds_config, SimpleNamespace(line=lines.append))
+    values = dict(zip(lines[0].split()[1::2], map(float, lines[0].split()[2::2]), strict=True))
+    assert tuple(values.values()) == expected
+    assert [*values] == ["weights_gb", "gradients_gb", "optimizer_gb"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4 * 10**9))
+    with pytest.raises(UserError, match=f"take {sum(expected):.1f} GB, of a GPU that has 4.0: take a "):
+        run.check_memory(vla, ds_config, SimpleNamespace(line=lines.append))
+
+
+def test_out_of_memory_ends_with_advice(capsys, monkeypatch):
+    def program():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(ranks, "start_job", lambda: None)
+    monkeypatch.setattr(ranks.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        ranks.run_job(program)
+    told = capsys.readouterr().err
+    assert "error: the GPU's memory is full: take a smaller per_device_batch_size" in told
+    assert "Traceback" not in told
