@@ -1,26 +1,25 @@
 """Tell a trained policy something wrong, one thing at a time, and see which numbers notice.
 
-    make demo                                # once: six minutes on two CPU cores
-    python examples/break/break.py           # two minutes
+    make demo                                       # once: six minutes on two CPU cores
+    python examples/break/break.py                  # half a minute
+    python examples/break/break.py --success 10     # and let it act; needs examples/metaworld's packages
 
 Held-out frames of the demo are answered as a robot would ask. `accuracy` is of action tokens, `error` the
 mean distance from the recorded action in its own units, `size` the mean size of the three movements: a robot
-that hardly moves shows there. README.md beside this file says how each mistake looks on a robot.
+that hardly moves shows there. README.md beside this file says how each mistake looks.
 """
 
 import argparse
+import copy
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from act import load_vla
-from action_tokenizer import unnormalize
-from config import find_input, told_in_one_line
-from data import Mixture
-from images import decode_native
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples/metaworld")]
 
 SMALL_ROBOT = {"q01": [-0.03] * 4, "q99": [0.03] * 4, "mask": [True, True, True, False]}
 WORDS = {"Push and close a drawer": "Shut the drawer", "Reach a goal position": "Move the hand to the goal",
@@ -36,8 +35,39 @@ CASES = {  # what is changed, and how
     "another dataset's statistics": {"stats": SMALL_ROBOT}, "gripper's sign": {"sign": [1, 1, 1, -1]}}
 
 
-def main(checkpoint: str, count: int) -> None:
+def told_wrong(policy, see=np.asarray, read=str, stats=None, sign=1):
+    """The same policy, whose images, words, statistics or commands go through something wrong."""
+    from action_tokenizer import unnormalize
+
+    wrong, stats = copy.copy(policy), stats or policy.dataset_statistics(None)["action"]
+    wrong.prepare = lambda images, texts, key, state: policy.prepare(
+        [[see(view) for view in policy.views(views)] for views in images], [*map(read, texts)], key, state)
+    wrong.actions = lambda tokens, key: sign * unnormalize(
+        policy.action_tokenizer.decode(tokens.cpu().numpy()), stats, policy.cfg.action_normalization)
+    return wrong
+
+
+def successes(checkpoint: str, wrong: dict, trials: int) -> int:
+    """How many of `trials` episodes of each of the demo's six tasks succeed."""
+    import rollout
+
+    player, tasks = rollout.Player(checkpoint, None, None, "cpu"), rollout.task_names(["demo"])
+    player.policy = told_wrong(player.policy, **wrong)
+    with tempfile.TemporaryDirectory() as out:
+        rollout.run(player, [(task, 0) for task in tasks], trials, 2, Path(out))
+        episodes = [one for path in Path(out).glob("*.json") for one in json.loads(path.read_text())]
+    return sum(episode["success_at"] is not None for episode in episodes)
+
+
+def main(checkpoint: str, count: int, trials: int) -> None:
     """Print a row for each mistake."""
+    import torch
+
+    from act import load_vla
+    from config import find_input
+    from data import Mixture
+    from images import decode_native
+
     policy = load_vla(checkpoint)
     cfg = policy.cfg.model_copy(update={"data_root_dir": find_input(policy.cfg.data_root_dir)})
     mixture = Mixture(cfg, policy.tokenizer, train=False)
@@ -48,21 +78,23 @@ def main(checkpoint: str, count: int) -> None:
     true = policy.action_tokenizer.encode(mixture.actions(0, rows)[:, 0])
     recorded = table.frames["action"][rows]
     for name, wrong in CASES.items():
-        see, read = wrong.get("see", np.asarray), wrong.get("read", str)
-        parts = [policy.prepare([*map(see, images[i : i + 32])], [*map(read, texts[i : i + 32])], None, None)
-                 for i in range(0, count, 32)]
-        tokens = np.concatenate([policy.generate(*part).numpy() for part in parts])
-        stats = wrong.get("stats", policy.dataset_statistics(None)["action"])
-        actions = unnormalize(policy.action_tokenizer.decode(tokens), stats, cfg.action_normalization)
-        actions = actions * wrong.get("sign", 1)
-        print(f"{name:<29} accuracy {(tokens == true).mean():.3f} error {abs(actions - recorded).mean():.3f} "
-              f"size {abs(actions[:, :3]).mean():.3f}", flush=True)
+        robot = told_wrong(policy, **wrong)
+        batches = [robot.prepare(images[i : i + 32], texts[i : i + 32], None, None)
+                   for i in range(0, count, 32)]
+        tokens = torch.cat([robot.generate(*batch) for batch in batches])
+        actions = robot.actions(tokens, None)
+        print(f"{name:<29} accuracy {(tokens.numpy() == true).mean():.3f} "
+              f"error {abs(actions - recorded).mean():.3f} size {abs(actions[:, :3]).mean():.3f}",
+              f"success {successes(checkpoint, wrong, trials)} of {6 * trials}" if trials else "", flush=True)
 
 
 if __name__ == "__main__":
+    from config import told_in_one_line
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", default="runs/demo+n1+b32+x7")
     parser.add_argument("--frames", type=int, default=478, help="how many, evenly spread; 478 are all")
+    parser.add_argument("--success", type=int, default=0, metavar="N", help="episodes of each of six tasks")
     args = parser.parse_args()
     with told_in_one_line():
-        main(args.checkpoint, args.frames)
+        main(args.checkpoint, args.frames, args.success)
