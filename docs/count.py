@@ -22,7 +22,7 @@ def counted(text: str) -> str:
     text = ROW.sub(lambda match: f"{match[1]} {lines([match[2]])} |", text)
     text = re.sub(r"\*\*[\d,]+( lines| 行)\*\*", lambda match: f"**{lines(LESSON):,}{match[1]}**", text)
     core = needed_to_train()
-    return re.sub(r"\d+( files, | 个文件[,，] ?)[\d,]+( lines| 行)( \|)$",
+    return re.sub(r"\d+( files, | 个文件[,\uff0c] ?)[\d,]+( lines| 行)( \|)$",
                   lambda match: f"{len(core)}{match[1]}{lines(core):,}{match[2]}{match[3]}", text, flags=re.M)
 
 
