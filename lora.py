@@ -71,9 +71,10 @@ def merged(base: Tensors, trained: Tensors, scale: float) -> Tensors:
     """The tensors of `base` with what was `trained` on it: whole parameters in place of its own, and adapters
     added to the matrix they belong to, as it is read and in float32. scale: alpha / rank."""
     def add(name: str, start: int, stop: int) -> torch.Tensor:  # elements [start, stop) of W + scale B A
-        a, width = trained.whole(name.replace("weight", ADAPTER[0])), base.shapes[name][1]
+        layer, width = name.removesuffix("weight"), base.shapes[name][1]
+        a = trained.whole(layer + ADAPTER[0])
         first, last, rank = start // width, -(-stop // width), len(a)
-        b = trained.read(name.replace("weight", ADAPTER[1]), first * rank, last * rank).view(-1, rank)
+        b = trained.read(layer + ADAPTER[1], first * rank, last * rank).view(-1, rank)
         product = (b.float() @ a.float()).flatten()[start - first * width : stop - first * width]
         return base.read(name, start, stop) + scale * product
 
