@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checks import target_warnings
+from checks import looks_like_targets
 from rlds import EPISODE
 
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger", re.IGNORECASE)
@@ -79,8 +79,7 @@ def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | Non
     for name, values in columns.items():
         frames[name] = values
     stats = {f"q{q:02d}": np.quantile(frames["action"], q / 100, axis=0) for q in (1, 99)}
-    found = len(target_warnings(frames, episodes, stats, np.zeros(width, bool)))
-    return found > (stats["q99"] > stats["q01"]).sum() / 2
+    return looks_like_targets(frames, episodes, stats).sum() > (stats["q99"] > stats["q01"]).sum() / 2
 
 
 def gripper_scale(values: np.ndarray, few: bool) -> int:
