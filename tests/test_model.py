@@ -285,7 +285,7 @@ def test_no_action_from_what_was_never_seen_in_training():
 
 
 def test_parts_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="timm makes no plain ViT of 'vit_nowhere' .*: Unknown model"):
+    with pytest.raises(ValueError, match=r"timm makes no plain ViT of 'vit_nowhere' .*: Unknown model"):
         tiny_model(vision_backbone={"a": {"model": "vit_nowhere"}})
     with pytest.raises(ValueError, match="'resnet18'"):
         tiny_model(vision_backbone={"a": {"model": "resnet18"}})
@@ -336,7 +336,7 @@ def test_other_language_models_fit():
 def test_unknown_projector_is_explained():
     with pytest.raises(ValueError, match="choose linear, gelu-mlp or fused-gelu-mlp"):
         tiny_model(arch_specifier="mlp")
-    with pytest.raises(ValueError, match="mistral looks back 100 tokens only; .* may be 2112: lower max_length"):
+    with pytest.raises(ValueError, match=r"mistral looks back 100 tokens .* may be 2112: lower max_length"):
         tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": "mistral", "sliding_window": 100})
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checks import looks_like_targets
+import checks
 from rlds import EPISODE
 
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger", re.IGNORECASE)
@@ -70,7 +70,6 @@ def kind_by_name(name: str) -> str | None:
 
 def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | None) -> bool:
     """Do most dimensions of actions that move look like targets? By the test that --inspect warns by."""
-    width = actions[0].shape[1]
     count = np.array([len(episode) for episode in actions])
     episodes = np.zeros(len(actions), EPISODE)
     episodes["first"], episodes["count"] = np.cumsum(count) - count, count
@@ -79,7 +78,7 @@ def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | Non
     for name, values in columns.items():
         frames[name] = values
     stats = {f"q{q:02d}": np.quantile(frames["action"], q / 100, axis=0) for q in (1, 99)}
-    return looks_like_targets(frames, episodes, stats).sum() > (stats["q99"] > stats["q01"]).sum() / 2
+    return checks.looks_like_targets(frames, episodes, stats).sum() > (stats["q99"] > stats["q01"]).sum() / 2
 
 
 def gripper_scale(values: np.ndarray, few: bool) -> int:
