@@ -192,7 +192,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) -> Path:
-    """On every rank: write <directory>/<tag>, then delete all but the newest `keep` checkpoints (0: none).
+    """On every rank: write <directory>/<tag>, then delete all but the newest `keep`, which 0 keeps all of.
 
     Raises CheckpointError on every rank when any rank fails (a full disk, say); then nothing new is left
     behind and the older checkpoints are untouched. A killed job leaves at most directories "*.tmp", which

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
-from config import Recipe
-from oxe import action_masks
 
 SAMPLE = 4096  # frames, and episodes, that are looked at
 
@@ -104,13 +102,10 @@ def spans(numbers: np.ndarray) -> str:
     return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, recipe: Recipe,
-                   widths: list[int]) -> dict[str, list[str]]:
+def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray
+                   ) -> dict[str, list[str]]:
     """All warnings of a frame table: for each kind of normalisation, and "chunks", those that matter only
-    where several actions are predicted at once. stats: "action" of its statistics; widths: columns of each
-    field of the recipe's action."""
-    target, raw = action_masks(recipe, widths)
-    stats = {**stats, "mask": (~raw).tolist()}
+    where several actions are predicted at once. stats: "action" of its statistics; target: (A,) bool."""
     kinds = ("bounds_q99", "bounds", "normal")
     found = {kind: action_warnings(frames["action"], stats, kind) for kind in kinds}
     return found | {"chunks": target_warnings(frames, episodes, stats, target)}

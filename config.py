@@ -48,7 +48,7 @@ Rate = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
-    """How to read one dataset: an entry of `datasets:`. oxe.py explains field lists and carries them out."""
+    """How to read one dataset: an entry of `datasets:`. fields.py explains field lists."""
 
     primary: str | None = None  # camera keys; "a|b": either, drawn per episode (DROID has two outside).
     secondary: str | None = None  # A camera may be left out: OpenVLA then shows a black image

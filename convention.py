@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import Recipe, TrainConfig, UserError
-from oxe import CONSTANT, SCALE, Field, feature_name, parse_fields
-from recipes import apply
+from fields import CONSTANT, SCALE, Field, parse_fields
+from recipes import apply, feature_name
 
 AS_IT_IS = ("clip", "binarize")
 POINTWISE = ("clip", "invert", "euler")  # helpers that look at one step alone; so does scaling

@@ -18,7 +18,7 @@ import torch
 
 import oxe
 from action_tokenizer import ActionTokenizer, normalize, prompt_ids
-from config import TrainConfig, UserError
+from config import Recipe, TrainConfig, UserError
 from frames import DataError, FrameTable, frame_table
 from images import augment, center_crop, decode_image, draw_augmentation
 
@@ -107,11 +107,13 @@ def mixture_shares(weights: np.ndarray, sizes: np.ndarray, balance: bool = True)
     return shares, int((sizes / shares)[primary].max())
 
 
-def open_tables(cfg: TrainConfig) -> list[FrameTable]:
-    """The frame tables of a mixture's datasets, which are indexed now where they have not been."""
-    return [frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), cfg.use_proprio,
-                        index_dir=cfg.index_dir, skip_bad_episodes=cfg.skip_bad_episodes)
-            for _, _, recipe, directory in oxe.find_datasets(cfg)]
+def open_tables(cfg: TrainConfig) -> list[tuple[str, float, Recipe, FrameTable]]:
+    """A mixture's datasets, which are indexed now where they have not been: [(name, weight, recipe, table),
+    ...]."""
+    return [(name, weight, recipe, frame_table(
+                directory, recipe, recipe.camera_keys(cfg.cameras), cfg.use_proprio,
+                index_dir=cfg.index_dir, skip_bad_episodes=cfg.skip_bad_episodes))
+            for name, weight, recipe, directory in oxe.find_datasets(cfg)]
 
 
 class Mixture:
@@ -119,15 +121,9 @@ class Mixture:
 
     def __init__(self, cfg: TrainConfig, tokenizer=None, train: bool = True):
         self.cfg, self.tokenizer, self.train = cfg, tokenizer, train
-        found = oxe.find_datasets(cfg)
-        self.names = [name for name, *_ in found]
-        self.recipes, self.tables = [recipe for _, _, recipe, _ in found], open_tables(cfg)
-        self.targets, self.statistics = [], {}  # which dimensions are targets; dataset_statistics.json
-        for name, recipe, table in zip(self.names, self.recipes, self.tables, strict=True):
-            target, raw = oxe.action_masks(recipe, table.action_widths)
-            action = {**table.statistics["action"], "mask": (~raw).tolist()}
-            self.statistics[name] = {**table.statistics, "action": action}
-            self.targets.append(target)
+        self.names, weights, self.recipes, self.tables = map(list, zip(*open_tables(cfg), strict=True))
+        self.statistics = {name: table.statistics  # the content of dataset_statistics.json
+                           for name, table in zip(self.names, self.tables, strict=True)}
         dims = {name: len(self.statistics[name]["action"]["mask"]) for name in self.names}
         if len(set(dims.values())) > 1:
             raise UserError(f"data_mix: datasets with different action dimensions cannot be mixed: {dims}")
@@ -146,14 +142,14 @@ class Mixture:
                 self.warnings += [f"{name}: {line}" for line in told]
 
         sizes = np.array([self.statistics[name]["num_transitions"] for name in self.names])
-        weights = np.array([weight for _, weight, *_ in found])
-        # (a config made elsewhere may not know of balance_weights)
-        self.shares, self.epoch_length = mixture_shares(weights, sizes, getattr(cfg, "balance_weights", True))
+        balance = getattr(cfg, "balance_weights", True)  # a config made elsewhere may not know of it
+        self.shares, self.epoch_length = mixture_shares(np.array(weights), sizes, balance)
         self.stretches = [self._stretches(d) for d in range(len(self.names))]
         self.sizes = np.array([total[-1] if len(total) else 0 for _, _, total in self.stretches])
         if not self.sizes.all():
             empty, kind = int(np.argmin(self.sizes)), "training" if train else "held-out"
-            raise DataError(f"{self.names[empty]}: no {kind} frame with an instruction in {found[empty][3]}")
+            raise DataError(f"{self.names[empty]}: no {kind} frame with an instruction in "
+                            f"{self.tables[empty].directory}")
 
     def _stretches(self, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """This split's frames of dataset d, as stretches of adjacent ones: (first, count, total so far)."""
@@ -188,7 +184,7 @@ class Mixture:
         last = (episode["first"] + episode["count"])[:, None] - 1
         actions = table.frames["action"][np.minimum(wanted, last)]
         actions = normalize(actions, stats, self.cfg.action_normalization)
-        actions[(wanted > last)[..., None] & ~self.targets[d]] = 0
+        actions[(wanted > last)[..., None] & ~table.targets] = 0
         return actions
 
     def sample(self, d: int, row: int, epoch: int = 0, augment_seed: int | None = None) -> dict:

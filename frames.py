@@ -69,7 +69,7 @@ class FrameTable:
         self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
         self.instructions, self.statistics = meta["instructions"], meta["statistics"]
         self.bad, self.warnings = meta["bad_episodes"], meta["warnings"]  # see checks.table_warnings
-        self.action_widths = meta["action_widths"]  # columns of each field of the recipe's action
+        self.targets = np.array(meta["targets"])  # which of an action's dimensions are targets, (A,) bool
         self.features = meta["features"]  # {feature: numbers in a step} of those that the recipe names
         frame = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
         self.frames = np.memmap(path / "frames.bin", frame, "r")
@@ -132,7 +132,7 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     return FrameTable(path, directory)
 
 
-CODE = ("rlds.py", "recipes.py", "checks.py")  # what makes a frame table
+CODE = ("rlds.py", "fields.py", "recipes.py", "checks.py")  # what makes a frame table
 
 
 def data_files(directory: Path) -> list[tuple[str, int, int]]:

@@ -142,9 +142,8 @@ def as_yaml(subject: Subject) -> str:
 def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
     """Print what is in a dataset, warn of what often goes wrong, and draw some frames."""
     recipe, table = subject.recipe, subject.table(index_dir, skip_bad_episodes=True)
-    stats, episodes = table.statistics["action"], table.episodes
-    target, raw = oxe.action_masks(recipe, table.action_widths)
-    stats = {**stats, "mask": (~raw).tolist()}
+    stats, episodes, target = table.statistics["action"], table.episodes, table.targets
+    raw = ~np.array(stats["mask"])
     print(f"dataset {subject.name} directory {subject.directory} recipe {subject.source}")
     for number, split in enumerate(table.splits):
         count = episodes["count"][episodes["split"] == number]
@@ -164,7 +163,7 @@ def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
     print(*[f"state    {titles}"] if recipe.state != "0" else [])
     for dim in range(len(state["min"]) if recipe.state != "0" else 0):
         print(f"state  {dim:5d} {numbers(state, dim)}")
-    for warning in [*table.warnings[subject.kind], *other_warnings(table, target), *table.warnings["chunks"]]:
+    for warning in [*table.warnings[subject.kind], *other_warnings(table), *table.warnings["chunks"]]:
         print(f"warning: {warning}")
     if subject.source == "guessed":
         guessed = replace(subject, recipe=guess_action(recipe, table))
@@ -179,12 +178,12 @@ def numbers(stats: dict, dim: int) -> str:
     return " ".join(f"{stats[key][dim]:9.4g}" for key in ("min", "q01", "mean", "q99", "max", "std"))
 
 
-def other_warnings(table: FrameTable, target: np.ndarray) -> list[str]:
+def other_warnings(table: FrameTable) -> list[str]:
     """What makes policies fail without any error, beside actions that do not come back: idle frames, missing
     text, bad episodes."""
     stats, actions = table.statistics["action"], table.frames["action"]
     spread = np.array(stats["q99"]) - np.array(stats["q01"])
-    motion = np.where(target, np.diff(actions, axis=0, prepend=actions[:1]), actions)
+    motion = np.where(table.targets, np.diff(actions, axis=0, prepend=actions[:1]), actions)
     moving = spread > 0
     still = np.abs(motion[:, moving]) < 1e-3 * spread[moving]
     idle = still.all(1).mean() if moving.any() else 0.0

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from config import UserError, settle_place, told_in_one_line
+from config import UserError, told_in_one_line
 from data import TrainBatches
 from frames import DataError, end_with_parent
 
@@ -212,8 +212,7 @@ def run_job(program: Callable[[], None]) -> None:
 
 
 def start_job() -> Neighbour:
-    """Connect the ranks, under any launcher or none."""
-    settle_place()
+    """Connect the ranks, which know their places (config.settle_place)."""
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,8 +1,8 @@
 """Carrying a recipe out: from an episode of a dataset to its standard form.
 
-oxe.py explains recipes and reads their field lists; here are the helpers that they name, and `standardize`,
-which applies one to an episode. It is done once for each episode, by the program that indexes (rlds.py), and
-for a single action or state when a robot asks for one in its own convention (convention.py).
+fields.py explains recipes and reads their field lists; here are the helpers that they name, and
+`standardize`, which applies one to an episode. It is done once for each episode, by the program that indexes
+(rlds.py), and for a single action or state when a robot asks for one in its own convention (convention.py).
 """
 
 import ctypes.util
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from config import Recipe
+from fields import CONSTANT, Field, parse_fields
 from frames import DataError
-from oxe import CONSTANT, Field, feature_name, parse_fields
 
 # ------------------------------------------------------------------------------------------------------------
 # Helpers: (T, k) -> (T, m). Comparisons are in float32, as in TensorFlow, because 0.95 and 0.1 are
@@ -212,6 +212,28 @@ def decode_code_points(row: bytes) -> bytes:
     points = np.frombuffer(row, np.int64)
     points = points[: np.argmax(np.append(points, 0) == 0)]
     return "".join(chr(p) if 0 <= p < 0xD800 or 0xDFFF < p < 0x110000 else "\ufffd" for p in points).encode()
+
+
+def feature_name(key: str, prefix: str) -> str:
+    """A recipe's key -> the feature's name within a step."""
+    return key[1:] if key.startswith("/") else prefix + key
+
+
+def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which dimensions of a dataset's actions are targets, and which are raw: each (A,) bool. widths: how
+    many of the A dimensions each field has. OpenVLA's absolute_action_mask, and the opposite of its
+    action_normalization_mask."""
+    fields = parse_fields(recipe.action)
+    target = np.repeat([field.target for field in fields], widths)
+    raw = np.repeat([field.raw for field in fields], widths)
+    if not (target | raw).any():
+        absolute = 1 if recipe.absolute is None and not recipe.targets else recipe.absolute or 0
+        if max(absolute, recipe.targets) > len(raw):
+            raise DataError(f"{max(absolute, recipe.targets)} absolute action dimensions of {len(raw)}: "
+                            "lower `absolute` or `targets` in its recipe")
+        raw = np.arange(len(raw)) >= len(raw) - absolute
+        target = np.arange(len(raw)) >= len(raw) - max(absolute, recipe.targets)
+    return target, raw
 
 
 def standardize(steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:

@@ -8,7 +8,7 @@ Read in this order: read_records (bytes on disk) -> Steps (one episode) -> build
 of a dataset once. That is a program of its own: frames.frame_table runs it where a dataset has no table yet,
 with a job in JSON on its standard input. It imports no PyTorch, so that its many processes start quickly and
 small. write_rlds goes the other way: your own recordings become a dataset. What the names in a dataset mean
-is oxe.py's business; which frame comes when, data.py's.
+is for fields.py and recipes.py; which frame comes when, data.py's.
 """
 
 import functools
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from checks import table_warnings
 from config import Recipe, UserError
 from frames import DataError, end_with_parent, find_dataset
-from recipes import Feature, check_features, standardize
+from recipes import Feature, action_masks, check_features, standardize
 
 __all__ = ["DataError", "find_dataset", "write_rlds"]  # what a program needs that writes a dataset
 
@@ -196,7 +196,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
     features, splits = step_features(directory), open_splits(directory)
     try:
         widths_of_features = check_features(features, recipe, cameras, load_proprio)
-    except DataError as error:
+    except UserError as error:
         raise DataError(f"{directory}: {error}") from error
     shards = [(n, Path(file), count) for n, split in enumerate(splits.values())
               for file, count in zip(split.filepaths, split.shard_lengths, strict=True)]
@@ -214,12 +214,14 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
                             + (f"; the first problem: {bad[0]}" if bad else ""))
         np.save(scratch / "episodes.npy", episodes)
         table = np.memmap(scratch / "frames.bin", dtype, "r")
+        target, raw = action_masks(recipe, action_widths)
+        stats = statistics(table, len(episodes), ~raw)
         meta = {"splits": list(splits), "shards": [file.name for _, file, _ in shards],
                 "cameras": cameras, "instructions": instructions, "bad_episodes": bad,
-                "action_widths": action_widths, "features": widths_of_features,
+                "targets": target.tolist(), "features": widths_of_features,
                 "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
-                "statistics": (stats := statistics(table, num_trajectories=len(episodes))),
-                "warnings": table_warnings(table, episodes, stats["action"], recipe, action_widths)}
+                "statistics": stats,
+                "warnings": table_warnings(table, episodes, stats["action"], target)}
         (scratch / "table.json").write_text(json.dumps(meta))
         scratch.rename(path)
     except BaseException as error:
@@ -295,9 +297,9 @@ def _index_shard(file: Path, count: int, features: Mapping[str, Feature], transf
     return np.concatenate(rows) if rows else None, episodes, list(texts), widths, bad
 
 
-def statistics(frames: np.ndarray, num_trajectories: int) -> dict:
-    """What OpenVLA writes to dataset_statistics.json (without the mask), over all splits of a dataset, bit
-    for bit.
+def statistics(frames: np.ndarray, num_trajectories: int, mask: np.ndarray) -> dict:
+    """What OpenVLA writes to dataset_statistics.json, over all splits of a dataset, bit for bit. mask: which
+    of an action's dimensions are normalised, (A,) bool.
 
     Mean and deviation are float32 sums in file order. Without proprio, OpenVLA writes zeros of the action's
     size.
@@ -309,6 +311,7 @@ def statistics(frames: np.ndarray, num_trajectories: int) -> dict:
         numbers = {"mean": values.mean(0), "std": values.std(0), "max": values.max(0), "min": values.min(0),
                    "q01": quantile(values, 0.01), "q99": quantile(values, 0.99)}
         result[name] = {key: value.tolist() for key, value in numbers.items()}
+    result["action"]["mask"] = mask.tolist()
     return result
 
 

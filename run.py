@@ -263,9 +263,9 @@ def step_of(line: str) -> float:
 # ---- The GPU -----------------------------------------------------------------------------------------------
 
 
-def check_memory(vla: VLA, ds_config: dict, run: Run) -> None:
-    """Log what each GPU keeps all the time, in GB. Raises UserError where that is more than it has; what a
-    batch takes comes on top."""
+def memory_needed(vla: VLA, ds_config: dict) -> str:
+    """For the log: what each GPU keeps all the time, in GB. Raises UserError where that is more than it has;
+    what a batch takes comes on top."""
     zero, count = ds_config.get("zero_optimization", {}), vla.count_parameters()[1]
     stage, half = zero.get("stage", 0), ds_config.get("bf16", {}).get("enabled", False)
     ranks = [dist.get_world_size() if stage >= divided else 1 for divided in range(4)]
@@ -276,11 +276,11 @@ def check_memory(vla: VLA, ds_config: dict, run: Run) -> None:
     held = {"weights": 0 if "offload_param" in zero else weights / ranks[3],
             "gradients": (on_host < 1) * gradients * count / ranks[2],
             "optimizer": (1 - on_host) * (12 if half else 8) * count / ranks[1]}
-    run.line("memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items()))
     needed = sum(held.values()) / 1e9
     if torch.cuda.is_available() and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
         raise UserError(f"weights, gradients and optimizer take {needed:.1f} GB, of a GPU that has "
                         f"{there:.1f}: {LESS_MEMORY}")
+    return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
 
 
 # dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts

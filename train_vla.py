@@ -38,7 +38,7 @@ from frames import DataError
 from lora import add_adapters
 from model import VLA
 from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
-from run import Run, check_memory, utilisation
+from run import Run, memory_needed, utilisation
 from weights import Weights, describe_base, fill, parameters_without_memory, start_from
 from zero import adapt, born_in_shards, check_json, optimizer_step, set_learning_rate, set_tensors
 
@@ -191,7 +191,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         vla.compile_blocks()
     if "activation_checkpointing" in ds_config:
         vla.recompute_activations()
-    check_memory(vla, ds_config, run)
+    run.line(memory_needed(vla, ds_config))
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
     engine, *_ = deepspeed.initialize(model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),
                                       config=ds_config)

@@ -44,23 +44,23 @@ print("action", vla.predict_action(image, "put the carrot on the plate").round(3
 """
 
 
-def make_checkpoint(folder: Path, base: str) -> None:
-    """Random weights in OpenVLA's Hugging Face layout."""
-    config = prismatic_config(*PRISMATIC[base]) | {
-        "action_dim": 7, "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")}
-    cfg = TrainConfig(**config)
+def write_random_model(folder: Path, model: dict) -> None:
+    """Random bf16 weights in OpenVLA's Hugging Face layout. model: keys of TrainConfig that describe it."""
+    cfg, device = TrainConfig(**model, action_dim=7), "cuda" if torch.cuda.is_available() else "cpu"
     with parameters_without_memory():
-        vla = VLA(cfg, load_tokenizer(cfg.tokenizer))
+        vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
 
     def draw(start: int, stop: int) -> torch.Tensor:
-        return (torch.randn(stop - start, device="cuda") * 0.02).bfloat16().cpu()
+        return (torch.randn(stop - start, device=device) * 0.02).bfloat16().cpu()
 
-    tensors = Tensors(base)
+    tensors = Tensors(folder)
     for name, p in vla.named_parameters():
         tensors.add(name, p.shape, draw)
     folder.mkdir(parents=True)
     save_tokenizer(cfg, folder)
-    write_hugging_face(Weights(tensors, config, STATS), cfg, folder, None)
+    write_hugging_face(Weights(tensors, model, STATS), cfg, folder, None)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the processes that come
 
 
 def timed(name: str, command: list) -> str:
@@ -84,9 +84,9 @@ def main() -> None:
     folder = args.folder
     shutil.rmtree(folder, ignore_errors=True)
     started = time.time()
-    make_checkpoint(folder / "hf", args.base)
+    write_random_model(folder / "hf", prismatic_config(*PRISMATIC[args.base]) | {
+        "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")})
     print(f"made seconds {time.time() - started:.0f}", flush=True)
-    torch.cuda.empty_cache()
     write_frames(folder / "data", 200)
     (folder / "config.yaml").write_text(yaml.safe_dump({
         "base_vlm": str(folder / "hf"), "data_root_dir": str(folder / "data"),

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import yaml
+from big_checkpoint import write_random_model
 from data_throughput import write_frames
 from train_throughput import failure, gpus, run
 
@@ -52,7 +53,7 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         model = describe_model(args)
         if not (folder / "hf").exists():
-            write_base(folder / "hf", model)
+            write_random_model(folder / "hf", model)
             write_frames(folder / "data", 400)
         print("| GPU | of it GB | trained | samples at a time | samples/s | GB at the peak |")
         print("|---|---:|---|---:|---:|---:|")
@@ -79,35 +80,6 @@ def describe_model(args) -> dict:
         return {key: value for key, (value, _) in read_yaml(args.config).items() if key in SHAPE}
     return prismatic_config(*PRISMATIC[args.base]) | {
         "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")}
-
-
-def write_base(folder: Path, model: dict) -> None:
-    """Random bf16 weights in OpenVLA's Hugging Face layout."""
-    import torch
-    from act_latency import STATS
-
-    from action_tokenizer import load_tokenizer
-    from checkpoint import Tensors
-    from config import TrainConfig
-    from export_vla import save_tokenizer, write_hugging_face
-    from model import VLA
-    from weights import Weights, parameters_without_memory
-
-    cfg, device = TrainConfig(**model, action_dim=7), "cuda" if torch.cuda.is_available() else "cpu"
-    with parameters_without_memory():
-        vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
-
-    def draw(start: int, stop: int) -> torch.Tensor:
-        return (torch.randn(stop - start, device=device) * 0.02).bfloat16().cpu()
-
-    tensors = Tensors(folder)
-    for name, p in vla.named_parameters():
-        tensors.add(name, p.shape, draw)
-    folder.mkdir(parents=True)
-    save_tokenizer(cfg, folder)
-    write_hugging_face(Weights(tensors, model, STATS), cfg, folder, None)
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:

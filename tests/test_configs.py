@@ -11,6 +11,7 @@ from conftest import RLDS, ROOT, TINY, launch, read_metrics
 
 import oxe
 from config import TrainConfig, load_config
+from fields import CONSTANT, parse_fields
 from rlds import write_rlds
 
 CONFIGS = ROOT / "configs"
@@ -99,8 +100,8 @@ def synthesize(name: str, root) -> None:
 
     add(f"observation/{recipe.primary}", f.Image(shape=(16, 16, 3)), np.full((16, 16, 3), 99, np.uint8))
     add(recipe.instruction, f.Text(), "lift the cup")
-    for key in (field.key for field in oxe.parse_fields(recipe.action)):
-        if not oxe.CONSTANT.fullmatch(key):
+    for key in (field.key for field in parse_fields(recipe.action)):
+        if not CONSTANT.fullmatch(key):
             columns = COLUMNS.get(key.split("/")[-1], 8)  # where nothing is said, recipes cut 7 of 8
             add(key, f.Tensor(shape=(columns,), dtype=np.float32), np.float32(rng.uniform(0, 0.4, columns)))
     episodes = [{"steps": [step] * 6}] * 4

@@ -23,8 +23,7 @@ import act
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
 from config import Recipe, UserError
 from convention import undo
-from oxe import action_masks
-from recipes import read_fields
+from recipes import action_masks, read_fields
 from rlds import Steps, read_records, step_features
 
 av = pytest.importorskip("av")

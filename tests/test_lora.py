@@ -272,19 +272,19 @@ def test_a_trained_model_in_8_bits_says_the_same(dtype, colours):
 @pytest.mark.parametrize("stage, expected", [  # GB of 1e9 parameters on 4 ranks: ds_configs/README.md's table
     (0, (2, 2, 12)), (1, (2, 6, 3)), (2, (2, 1, 3)), (3, (0.5, 1, 3))])
 def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
-    lines, ds_config = [], {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
     with torch.device("meta"):
         vla = torch.nn.Linear(50_000, 20_000, bias=False)
     vla.count_parameters = lambda: (10**9, 10**9)
     monkeypatch.setattr(run.dist, "get_world_size", lambda: 4)
-    run.check_memory(vla, ds_config, SimpleNamespace(line=lines.append))
-    values = dict(zip(lines[0].split()[1::2], map(float, lines[0].split()[2::2]), strict=True))
+    told = run.memory_needed(vla, ds_config).split()
+    values = dict(zip(told[1::2], map(float, told[2::2]), strict=True))
     assert tuple(values.values()) == expected
     assert [*values] == ["weights_gb", "gradients_gb", "optimizer_gb"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4 * 10**9))
     with pytest.raises(UserError, match=f"take {sum(expected):.1f} GB, of a GPU that has 4.0: take a "):
-        run.check_memory(vla, ds_config, SimpleNamespace(line=lines.append))
+        run.memory_needed(vla, ds_config)
 
 
 def test_out_of_memory_ends_with_advice(capsys, monkeypatch):

@@ -30,7 +30,7 @@ from data import Mixture
 from frames import DataError, FrameTable, find_dataset
 from images import decode_native
 from model import VLA
-from recipes import Feature, standardize
+from recipes import Feature, action_masks, standardize
 from rlds import build_frame_table, statistics, write_rlds
 from wire import RequestError, parse_request
 
@@ -172,7 +172,8 @@ def warnings_of(actions: np.ndarray, recipe: Recipe) -> dict[str, list[str]]:
     widths = [len(actions[0])]
     if "," in recipe.action:  # all recipes here have two fields, of 6 and 1
         widths = [6, 1]
-    return table_warnings(frames, episodes, statistics(frames, 1)["action"], recipe, widths)
+    target, raw = action_masks(recipe, widths)
+    return table_warnings(frames, episodes, statistics(frames, 1, ~raw)["action"], target)
 
 
 def test_training_and_inspecting_say_so(opened, commands, plain_run, tiny, tmp_path):
@@ -272,7 +273,7 @@ def test_openvlas_two_masks_map_one_to_one(normalized, absolute, recipe):
         recipe = {"action": ", ".join(f"joint_{i}{word}" for i, word in enumerate(words))}
     fields = Recipe(**recipe).action.split(",")
     widths = [len(normalized)] if len(fields) == 1 else [len(normalized) - len(fields) + 1]
-    target, raw = oxe.action_masks(Recipe(**recipe), widths + [1] * (len(fields) - 1))
+    target, raw = action_masks(Recipe(**recipe), widths + [1] * (len(fields) - 1))
     np.testing.assert_array_equal(target, absolute)
     np.testing.assert_array_equal(~raw, normalized)
 
@@ -299,7 +300,7 @@ def round_trip(recipe: str, features: dict[str, np.ndarray]) -> tuple:
     recipe = Recipe(action=recipe, state="0")
     episode = standardize(Episode(features), recipe, [], False)
     frames, _ = as_table(episode["action"], [len(episode["action"])])
-    stats = statistics(frames, 1)
+    stats = statistics(frames, 1, ~np.zeros(frames["action"].shape[1], bool))
     robot = recorded(recipe, {name: value.shape[1] for name, value in features.items()}, stats)
     return episode["action"], robot.to_robot(episode["action"].astype(np.float64)), robot.action
 

@@ -172,7 +172,9 @@ def test_ctrl_c_saves_and_ends(tmp_path):
 
 WAITING = """
 import time
+from config import settle_place
 from ranks import Preemption, start_job
+settle_place()
 start_job()
 preemption = Preemption()
 print("ready", flush=True)

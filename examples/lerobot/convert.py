@@ -34,7 +34,6 @@ from tqdm import tqdm
 from config import Recipe, UserError, told_in_one_line
 from frames import end_with_parent
 from inspect_data import Subject, as_yaml, guess_recipe, other_warnings
-from oxe import action_masks
 from rlds import DataError, step_features, write_rlds
 
 JPEG_QUALITY = 95
@@ -259,8 +258,7 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
     recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions)})
     subject = Subject(name, path, recipe, "converted")
     table = subject.table(None, skip_bad_episodes=True)
-    target, _ = action_masks(recipe, table.action_widths)
-    for warning in [*table.warnings[subject.kind], *other_warnings(table, target), *table.warnings["chunks"]]:
+    for warning in [*table.warnings[subject.kind], *other_warnings(table), *table.warnings["chunks"]]:
         print(f"warning: {warning}")
     if dataset.fps / step > 20:
         print(f"warning: {dataset.fps / step:g} frames a second: little moves from one to the next, and "

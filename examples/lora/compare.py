@@ -37,7 +37,7 @@ def divide(folder: Path) -> None:
     """Write the demonstrations as two datasets, `four` and `two`; images stay as they are encoded."""
     import tensorflow_datasets as tfds  # here: it takes a second
 
-    (table,) = open_tables(load_config(ROOT / "configs/demo.yaml"))
+    ((*_, table),) = open_tables(load_config(ROOT / "configs/demo.yaml"))
     f = tfds.features
     features = {"steps": f.Dataset({
         "observation": {"image": f.Image(shape=(None, None, 3), encoding_format="jpeg")},
