@@ -35,7 +35,7 @@ from deepspeed.accelerator import get_accelerator
 from checkpoint import load_checkpoint
 from data import Mixture, TrainBatches, open_tables
 from frames import DataError
-from lora import add_adapters
+from lora import add_adapters, linear_layers
 from model import VLA
 from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
 from run import Run, memory_needed, utilisation
@@ -186,7 +186,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     if filled := any(param.is_meta for param in vla.parameters()):
         dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
         device = get_accelerator().current_device_name()
-        fill(vla, weights.tensors, device, dtype, in_8_bits=bool(cfg.frozen_weights))
+        fill(vla, weights.tensors, device, dtype, linear_layers(vla) if cfg.frozen_weights else {})
     if cfg.compile:
         vla.compile_blocks()
     if "activation_checkpointing" in ds_config:

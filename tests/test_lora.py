@@ -12,6 +12,7 @@ import yaml
 from conftest import LLAMA_TOKENIZER, ROOT, ds_json, launch
 from test_weights import released_config
 from test_zero import JSONS, MODEL, STEPS, agree, cell, read, tensors
+from torch._inductor.utils import run_and_get_code
 
 import export_vla
 import int8
@@ -298,3 +299,15 @@ def test_out_of_memory_ends_with_advice(capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "error: the GPU's memory is full: take a smaller per_device_batch_size" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_torch_compile_leaves_products_of_8_bits_as_they_are(trains):
+    """It knows a kernel for them, which on a GPU takes a thousand times as long."""
+    layer = torch.nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+    int8.shrink(layer)
+    x = torch.randn(1, 40, 64, dtype=torch.bfloat16, requires_grad=trains)
+    with torch.inference_mode(not trains):
+        y, code = run_and_get_code(torch.compile(lambda x: int8.linear(layer, x)), x)
+    assert "int8pack" not in "".join(code)
+    torch.testing.assert_close(y, int8.linear(layer, x), rtol=0.02, atol=0.02)
