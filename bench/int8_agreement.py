@@ -5,7 +5,9 @@
 The model answers held-out frames in float32 and in bf16, with its weights as they are, with those of the
 language model in 8 bits (int8.py; as for acting), and with those of all linear layers but the head (as
 `frozen_weights: int8` trains). Each row says how much is as in another: action tokens after the recorded
-ones, tokens after the model's own, and actions all of whose own tokens are equal; last, the accuracy.
+ones, tokens after the model's own, and actions all of whose own tokens are equal; then the accuracy, and the
+largest lead that a token (after the recorded ones) had in float32, over the second likeliest, where another
+was said: it is to be compared with the median lead, which stands below.
 """
 
 import argparse
@@ -26,17 +28,23 @@ from lora import linear_layers
 SHRUNK = {"as they are": None, "8 bits in the language model": "llm_backbone", "8 bits everywhere": ""}
 
 
-def answers(args, dtype: torch.dtype, shrunk: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(After the recorded tokens, after its own, true): action tokens, each (frames, T)."""
-    policy = load_vla(args.checkpoint, args.device, dtype)
+def answers(args, dtype: torch.dtype, shrunk: str | None) -> list[np.ndarray]:
+    """[tokens after the recorded ones, after its own, true ones, leads of the first]: each (frames, T)."""
+    policy, leads = load_vla(args.checkpoint, args.device, dtype), []
     for name, layer in linear_layers(policy.vla).items():
         if shrunk is not None and name.startswith(shrunk):
             int8.shrink(layer)
+
+    def note_lead(head, inputs, logits) -> None:  # (B, T + 1, vocabulary), the last of the stop token
+        first, second = logits[:, :-1].float().topk(2).values.unbind(-1)
+        leads.append((first - second).cpu().numpy())
+
+    policy.vla.llm.get_output_embeddings().register_forward_hook(note_lead)
     cfg = policy.cfg.model_copy(update={"data_root_dir": find_input(policy.cfg.data_root_dir)})
     mixture = open_mixture(policy, cfg, train=False)
     frames = [tuple(frame) for frame in choose_frames(mixture, 0, args.samples).tolist()]
     parts = [recall(policy, mixture, frames[i : i + BATCH]) for i in range(0, len(frames), BATCH)]
-    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+    return [np.concatenate(part) for part in (*zip(*parts, strict=True), leads)]
 
 
 def main() -> None:
@@ -47,16 +55,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     said, dtypes = {}, {"float32": torch.float32, "bf16": torch.bfloat16}
-    print("| arithmetic | weights | compared with | tokens | own tokens | actions | accuracy |")
-    print("|---|---|---|---:|---:|---:|---:|")
+    print("| arithmetic | weights | as in | tokens | own tokens | actions | accuracy | largest lead |")
+    print("|---|---|---|---:|---:|---:|---:|---:|")
     for dtype in dtypes:
         for weights, shrunk in SHRUNK.items():
-            forced, greedy, true = said[dtype, weights] = answers(args, dtypes[dtype], shrunk)
+            forced, greedy, true, _ = said[dtype, weights] = answers(args, dtypes[dtype], shrunk)
             like = (dtype if shrunk is not None else "float32", "as they are")
+            leads = said["float32", "as they are"][3]
             equal, own = forced == said[like][0], greedy == said[like][1]
             figures = (equal.mean(), own.mean(), own.all(1).mean(), (forced == true).mean())
             print(f"| {dtype} | {weights} | {', '.join(like)} | "
-                  + " | ".join(f"{100 * figure:.2f} %" for figure in figures) + " |", flush=True)
+                  + " | ".join(f"{100 * figure:.2f} %" for figure in figures)
+                  + f" | {leads[~equal].max(initial=0):.3f} |", flush=True)
+    print(f"frames {len(leads)} median_lead {np.median(leads):.2f}")
 
 
 if __name__ == "__main__":
