@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder for data and runs")
     parser.add_argument("--steps", type=int, default=600, help="of the first training")
-    parser.add_argument("--tuning_steps", type=int, default=150, help="of each fine-tuning")
+    parser.add_argument("--tuning_steps", type=int, default=200, help="of each fine-tuning")
     args = parser.parse_args()
     out = args.out.absolute()
     divide(out / "data")
