@@ -38,7 +38,7 @@ from frames import DataError
 from lora import add_adapters, linear_layers
 from model import VLA
 from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
-from run import Run, memory_needed, utilisation
+from run import Run, memory_if, memory_needed, utilisation
 from weights import Weights, describe_base, fill, parameters_without_memory, start_from
 from zero import adapt, born_in_shards, check_json, optimizer_step, set_learning_rate, set_tensors
 
@@ -175,6 +175,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     """The model with its trainable parameters chosen, sharded by DeepSpeed as the JSON says, and filled."""
     ds_config = with_yaml_values(ds_config, cfg)
     vla = build_model(cfg, tokenizer, ds_config, weights)
+    run.line(memory_if(vla))
     trained_parts = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone,
                                cfg.unfreeze_last_llm_layer)
     fresh = weights.tensors.check(vla) if weights else []  # modules that the weights lack
