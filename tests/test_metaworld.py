@@ -200,7 +200,7 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     assert summary["execute"] == 3 and summary["per_task_average"]["trials"] == 6
     assert "macro_average" in done.stdout
     pictures = {path.name for path in (folder / "together").iterdir()}
-    assert {"success.png", "rollouts.gif", "rollouts_end.png"} <= pictures
+    assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= pictures
     refused = python("rollout.py", *common, "1", "--tasks", "reach-v3", "--out", folder / "alone",
                      check=False)
     assert refused.returncode == 1 and "other conditions" in refused.stderr
