@@ -1,6 +1,6 @@
 """Tell a trained policy something wrong, one thing at a time, and see which numbers notice.
 
-    make demo                                       # once: six minutes on two CPU cores
+    make demo                                       # once: eight minutes on two CPU cores
     python examples/break/break.py                  # half a minute
     python examples/break/break.py --success 10     # and let it act; needs examples/metaworld's packages
 
