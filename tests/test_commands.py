@@ -25,7 +25,7 @@ LEFT_OUT = {  # pattern: why; the first that is found in a command
     r"^pip |^make ": "downloads packages",
     r"hf-mirror|HF_HUB_OFFLINE": "changes the reader's machine",
     r"[A-Z]{3}$|RUN | \.\.\.$": "with a name of the reader's own",
-    r"openvla/openvla-7b|my-bridge|--openvla |\.\./openvla|openvla-7b\+lora": "needs OpenVLA's weights or code",
+    r"openvla/openvla-7b|my-bridge|\.\./openvla|openvla-7b\+lora": "needs OpenVLA's weights or code",
     r"configs/oxe.yaml|SBATCH": "needs Open X-Embodiment and several machines",
     r"--own_data": "fourteen minutes; tests/test_zero.py compares the JSONs",
     r"^python bench/(train_throughput|act_latency|big_checkpoint|small_cards)": "needs a GPU",

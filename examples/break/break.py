@@ -56,7 +56,7 @@ def success(checkpoint: str, wrong: dict, trials: int, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     rollout.run(player, [(task, 0) for task in tasks], trials, 2, out)
     results = {(task, 0): json.loads((out / f"{task}-0.json").read_text()) for task in tasks}
-    rollout.draw_films(results, out)
+    rollout.draw_films(rollout.first_films(results, out), out)
     counted = rollout.rate([episode for episodes in results.values() for episode in episodes])
     return "success {successes} of {trials} {interval}".format(**counted)
 

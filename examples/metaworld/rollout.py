@@ -238,33 +238,41 @@ def read_film(path: Path, side: int) -> list[Image.Image]:
             for picture in [frame.convert("RGB").resize((side, side))] * (frame.info["duration"] // LOOK)]
 
 
-def draw_films(results: dict[tuple[str, int], list[dict]], out: Path, length: int = 80) -> None:
-    """The first trial of each task side by side, as an animation: a green frame once it has succeeded, a red
-    one where it never does. Failures are long; they are cut at one and a half times the longest success."""
-    first = {}
-    for (task, seed), episodes in results.items():
-        first.setdefault(task, (seed, episodes[0]["success_at"]))
-    few = len(first) <= 9
-    columns, side, line = (min(3, len(first)), SIDE, 24) if few else (10, 96, 0)
-    films = {task: read_film(out / f"{task}-{seed}.webp", side) for task, (seed, _) in first.items()}
-    longest = max(map(len, films.values()))
-    solved = max((len(film) for task, film in films.items() if first[task][1]), default=longest)
+def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80) -> None:
+    """Films side by side, as an animation: a green frame once the episode has succeeded, a red one where it
+    never does. Failures are long; they are cut at one and a half times the longest success.
+
+    films: (instruction, what encode_film has written, did it succeed?)."""
+    few = len(films) <= 9
+    columns, side, line = (min(3, len(films)), SIDE, 24) if few else (10, 96, 0)
+    films = [(words, read_film(path, side), success) for words, path, success in films]
+    longest = max(len(film) for _, film, _ in films)
+    solved = max((len(film) for _, film, success in films if success), default=longest)
     shown = min(longest, 3 * solved // 2)
     pace, font, sheets = -(-shown // length), ImageFont.load_default(14), []
     for moment in [*range(0, shown, pace), longest - 1]:
         sheet = Image.new("RGB", (side * columns, (side + line) * -(-len(films) // columns)), "white")
         pen = ImageDraw.Draw(sheet)
-        for i, (task, film) in enumerate(films.items()):
+        for i, (words, film, success) in enumerate(films):
             x, y = i % columns * side, i // columns * (side + line)
             sheet.paste(film[min(moment, len(film) - 1)], (x, y + line))
             if few:
-                pen.text((x + 4, y + 4), INSTRUCTIONS[task], "black", font)
+                pen.text((x + 4, y + 4), words, "black", font)
             if moment >= len(film) - 1:
-                colour = "#e00000" if first[task][1] is None else "#00c000"
+                colour = "#00c000" if success else "#e00000"
                 pen.rectangle((x, y + line, x + side - 1, y + line + side - 1), outline=colour, width=4)
         sheets.append(sheet)
     (out / "rollouts.webp").write_bytes(encode_film(sheets, last=2000, pace=pace, quality=60))
     sheets[-1].save(out / "rollouts_end.png")
+
+
+def first_films(results: dict[tuple[str, int], list[dict]], out: Path) -> list[tuple[str, Path, bool]]:
+    """What draw_films takes, of the first trial of each task."""
+    films = {}
+    for (task, seed), episodes in results.items():
+        success = episodes[0]["success_at"] is not None
+        films.setdefault(task, (INSTRUCTIONS[task], out / f"{task}-{seed}.webp", success))
+    return [*films.values()]
 
 
 def main() -> None:
@@ -301,7 +309,7 @@ def main() -> None:
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
     draw_chart(summary, out / "success.png")
-    draw_films(results, out)
+    draw_films(first_films(results, out), out)
     print(table(summary))
     print(f"rollouts {out}")
 
