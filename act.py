@@ -25,14 +25,16 @@ from config import TrainConfig, UserError
 from convention import Convention, convention
 from images import center_crop, resize_image
 from llm import cached_forward, make_cache
+from lora import linear_layers
 from model import VLA, take
 from weights import fill, open_weights, parameters_without_memory
 
 
-def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-             ) -> "Policy":
+def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+             in_8_bits: bool = False) -> "Policy":
     """A model to act with, from anything that weights.open_weights knows. It takes no more memory than the
-    weights do. Raises CheckpointError when there is none, and UserError when it could not act."""
+    weights do: of a 7B 15 GB in bf16, or 8.6 with the language model's matrices in 8 bits (int8.py). Raises
+    CheckpointError when there is none, and UserError when it could not act."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device}: PyTorch sees no GPU here: use cpu, or a PyTorch built for GPUs")
     weights = open_weights(where)
@@ -43,7 +45,7 @@ def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch
     vla.llm.tie_weights()
     if missing := weights.tensors.check(vla):
         raise CheckpointError(f"{where}: has no {', '.join(missing)}, which acting needs")
-    fill(vla.requires_grad_(False), weights.tensors, device, dtype)
+    fill(vla.requires_grad_(False), weights.tensors, device, dtype, shrinkable(vla) if in_8_bits else {})
     return Policy(vla.to(device).eval(), tokenizer, weights.norm_stats)
 
 
@@ -219,16 +221,13 @@ class Policy:
     def speed_up(self) -> None:
         """For acting on a GPU: fuse kernels and replay them as one CUDA graph for each size of batch and each
         32 tokens of prompt. The 7B's first action of a kind then takes two minutes (torch.compile)."""
-        from matvec import linear  # here: it needs Triton, which comes with PyTorch for GPUs
+        import matvec  # here: it needs Triton, which comes with PyTorch for GPUs
 
         torch._dynamo.config.recompile_limit = 1024  # 8 are four kinds; more would be left uncompiled
-        for layer in self.vla.llm.modules():
-            if isinstance(layer, nn.Linear):
-                layer.forward = partial(linear, layer)
-        self.continue_llm = torch.compile(self.continue_llm, dynamic=False)
         towers = self.vla.vision_backbone.values()
-        for tower in towers:
-            tower.forward = torch.compile(tower.forward, dynamic=False)
+        matvec.speed_up(self.vla.llm)
+        for module in (*towers, self.vla.llm.base_model):
+            module.forward = torch.compile(module.forward, dynamic=False)
         if len(towers) == 2:
             self.vla.patch_features = partial(side_by_side, *towers)
         self.graphs = {}
@@ -254,6 +253,11 @@ class Policy:
 
 
 # ---- Parts -------------------------------------------------------------------------------------------------
+
+
+def shrinkable(vla: VLA) -> dict[str, nn.Linear]:
+    """{name: layer} of what acting spends its time and memory on: the language model's linear layers."""
+    return {name: layer for name, layer in linear_layers(vla).items() if name.startswith("llm_backbone")}
 
 
 def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:

@@ -238,6 +238,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"],
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--int8", action="store_true",
+                        help="hold the language model's matrices in 8 bits: half the memory")
     parser.add_argument("--max_batch", type=int,
                         help="most requests the model sees at once; default: 16, with --speed_up 1")
     parser.add_argument("--speed_up", action="store_true",
@@ -254,7 +256,8 @@ def main() -> None:
         if not (token or args.no_token or on_this_machine(args.host)):
             raise UserError(f"--host {args.host} lets others in than this machine: give a password with "
                             "--token FILE or --token VARIABLE, or say --no_token")
-        policy = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        policy = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32,
+                          args.int8)
         if not policy.norm_stats:
             raise CheckpointError(f"{args.checkpoint}: has no dataset statistics, so it cannot act: a VLA "
                                   "has them, a plain VLM does not")

@@ -136,15 +136,20 @@ def measure(case: str, args, folder: Path) -> dict:
 def measure_openvla(case: str, args, folder: Path) -> dict:
     """OpenVLA's training step; `compile` is nothing that it has."""
     _, micro, *switches = case.split(":")
-    command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(args.num_gpus),
-               str(ROOT / "bench/openvla_peer.py"), str(args.openvla), "train", "--micro", micro,
-               "--steps", str(args.steps + args.warmup), "--layers", str(args.num_layers or 32),
-               *(f"--{switch}" for switch in switches)]
+    return openvla_step("train", int(micro), args.num_gpus, args, folder, "--layers",
+                        str(args.num_layers or 32), *(f"--{switch}" for switch in switches))
+
+
+def openvla_step(what: str, micro: int, num_gpus: int, args, folder: Path, *more: str) -> dict:
+    """The speed of openvla_peer.py's "train" or "finetune", and GB at the peak, or why it failed."""
+    command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(num_gpus),
+               str(ROOT / "bench/openvla_peer.py"), str(args.openvla), what, "--micro", str(micro),
+               "--steps", str(args.steps + 2), *more]
     text, succeeded = run(command, args.timeout, folder)
     found = dict(re.findall(r"(seconds|gpu_gb) ([\d.]+)", text))
     if "seconds" not in found or not succeeded:
         return failure(text)
-    return {"samples_per_second": int(micro) / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
+    return {"samples_per_second": micro / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
             "step_seconds": float(found["seconds"])}
 
 

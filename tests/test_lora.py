@@ -12,6 +12,7 @@ import yaml
 from conftest import LLAMA_TOKENIZER, ROOT, ds_json, launch
 from test_weights import released_config
 from test_zero import JSONS, MODEL, STEPS, agree, cell, read, tensors
+from torch._inductor.utils import run_and_get_code
 
 import export_vla
 import int8
@@ -24,7 +25,7 @@ from config import TrainConfig, UserError, load_config
 from data import Mixture, TrainBatches
 from lora import ADAPTER, add_adapters, linear_layers
 from model import VLA
-from weights import open_weights, parameters_without_memory
+from weights import SHAPE, open_weights, parameters_without_memory
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 5e-3}
 KINDS = {"lora": LORA, "int8": {**LORA, "frozen_weights": "int8"}}
@@ -189,6 +190,7 @@ def test_a_base_in_openvlas_format_and_adapters_on_adapters(runs, tmp_path):
                           "--set", f"max_steps={steps}", launcher="python")
             assert done.returncode == 0, done.text
         assert f"weights_from {where}" in done.text and "resumed" in done.text
+    assert "\nmemory_if lora_bf16_gb" in done.text and "\nmemory weights_gb" in done.text
     np.testing.assert_array_equal(read(tmp_path / "on_hf"), read(tmp_path / "on_run"))
     weights = tmp_path / "hf/model-00001-of-00001.safetensors"
     content = bytearray(weights.read_bytes())
@@ -287,6 +289,31 @@ def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
         run.memory_needed(vla, ds_config)
 
 
+def test_what_other_ways_would_take_is_told(monkeypatch):
+    """The log's line memory_if against what memory_needed says of models that are trained in these ways."""
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
+    cfg = TrainConfig(**{key: value for key, value in MODEL.items() if key in SHAPE}, action_dim=7)
+
+    def make():
+        return VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)).bfloat16()
+
+    def needed(vla, json_name="one_small_gpu"):
+        told = run.memory_needed(vla, json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())).split()
+        return sum(map(float, told[2::2]))
+
+    adapted, last_layer, told = make(), make(), run.memory_if(make()).split()
+    adapted.freeze(False, False, False)
+    add_adapters(adapted, 32, 16.0, seed=7)
+    expected = {"lora_bf16_gb": needed(adapted)}
+    for layer in linear_layers(adapted).values():
+        int8.shrink(layer)
+    last_layer.freeze(True, True, True)
+    expected |= {"lora_int8_gb": needed(adapted), "last_layer_gb": needed(last_layer),
+                 "everything_offloaded_gb": needed(make(), "zero2_offload")}
+    assert dict(zip(told[1::2], map(float, told[2::2]), strict=True)) == pytest.approx(expected, rel=2e-3)
+    assert len(set(expected.values())) == 4
+
+
 def test_out_of_memory_ends_with_advice(capsys, monkeypatch):
     def program():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -298,3 +325,15 @@ def test_out_of_memory_ends_with_advice(capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "error: the GPU's memory is full: take a smaller per_device_batch_size" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_torch_compile_leaves_products_of_8_bits_as_they_are(trains):
+    """It knows a kernel for them, which on a GPU takes a thousand times as long."""
+    layer = torch.nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+    int8.shrink(layer)
+    x = torch.randn(1, 40, 64, dtype=torch.bfloat16, requires_grad=trains)
+    with torch.inference_mode(not trains):
+        y, code = run_and_get_code(torch.compile(lambda x: int8.linear(layer, x)), x)
+    assert "int8pack" not in "".join(code)
+    torch.testing.assert_close(y, int8.linear(layer, x), rtol=0.02, atol=0.02)
