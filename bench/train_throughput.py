@@ -201,6 +201,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def in_words(case: str) -> str:
+    """zero2:32:compile -> zero2.json, compiled"""
+    name, _, *switches = case.split(":")
+    words = {"recompute": "recomputed", "compile": "compiled"}
+    return ", ".join([f"{name}.json", *(words.get(switch, switch) for switch in switches)])
+
+
 def draw_losses(rows: list[dict], path: Path) -> None:
     """A PNG of each case's loss over the steps, and below it the difference from the first case's."""
     import matplotlib.pyplot as plt  # here: the table can be had without it
@@ -210,14 +217,14 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     for row in rows:
         shared = min(len(row["losses"]), len(rows[0]["losses"]))
         difference = np.subtract(row["losses"][:shared], rows[0]["losses"][:shared])
-        curves.plot(row["steps"], row["losses"], label=row["case"], linewidth=1)
+        curves.plot(row["steps"], row["losses"], label=in_words(row["case"]), linewidth=1)
         differences.plot(row["steps"][:shared], difference, linewidth=1)
         print(f"{row['case']} largest_difference {np.abs(difference).max():.4f} last_20_mean "
               f"{np.mean(row['losses'][-20:]):.4f}")
     curves.set_ylabel("loss")
     curves.legend()
-    differences.set_ylabel(f"minus {rows[0]['case']}")
-    differences.set_xlabel("step")
+    differences.set_ylabel(f"difference from\n{in_words(rows[0]['case'])}")
+    differences.set_xlabel("step of training")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
