@@ -44,7 +44,7 @@ def test_how_much_there_is_to_read():
     print(f"\nlesson {sum(lesson.values())} {lesson}\ntraining {sum(training.values())} {training}\n"
           f"functions above 40 lines {longest}")
     assert sum(lesson.values()) <= 1000
-    assert sum(training.values()) <= 3670  # 3,400, and 270 of LoRA, 8 bits and the memory that they take
+    assert sum(training.values()) <= 3700  # 3,400, and 300 of LoRA, 8 bits and the memory that they take
     assert {path.name: lines(path) for path in files if lines(path) > 450} == {}
     assert {name for name, count in longest.items() if count > 50} <= {"train_vla.py:train"}
     assert longest.get("train_vla.py:train", 0) <= 60
