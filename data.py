@@ -266,7 +266,11 @@ class TrainBatches(torch.utils.data.Dataset):
         augmented = self.mixture.cfg.image_aug and self.mixture.train
         samples = [self.mixture.sample(d, row, epoch, number if augmented else None)
                    for number, d, row, epoch in self.draw(i)]
-        return collate(samples, self.mixture.tokenizer.pad_token_id)
+        batch = collate(samples, self.mixture.tokenizer.pad_token_id)
+        if self.mixture.cfg.max_prefix and self.mixture.train:  # how many steps of its chunk each is given
+            draw = mix_bits(self.mixture.cfg.seed, [number for number, *_ in self.draw(i)])
+            batch["prefix"] = torch.from_numpy(draw % np.uint64(self.mixture.cfg.max_prefix + 1)).long()
+        return batch
 
 
 if __name__ == "__main__":  # python data.py --inspect DIR

@@ -82,22 +82,22 @@ class Batcher(threading.Thread):
             batch = [self.waiting.get()]
             while len(batch) < self.max_batch and not self.waiting.empty():
                 batch.append(self.waiting.get())  # nobody else takes any, so there is one
-            datasets: dict[str, list] = {}
+            alike: dict[tuple, list] = {}
             for query, future in batch:
                 if future.set_running_or_notify_cancel():
-                    datasets.setdefault(query.unnorm_key, []).append((query, future))
-            for asked in datasets.values():
+                    alike.setdefault((query.unnorm_key, len(query.prefix)), []).append((query, future))
+            for asked in alike.values():
                 self.answer(asked)
 
     def answer(self, asked: list[tuple[Query, Future]]) -> None:
-        """Requests of one unnorm_key. If they fail, each is tried on its own, so that none fails for
-        another's sake."""
+        """Requests of one unnorm_key and one length of prefix. If they fail, each is tried on its own, so that
+        none fails for another's sake."""
         queries = [query for query, _ in asked]
         try:
             proprio = None if queries[0].proprio is None else np.stack([query.proprio for query in queries])
             actions = self.policy.predict_action(
                 [query.views for query in queries], [query.instruction for query in queries],
-                queries[0].unnorm_key, proprio)
+                queries[0].unnorm_key, proprio, np.stack([query.prefix for query in queries]))
         except Exception as error:
             if len(asked) == 1:
                 asked[0][1].set_exception(error)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from act import Policy
 from config import UserError
+from convention import Convention
 from images import decode_native
 
 MAX_BODY = 32 << 20  # bytes of a request: as plain lists, images up to about full HD
@@ -32,12 +33,14 @@ class RequestError(UserError):
 
 @dataclass
 class Query:
-    """A checked request. views: N images (H, W, 3) uint8; proprio: (P,) float32 if the model uses it."""
+    """A checked request. views: N images (H, W, 3) uint8; proprio: (P,) float32 if the model uses it; prefix:
+    (k, A) float64, often of no step."""
 
     views: list[np.ndarray]
     instruction: str
     unnorm_key: str
     proprio: np.ndarray | None
+    prefix: np.ndarray
     form: str  # of the reply: numpy, encoded or list
 
 
@@ -49,35 +52,44 @@ def parse_request(body: bytes, policy: Policy) -> Query:
         if len(payload) > 1 or not isinstance(payload["encoded"], str):
             raise RequestError("encoded: must be a string of JSON, and the only field")
         payload = read_object(payload["encoded"], "encoded")
-    known = ("image", "images", "instruction", "unnorm_key", "proprio")
+    known = ("image", "images", "instruction", "unnorm_key", "proprio", "prefix")
     for key in payload:
         if key not in known:
             raise RequestError(f"unknown field {key[:80]!r}: the fields are {', '.join(known)}")
 
-    images = parse_images(payload, policy)
-    instruction, unnorm_key = payload.get("instruction"), payload.get("unnorm_key")
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise RequestError("instruction: must be text that says what to do, such as \"open the drawer\"")
-    try:
-        size = len(instruction.encode())
-    except UnicodeEncodeError as error:
-        raise RequestError(f"instruction: is no Unicode text: {error}: send UTF-8") from error
-    if size > MAX_INSTRUCTION:
-        raise RequestError(f"instruction: longer than {MAX_INSTRUCTION} bytes: shorten it")
-    if not isinstance(unnorm_key, str | None):
-        raise RequestError(f"unnorm_key: must be one of {', '.join(sorted(policy.norm_stats))}")
-    try:
-        robot = policy.convention(unnorm_key)
-    except UserError as error:
-        raise RequestError(f"{error}"[:2000]) from error
-
+    images, instruction = parse_images(payload, policy), parse_text(payload.get("instruction"), "instruction")
+    unnorm_key, robot = parse_key(payload.get("unnorm_key"), policy)
     several = payload.get("images", [])
     several = several.values() if isinstance(several, dict) else several
     sent = [*several, payload.get("image"), payload.get("proprio")]
     arrays = any(isinstance(value, dict) for value in sent)
-    return Query(images, instruction, unnorm_key or next(iter(policy.norm_stats)),
+    return Query(images, instruction, unnorm_key,
                  parse_proprio(payload.get("proprio"), policy.cfg.use_proprio, robot.state),
+                 parse_prefix(payload.get("prefix"), policy, unnorm_key),
                  "encoded" if encoded else "numpy" if arrays else "list")
+
+
+def parse_text(value, name: str) -> str:
+    """The instruction."""
+    if not isinstance(value, str) or not value.strip():
+        raise RequestError(f"{name}: must be text that says what to do, such as \"open the drawer\"")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name}: is no Unicode text: {error}: send UTF-8") from error
+    if size > MAX_INSTRUCTION:
+        raise RequestError(f"{name}: longer than {MAX_INSTRUCTION} bytes: shorten it")
+    return value
+
+
+def parse_key(value, policy: Policy) -> tuple[str, Convention]:
+    """unnorm_key, which may be left out -> one of the model's datasets, and how its robot speaks."""
+    if not isinstance(value, str | None):
+        raise RequestError(f"unnorm_key: must be one of {', '.join(sorted(policy.norm_stats))}")
+    try:
+        return policy.dataset_name(value), policy.convention(value)
+    except UserError as error:
+        raise RequestError(f"{error}"[:2000]) from error
 
 
 def read_object(text: bytes | str, name: str) -> dict:
@@ -166,6 +178,18 @@ def parse_proprio(value, wanted: bool, labels: list[str]) -> np.ndarray | None:
     if not np.isfinite(state).all():
         raise RequestError("proprio: must hold finite numbers")
     return state
+
+
+def parse_prefix(value, policy: Policy, unnorm_key: str) -> np.ndarray:
+    """The chunk's first actions, where they are settled -> (k, A) float64."""
+    if value is None or value == []:
+        return np.zeros((0, len(policy.convention(unnorm_key).action)))
+    prefix = parse_array(value, "prefix").astype(np.float64)
+    try:
+        policy.known_tokens(prefix[None], 1, unnorm_key)
+    except UserError as error:
+        raise RequestError(str(error)) from error
+    return prefix
 
 
 def parse_array(value, name: str) -> np.ndarray:
