@@ -1,11 +1,13 @@
 """What is said over HTTP: a request's JSON to arrays, checked, and the action back to JSON.
 
+(openpi_wire.py: what is said over a websocket. The parts of a request are checked here for both.)
 serve_vla.py describes the forms. Read parse_request. All that comes in may be anything: it is measured before
 it is made into an array or a picture, and nothing is ever unpickled.
 """
 
 import base64
 import io
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -127,7 +129,7 @@ def parse_images(payload: dict, policy: Policy) -> list[np.ndarray]:
 
 def parse_image(value, name: str) -> np.ndarray:
     """One image in any of its forms -> (H, W, 3) uint8."""
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return decode_picture(read_base64(value, name), name)
     image = parse_array(value, name)
     if image.ndim != 3 or image.shape[2] != 3:
@@ -144,7 +146,7 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])  # reads no more than the header
     except Exception as error:  # Pillow raises many kinds, here and below
-        raise RequestError(f"{name}: is not base64 of a JPEG or PNG file") from error
+        raise RequestError(f"{name}: is no JPEG or PNG file") from error
     check_sides(picture.height, picture.width, name)
     if picture.mode not in ("RGB", "RGBA", "L", "P"):
         raise RequestError(f"{name}: is a picture of mode {picture.mode}: send 8-bit RGB")
@@ -161,22 +163,22 @@ def check_sides(height: int, width: int, name: str) -> None:
         raise RequestError(f"{name}: is {height} x {width} pixels; each side must be {low}..{high}")
 
 
-def parse_proprio(value, wanted: bool, labels: list[str]) -> np.ndarray | None:
+def parse_proprio(value, wanted: bool, labels: list[str], name: str = "proprio") -> np.ndarray | None:
     """The robot's state -> a float32 for each of the labels, which say what they are."""
     if not wanted:
         if value is not None:
-            raise RequestError("proprio: this model was trained without the robot's state: leave it out")
+            raise RequestError(f"{name}: this model was trained without the robot's state: leave it out")
         return None
     size = len(labels)
     if value is None:
-        raise RequestError(f"proprio: missing: this model needs the robot's state, {size} numbers")
-    state = parse_array(value, "proprio")
+        raise RequestError(f"{name}: missing: this model needs the robot's state, {size} numbers")
+    state = parse_array(value, name)
     if state.shape != (size,):
-        raise RequestError(f"proprio: has shape {list(state.shape)}, must be [{size}]: {', '.join(labels)}")
+        raise RequestError(f"{name}: has shape {list(state.shape)}, must be [{size}]: {', '.join(labels)}")
     with np.errstate(over="ignore"):
         state = state.astype(np.float32)
     if not np.isfinite(state).all():
-        raise RequestError("proprio: must hold finite numbers")
+        raise RequestError(f"{name}: must hold finite numbers")
     return state
 
 
@@ -195,16 +197,21 @@ def parse_prefix(value, policy: Policy, unnorm_key: str) -> np.ndarray:
 def parse_array(value, name: str) -> np.ndarray:
     """json_numpy's form of an array, or plain lists -> an array of whole or floating-point numbers."""
     if isinstance(value, list):
+        within = value
+        while (kinds := set(map(type, within))) == {list}:
+            within = [*itertools.chain.from_iterable(within)]
+        if not kinds <= {int, float}:  # of texts, NumPy would give each as much room as the longest takes
+            raise RequestError(f"{name}: must hold numbers alone, in lists that are equally deep")
         try:
             array = np.array(value)
         except (ValueError, OverflowError) as error:
             raise RequestError(f"{name}: its lists are of different lengths, or too deep") from error
         if array.dtype.kind not in "iuf":
-            raise RequestError(f"{name}: must hold numbers alone")
+            raise RequestError(f"{name}: its numbers are too large")
         return array
     if not isinstance(value, dict) or value.keys() != {"__numpy__", "dtype", "shape"}:
-        raise RequestError(f'{name}: must be {{"__numpy__": base64, "dtype": ..., "shape": ...}}, or a list'
-                           + (", or base64 of a JPEG or PNG file" if name.startswith("image") else ""))
+        raise RequestError(f'{name}: must be an array (in JSON {{"__numpy__": base64, "dtype": ..., "shape":'
+                           " ...}), or a list" + ", or a JPEG or PNG file in base64" * ("image" in name))
     dtype, shape = value["dtype"], value["shape"]
     if not isinstance(dtype, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248])", dtype):
         raise RequestError(f"{name}: dtype {str(dtype)[:80]!r}: send integers or floats, such as "
@@ -222,7 +229,9 @@ def parse_array(value, name: str) -> np.ndarray:
 
 
 def read_base64(text, name: str) -> bytes:
-    """Base64 text -> bytes."""
+    """Base64 text -> bytes. Bytes themselves, which only openpi_wire.py can have, stay as they are."""
+    if isinstance(text, bytes):
+        return text
     if not isinstance(text, str):
         raise RequestError(f"{name}: must be base64 text, not a {type(text).__name__}")
     try:
