@@ -141,7 +141,9 @@ class Policy:
 
     def known_tokens(self, prefix: np.ndarray, batch: int, unnorm_key: str | None) -> torch.Tensor:
         """Actions (B, k, A) as predict_action gives them -> the tokens (B, k * action_dim) that mean them."""
-        robot, prefix = self.convention(unnorm_key), np.asarray(prefix, np.float64)
+        robot = self.convention(unnorm_key)
+        with np.errstate(over="ignore"):
+            prefix = np.asarray(prefix, np.float64).astype(np.float32)
         if (prefix.ndim != 3 or (len(prefix), prefix.shape[2]) != (batch, len(robot.action))
                 or not np.isfinite(prefix).all()):
             raise UserError(f"prefix of shape {prefix.shape[1:]}: expected (k, {len(robot.action)}), finite: "
@@ -150,8 +152,7 @@ class Policy:
             why = "its training's max_prefix" if self.cfg.parallel_decoding else "one less than its chunk"
             raise UserError(f"prefix of {prefix.shape[1]} steps: this model takes up to {self.max_prefix}, "
                             f"{why}")
-        with np.errstate(over="ignore"):  # what is too large is cut off
-            actions = robot.actions_from_robot(prefix).astype(np.float32)
+        actions = robot.actions_from_robot(prefix).astype(np.float32)
         stats = self.dataset_statistics(unnorm_key)["action"]
         normalized = normalize(actions, stats, self.cfg.action_normalization)
         return torch.from_numpy(self.action_tokenizer.encode(normalized).reshape(batch, -1))

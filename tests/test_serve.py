@@ -160,7 +160,7 @@ def test_speed_up_needs_a_gpu(colours):
 def test_health(server, colours):
     assert Client(server[0]).send(b"", "/health", "GET") == (200, {
         "status": "ok", "model": str(colours), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
-        "images": 1, "proprio": False, "action_shape": [1, 3],
+        "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0,
         "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")}})
 
 
