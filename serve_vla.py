@@ -159,6 +159,11 @@ class Socket(WebSocketsSansIOProtocol):
         self.answering = message["type"] == "websocket.receive"
         return message
 
+    async def send(self, message: dict) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            self.handshake_complete = True  # it is refused; uvicorn 0.54 would log that no answer was given
+
     def shutdown(self) -> None:
         self.stopping = True
         if not self.answering:
@@ -230,10 +235,12 @@ class Service:
     async def talk(self, socket: WebSocket) -> None:
         """openpi's protocol: what the model is, then an action for each observation; a mistake is told as
         text, and does not end the connection."""
-        if not self.belongs_here(socket):
-            return await socket.send_denial_response(refusal(TOKEN_WANTED, 401))
+        wrong = None if self.belongs_here(socket) else (TOKEN_WANTED, 401)
         if self.sockets.locked():
-            return await socket.send_denial_response(refusal("too many connections: close some", 503))
+            wrong = (f"there are {MAX_CONNECTIONS} connections: close some", 503)
+        if wrong:
+            log(f"talk status {wrong[1]} error {wrong[0]!a}")
+            return await socket.send_denial_response(refusal(*wrong))
         with contextlib.suppress(WebSocketDisconnect):
             async with self.sockets:
                 await socket.accept()
