@@ -4,6 +4,7 @@
 
     POST /act   {"image": ..., "instruction": "open the drawer", "unnorm_key": "bridge_orig"}  ->  the action
     GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], "cameras": [...], "action": {...}, ...}
+    websocket / {"observation/image": ..., "prompt": "open the drawer"}  ->  {"actions": ..., ...}
 
 OpenVLA's clients (its vla-scripts/deploy.py) work unchanged. An image is any of
     {"__numpy__": base64, "dtype": "|u1", "shape": [H, W, 3]}      what json_numpy makes of an array
@@ -11,16 +12,21 @@ OpenVLA's clients (its vla-scripts/deploy.py) work unchanged. An image is any of
     "..."                                                          base64 of a JPEG or PNG file
 A model trained with several cameras takes `images`, {camera: image}, or, also where it looks at several
 frames, a list (window_size x cameras, oldest first); one trained with the robot's state takes `proprio`, its
-numbers. unnorm_key may be left out if the model knows one dataset. The reply is the action, (A,) or
-(action_chunk, A), in the form of the request: as json_numpy has it if an array came so, else plain lists; and
-to a request {"encoded": "<all of this as a string>"}, a string. /health names the cameras, and what each
-number of action and state is (convention.py). Mistakes get status 4xx and {"error": what is wrong and what to
-do}.
+numbers. unnorm_key may be left out if the model knows one dataset. `prefix`, (k, A), is how the chunk begins,
+where that is settled already (act.py). The reply is the action, (A,) or (action_chunk, A), in the form of the
+request: as json_numpy has it if an array came so, else plain lists; and to a request {"encoded": "<all of
+this as a string>"}, a string. /health names the cameras, and what each number of action and state is
+(convention.py). Mistakes get status 4xx and {"error": what is wrong and what to do}.
 
-Read Batcher: while the model computes, requests queue, and then go through it together. wire.py reads them.
+openpi's clients (`openpi_client.websocket_client_policy`) work unchanged, too, by websocket: openpi_wire.py
+has the names of what they send. First they are told what /health tells; a mistake is answered by text.
+
+Read Batcher: while the model computes, requests queue, and then go through it together, whichever way they
+came. wire.py reads them.
 The server listens on this machine alone unless --host says otherwise, and then wants a password: --token FILE
-or --token VARIABLE, which clients send as `Authorization: Bearer ...`. (Nothing is encrypted; for a robot
-elsewhere, `ssh -L 8000:127.0.0.1:8000 this-machine` needs neither.) Nothing that comes in is ever unpickled.
+or --token VARIABLE, which clients send as `Authorization: Bearer ...` (openpi's: api_key). Nothing is
+encrypted; for a robot elsewhere, `ssh -L 8000:127.0.0.1:8000 this-machine` needs neither. Nothing that comes
+in is ever unpickled.
 """
 
 import argparse
