@@ -220,10 +220,10 @@ class Policy:
         size, device = inputs.shape[1], inputs.device  # S = L + image patches (+ 1)
         last = (lengths + size - input_ids.shape[1] - 1)[:, None]  # (B, 1) where each prompt ends
         if self.cfg.parallel_decoding:
-            positions = last + 1 + torch.arange(count, device=device)
-            inputs = vla.ask_in_parallel(F.pad(inputs, (0, 0, 0, count)), positions)
+            positions = last + 1 + torch.arange(-known.shape[1], count, device=device)  # (B, T)
+            inputs = vla.ask_in_parallel(F.pad(inputs, (0, 0, 0, count)), positions, known.shape[1])
             hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            return torch.cat([known, self.best_action(take(hidden, positions - 1))], dim=1)
+            return torch.cat([known, self.best_action(take(hidden, positions[:, -count:] - 1))], dim=1)
 
         # one after the other, with keys and values of what came before in the cache
         cache.reset()

@@ -65,12 +65,12 @@ class VLA(nn.Module):
         """The Hugging Face causal language model."""
         return self.llm_backbone["llm"]
 
-    def forward(self, images, input_ids, labels, proprio=None, prefix=None):
+    def forward(self, images, input_ids, labels, proprio=None, prefix=0):
         """Teacher-forced training step.
 
         images (B, N, H, W, 3) uint8, N = window_size x cameras; input_ids, labels (B, L) int64, padded on the
-        right; proprio (B, P) float32; prefix (B,) int64, see ask_in_parallel. Returns the loss, and for each
-        action token the predicted id and the true one (both (B, T), T = num_action_tokens), on the device.
+        right; proprio (B, P) float32; prefix (B, 1), see ask_in_parallel. Returns the loss, and for each action
+        token the predicted id and the true one (both (B, T), T = num_action_tokens), all on the device.
 
         What stands where, for one image of 256 patches, a prompt of P tokens and T = 7 action tokens:
 
@@ -104,16 +104,12 @@ class VLA(nn.Module):
             extra = torch.cat([extra, self.proprio_projector(proprio.to(text.dtype))[:, None]], dim=1)
         return torch.cat([text[:, :1], extra, text[:, 1:]], dim=1)
 
-    def ask_in_parallel(self, inputs, positions, prefix=None):
-        """Put the learned queries where the action tokens stand, the last n of them: inputs (B, S, hidden),
-        positions (B, n). prefix (B,): of how many steps a sample's tokens stay, so that it learns to go on
-        from what is known."""
-        count = self.num_action_tokens
-        queries = self.action_queries(torch.arange(count - positions.shape[1], count, device=inputs.device))
-        queries = queries.expand(len(inputs), -1, -1)  # (B, n, hidden)
-        if prefix is not None:
-            known = torch.arange(count, device=inputs.device) < prefix[:, None] * self.cfg.action_dim
-            queries = torch.where(known[..., None], take(inputs, positions), queries)
+    def ask_in_parallel(self, inputs, positions, prefix=0):
+        """Put the learned queries where the action tokens stand, but for the first `prefix` of them, which it
+        is told: inputs (B, S, hidden), positions (B, T), prefix a number or (B, 1)."""
+        places = torch.arange(self.num_action_tokens, device=inputs.device)
+        known = (places < prefix)[..., None]  # (T, 1) or (B, T, 1)
+        queries = torch.where(known, take(inputs, positions), self.action_queries(places))
         return inputs.scatter(1, positions[..., None].expand_as(queries), queries)
 
     def pixel_values(self, images) -> list[torch.Tensor]:

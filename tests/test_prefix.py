@@ -66,7 +66,7 @@ def test_the_rest_is_what_training_would_predict_after_them(steps, changes):
             inputs = vla.embed(images[i : i + 1], ids, None if proprio is None else proprio[i : i + 1])
             places = torch.arange(inputs.shape[1] - count, inputs.shape[1])[None]
             if policy.cfg.parallel_decoding:
-                inputs = vla.ask_in_parallel(inputs, places, torch.tensor([steps]))
+                inputs = vla.ask_in_parallel(inputs, places, torch.tensor([[4 * steps]]))
             hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
             predicted = policy.best_action(take(hidden, places - 1))
         assert torch.equal(predicted[0, 4 * steps :], tokens[i, 4 * steps :])
@@ -114,7 +114,7 @@ def test_how_many_steps_are_given_is_a_function_of_the_sample(tmp_path):
     cfg = TrainConfig(**values, action_chunk=8, parallel_decoding=True, max_prefix=3, index_dir=str(tmp_path))
     mixture = Mixture(cfg, tokenizer)
     whole = TrainBatches(mixture, 96, 96, 0, 1)[5]["prefix"]
-    assert whole.shape == (96,) and sorted(set(whole.tolist())) == [0, 1, 2, 3]
+    assert whole.shape == (96, 1) and sorted(set(whole[:, 0].tolist())) == [0, 4, 8, 12]
     parts = {}
     for rank in range(2):
         batches = TrainBatches(mixture, 96, 12, rank, 2)
