@@ -69,8 +69,8 @@ class VLA(nn.Module):
         """Teacher-forced training step.
 
         images (B, N, H, W, 3) uint8, N = window_size x cameras; input_ids, labels (B, L) int64, padded on the
-        right; proprio (B, P) float32; prefix (B, 1), see ask_in_parallel. Returns the loss, and for each action
-        token the predicted id and the true one (both (B, T), T = num_action_tokens), all on the device.
+        right; proprio (B, P) float32; prefix (B, 1): see ask_in_parallel. Returns the loss, and for each
+        action token the predicted id and the true one (both (B, T), T = num_action_tokens), on the device.
 
         What stands where, for one image of 256 patches, a prompt of P tokens and T = 7 action tokens:
 
