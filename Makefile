@@ -28,6 +28,7 @@ check: .venv/dev
 
 .venv/dev: .venv/core requirements-dev.txt
 	pip install -r requirements-dev.txt -c constraints.txt
+	pip install --no-deps openpi-client==0.1.2
 	touch $@
 
 .venv/examples: .venv/core examples/metaworld/requirements.txt

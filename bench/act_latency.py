@@ -67,7 +67,8 @@ def measure(policy: Policy, batch: int, repeats: int = 20) -> tuple[float, float
 @torch.inference_mode()
 def parts(policy: Policy) -> str:
     """Milliseconds of a recorded action's parts: the image; then the prompt (and the chunk); one token."""
-    vla, (_, (images, input_ids, lengths, _), *_) = policy.vla, next(iter(policy.graphs.values()))
+    vla, (_, inputs, *_) = policy.vla, next(iter(policy.graphs.values()))
+    images, input_ids = inputs[:2]
     cache, count = policy.make_cache(images, input_ids.shape[1]), vla.num_action_tokens
 
     def milliseconds(function) -> float:
@@ -84,11 +85,11 @@ def parts(policy: Policy) -> str:
         return 100 * (time.perf_counter() - started)
 
     image = milliseconds(lambda: vla.embed(images, input_ids))
-    whole = milliseconds(lambda: policy.tokens_of(images, input_ids, lengths, None, cache))
+    whole = milliseconds(lambda: policy.tokens_of(*inputs, cache))
     if policy.cfg.parallel_decoding:
         return f"image_ms {image:.2f} prompt_and_chunk_ms {whole - image:.2f}"
     vla.num_action_tokens = 1
-    first = milliseconds(lambda: policy.tokens_of(images, input_ids, lengths, None, cache))
+    first = milliseconds(lambda: policy.tokens_of(*inputs, cache))
     vla.num_action_tokens, token = count, (whole - first) / (count - 1)
     read = sum(p.nbytes for p in vla.llm.base_model.layers.parameters())
     return (f"image_ms {image:.2f} prompt_ms {first - image:.2f} token_ms {token:.2f} "
