@@ -264,8 +264,8 @@ def step_of(line: str) -> float:
 
 
 def memory_needed(vla: VLA, ds_config: dict) -> str:
-    """For the log: what each GPU keeps all the time, in GB. Raises UserError where that is more than it has;
-    what a batch takes comes on top."""
+    """For the log: what each GPU keeps all the time, in GB, and about what a batch's activations take. Raises
+    UserError where it has not even room for the first."""
     zero, count = ds_config.get("zero_optimization", {}), vla.count_parameters()[1]
     stage, half = zero.get("stage", 0), ds_config.get("bf16", {}).get("enabled", False)
     ranks = [dist.get_world_size() if stage >= divided else 1 for divided in range(4)]
@@ -280,7 +280,20 @@ def memory_needed(vla: VLA, ds_config: dict) -> str:
     if torch.cuda.is_available() and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
         raise UserError(f"weights, gradients and optimizer take {needed:.1f} GB, of a GPU that has "
                         f"{there:.1f}: {LESS_MEMORY}")
+    held["activations"] = activations(vla, "activation_checkpointing" in ds_config) * (2 if half else 4)
     return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
+
+
+def activations(vla: VLA, recompute: bool) -> float:
+    """How many numbers a micro-batch leaves for the backward pass, about: 17 a token and feature of a block
+    (Korthikanti et al., 2022), where it is compiled some 12; with recomputation one, and 17 of the block at
+    work. tests/test_lora.py compares."""
+    stacks = [(vla.llm.base_model.layers, vla.llm.config.hidden_size, vla.sequence_length(text=32))]
+    stacks += [(tower.blocks, tower.embed_dim, vla.num_images * vla.num_patches)
+               for tower in vla.vision_backbone.values() if any(p.requires_grad for p in tower.parameters())]
+    kept = [(len(blocks) + 17 if recompute else 17 * len(blocks)) * width * tokens
+            for blocks, width, tokens in stacks]
+    return vla.cfg.per_device_batch_size * sum(kept)
 
 
 def memory_if(vla: VLA) -> str:
