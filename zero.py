@@ -34,8 +34,8 @@ def check_json(ds_config: dict) -> None:
             raise UserError(f"--deepspeed_config: {section}: {one_line(error)}") from None
     group, ranks = zero.zero_hpz_partition_size, int(os.environ["WORLD_SIZE"])
     if group > 1 and (zero.stage != 3 or ranks % min(group, ranks)):
-        raise UserError(f"--deepspeed_config: zero_hpz_partition_size: {group}: that is for stage 3, and for so "
-                        f"many ranks (now {ranks}) or a multiple: write a machine's number of GPUs")
+        raise UserError(f"--deepspeed_config: zero_hpz_partition_size: {group}: that is for stage 3, and "
+                        f"for so many ranks (now {ranks}) or a multiple: write a machine's number of GPUs")
 
 
 # ---- Where DeepSpeed keeps a parameter ---------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """How speed grows with the number of GPUs of one host: a table, a figure, and how many cores loading takes.
 
     python bench/scaling.py --out scaling.jsonl --figure scaling.png
-    python bench/scaling.py --ranks 2 --micro 16 --ways zero2:recompute:compile openvla:full_shard:recompute \\
+    python bench/scaling.py --ranks 2 --ways zero2:recompute:compile openvla:full_shard:recompute \\
         --openvla ../openvla --openvla_python ../openvla-env/bin/python
-    python bench/scaling.py --config configs/demo.yaml --own_data --ranks 1 2 4 8 --micro 8 --global_batch 64 \\
-        --num_workers 0 --ways zero1 zero2 zero3 zero3_hpz                      # no GPU: are the losses equal?
+    python bench/scaling.py --config configs/demo.yaml --own_data --num_workers 0 --global_batch 64 \\
+        --ranks 1 2 4 8 --micro 8 --ways zero1 zero2 zero3 zero3_hpz           # no GPU: are losses equal?
 
 A way is a case of train_throughput.py, which measures it, without its micro-batch: that is the largest of
 --micro that fits, found by trying. Each GPU takes one micro-batch a step, so twice the GPUs do twice the
@@ -120,8 +120,8 @@ def frames_per_core(args, folder: Path) -> dict[str, float]:
 
 def table(rows: list[dict]) -> str:
     """Markdown, the ways in the order of the rows and the fewest GPUs first."""
-    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | of fewest | MFU "
-             "| GB | waits for data, s of a step | cores a GPU to load, and to augment |",
+    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | of fewest "
+             "| MFU | GB | waits for data, s of a step | cores a GPU to load, and to augment |",
              "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     order = list(dict.fromkeys(row["way"] for row in rows))
     for row in sorted(rows, key=lambda row: (order.index(row["way"]), row["ranks"])):
