@@ -44,19 +44,19 @@ def main() -> None:
             *(f"s a step at {speed:g} GB/s" for speed in args.network)]
     print(f"| {' | '.join(head)} |\n|---{'|---:' * (len(head) - 1)}|")
     for name, (kept, beside, share, alone, inside) in stages(args.gpus, ranks, a).items():
-        def seconds(passes, inside, network):
+        def seconds(passes: int, inside: int, network: float) -> float:
             return max(passes * everywhere / network, (passes * everywhere + inside * within) / args.nvlink)
+
         steps = [max(share * compute, seconds(beside, inside, speed)) + (1 - share) * compute
                  + seconds(alone, 0, speed) for speed in args.network]
-        figures = [kept * args.parameters, (beside + alone) * everywhere]
-        row = [*(f"{figure:.1f}" for figure in figures),
+        row = [f"{kept * args.parameters:.1f}", f"{(beside + alone) * everywhere:.1f}",
                f"{seconds(beside + alone, inside, 1e9):.2f}", *(f"{step:.2f}" for step in steps)]
         print(f"| {name} | {' | '.join(row)} |")
 
 
 def stages(gpus: int, ranks: int, a: int) -> dict[str, tuple[float, int, float, int, int]]:
-    """{JSON: (bytes that a GPU keeps for each parameter, as in ds_configs/README.md; passes over all GPUs beside
-    computation; the share of it that they go beside; passes beside none; passes within a machine)}"""
+    """{JSON: (bytes that a GPU keeps for each parameter, as in ds_configs/README.md; passes over all GPUs
+    beside computation; beside which share of it; passes beside none; passes within a machine)}"""
     return {"zero1": (2 + 6 + 12 / ranks, 0, 0, 3, 0), "zero2": (2 + 16 / ranks, 2 * a, 2 / 3, 1, 0),
             "zero3": (18 / ranks, 3 * a, 1, 0, 0),
             "zero3_hpz": (18 / ranks + 2 / gpus, 1 + a, 1, 0, 2 * a - 1)}
