@@ -50,6 +50,9 @@ def main() -> None:
     args.ways = args.ways or WAYS + OPENVLA * bool(args.openvla)
     if any(way.startswith("openvla") for way in args.ways) and (not args.openvla or args.config):
         parser.error("a way `openvla` needs --openvla, and has the shape of the 7B only")
+    names = {way.partition(":")[0] for way in args.ways} - {"openvla"}
+    if missing := [name for name in sorted(names) if not (ROOT / f"ds_configs/{name}.json").exists()]:
+        parser.error(f"there is no ds_configs/{missing[0]}.json")
     if args.figure and not args.out:
         parser.error("--figure needs --out")
     with tempfile.TemporaryDirectory() as folder:
@@ -71,6 +74,7 @@ def scale(args, folder: Path) -> list[dict]:
     rows, may_fit = [], {way: sorted(args.micro, reverse=True) for way in args.ways}
     for ranks in sorted(args.ranks, reverse=True):
         for way, micros in may_fit.items():
+            micros = [micro for micro in micros if not (args.global_batch or 0) % (micro * ranks)]
             if not micros or (way.startswith("openvla") and ranks < max(args.ranks)):
                 continue
             row = largest(way, ranks, micros, args, folder)
@@ -112,7 +116,7 @@ def frames_per_core(args, folder: Path) -> dict[str, float]:
     """{"plain": frames a second that one core loads at the model's image size, "augmented": the same}"""
     size = read_yaml(args.config).get("image_size", (224,))[0] if args.config else 224
     text, _ = run([sys.executable, str(ROOT / "bench/data_throughput.py"), "--workers", "2", "--image_aug",
-                   "--samples", "6000", "--data_root_dir", str(folder), "--image_size", str(size)],
+                   "--samples", "3000", "--data_root_dir", str(folder), "--image_size", str(size)],
                   args.timeout, folder)
     found = re.findall(r"^loader .* frames_per_s (\d+)", text, re.MULTILINE)
     return {key: int(speed) / 2 for key, speed in zip(("plain", "augmented"), found, strict=True)}
@@ -155,9 +159,9 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     done = [row for row in rows if "failed" not in row]
     for way in dict.fromkeys(row["way"] for row in done):
-        points = sorted((row["ranks"], row["samples_per_second"], row["micro"])
-                        for row in done if row["way"] == way)
-        axes.plot(*zip(*points, strict=True)[:2], marker="o", label=f"{way} ({points[-1][2]} at a time)")
+        row = sorted((row for row in done if row["way"] == way), key=lambda row: row["ranks"])
+        axes.plot([one["ranks"] for one in row], [one["samples_per_second"] for one in row], marker="o",
+                  label=f"{way} ({row[-1]['micro']} at a time)")
     ticks = sorted({row["ranks"] for row in done})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, ticks)
