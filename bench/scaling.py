@@ -166,7 +166,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, ticks)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"GPUs ({done[0]['gpus'].partition(' x ')[2]})")
+    axes.set_xlabel(f"GPUs ({rows[0]['gpus'].partition(' x ')[2]})")
     axes.set_ylabel("samples/s/GPU")
     axes.legend(fontsize=8)
     figure.tight_layout()

@@ -25,7 +25,7 @@ LEFT_OUT = {  # pattern: why; the first that is found in a command
     r"openvla/openvla-7b|my-bridge|--openvla ": "needs OpenVLA's weights or code",
     r"configs/oxe.yaml|SBATCH": "needs Open X-Embodiment and several machines",
     r"--own_data": "fourteen minutes; tests/test_zero.py compares the JSONs",
-    r"^python bench/(train_throughput|act_latency|big_checkpoint)": "needs a GPU",
+    r"^python bench/(train_throughput|act_latency|big_checkpoint|scaling)": "needs a GPU",
     r"recipe\.sh": "needs MuJoCo; tests/test_metaworld.py",
     r"serve_vla|drive\.py": "a server, which does not end; tests/test_serve.py",
     r"my_robot|record\.py": "needs MuJoCo; tests/test_own_robot_example.py",
