@@ -31,6 +31,7 @@ from config import TrainConfig, UserError, run_directory, walk
 from data import Mixture
 from frames import take_lock
 from images import contact_sheet
+from lora import linear_layers
 from model import VLA
 from ranks import LESS_MEMORY
 from weights import SHAPE
@@ -57,8 +58,7 @@ class Run:
     def __init__(self, cfg: TrainConfig):
         """Raises UserError when `cfg` does not fit the run of that name, or another job is in it."""
         self.quiet, self.path, self.cfg = dist.get_rank() != 0, run_directory(cfg), cfg
-        self.lock, self.checkpoint, self.step, self.started = None, None, 0, time.time()
-        self.base = None
+        self.lock, self.checkpoint, self.base, self.step, self.started = None, None, None, 0, time.time()
         if self.path.exists():
             self.claim()
         if own := list_checkpoints(self.path / "checkpoints"):
@@ -281,6 +281,17 @@ def memory_needed(vla: VLA, ds_config: dict) -> str:
         raise UserError(f"weights, gradients and optimizer take {needed:.1f} GB, of a GPU that has "
                         f"{there:.1f}: {LESS_MEMORY}")
     return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
+
+
+def memory_if(vla: VLA) -> str:
+    """For the log, before VLA.freeze: GB that one GPU would keep if less were trained, or the host helped."""
+    layers, whole = linear_layers(vla).values(), 2 * vla.count_parameters()[0]
+    adapters = 18 * 32 * sum(layer.in_features + layer.out_features for layer in layers)
+    saved = sum(layer.in_features * layer.out_features for layer in layers)  # a byte each, instead of two
+    vla.freeze(True, True, True)
+    kept = {"lora_bf16": whole + adapters, "lora_int8": whole + adapters - saved,
+            "last_layer": whole + 16 * vla.count_parameters()[1], "everything_offloaded": whole}
+    return "memory_if " + " ".join(f"{way}_gb {size / 1e9:.4g}" for way, size in kept.items())
 
 
 # dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts

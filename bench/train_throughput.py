@@ -142,15 +142,20 @@ def measure(case: str, args, folder: Path) -> dict:
 def measure_openvla(case: str, args, folder: Path) -> dict:
     """OpenVLA's training step; `compile` is nothing that it has."""
     _, micro, *switches = case.split(":")
-    command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(args.num_gpus),
-               str(ROOT / "bench/openvla_peer.py"), str(args.openvla), "train", "--micro", micro,
-               "--steps", str(args.steps + args.warmup), "--layers", str(args.num_layers or 32),
-               *(f"--{switch}" for switch in switches)]
+    return openvla_step("train", int(micro), args.num_gpus, args, folder, "--layers",
+                        str(args.num_layers or 32), *(f"--{switch}" for switch in switches))
+
+
+def openvla_step(what: str, micro: int, num_gpus: int, args, folder: Path, *more: str) -> dict:
+    """The speed of openvla_peer.py's "train" or "finetune", and GB at the peak, or why it failed."""
+    command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(num_gpus),
+               str(ROOT / "bench/openvla_peer.py"), str(args.openvla), what, "--micro", str(micro),
+               "--steps", str(args.steps + 2), *more]
     text, succeeded = run(command, args.timeout, folder)
     found = dict(re.findall(r"(seconds|gpu_gb) ([\d.]+)", text))
     if "seconds" not in found or not succeeded:
         return failure(text)
-    return {"samples_per_second": int(micro) / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
+    return {"samples_per_second": micro / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
             "step_seconds": float(found["seconds"])}
 
 
@@ -202,6 +207,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def in_words(case: str) -> str:
+    """zero2:32:compile -> zero2.json, compiled"""
+    name, _, *switches = case.split(":")
+    words = {"recompute": "recomputed", "compile": "compiled"}
+    return ", ".join([f"{name}.json", *(words.get(switch, switch) for switch in switches)])
+
+
 def draw_losses(rows: list[dict], path: Path) -> None:
     """A PNG of each case's loss over the steps, and below it the difference from the first case's."""
     import matplotlib.pyplot as plt  # here: the table can be had without it
@@ -211,14 +223,14 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     for row in rows:
         shared = min(len(row["losses"]), len(rows[0]["losses"]))
         difference = np.subtract(row["losses"][:shared], rows[0]["losses"][:shared])
-        curves.plot(row["steps"], row["losses"], label=row["case"], linewidth=1)
+        curves.plot(row["steps"], row["losses"], label=in_words(row["case"]), linewidth=1)
         differences.plot(row["steps"][:shared], difference, linewidth=1)
         print(f"{row['case']} largest_difference {np.abs(difference).max():.4f} last_20_mean "
               f"{np.mean(row['losses'][-20:]):.4f}")
     curves.set_ylabel("loss")
     curves.legend()
-    differences.set_ylabel(f"minus {rows[0]['case']}")
-    differences.set_xlabel("step")
+    differences.set_ylabel(f"difference from\n{in_words(rows[0]['case'])}")
+    differences.set_xlabel("step of training")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -26,32 +26,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # are imported where they are used, because the simulators' processes read this file too
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from mujoco import Renderer
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 from tqdm import tqdm
 
 from config import UserError, told_in_one_line
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
-TILE = 96  # pixels, the side of a film's picture
+SIDE = 240  # pixels, of a film's picture
+LOOK = 80  # milliseconds of film for each look at the scene
 
 
 def play(connection: Connection) -> None:
     """A process that steps the trials of one task after another.
 
     It receives (task, seeds, window_size, camera options); then it sends ("see", each trial's last
-    window_size observations) and receives each trial's next actions, until all are over: ("done",
-    observations, [{seed, steps, success_at}, ...]).
+    window_size observations) and receives each trial's next actions, until all are over: ("done", the first
+    trial's film, [{seed, steps, success_at}, ...]).
     """
     while job := connection.recv():
         task, seeds, window, camera = job
         trials = [Simulator(task, **camera)]
         trials += [Simulator(task, **camera, renderer=trials[0].renderer) for _ in seeds[1:]]
+        film, renderer = [], trials[0].make_renderer(2 * SIDE)
         histories = []
         for trial, seed in zip(trials, seeds, strict=True):
             trial.reset(seed)
             histories.append(deque([trial.observation()] * window, maxlen=window))
         while not all(trial.over for trial in trials):
+            if not trials[0].over:
+                film.append(take_picture(trials[0], renderer))
             connection.send(("see", histories))
             for trial, history, actions in zip(trials, histories, connection.recv(), strict=True):
                 for i, action in enumerate(actions):
@@ -59,7 +64,8 @@ def play(connection: Connection) -> None:
                         trial.step(action)
                         if trial.over or len(actions) - i <= window:  # render only what will be seen
                             history.append(trial.observation())
-        connection.send(("done", histories, [
+        film.append(take_picture(trials[0], renderer))
+        connection.send(("done", encode_film(film), [
             {"seed": seed, "steps": trial.steps, "success_at": trial.success_at}
             for seed, trial in zip(seeds, trials, strict=True)]))
 
@@ -102,7 +108,7 @@ class Player:
 
 
 def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, out: Path) -> None:
-    """Play each (task, evaluation seed) and write OUT/<task>-<seed>.json and .jpg, the first trial's film."""
+    """Play each (task, evaluation seed); write OUT/<task>-<seed>.json and .webp, the first trial's film."""
     context, queue, playing, processes = get_context("spawn"), iter(jobs), {}, []
 
     def begin(connection: Connection) -> None:
@@ -111,10 +117,8 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
             del playing[connection]
             return connection.send(None)
         first = FIRST_SEED + 1000 * seed
-        films[connection] = []
         connection.send((task, [*range(first, first + trials)], player.cfg.window_size, player.camera))
 
-    films = {}
     for _ in range(min(workers, len(jobs))):
         connection, end = context.Pipe()
         processes.append(context.Process(target=play, args=(end,), daemon=True))
@@ -124,13 +128,12 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
     with tqdm(total=len(jobs) * trials, desc="roll out", unit="episode") as bar:
         while playing:
             for connection in wait([*playing]):
-                kind, histories, *results = connection.recv()
-                films[connection].append(histories[0][-1][player.views[0]])
+                kind, seen, *results = connection.recv()
                 if kind == "see":
-                    connection.send(player.act(playing[connection][0], histories))
+                    connection.send(player.act(playing[connection][0], seen))
                     continue
                 path = out / "{}-{}.json".format(*playing[connection])
-                write_film(films[connection], path.with_suffix(".jpg"))
+                path.with_suffix(".webp").write_bytes(seen)
                 path.with_suffix(".tmp").write_text(json.dumps(results[0]))
                 path.with_suffix(".tmp").rename(path)
                 bar.update(trials)
@@ -216,39 +219,60 @@ def draw_chart(summary: dict, path: Path) -> None:
     chart.save(path)
 
 
-def write_film(frames: list[bytes], path: Path) -> None:
-    """JPEGs -> one picture with all of them in a row."""
-    strip = Image.new("RGB", (TILE * len(frames), TILE))
-    for i, frame in enumerate(frames):
-        strip.paste(Image.open(io.BytesIO(frame)).resize((TILE, TILE)), (TILE * i, 0))
-    strip.save(path, quality=90)
+def take_picture(simulator: Simulator, renderer: Renderer) -> Image.Image:
+    """The scene at half the renderer's size, so that edges are smooth."""
+    return Image.fromarray(simulator.pixels(simulator.cameras[0], renderer)).reduce(2)
 
 
-def draw_films(results: dict[tuple[str, int], list[dict]], out: Path, columns: int = 10,
-               length: int = 40) -> None:
-    """The first trial of each task side by side, as an animation: a green border once it has succeeded, a red
-    one once its time is up."""
+def encode_film(pictures: list[Image.Image], last: int = LOOK, pace: int = 1, quality: int = 90) -> bytes:
+    """Pictures -> an animated WebP that shows each for `pace` looks, and the last for `last` milliseconds."""
+    encoded, durations = io.BytesIO(), [LOOK * pace] * (len(pictures) - 1) + [last]
+    pictures[0].save(encoded, "webp", save_all=True, append_images=pictures[1:], duration=durations, loop=0,
+                     quality=quality, minimize_size=True)
+    return encoded.getvalue()
+
+
+def read_film(path: Path, side: int) -> list[Image.Image]:
+    """A trial's film -> a picture for each look. (WebP keeps pictures that are the same only once.)"""
+    return [picture for frame in ImageSequence.Iterator(Image.open(path))
+            for picture in [frame.convert("RGB").resize((side, side))] * (frame.info["duration"] // LOOK)]
+
+
+def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80) -> None:
+    """Films side by side, as an animation: a green frame once the episode has succeeded, a red one where it
+    never does. Failures are long; they are cut at one and a half times the longest success.
+
+    films: (instruction, what encode_film has written, did it succeed?)."""
+    few = len(films) <= 9
+    columns, side, line = (min(3, len(films)), SIDE, 24) if few else (10, 96, 0)
+    films = [(words, read_film(path, side), success) for words, path, success in films]
+    longest = max(len(film) for _, film, _ in films)
+    solved = max((len(film) for _, film, success in films if success), default=longest)
+    shown = min(longest, 3 * solved // 2)
+    pace, font, sheets = -(-shown // length), ImageFont.load_default(14), []
+    for moment in [*range(0, shown, pace), longest - 1]:
+        sheet = Image.new("RGB", (side * columns, (side + line) * -(-len(films) // columns)), "white")
+        pen = ImageDraw.Draw(sheet)
+        for i, (words, film, success) in enumerate(films):
+            x, y = i % columns * side, i // columns * (side + line)
+            sheet.paste(film[min(moment, len(film) - 1)], (x, y + line))
+            if few:
+                pen.text((x + 4, y + 4), words, "black", font)
+            if moment >= len(film) - 1:
+                colour = "#00c000" if success else "#e00000"
+                pen.rectangle((x, y + line, x + side - 1, y + line + side - 1), outline=colour, width=4)
+        sheets.append(sheet)
+    (out / "rollouts.webp").write_bytes(encode_film(sheets, last=2000, pace=pace, quality=60))
+    sheets[-1].save(out / "rollouts_end.png")
+
+
+def first_films(results: dict[tuple[str, int], list[dict]], out: Path) -> list[tuple[str, Path, bool]]:
+    """What draw_films takes, of the first trial of each task."""
     films = {}
     for (task, seed), episodes in results.items():
-        if task not in films:
-            films[task] = Image.open(out / f"{task}-{seed}.jpg"), episodes[0]["success_at"] is not None
-    columns = min(columns, len(films))
-    longest = max(film.width // TILE for film, _ in films.values())
-    sheets = []
-    moments = np.linspace(0, longest - 1, min(length, longest)).round().astype(int)
-    for moment in [*moments.tolist(), *[longest] * 8]:  # the end stays for a second
-        sheet = Image.new("RGB", (TILE * columns, TILE * -(-len(films) // columns)), "white")
-        pen = ImageDraw.Draw(sheet)
-        for i, (film, success) in enumerate(films.values()):
-            x, y, last = i % columns * TILE, i // columns * TILE, film.width // TILE - 1
-            at = TILE * min(moment, last)
-            sheet.paste(film.crop((at, 0, at + TILE, TILE)), (x, y))
-            if moment >= last:
-                colour = "#00c000" if success else "#e00000"
-                pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=colour, width=3)
-        sheets.append(sheet)
-    sheets[0].save(out / "rollouts.gif", save_all=True, append_images=sheets[1:], duration=120, loop=0)
-    sheets[-1].save(out / "rollouts_end.png")
+        success = episodes[0]["success_at"] is not None
+        films.setdefault(task, (INSTRUCTIONS[task], out / f"{task}-{seed}.webp", success))
+    return [*films.values()]
 
 
 def main() -> None:
@@ -285,7 +309,7 @@ def main() -> None:
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
     draw_chart(summary, out / "success.png")
-    draw_films(results, out)
+    draw_films(first_films(results, out), out)
     print(table(summary))
     print(f"rollouts {out}")
 
