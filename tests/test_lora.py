@@ -336,7 +336,7 @@ def test_the_estimate_of_activations(image_size):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             vla(images, ids, labels)
         numbers = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4
-        assert numbers < estimate < (4 if recompute else 1.5) * numbers, (recompute, numbers, estimate)
+        assert 0.8 * numbers < estimate < (4 if recompute else 1.2) * numbers, (recompute, numbers, estimate)
 
 
 def test_what_other_ways_would_take_is_told(monkeypatch):
