@@ -321,11 +321,12 @@ def no_map(draw):
 
 def wrong_key(draw):
     name = "".join(map(chr, draw.randint(32, 0xD7FF, draw.randint(1, 9))))
+    gone = [*GOOD][draw.randint(3)]  # two datasets: unnorm_key is needed, too
     return [{**GOOD, name: 1}, {**GOOD, "unnorm_key": name}, {**GOOD, b"prompt": 1},
             {**GOOD, "instruction": "x"}, {**GOOD, "observation/wrist_image": array(IMAGE)},
             {**GOOD, "observation/primary": array(IMAGE)},
             {**GOOD, "prompt": "é" * draw.randint(501, 20000)}, {**GOOD, "prefix": [[0.0, 0.0, 0.0]]},
-            {key: value for key, value in GOOD.items() if key != [*GOOD][draw.randint(3)]}][draw.randint(9)]
+            {key: value for key, value in GOOD.items() if key != gone}][draw.randint(9)]
 
 
 KINDS = [wrong_type, truncated, noise, text, wrong_array, missing_part, wrong_image, broken_file, deep,
