@@ -12,7 +12,6 @@ success is Meta-World's, at any of the first 500 simulator steps (within 400 is 
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -26,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # are imported where they are used, because the simulators' processes read this file too
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 from tqdm import tqdm
 
 from config import UserError, told_in_one_line
+from examples import closed_loop
+from examples.closed_loop import draw_films, open_folder, row, write_film
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
-TILE = 96  # pixels, the side of a film's picture
 
 
 def play(connection: Connection) -> None:
@@ -143,18 +142,9 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
 # Numbers and pictures
 
 
-def wilson(successes: int, trials: int) -> list[float]:
-    """The 95 % interval of a success rate (Wilson, 1927)."""
-    z, p = 1.96, successes / trials
-    centre, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return [round(min(1.0, max(0.0, (centre + sign * half) / (1 + z * z / trials))), 4) for sign in (-1, 1)]
-
-
 def rate(episodes: list[dict], within: int = MAX_STEPS) -> dict:
     """Episodes -> {successes, trials, rate, interval}."""
-    successes = sum(e["success_at"] is not None and e["success_at"] <= within for e in episodes)
-    return {"successes": successes, "trials": len(episodes), "rate": successes / len(episodes),
-            "interval": wilson(successes, len(episodes))}
+    return closed_loop.rate([e["success_at"] is not None and e["success_at"] <= within for e in episodes])
 
 
 def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
@@ -178,11 +168,6 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
 
 def table(summary: dict) -> str:
     """The summary to read."""
-    def row(name: str, entry: dict) -> str:
-        low, high = entry["interval"]
-        counts = f"{entry['successes']}/{entry['trials']}"
-        return f"{name:32s} {entry['rate']:6.1%}  [{low:.1%}, {high:.1%}]  {counts}"
-
     macro = summary["macro_average"]
     rows = [row(name, entry) for kind in ("tasks", "groups") for name, entry in summary[kind].items()]
     rows += [row(name, summary[name]) for name in ("per_task_average_400", "per_task_average")]
@@ -195,60 +180,14 @@ def table(summary: dict) -> str:
 
 def draw_chart(summary: dict, path: Path) -> None:
     """Success of each task, by group, with intervals, as a picture."""
-    font, line, left, width = ImageFont.load_default(12), 16, 220, 400
     bars = []
     for group, members in GROUPS.items():
         found = [task for task in members if task in summary["tasks"]]
         found.sort(key=lambda task: -summary["tasks"][task]["rate"])
         bars += [(group, summary["groups"][group], "#1f4e79")] if found else []
         bars += [(f"  {task}", summary["tasks"][task], "#8fb8de") for task in found]
-    chart = Image.new("RGB", (left + width + 70, line * (len(bars) + 2)), "white")
-    pen = ImageDraw.Draw(chart)
     macro, mean = summary["macro_average"]["rate"], summary["per_task_average"]["rate"]
-    pen.text((8, 2), f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", "black", font)
-    for i, (name, entry, colour) in enumerate(bars):
-        y = line * (i + 1) + 4
-        low, high = (left + int(width * edge) for edge in entry["interval"])
-        pen.text((8, y), name, "black", font)
-        pen.rectangle((left, y + 2, left + int(width * entry["rate"]), y + 12), colour)
-        pen.line((low, y + 7, high, y + 7), "black")
-        pen.text((left + width + 8, y), f"{entry['rate']:.0%}", "black", font)
-    chart.save(path)
-
-
-def write_film(frames: list[bytes], path: Path) -> None:
-    """JPEGs -> one picture with all of them in a row."""
-    strip = Image.new("RGB", (TILE * len(frames), TILE))
-    for i, frame in enumerate(frames):
-        strip.paste(Image.open(io.BytesIO(frame)).resize((TILE, TILE)), (TILE * i, 0))
-    strip.save(path, quality=90)
-
-
-def draw_films(results: dict[tuple[str, int], list[dict]], out: Path, columns: int = 10,
-               length: int = 40) -> None:
-    """The first trial of each task side by side, as an animation: a green border once it has succeeded, a red
-    one once its time is up."""
-    films = {}
-    for (task, seed), episodes in results.items():
-        if task not in films:
-            films[task] = Image.open(out / f"{task}-{seed}.jpg"), episodes[0]["success_at"] is not None
-    columns = min(columns, len(films))
-    longest = max(film.width // TILE for film, _ in films.values())
-    sheets = []
-    moments = np.linspace(0, longest - 1, min(length, longest)).round().astype(int)
-    for moment in [*moments.tolist(), *[longest] * 8]:  # the end stays for a second
-        sheet = Image.new("RGB", (TILE * columns, TILE * -(-len(films) // columns)), "white")
-        pen = ImageDraw.Draw(sheet)
-        for i, (film, success) in enumerate(films.values()):
-            x, y, last = i % columns * TILE, i // columns * TILE, film.width // TILE - 1
-            at = TILE * min(moment, last)
-            sheet.paste(film.crop((at, 0, at + TILE, TILE)), (x, y))
-            if moment >= last:
-                colour = "#00c000" if success else "#e00000"
-                pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=colour, width=3)
-        sheets.append(sheet)
-    sheets[0].save(out / "rollouts.gif", save_all=True, append_images=sheets[1:], duration=120, loop=0)
-    sheets[-1].save(out / "rollouts_end.png")
+    closed_loop.draw_chart(f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", bars, path)
 
 
 def main() -> None:
@@ -285,19 +224,12 @@ def main() -> None:
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
     draw_chart(summary, out / "success.png")
-    draw_films(results, out)
+    first = {}  # the first trial of each task
+    for (task, seed), episodes in results.items():
+        first.setdefault(task, (out / f"{task}-{seed}.jpg", episodes[0]["success_at"] is not None))
+    draw_films([*first.values()], out)
     print(table(summary))
     print(f"rollouts {out}")
-
-
-def open_folder(path: Path, conditions: dict) -> None:
-    """Make OUT, or go on with it if its results were made under the same conditions."""
-    path.mkdir(parents=True, exist_ok=True)
-    known = path / "conditions.json"
-    if known.exists() and json.loads(known.read_text()) != conditions:
-        raise UserError(f"{path} holds results made under other conditions, {known.read_text()}: choose "
-                         "another --out, or remove it")
-    known.write_text(json.dumps(conditions))
 
 
 if __name__ == "__main__":
