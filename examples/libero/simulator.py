@@ -6,6 +6,7 @@ the state and of the pictures (tests/test_libero.py), and leaves out what nobody
 cameras at every step and builds the scene anew for every episode, which is nearly all of its time.
 """
 
+import atexit
 import functools
 import os
 
@@ -49,6 +50,7 @@ class Simulator:
         self.env = ControlEnv(suite_of(suite).get_task_bddl_file_path(task), use_camera_obs=draws,
                               has_offscreen_renderer=draws, hard_reset=False, camera_heights=image_size,
                               camera_widths=image_size, camera_names=[*CAMERAS.values()])
+        atexit.register(self.close)  # end OpenGL while Python still knows how
         for camera in CAMERAS.values() if draws else ():
             name = f"{camera}_image"
             self.env.env.modify_observable(name, "sensor", self.draw_when_looking(
@@ -100,12 +102,14 @@ class Simulator:
 
     def look(self) -> dict:
         """{camera of the model: (S, S, 3) uint8, as the simulator draws it: upside down, "state": (8,)
-        float32: the hand's position in m, its rotation as axis times angle, both fingers' places in m}."""
+        float32: the hand's position in m, its rotation as axis times angle, both fingers' places in m,
+        "joint_state": (7,) float32, rad}."""
         seen, rotation = self.seen, transforms.quat2axisangle(self.seen["robot0_eef_quat"].copy())
         state = np.concatenate([seen["robot0_eef_pos"], rotation, seen["robot0_gripper_qpos"]])
         return {**{name: seen[f"{camera}_image"] for name, camera in CAMERAS.items()},
-                "state": state.astype(np.float32)}
+                "state": state.astype(np.float32), "joint_state": seen["robot0_joint_pos"].astype(np.float32)}
 
     def close(self) -> None:
-        """Make room for another simulator, and end OpenGL while Python still knows how."""
+        """Make room for another simulator."""
+        atexit.unregister(self.close)
         self.env.close()
