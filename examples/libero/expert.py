@@ -1,5 +1,7 @@
 """A scripted expert for LIBERO: picks a thing up and puts it into the basket, or onto the plate.
 
+    python examples/libero/expert.py --trials 50       how often it succeeds from LIBERO's own start states
+
 It knows what no policy may know, where everything is, and answers as a policy does: with changes of the
 hand's position, and with the gripper. It looks only at where things are now, and remembers nothing but the
 shape of what it picks up; so it also knows what to do next when it was pushed aside. Read act.
@@ -7,9 +9,22 @@ shape of what it picks up; so it also knows what to do next when it was pushed a
 LIBERO's demonstrations were recorded by people. These are not LIBERO's demonstrations.
 """
 
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each simulator; there are as many of them as cores
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
+
 import mujoco
 import numpy as np
-from simulator import Simulator
+from protocol import MAX_STEPS, Protocol, settle
+from simulator import Simulator, instructions
+
+from examples import closed_loop
 
 STRIDE = 0.05  # m: an action of 1 asks the controller for this
 GAIN = 1.8  # so many times the distance is asked for, because the hand lags behind
@@ -107,3 +122,45 @@ def corners_of(model, geom: int) -> np.ndarray:
     if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CYLINDER:  # its size is radius, half its height
         return signs * model.geom_size[geom][[0, 0, 1]]
     return signs * model.geom_size[geom]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How often it succeeds
+
+
+def succeeds(suite: str, task: int, trials: list[int]) -> list[int | None]:
+    """Play a task from some of LIBERO's start states -> steps until success, None where there was none."""
+    simulator, steps = Simulator(suite, task, 0, draws=False), []
+    for trial in trials:
+        simulator.begin(trial, seed=0)
+        settle(simulator, Protocol())
+        expert, begun = Expert(simulator), simulator.steps
+        while not simulator.solved and simulator.steps - begun < MAX_STEPS[suite]:
+            simulator.step(expert.act(), look=False)
+        steps.append(simulator.steps - begun if simulator.solved else None)
+    return steps
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="how often the scripted expert succeeds")
+    parser.add_argument("--trials", type=int, default=50, help="start states of each task; LIBERO has 50")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    blocks = [range(first, min(first + 10, args.trials)) for first in range(0, args.trials, 10)]
+    everything = []
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        jobs = {(suite, task): [pool.submit(succeeds, suite, task, block) for block in blocks]
+                for suite in TASKS for task in TASKS[suite]}
+        for (suite, task), results in jobs.items():
+            steps = [count for job in results for count in job.result()]
+            everything += steps
+            mean = np.mean([count for count in steps if count is not None] or [np.nan])
+            entry = closed_loop.rate([count is not None for count in steps])
+            print(f"{closed_loop.row(f'{suite}-{task}', entry, 18)}  {mean:.0f} steps  "
+                  f"{instructions(suite)[task]}", flush=True)
+    print(closed_loop.row("success", closed_loop.rate([count is not None for count in everything]), 18))
+
+
+if __name__ == "__main__":
+    main()
