@@ -308,7 +308,8 @@ def main() -> None:
         conditions |= {"suite": args.suite, "execute": player.execute, "unnorm_key": player.key,
                        **dataclasses.asdict(protocol), "resize": f"lanczos {player.size}"}
         closed_loop.open_folder(out, conditions)
-    print("protocol " + " ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
+    said = {**conditions, "seeds": ",".join(map(str, args.seeds)), "trials": args.trials}
+    print("protocol " + " ".join(f"{key} {value}" for key, value in said.items()), flush=True)
     from simulator import instructions  # here: an error above needs no simulator
 
     with told_in_one_line():
