@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-demo: .venv/core  # train the small VLA and see that it learned (about six minutes on two CPU cores)
+demo: .venv/core  # train the small VLA and see that it learned (about eight minutes on two CPU cores)
 	deepspeed --num_gpus 1 train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/cpu.json
 
 rollout: .venv/examples  # let what "make demo" has trained act in the simulator: success rates, picture, film
@@ -28,6 +28,7 @@ check: .venv/dev
 
 .venv/dev: .venv/core requirements-dev.txt
 	pip install -r requirements-dev.txt -c constraints.txt
+	pip install --no-deps openpi-client==0.1.2
 	touch $@
 
 .venv/examples: .venv/core examples/metaworld/requirements.txt

@@ -25,14 +25,16 @@ from config import TrainConfig, UserError
 from convention import Convention, convention
 from images import center_crop, resize_image
 from llm import cached_forward, make_cache
+from lora import linear_layers
 from model import VLA, take
 from weights import fill, open_weights, parameters_without_memory
 
 
-def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-             ) -> "Policy":
+def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+             in_8_bits: bool = False) -> "Policy":
     """A model to act with, from anything that weights.open_weights knows. It takes no more memory than the
-    weights do. Raises CheckpointError when there is none, and UserError when it could not act."""
+    weights do: of a 7B 15 GB in bf16, or 8.6 with the language model's matrices in 8 bits (int8.py). Raises
+    CheckpointError when there is none, and UserError when it could not act."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device}: PyTorch sees no GPU here: use cpu, or a PyTorch built for GPUs")
     weights = open_weights(where)
@@ -43,7 +45,7 @@ def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch
     vla.llm.tie_weights()
     if missing := weights.tensors.check(vla):
         raise CheckpointError(f"{where}: has no {', '.join(missing)}, which acting needs")
-    fill(vla.requires_grad_(False), weights.tensors, device, dtype)
+    fill(vla.requires_grad_(False), weights.tensors, device, dtype, shrinkable(vla) if in_8_bits else {})
     return Policy(vla.to(device).eval(), tokenizer, weights.norm_stats)
 
 
@@ -61,7 +63,8 @@ class Policy:
         self.continue_llm = cached_forward(vla.llm)
 
     def predict_action(self, image: np.ndarray | Sequence, instruction: str | Sequence[str],
-                       unnorm_key: str | None = None, proprio: np.ndarray | None = None) -> np.ndarray:
+                       unnorm_key: str | None = None, proprio: np.ndarray | None = None,
+                       prefix: np.ndarray | None = None) -> np.ndarray:
         """What the robot should do: (A,) float64 in the units of the dataset `unnorm_key`, or
         (action_chunk, A) when the model was trained to predict several steps.
 
@@ -69,6 +72,8 @@ class Policy:
         first, or for a window of one a dict {camera: image}. proprio: the robot's state (P,), if the model
         was trained with it. For a batch, give a list of each; the result gets a leading dimension. unnorm_key
         may be left out when the model was trained on one dataset; otherwise a UserError lists the choices.
+        prefix: the chunk's first actions (k, A), where they are settled already, because the robot does them
+        while it waits for the others: those are then said to go on from there. The result begins with them.
 
         Of a dataset that was described in a YAML, actions leave and states come in as they were recorded
         (convention.py; `convention(unnorm_key).action` says what each number is). Of OpenVLA's own, in its
@@ -77,10 +82,11 @@ class Policy:
         if not isinstance(instruction, str):
             robot = self.convention(unnorm_key)
             state = None if proprio is None else robot.from_robot(np.asarray(proprio))
-            tokens = self.generate(*self.prepare(image, instruction, unnorm_key, state))
+            known = None if prefix is None else self.known_tokens(prefix, len(instruction), unnorm_key)
+            tokens = self.generate(*self.prepare(image, instruction, unnorm_key, state), known)
             return robot.to_robot(self.actions(tokens, unnorm_key))
-        state = None if proprio is None else np.asarray(proprio)[None]
-        return self.predict_action([image], [instruction], unnorm_key, state)[0]
+        state, prefix = (None if x is None else np.asarray(x)[None] for x in (proprio, prefix))
+        return self.predict_action([image], [instruction], unnorm_key, state, prefix)[0]
 
     # ---- Before and after the model ------------------------------------------------------------------------
 
@@ -130,6 +136,29 @@ class Policy:
         seen = [center_crop(x, cfg.image_size) for x in seen] if cfg.image_aug else seen
         return np.concatenate(seen, axis=-1)
 
+    @property
+    def max_prefix(self) -> int:
+        """How many steps of a chunk may be given. What is decoded in parallel learns it in training alone."""
+        return self.cfg.max_prefix if self.cfg.parallel_decoding else self.cfg.action_chunk - 1
+
+    def known_tokens(self, prefix: np.ndarray, batch: int, unnorm_key: str | None) -> torch.Tensor:
+        """Actions (B, k, A) as predict_action gives them -> the tokens (B, k * action_dim) that mean them."""
+        robot = self.convention(unnorm_key)
+        with np.errstate(over="ignore"):
+            prefix = np.asarray(prefix, np.float64).astype(np.float32)
+        if (prefix.ndim != 3 or (len(prefix), prefix.shape[2]) != (batch, len(robot.action))
+                or not np.isfinite(prefix).all()):
+            raise UserError(f"prefix of shape {prefix.shape[1:]}: expected (k, {len(robot.action)}), finite: "
+                            f"steps of {', '.join(robot.action)}")
+        if prefix.shape[1] > self.max_prefix:
+            why = "its training's max_prefix" if self.cfg.parallel_decoding else "one less than its chunk"
+            raise UserError(f"prefix of {prefix.shape[1]} steps: this model takes up to {self.max_prefix}, "
+                            f"{why}")
+        actions = robot.actions_from_robot(prefix).astype(np.float32)
+        stats = self.dataset_statistics(unnorm_key)["action"]
+        normalized = normalize(actions, stats, self.cfg.action_normalization)
+        return torch.from_numpy(self.action_tokenizer.encode(normalized).reshape(batch, -1))
+
     def actions(self, tokens: torch.Tensor, unnorm_key: str | None) -> np.ndarray:
         """Action tokens (B, T) -> actions (B, action_chunk, action_dim), or (B, action_dim) for one step, in
         the dataset's units."""
@@ -161,15 +190,18 @@ class Policy:
     # ---- The model -----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate(self, images, prompts: Sequence[Sequence[int]], proprio=None) -> torch.Tensor:
+    def generate(self, images, prompts: Sequence[Sequence[int]], proprio=None, known=None) -> torch.Tensor:
         """The likeliest action tokens (B, T), T = action_chunk x action_dim, for images (B, N, H, W, C) uint8
-        and prompts of token ids; only action ids can be chosen."""
+        and prompts of token ids; only action ids can be chosen. known (B, K): the first K of them."""
+        known = torch.empty(len(prompts), 0, dtype=torch.int64) if known is None else known
+        prompts = [[*prompt, *tokens] for prompt, tokens in zip(prompts, known.tolist(), strict=True)]
         longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
         if self.graphs is not None:  # few different shapes, so that few graphs are recorded
             longest = -(-longest // 32) * 32
         input_ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        inputs = [images, input_ids.to(images.device), lengths.to(images.device), proprio]
+        input_ids, lengths, known = (x.to(images.device) for x in (input_ids, lengths, known))
+        inputs = [images, input_ids, lengths, proprio, known]
         if self.graphs is not None:
             return self.replay(*inputs)
         return self.tokens_of(*inputs, self.make_cache(images, longest))
@@ -180,18 +212,20 @@ class Policy:
             return None
         return make_cache(self.vla.llm, len(images), self.vla.sequence_length(text))
 
-    def tokens_of(self, images, input_ids, lengths, proprio, cache: StaticCache | None) -> torch.Tensor:
-        """generate, for prompts padded on the right: input_ids (B, L), lengths (B,). Touches nothing but the
-        device, and its shapes depend on its inputs' shapes alone, so that it can be recorded."""
-        vla, tokens, count = self.vla, [], self.vla.num_action_tokens
+    def tokens_of(self, images, input_ids, lengths, proprio, known, cache: StaticCache | None
+                  ) -> torch.Tensor:
+        """generate, for prompts that end with `known` (B, K) and are padded on the right: input_ids (B, L),
+        lengths (B,). Touches nothing but the device, and its shapes depend on its inputs' shapes alone, so
+        that it can be recorded."""
+        vla, tokens, count = self.vla, [known], self.vla.num_action_tokens - known.shape[1]
         inputs = vla.embed(images, input_ids, proprio)  # (B, S, hidden)
         size, device = inputs.shape[1], inputs.device  # S = L + image patches (+ 1)
         last = (lengths + size - input_ids.shape[1] - 1)[:, None]  # (B, 1) where each prompt ends
         if self.cfg.parallel_decoding:
-            positions = last + 1 + torch.arange(count, device=device)
-            inputs = vla.ask_in_parallel(F.pad(inputs, (0, 0, 0, count)), positions)
+            positions = last + 1 + torch.arange(-known.shape[1], count, device=device)  # (B, T)
+            inputs = vla.ask_in_parallel(F.pad(inputs, (0, 0, 0, count)), positions, known.shape[1])
             hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            return self.best_action(take(hidden, positions - 1))
+            return torch.cat([known, self.best_action(take(hidden, positions[:, -count:] - 1))], dim=1)
 
         # one after the other, with keys and values of what came before in the cache
         cache.reset()
@@ -219,16 +253,13 @@ class Policy:
     def speed_up(self) -> None:
         """For acting on a GPU: fuse kernels and replay them as one CUDA graph for each size of batch and each
         32 tokens of prompt. The 7B's first action of a kind then takes two minutes (torch.compile)."""
-        from matvec import linear  # here: it needs Triton, which comes with PyTorch for GPUs
+        import matvec  # here: it needs Triton, which comes with PyTorch for GPUs
 
         torch._dynamo.config.recompile_limit = 1024  # 8 are four kinds; more would be left uncompiled
-        for layer in self.vla.llm.modules():
-            if isinstance(layer, nn.Linear):
-                layer.forward = partial(linear, layer)
-        self.continue_llm = torch.compile(self.continue_llm, dynamic=False)
         towers = self.vla.vision_backbone.values()
-        for tower in towers:
-            tower.forward = torch.compile(tower.forward, dynamic=False)
+        matvec.speed_up(self.vla.llm)
+        for module in (*towers, self.vla.llm.base_model):
+            module.forward = torch.compile(module.forward, dynamic=False)
         if len(towers) == 2:
             self.vla.patch_features = partial(side_by_side, *towers)
         self.graphs = {}
@@ -254,6 +285,11 @@ class Policy:
 
 
 # ---- Parts -------------------------------------------------------------------------------------------------
+
+
+def shrinkable(vla: VLA) -> dict[str, nn.Linear]:
+    """{name: layer} of what acting spends its time and memory on: the language model's linear layers."""
+    return {name: layer for name, layer in linear_layers(vla).items() if name.startswith("llm_backbone")}
 
 
 def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:

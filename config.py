@@ -122,6 +122,7 @@ class TrainConfig(BaseModel):
     window_size: Positive = 1  # how many frames the model sees: this one and the ones before
     action_chunk: Positive = 1  # how many steps it predicts: this one and the ones after
     parallel_decoding: bool = False  # predict a chunk's tokens all at once instead of one after the other
+    max_prefix: NotNegative = 0  # parallel_decoding: up to so many steps of a chunk may be given as known
     action_normalization: Literal["bounds_q99", "bounds", "normal"] = "bounds_q99"
     image_aug: bool = False  # random crop and colours, as OpenVLA
     skip_bad_episodes: bool = False  # leave out (and count) broken episodes; damaged files always stop
@@ -256,6 +257,8 @@ def what_does_not_fit(cfg: TrainConfig) -> Iterator[str]:
             yield f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}"
     if cfg.rests_on_base and not begins_with:
         yield "lora_rank and frozen_weights: int8 need trained weights to rest on: set base_vlm"
+    if cfg.max_prefix and not (cfg.parallel_decoding and cfg.max_prefix < cfg.action_chunk):
+        yield f"max_prefix: {cfg.max_prefix}: needs parallel_decoding, and an action_chunk that is longer"
     if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
         yield "pretrained_backbones: llm_backbone must be a directory or hub id, to take its weights from"
     if cfg.pretrained_backbones and (cfg.base_vlm or (begins_with and not cfg.is_resume)):

@@ -31,12 +31,14 @@ class Convention:
 
     action, state: what each number means, such as "gripper" or "joints[3]" for what was recorded under that
     name; other words are a recipe's, for what is in standard form. to_robot: actions (..., A) in standard
-    form -> (..., len(action)); from_robot: states (B, len(state)) -> (B, P) in standard form
+    form -> (..., len(action)); actions_from_robot: the inverse; from_robot: states (B, len(state)) -> (B, P)
+    in standard form
     """
 
     action: list[str]
     state: list[str]
     to_robot: Callable[[np.ndarray], np.ndarray]
+    actions_from_robot: Callable[[np.ndarray], np.ndarray]
     from_robot: Callable[[np.ndarray], np.ndarray]
 
 
@@ -50,7 +52,7 @@ def standard(stats: dict) -> Convention:
     """Of a dataset of OpenVLA's: everything stays as it is. stats: of the dataset."""
     action, state = (len(stats.get(key, {}).get("mean", ())) for key in ("action", "proprio"))
     actions = STANDARD if action == len(STANDARD) else [f"action[{i}]" for i in range(action)]
-    return Convention(actions, [f"proprio[{i}]" for i in range(state)], np.asarray, np.asarray)
+    return Convention(actions, [f"proprio[{i}]" for i in range(state)], *[np.asarray] * 3)
 
 
 STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
@@ -59,16 +61,17 @@ STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
 def recorded(recipe: Recipe, features: dict[str, int], stats: dict) -> Convention:
     """Of a dataset that was described by a recipe. features: {name: values in a step}; stats: of the
     dataset."""
-    action, to_robot = undo(recipe, features, stats["action"])
+    action, to_robot, actions_from_robot = undo(recipe, features, stats["action"])
     state, from_robot = redo(recipe, features, stats)
-    return Convention(action, state, to_robot, from_robot)
+    return Convention(action, state, to_robot, actions_from_robot, from_robot)
 
 
-# ---- Actions, on the way out -------------------------------------------------------------------------------
+# ---- Actions, on the way out, and in again -----------------------------------------------------------------
 
 
-def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable]:
-    """-> what each number of the robot's action means, and the function that makes it of a standard one."""
+def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable, Callable]:
+    """-> what each number of the robot's action means, the function that makes it of a standard one, and its
+    inverse."""
     fields, columns, place = parse_fields(recipe.action), [], 0
     whole = all(CONSTANT.fullmatch(field.key) or invertible(field) for field in fields)
     for field in fields:
@@ -81,15 +84,26 @@ def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[st
         order = list(dict.fromkeys(field.key for field in fields))
         columns = [column for column in columns if not CONSTANT.fullmatch(column[0])]
         columns.sort(key=lambda column: (order.index(column[0]), column[1]))
-        columns = list({(key, at): (key, at, *rest) for key, at, *rest in reversed(columns)}.values())[::-1]
+    spoken: dict = {}  # {which number: (what it means, [(its place in the standard form, helpers), ...])}
+    for key, at, label, place, helpers in columns:
+        spoken.setdefault((key, at) if whole else place, (label, []))[1].append((place, helpers))
     constant = np.array(stats["min"]) == np.array(stats["max"])
 
     def to_robot(actions: np.ndarray) -> np.ndarray:
         # what never changed while it was recorded was not learned: it stays what it was
         actions = np.where(constant, stats["min"], actions)
-        return np.stack([invert_helpers(actions[..., place], helpers) for *_, place, helpers in columns], -1)
+        first = [places[0] for _, places in spoken.values()]
+        return np.stack([invert_helpers(actions[..., place], helpers) for place, helpers in first], -1)
 
-    return [label for _, _, label, *_ in columns], to_robot
+    def actions_from_robot(actions: np.ndarray) -> np.ndarray:
+        standard = np.zeros((*actions.shape[:-1], len(constant)))  # added columns never change: not learned
+        for number, (_, places) in enumerate(spoken.values()):
+            for place, helpers in places:
+                pointwise = [word for word in helpers if word in POINTWISE or SCALE.fullmatch(word)]
+                standard[..., place] = apply(actions[..., number], pointwise)
+        return standard
+
+    return [label for label, _ in spoken.values()], to_robot, actions_from_robot
 
 
 def invertible(field: Field) -> bool:

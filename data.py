@@ -263,10 +263,14 @@ class TrainBatches(torch.utils.data.Dataset):
         return [f"{names[d]} {tables[d].where(row)}" for _, d, row, _ in self.draw(i)]
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        augmented = self.mixture.cfg.image_aug and self.mixture.train
-        samples = [self.mixture.sample(d, row, epoch, number if augmented else None)
-                   for number, d, row, epoch in self.draw(i)]
-        return collate(samples, self.mixture.tokenizer.pad_token_id)
+        cfg, train, drawn = self.mixture.cfg, self.mixture.train, self.draw(i)
+        samples = [self.mixture.sample(d, row, epoch, number if cfg.image_aug and train else None)
+                   for number, d, row, epoch in drawn]
+        batch = collate(samples, self.mixture.tokenizer.pad_token_id)
+        if cfg.max_prefix and train:  # how many tokens of its chunk each sample is given
+            steps = mix_bits(cfg.seed, [number for number, *_ in drawn]) % (cfg.max_prefix + 1)
+            batch["prefix"] = torch.from_numpy(steps.astype(np.int64) * self.mixture.action_dim)[:, None]
+        return batch
 
 
 if __name__ == "__main__":  # python data.py --inspect DIR

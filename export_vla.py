@@ -46,7 +46,7 @@ SHARD_BYTES = 1 << 30
 HUB_CODE = "openvla/openvla-7b--"  # where transformers finds the classes, with trust_remote_code=True
 DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_size image_resize_strategy
     action_chunk action_dim action_normalization add_action_tokens cameras datasets features image_aug
-    parallel_decoding proprio_dim use_proprio window_size""".split()  # keys that make a model what it is
+    max_prefix parallel_decoding proprio_dim use_proprio window_size""".split()  # what makes a model itself
 
 
 def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:

@@ -65,12 +65,12 @@ class VLA(nn.Module):
         """The Hugging Face causal language model."""
         return self.llm_backbone["llm"]
 
-    def forward(self, images, input_ids, labels, proprio=None):
+    def forward(self, images, input_ids, labels, proprio=None, prefix=0):
         """Teacher-forced training step.
 
         images (B, N, H, W, 3) uint8, N = window_size x cameras; input_ids, labels (B, L) int64, padded on the
-        right; proprio (B, P) float32. Returns the loss, and for each action token the predicted id and the
-        true one (both (B, T), T = num_action_tokens), all on the device.
+        right; proprio (B, P) float32; prefix (B, 1): see ask_in_parallel. Returns the loss, and for each
+        action token the predicted id and the true one (both (B, T), T = num_action_tokens), on the device.
 
         What stands where, for one image of 256 patches, a prompt of P tokens and T = 7 action tokens:
 
@@ -87,7 +87,7 @@ class VLA(nn.Module):
         targets = labels.gather(1, wanted)  # a1 .. a7, </s>
         wanted = wanted + inputs.shape[1] - labels.shape[1]  # their places beside the patches
         if self.cfg.parallel_decoding:
-            inputs = self.ask_in_parallel(inputs, wanted[:, :-1])
+            inputs = self.ask_in_parallel(inputs, wanted[:, :-1], prefix)
         # padding stands on the right, where causal attention never looks: no mask, so the fast kernels apply
         hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         logits = self.llm.get_output_embeddings()(take(hidden, wanted - 1)).float()  # (B, T + 1, vocabulary)
@@ -104,11 +104,13 @@ class VLA(nn.Module):
             extra = torch.cat([extra, self.proprio_projector(proprio.to(text.dtype))[:, None]], dim=1)
         return torch.cat([text[:, :1], extra, text[:, 1:]], dim=1)
 
-    def ask_in_parallel(self, inputs, positions):
-        """Put the learned queries where the action tokens stand: inputs (B, S, hidden), positions (B, T)."""
-        queries = self.action_queries(torch.arange(positions.shape[1], device=inputs.device))  # (T, hidden)
-        index = positions[..., None].expand(-1, -1, inputs.shape[-1])
-        return inputs.scatter(1, index, queries.expand(len(inputs), -1, -1))
+    def ask_in_parallel(self, inputs, positions, prefix=0):
+        """Put the learned queries where the action tokens stand, but for the first `prefix` of them, which it
+        is told: inputs (B, S, hidden), positions (B, T), prefix a number or (B, 1)."""
+        places = torch.arange(self.num_action_tokens, device=inputs.device)
+        known = (places < prefix)[..., None]  # (T, 1) or (B, T, 1)
+        queries = torch.where(known, take(inputs, positions), self.action_queries(places))
+        return inputs.scatter(1, positions[..., None].expand_as(queries), queries)
 
     def pixel_values(self, images) -> list[torch.Tensor]:
         """images (B, N, H, W, 3) uint8 -> for each tower (B * N, 3, H, W) float32, as it was pretrained."""

@@ -186,9 +186,9 @@ def stop_if_not_finite(values: dict, losses: list[torch.Tensor], step: int, batc
 
 
 LESS_MEMORY = (  # what to do where a GPU has too little
-    'take a smaller per_device_batch_size, or "activation_checkpointing": {} in the JSON; train lora_rank: '
-    "32 (a 7B: 17 GB beside its activations), and frozen_weights: int8 (10 GB); or let more GPUs share by a "
-    "higher ZeRO stage, or the host's memory help (ds_configs/zero2_offload.json)")
+    'take a smaller per_device_batch_size, or "activation_checkpointing": {} in the JSON; or what fits by '
+    "the line memory_if: lora_rank: 32, with frozen_weights: int8, the last layer (freeze_vision_backbone, "
+    "freeze_llm_backbone, unfreeze_last_llm_layer), zero2_offload.json; or more GPUs and a higher ZeRO stage")
 
 
 def run_job(program: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@
 
     POST /act   {"image": ..., "instruction": "open the drawer", "unnorm_key": "bridge_orig"}  ->  the action
     GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], "cameras": [...], "action": {...}, ...}
+    websocket / {"observation/image": ..., "prompt": "open the drawer"}  ->  {"actions": ..., ...}
 
 OpenVLA's clients (its vla-scripts/deploy.py) work unchanged. An image is any of
     {"__numpy__": base64, "dtype": "|u1", "shape": [H, W, 3]}      what json_numpy makes of an array
@@ -11,16 +12,21 @@ OpenVLA's clients (its vla-scripts/deploy.py) work unchanged. An image is any of
     "..."                                                          base64 of a JPEG or PNG file
 A model trained with several cameras takes `images`, {camera: image}, or, also where it looks at several
 frames, a list (window_size x cameras, oldest first); one trained with the robot's state takes `proprio`, its
-numbers. unnorm_key may be left out if the model knows one dataset. The reply is the action, (A,) or
-(action_chunk, A), in the form of the request: as json_numpy has it if an array came so, else plain lists; and
-to a request {"encoded": "<all of this as a string>"}, a string. /health names the cameras, and what each
-number of action and state is (convention.py). Mistakes get status 4xx and {"error": what is wrong and what to
-do}.
+numbers. unnorm_key may be left out if the model knows one dataset. `prefix`, (k, A), is how the chunk begins,
+where that is settled already (act.py). The reply is the action, (A,) or (action_chunk, A), in the form of the
+request: as json_numpy has it if an array came so, else plain lists; and to a request {"encoded": "<all of
+this as a string>"}, a string. /health names the cameras, and what each number of action and state is
+(convention.py). Mistakes get status 4xx and {"error": what is wrong and what to do}.
 
-Read Batcher: while the model computes, requests queue, and then go through it together. wire.py reads them.
+openpi's clients (`openpi_client.websocket_client_policy`) work unchanged, too, by websocket: openpi_wire.py
+has the names of what they send. First they are told what /health tells; a mistake is answered by text.
+
+Read Batcher: while the model computes, requests queue, and then go through it together, whichever way they
+came. wire.py reads them.
 The server listens on this machine alone unless --host says otherwise, and then wants a password: --token FILE
-or --token VARIABLE, which clients send as `Authorization: Bearer ...`. (Nothing is encrypted; for a robot
-elsewhere, `ssh -L 8000:127.0.0.1:8000 this-machine` needs neither.) Nothing that comes in is ever unpickled.
+or --token VARIABLE, which clients send as `Authorization: Bearer ...` (openpi's: api_key). Nothing is
+encrypted; for a robot elsewhere, `ssh -L 8000:127.0.0.1:8000 this-machine` needs neither. Nothing that comes
+in is ever unpickled.
 """
 
 import argparse
@@ -35,6 +41,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -42,21 +49,26 @@ import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from act import Policy, load_vla
 from checkpoint import CheckpointError
 from config import UserError, read_secret, told_in_one_line
+from openpi_wire import pack, pack_reply, parse_observation
 from wire import MAX_BODY, Query, RequestError, encode_action, parse_request
 
 BIG_BODY = 1 << 20  # bytes; longer ones are parsed one at a time, so that others get their turn
 MAX_CONNECTIONS = 256  # more get status 503
 HEAD_SECONDS = 10  # to send a request's first lines in, after connecting or after the reply before
 BODY_SECONDS = 60  # to send a request in
+MAX_FRAMES = 1000  # that a message over a websocket may come in; openpi's client sends one
 STOP_SECONDS = 30  # to answer what is under way when told to stop
+TOKEN_WANTED = "send the server's token in a header `Authorization: Bearer ...`"
 
 
 # ---- The model's thread ------------------------------------------------------------------------------------
@@ -82,22 +94,22 @@ class Batcher(threading.Thread):
             batch = [self.waiting.get()]
             while len(batch) < self.max_batch and not self.waiting.empty():
                 batch.append(self.waiting.get())  # nobody else takes any, so there is one
-            datasets: dict[str, list] = {}
+            alike: dict[tuple, list] = {}
             for query, future in batch:
                 if future.set_running_or_notify_cancel():
-                    datasets.setdefault(query.unnorm_key, []).append((query, future))
-            for asked in datasets.values():
+                    alike.setdefault((query.unnorm_key, len(query.prefix)), []).append((query, future))
+            for asked in alike.values():
                 self.answer(asked)
 
     def answer(self, asked: list[tuple[Query, Future]]) -> None:
-        """Requests of one unnorm_key. If they fail, each is tried on its own, so that none fails for
-        another's sake."""
+        """Requests of one unnorm_key and length of prefix. If they fail, each is tried on its own, so that
+        none fails for another's sake."""
         queries = [query for query, _ in asked]
         try:
             proprio = None if queries[0].proprio is None else np.stack([query.proprio for query in queries])
             actions = self.policy.predict_action(
                 [query.views for query in queries], [query.instruction for query in queries],
-                queries[0].unnorm_key, proprio)
+                queries[0].unnorm_key, proprio, np.stack([query.prefix for query in queries]))
         except Exception as error:
             if len(asked) == 1:
                 asked[0][1].set_exception(error)
@@ -122,61 +134,149 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle and not self.cycle.response_complete:  # a request is being answered
+        upgraded = self.transport.get_protocol() is not self  # it is a Socket now
+        if upgraded or (self.cycle and not self.cycle.response_complete):  # a request is being answered
             self.deadline.cancel()
         elif self.deadline.cancelled():
             self.deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
-def make_app(batcher: Batcher, model: str, token: str | None) -> Starlette:
-    """The two addresses of the server. token: what clients must send, if anything."""
-    policy, one_at_a_time = batcher.policy, asyncio.Semaphore(1)
+class Socket(WebSocketsSansIOProtocol):
+    """A websocket. It is closed when it does not answer pings (uvicorn's rule) or a message does not become
+    whole within BODY_SECONDS; when the server stops, after the answer that is under way."""
 
-    def belongs_here(request: Request) -> bool:
-        sent = request.headers.get("authorization", "").encode()
-        return token is None or hmac.compare_digest(sent, f"Bearer {token}".encode())
+    deadline, answering, stopping = None, False, False
 
-    async def act(request: Request) -> Response:
-        started, facts = time.perf_counter(), ""
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if len(self.frames) > MAX_FRAMES:
+            self.transport.close()
+        if self.deadline and not self.frames:  # the message is whole
+            self.deadline.cancel()
+            self.deadline = None
+        elif self.frames and not self.deadline:  # one has begun
+            self.deadline = self.loop.call_later(BODY_SECONDS, self.transport.close)
+
+    async def receive(self) -> dict:
+        self.answering = False
+        if self.stopping:
+            super().shutdown()
+        message = await super().receive()
+        self.answering = message["type"] == "websocket.receive"
+        return message
+
+    async def send(self, message: dict) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            self.handshake_complete = True  # it is refused; uvicorn 0.54 would log that no answer was given
+
+    def shutdown(self) -> None:
+        self.stopping = True
+        if not self.answering:
+            super().shutdown()
+
+
+class Service:
+    """What the server does at each of its addresses. token: what clients must send, if anything."""
+
+    def __init__(self, batcher: Batcher, model: str, token: str | None):
+        self.batcher, self.policy, self.token = batcher, batcher.policy, token
+        self.facts = describe(self.policy, model)
+        self.one_at_a_time, self.sockets = asyncio.Semaphore(1), asyncio.Semaphore(MAX_CONNECTIONS)
+
+    def app(self) -> Starlette:
+        """The addresses."""
+        async def nothing_here(request: Request, error: HTTPException) -> Response:
+            return refusal(f"{error.detail}: POST /act or GET /health", error.status_code)
+
+        routes = [Route("/act", self.act, methods=["POST"]), Route("/health", self.health),
+                  WebSocketRoute("/", self.talk)]
+        return Starlette(routes=routes, exception_handlers={HTTPException: nothing_here})
+
+    def belongs_here(self, request: HTTPConnection) -> bool:
+        """Did it send the token? Api-Key is how openpi's client says Bearer."""
+        kind, _, sent = request.headers.get("authorization", "").partition(" ")
+        return self.token is None or (kind in ("Bearer", "Api-Key")
+                                      and hmac.compare_digest(sent.encode(), self.token.encode()))
+
+    async def answer(self, arriving: Awaitable, parse: Callable
+                     ) -> tuple[int, np.ndarray | str, Query | None]:
+        """A request whose bytes are arriving -> (status, the action or what is wrong, the request)."""
+        started, facts, query = time.perf_counter(), "", None
         try:
-            if not belongs_here(request):
-                raise RequestError("send the server's token in a header `Authorization: Bearer ...`", 401)
-            body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
-            async with one_at_a_time if len(body) > BIG_BODY else contextlib.nullcontext():
-                query = await asyncio.to_thread(parse_request, body, policy)
-            action, size = await asyncio.wrap_future(batcher.ask(query))
-            status, reply = 200, encode_action(action, query.form)
+            body = await arriving
+            async with self.one_at_a_time if len(body) > BIG_BODY else contextlib.nullcontext():
+                query = await asyncio.to_thread(parse, body, self.policy)
+            reply, size = await asyncio.wrap_future(self.batcher.ask(query))
+            status = 200
             facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
         except RequestError as error:
-            status, facts = error.status, f"error {str(error)!a}"
-            reply = json.dumps({"error": str(error)})
+            status, reply, facts = error.status, str(error), f"error {str(error)!a}"
         except (asyncio.TimeoutError, ClientDisconnect):  # noqa: UP041 (another one, in Python 3.10)
-            status, facts, reply = 408, "error 'did not arrive'", '{"error": "the request did not arrive"}'
+            status, reply, facts = 408, "the request did not arrive", "error 'did not arrive'"
         except Exception:
             traceback.print_exc()
             status, facts = 500, "error 'see above'"
-            reply = json.dumps({"error": "the model failed on this request; the server's log says why"})
+            reply = "the model failed on this request; the server's log says why"
         log(f"act status {status} ms {1000 * (time.perf_counter() - started):.0f} {facts}")
-        return Response(reply, status, media_type="application/json")
+        return status, reply, query
 
-    async def health(request: Request) -> Response:
-        if not belongs_here(request):
-            return Response('{"status": "ok"}', media_type="application/json")
-        robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
-        facts = {"status": "ok", "model": model, "unnorm_keys": [*robots], "cameras": policy.cfg.cameras,
-                 "images": policy.vla.num_images, "proprio": policy.cfg.use_proprio,
-                 "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
-                 "action": {key: robot.action for key, robot in robots.items()}}
-        if policy.cfg.use_proprio:
-            facts["state"] = {key: robot.state for key, robot in robots.items()}
+    async def act(self, request: Request) -> Response:
+        """POST /act."""
+        async def arriving() -> bytes:
+            if not self.belongs_here(request):
+                raise RequestError(TOKEN_WANTED, 401)
+            return await asyncio.wait_for(read_body(request), BODY_SECONDS)
+
+        status, reply, query = await self.answer(arriving(), parse_request)
+        if status != 200:
+            return refusal(reply, status)
+        return Response(encode_action(reply, query.form), media_type="application/json")
+
+    async def health(self, request: Request) -> Response:
+        """GET /health."""
+        facts = self.facts if self.belongs_here(request) else {"status": "ok"}
         return Response(json.dumps(facts), media_type="application/json")
 
-    async def nothing_here(request: Request, error: HTTPException) -> Response:
-        reply = json.dumps({"error": f"{error.detail}: POST /act or GET /health"})
-        return Response(reply, error.status_code, media_type="application/json")
+    async def talk(self, socket: WebSocket) -> None:
+        """openpi's protocol: what the model is, then an action for each observation; a mistake is told as
+        text, and does not end the connection."""
+        wrong = None if self.belongs_here(socket) else (TOKEN_WANTED, 401)
+        if self.sockets.locked():
+            wrong = (f"there are {MAX_CONNECTIONS} connections: close some", 503)
+        if wrong:
+            log(f"talk status {wrong[1]} error {wrong[0]!a}")
+            return await socket.send_denial_response(refusal(*wrong))
+        with contextlib.suppress(WebSocketDisconnect):
+            async with self.sockets:
+                await socket.accept()
+                await socket.send_bytes(pack(self.facts))
+                while (message := await socket.receive())["type"] == "websocket.receive":
+                    started = time.perf_counter()
+                    sent = asyncio.sleep(0, message.get("bytes", message.get("text")))  # it has arrived
+                    status, reply, _ = await self.answer(sent, parse_observation)
+                    if status == 200:
+                        await socket.send_bytes(pack_reply(reply, 1000 * (time.perf_counter() - started)))
+                    else:
+                        await socket.send_text(reply)
 
-    routes = [Route("/act", act, methods=["POST"]), Route("/health", health)]
-    return Starlette(routes=routes, exception_handlers={HTTPException: nothing_here})
+
+def describe(policy: Policy, model: str) -> dict:
+    """What a client may want to know of the model."""
+    robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
+    facts = {"status": "ok", "model": model, "unnorm_keys": [*robots], "cameras": policy.cfg.cameras,
+             "images": policy.vla.num_images, "proprio": policy.cfg.use_proprio,
+             "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
+             "max_prefix": policy.max_prefix,
+             "action": {key: robot.action for key, robot in robots.items()}}
+    if policy.cfg.use_proprio:
+        facts["state"] = {key: robot.state for key, robot in robots.items()}
+    return facts
+
+
+def refusal(message: str, status: int) -> Response:
+    """What is wrong, and what to do, as JSON."""
+    return Response(json.dumps({"error": message}), status, media_type="application/json")
 
 
 async def read_body(request: Request) -> bytes:
@@ -198,9 +298,9 @@ def log(text: str) -> None:
 def serve(policy: Policy, model: str, host: str, port: int, max_batch: int, token: str | None) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then finish those under way."""
     batcher = Batcher(policy, max_batch)
-    config = uvicorn.Config(make_app(batcher, model, token), host, port, log_level="warning",
+    config = uvicorn.Config(Service(batcher, model, token).app(), host, port, log_level="warning",
                             access_log=False, lifespan="off", limit_concurrency=MAX_CONNECTIONS,
-                            http=Connection, ws="none",
+                            http=Connection, ws=Socket, ws_max_size=MAX_BODY, ws_per_message_deflate=False,
                             timeout_graceful_shutdown=STOP_SECONDS)
     listener = config.bind_socket()
     # a first action, before any robot asks: kernels are compiled, and a model that cannot act shows it
@@ -238,6 +338,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"],
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--int8", action="store_true",
+                        help="hold the language model's matrices in 8 bits: half the memory")
     parser.add_argument("--max_batch", type=int,
                         help="most requests the model sees at once; default: 16, with --speed_up 1")
     parser.add_argument("--speed_up", action="store_true",
@@ -254,7 +356,8 @@ def main() -> None:
         if not (token or args.no_token or on_this_machine(args.host)):
             raise UserError(f"--host {args.host} lets others in than this machine: give a password with "
                             "--token FILE or --token VARIABLE, or say --no_token")
-        policy = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        policy = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32,
+                          args.int8)
         if not policy.norm_stats:
             raise CheckpointError(f"{args.checkpoint}: has no dataset statistics, so it cannot act: a VLA "
                                   "has them, a plain VLM does not")

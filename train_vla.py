@@ -35,10 +35,10 @@ from deepspeed.accelerator import get_accelerator
 from checkpoint import load_checkpoint
 from data import Mixture, TrainBatches, open_tables
 from frames import DataError
-from lora import add_adapters
+from lora import add_adapters, linear_layers
 from model import VLA
 from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
-from run import Run, memory_needed, utilisation
+from run import Run, memory_if, memory_needed, utilisation
 from weights import Weights, describe_base, fill, parameters_without_memory, start_from
 from zero import adapt, born_in_shards, check_json, optimizer_step, set_learning_rate, set_tensors
 
@@ -175,6 +175,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     """The model with its trainable parameters chosen, sharded by DeepSpeed as the JSON says, and filled."""
     ds_config = with_yaml_values(ds_config, cfg)
     vla = build_model(cfg, tokenizer, ds_config, weights)
+    run.line(memory_if(vla))
     trained_parts = vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone,
                                cfg.unfreeze_last_llm_layer)
     fresh = weights.tensors.check(vla) if weights else []  # modules that the weights lack
@@ -186,7 +187,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     if filled := any(param.is_meta for param in vla.parameters()):
         dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
         device = get_accelerator().current_device_name()
-        fill(vla, weights.tensors, device, dtype, in_8_bits=bool(cfg.frozen_weights))
+        fill(vla, weights.tensors, device, dtype, linear_layers(vla) if cfg.frozen_weights else {})
     if cfg.compile:
         vla.compile_blocks()
     if "activation_checkpointing" in ds_config:

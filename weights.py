@@ -33,7 +33,7 @@ from checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, li
 from config import TrainConfig, UserError, load_table, nearest, out_of_reach, read_secret
 from int8 import shrink
 from llm import llm_config
-from lora import linear_layers, merged
+from lora import merged
 from model import VLA
 
 # ---- What Prismatic calls things ---------------------------------------------------------------------------
@@ -314,17 +314,16 @@ def parameters_without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def fill(vla: VLA, tensors: Tensors, device, dtype: torch.dtype, in_8_bits: bool = False) -> None:
+def fill(vla: VLA, tensors: Tensors, device, dtype: torch.dtype, in_8_bits: dict[str, nn.Linear]) -> None:
     """Give a model that was made without memory its weights, a tensor at a time; what `tensors` lacks stays.
-    in_8_bits: a frozen linear layer shrinks as soon as it is there, so that the model never is whole."""
-    shrinking = linear_layers(vla) if in_8_bits else {}
+    in_8_bits: {name: layer}; those that are frozen shrink when they come, so that none is whole for long."""
     for name, param in [*vla.named_parameters()]:
         place, _, leaf = name.rpartition(".")
         if name in tensors.shapes:
             value = nn.Parameter(tensors.whole(name).to(device, dtype, copy=True), param.requires_grad)
             vla.get_submodule(place).register_parameter(leaf, value)
-            if place in shrinking and leaf == "weight" and not param.requires_grad:
-                shrink(shrinking[place])
+            if place in in_8_bits and leaf == "weight" and not param.requires_grad:
+                shrink(in_8_bits[place])
     vla.llm.tie_weights()
 
 

@@ -1,11 +1,13 @@
 """What is said over HTTP: a request's JSON to arrays, checked, and the action back to JSON.
 
+(openpi_wire.py: what is said over a websocket. The parts of a request are checked here for both.)
 serve_vla.py describes the forms. Read parse_request. All that comes in may be anything: it is measured before
 it is made into an array or a picture, and nothing is ever unpickled.
 """
 
 import base64
 import io
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from PIL import Image
 
 from act import Policy
 from config import UserError
+from convention import Convention
 from images import decode_native
 
 MAX_BODY = 32 << 20  # bytes of a request: as plain lists, images up to about full HD
@@ -32,12 +35,14 @@ class RequestError(UserError):
 
 @dataclass
 class Query:
-    """A checked request. views: N images (H, W, 3) uint8; proprio: (P,) float32 if the model uses it."""
+    """A checked request. views: N images (H, W, 3) uint8; proprio: (P,) float32 if the model uses it; prefix:
+    (k, A) float64, often of no step."""
 
     views: list[np.ndarray]
     instruction: str
     unnorm_key: str
     proprio: np.ndarray | None
+    prefix: np.ndarray
     form: str  # of the reply: numpy, encoded or list
 
 
@@ -49,35 +54,44 @@ def parse_request(body: bytes, policy: Policy) -> Query:
         if len(payload) > 1 or not isinstance(payload["encoded"], str):
             raise RequestError("encoded: must be a string of JSON, and the only field")
         payload = read_object(payload["encoded"], "encoded")
-    known = ("image", "images", "instruction", "unnorm_key", "proprio")
+    known = ("image", "images", "instruction", "unnorm_key", "proprio", "prefix")
     for key in payload:
         if key not in known:
             raise RequestError(f"unknown field {key[:80]!r}: the fields are {', '.join(known)}")
 
-    images = parse_images(payload, policy)
-    instruction, unnorm_key = payload.get("instruction"), payload.get("unnorm_key")
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise RequestError("instruction: must be text that says what to do, such as \"open the drawer\"")
-    try:
-        size = len(instruction.encode())
-    except UnicodeEncodeError as error:
-        raise RequestError(f"instruction: is no Unicode text: {error}: send UTF-8") from error
-    if size > MAX_INSTRUCTION:
-        raise RequestError(f"instruction: longer than {MAX_INSTRUCTION} bytes: shorten it")
-    if not isinstance(unnorm_key, str | None):
-        raise RequestError(f"unnorm_key: must be one of {', '.join(sorted(policy.norm_stats))}")
-    try:
-        robot = policy.convention(unnorm_key)
-    except UserError as error:
-        raise RequestError(f"{error}"[:2000]) from error
-
+    images, instruction = parse_images(payload, policy), parse_text(payload.get("instruction"), "instruction")
+    unnorm_key, robot = parse_key(payload.get("unnorm_key"), policy)
     several = payload.get("images", [])
     several = several.values() if isinstance(several, dict) else several
     sent = [*several, payload.get("image"), payload.get("proprio")]
     arrays = any(isinstance(value, dict) for value in sent)
-    return Query(images, instruction, unnorm_key or next(iter(policy.norm_stats)),
+    return Query(images, instruction, unnorm_key,
                  parse_proprio(payload.get("proprio"), policy.cfg.use_proprio, robot.state),
+                 parse_prefix(payload.get("prefix"), policy, unnorm_key),
                  "encoded" if encoded else "numpy" if arrays else "list")
+
+
+def parse_text(value, name: str) -> str:
+    """The instruction."""
+    if not isinstance(value, str) or not value.strip():
+        raise RequestError(f"{name}: must be text that says what to do, such as \"open the drawer\"")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name}: is no Unicode text: {error}: send UTF-8") from error
+    if size > MAX_INSTRUCTION:
+        raise RequestError(f"{name}: longer than {MAX_INSTRUCTION} bytes: shorten it")
+    return value
+
+
+def parse_key(value, policy: Policy) -> tuple[str, Convention]:
+    """unnorm_key, which may be left out -> one of the model's datasets, and how its robot speaks."""
+    if not isinstance(value, str | None):
+        raise RequestError(f"unnorm_key: must be one of {', '.join(sorted(policy.norm_stats))}")
+    try:
+        return policy.dataset_name(value), policy.convention(value)
+    except UserError as error:
+        raise RequestError(f"{error}"[:2000]) from error
 
 
 def read_object(text: bytes | str, name: str) -> dict:
@@ -115,7 +129,7 @@ def parse_images(payload: dict, policy: Policy) -> list[np.ndarray]:
 
 def parse_image(value, name: str) -> np.ndarray:
     """One image in any of its forms -> (H, W, 3) uint8."""
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return decode_picture(read_base64(value, name), name)
     image = parse_array(value, name)
     if image.ndim != 3 or image.shape[2] != 3:
@@ -132,7 +146,7 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])  # reads no more than the header
     except Exception as error:  # Pillow raises many kinds, here and below
-        raise RequestError(f"{name}: is not base64 of a JPEG or PNG file") from error
+        raise RequestError(f"{name}: is no JPEG or PNG file") from error
     check_sides(picture.height, picture.width, name)
     if picture.mode not in ("RGB", "RGBA", "L", "P"):
         raise RequestError(f"{name}: is a picture of mode {picture.mode}: send 8-bit RGB")
@@ -149,38 +163,55 @@ def check_sides(height: int, width: int, name: str) -> None:
         raise RequestError(f"{name}: is {height} x {width} pixels; each side must be {low}..{high}")
 
 
-def parse_proprio(value, wanted: bool, labels: list[str]) -> np.ndarray | None:
+def parse_proprio(value, wanted: bool, labels: list[str], name: str = "proprio") -> np.ndarray | None:
     """The robot's state -> a float32 for each of the labels, which say what they are."""
     if not wanted:
         if value is not None:
-            raise RequestError("proprio: this model was trained without the robot's state: leave it out")
+            raise RequestError(f"{name}: this model was trained without the robot's state: leave it out")
         return None
     size = len(labels)
     if value is None:
-        raise RequestError(f"proprio: missing: this model needs the robot's state, {size} numbers")
-    state = parse_array(value, "proprio")
+        raise RequestError(f"{name}: missing: this model needs the robot's state, {size} numbers")
+    state = parse_array(value, name)
     if state.shape != (size,):
-        raise RequestError(f"proprio: has shape {list(state.shape)}, must be [{size}]: {', '.join(labels)}")
+        raise RequestError(f"{name}: has shape {list(state.shape)}, must be [{size}]: {', '.join(labels)}")
     with np.errstate(over="ignore"):
         state = state.astype(np.float32)
     if not np.isfinite(state).all():
-        raise RequestError("proprio: must hold finite numbers")
+        raise RequestError(f"{name}: must hold finite numbers")
     return state
+
+
+def parse_prefix(value, policy: Policy, unnorm_key: str) -> np.ndarray:
+    """The chunk's first actions, where they are settled -> (k, A) float64."""
+    if value is None or value == []:
+        return np.zeros((0, len(policy.convention(unnorm_key).action)))
+    prefix = parse_array(value, "prefix").astype(np.float64)
+    try:
+        policy.known_tokens(prefix[None], 1, unnorm_key)
+    except UserError as error:
+        raise RequestError(str(error)) from error
+    return prefix
 
 
 def parse_array(value, name: str) -> np.ndarray:
     """json_numpy's form of an array, or plain lists -> an array of whole or floating-point numbers."""
     if isinstance(value, list):
+        within = value
+        while (kinds := set(map(type, within))) == {list}:
+            within = [*itertools.chain.from_iterable(within)]
+        if not kinds <= {int, float}:  # of texts, NumPy would give each as much room as the longest takes
+            raise RequestError(f"{name}: must hold numbers alone, in lists that are equally deep")
         try:
             array = np.array(value)
         except (ValueError, OverflowError) as error:
             raise RequestError(f"{name}: its lists are of different lengths, or too deep") from error
         if array.dtype.kind not in "iuf":
-            raise RequestError(f"{name}: must hold numbers alone")
+            raise RequestError(f"{name}: its numbers are too large")
         return array
     if not isinstance(value, dict) or value.keys() != {"__numpy__", "dtype", "shape"}:
-        raise RequestError(f'{name}: must be {{"__numpy__": base64, "dtype": ..., "shape": ...}}, or a list'
-                           + (", or base64 of a JPEG or PNG file" if name.startswith("image") else ""))
+        raise RequestError(f'{name}: must be an array (in JSON {{"__numpy__": base64, "dtype": ..., "shape":'
+                           " ...}), or a list" + ", or a JPEG or PNG file in base64" * ("image" in name))
     dtype, shape = value["dtype"], value["shape"]
     if not isinstance(dtype, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248])", dtype):
         raise RequestError(f"{name}: dtype {str(dtype)[:80]!r}: send integers or floats, such as "
@@ -198,7 +229,9 @@ def parse_array(value, name: str) -> np.ndarray:
 
 
 def read_base64(text, name: str) -> bytes:
-    """Base64 text -> bytes."""
+    """Base64 text -> bytes. Bytes themselves, which only openpi_wire.py can have, stay as they are."""
+    if isinstance(text, bytes):
+        return text
     if not isinstance(text, str):
         raise RequestError(f"{name}: must be base64 text, not a {type(text).__name__}")
     try:

@@ -2,14 +2,17 @@
 
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA act
     OPENVLA_ENV/bin/torchrun --nproc-per-node 2 bench/openvla_peer.py OPENVLA train --micro 32 --recompute
+    OPENVLA_ENV/bin/torchrun --nproc-per-node 1 bench/openvla_peer.py OPENVLA finetune --micro 4
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA answer EXPORT IMAGE OUT.npz
 
-OPENVLA is a checkout of it, the environment has transformers 4.40.1, timm 0.9.10 and tokenizers 0.19.1.
-act_latency.py, train_throughput.py and openvla_class.py run this; it imports nothing of this project. The
-last asks an exported model about an image and keeps what the class saw and said. A training step is that
-of prismatic/training/strategies: FSDP around each ViT, ViT block, decoder layer and the projector, sharding
-gradients and optimizer (and, --full_shard, weights), float32 masters, bf16 arithmetic, AdamW, clipping, and
-the accuracy and L1 it computes. Its batch lies on the GPU already: loading data is not timed.
+OPENVLA is a checkout of it, the environment has transformers 4.40.1, timm 0.9.10 and tokenizers 0.19.1, and
+for `finetune` peft 0.11.1. act_latency.py, train_throughput.py, small_cards.py and openvla_class.py run this;
+it imports nothing of this project. `answer` asks an exported model about an image and keeps what the class
+saw and said. A step of `train` is that of prismatic/training/strategies: FSDP around each ViT, ViT block,
+decoder layer and the projector, sharding gradients and optimizer (and, --full_shard, weights), float32
+masters, bf16 arithmetic, AdamW, clipping, and the accuracy and L1 it computes. One of `finetune` is that of
+vla-scripts/finetune.py: peft's adapters of rank 32 beside all linear layers of bf16 weights, DDP, autocast,
+AdamW, accuracy and L1; it neither recomputes nor clips. Loading data is not timed.
 """
 
 import argparse
@@ -80,20 +83,54 @@ def act(args) -> None:
     print("seconds", float(np.median(times[3:])))
 
 
-def train(args) -> None:
-    """Print the median seconds of a training step and the peak memory of rank 0's GPU."""
-    from timm.models.vision_transformer import Block, VisionTransformer
-    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
-    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
+def join() -> str:
+    """Connect the ranks that torchrun started -> this one's device."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     device, backend = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
     dist.init_process_group(backend, rank=int(os.environ.get("RANK", 0)),
                             world_size=int(os.environ.get("WORLD_SIZE", 1)))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def make_batch(args, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random pixels (B, 6, 224, 224) float32; ids (B, tokens), which end in an action and stop; labels."""
+    pixels = torch.randn(args.micro, 6, 224, 224, device=device)
+    ids = torch.randint(1000, 31000, (args.micro, args.tokens), device=device)
+    ids[:, -8:-1] = torch.randint(31744, 32000, (args.micro, 7), device=device)
+    labels = ids.clone()
+    labels[:, :-8] = -100
+    return pixels, ids, labels
+
+
+def action_metrics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Accuracy and L1 as its training computes them; both wait for the device."""
+    predicted, true = logits[:, 256:-1].argmax(dim=2), labels[:, 1:].to(logits.device)
+    mask = true > 31743
+    accuracy = ((predicted == true) & mask).sum().float() / mask.sum().float()
+    predicted_bins, true_bins = (ids[mask].cpu().numpy().clip(31744, 31999) for ids in (predicted, true))
+    return accuracy.item(), np.abs(predicted_bins - true_bins).mean() * 2 / 255
+
+
+def report(loss: float, metrics: tuple[float, float], times: list[float], device: str) -> None:
+    """Print the median seconds of a step after the first two, and the peak memory of rank 0's GPU."""
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+    if dist.get_rank() == 0:
+        print("loss {:.3f} accuracy {:.3f} l1 {:.3f} gpu_gb {:.1f}".format(loss, *metrics, memory))
+        print("seconds", float(np.median(times[2:])))
+    dist.destroy_process_group()
+
+
+def train(args) -> None:
+    """Time the training of all weights under FSDP."""
+    from timm.models.vision_transformer import Block, VisionTransformer
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    device = join()
     configuration, modeling, _ = import_openvla(args.checkout)
     vla = make_model(configuration, modeling, args.layers, torch.float32, device)
     vla.language_model.config.use_cache = False  # as prismatic/models/backbones/llm/base_llm.py
@@ -109,33 +146,50 @@ def train(args) -> None:
             vla, checkpoint_wrapper_fn=checkpoint_wrapper.checkpoint_wrapper,  # not reentrant, its default
             check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
     optimizer = torch.optim.AdamW(vla.parameters(), lr=2e-5)
-    pixels = torch.randn(args.micro, 6, 224, 224, device=device, dtype=torch.bfloat16)
-    ids = torch.randint(1000, 31000, (args.micro, args.tokens), device=device)
-    ids[:, -8:-1] = torch.randint(31744, 32000, (args.micro, 7), device=device)
-    labels = ids.clone()
-    labels[:, :-8] = -100
-    times = []
+    pixels, ids, labels = make_batch(args, device)
+    pixels, times = pixels.bfloat16(), []
     for _ in range(args.steps):
         started = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16):
             output = vla(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), pixel_values=pixels,
                          labels=labels)
         output.loss.backward()
-        predicted, true = output.logits[:, 256:-1].argmax(dim=2), labels[:, 1:]
-        mask = true > 31743
-        accuracy = ((predicted == true) & mask).sum().float() / mask.sum().float()
-        predicted_bins, true_bins = (ids[mask].cpu().numpy().clip(31744, 31999) for ids in (predicted, true))
-        l1 = np.abs(predicted_bins - true_bins).mean() * 2 / 255
+        metrics = action_metrics(output.logits, labels)
         vla.clip_grad_norm_(max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss = output.loss.item()  # its progress bar shows it at every step
         times.append(time.perf_counter() - started)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-    if dist.get_rank() == 0:
-        print(f"loss {loss:.3f} accuracy {float(accuracy):.3f} l1 {l1:.3f} gpu_gb {memory:.1f}")
-        print("seconds", float(np.median(times[2:])))
-    dist.destroy_process_group()
+    report(loss, metrics, times, device)
+
+
+def finetune(args) -> None:
+    """Time the training of peft's adapters. The batch comes from host memory, as its loader leaves it."""
+    from peft import LoraConfig, get_peft_model
+
+    device = join()
+    configuration, modeling, _ = import_openvla(args.checkout)
+    vla = make_model(configuration, modeling, args.layers, torch.bfloat16, device)
+    vla = get_peft_model(vla, LoraConfig(r=32, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear",
+                                         init_lora_weights="gaussian"))
+    vla.print_trainable_parameters()
+    vla = torch.nn.parallel.DistributedDataParallel(
+        vla, device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
+        find_unused_parameters=True, gradient_as_bucket_view=True).train()
+    optimizer = torch.optim.AdamW([p for p in vla.parameters() if p.requires_grad], lr=5e-4)
+    (pixels, ids, labels), times = make_batch(args, "cpu"), []
+    for _ in range(args.steps):
+        started = time.perf_counter()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            output = vla(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).bool().to(device),
+                         pixel_values=pixels.bfloat16().to(device), labels=labels)
+        output.loss.backward()
+        metrics = action_metrics(output.logits, labels)
+        loss = output.loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
+    report(loss, metrics, times, device)
 
 
 def answer(args) -> None:
@@ -162,7 +216,7 @@ def answer(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout")
-    parser.add_argument("what", choices=["act", "train", "answer"])
+    parser.add_argument("what", choices=["act", "train", "finetune", "answer"])
     parser.add_argument("files", nargs="*", help="answer: the export, an image, and where to write")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--layers", type=int, default=32, help="decoder layers of the language model")
@@ -172,4 +226,4 @@ if __name__ == "__main__":
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--full_shard", action="store_true")
     arguments = parser.parse_args()
-    {"act": act, "train": train, "answer": answer}[arguments.what](arguments)
+    {"act": act, "train": train, "finetune": finetune, "answer": answer}[arguments.what](arguments)

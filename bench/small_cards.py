@@ -2,12 +2,15 @@
 
     python bench/small_cards.py --out rows.jsonl                                # on a GPU, 7B's shape
     python bench/small_cards.py --config configs/demo.yaml --gb 16 --micro 1 4  # a try on the CPU
+    python bench/small_cards.py --gb 24 --cases lora_bf16 --micro 1 4 --openvla ../openvla \\
+        --openvla_python ../openvla-env/bin/python                              # and OpenVLA's finetune.py
 
 The model begins with random bf16 weights, which are written first, in OpenVLA's Hugging Face layout (15 GB;
 --folder says where, and keeps them). The GPU is one large one, of which PyTorch may use only so many GB
 (torch.cuda.set_per_process_memory_fraction); so the speed is that of the large one. Blocks are
 compiled and recomputed. Every case is a run of its own; samples/s are medians over the steps after the first
-two. A case that does not fit says so.
+two. A case that does not fit says so. OpenVLA's step (openvla_peer.py finetune) may use the whole GPU; it has
+random weights of the same shape, images of the same size and prompts of the same length.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import numpy as np
 import yaml
 from big_checkpoint import write_random_model
 from data_throughput import write_frames
-from train_throughput import failure, gpus, run
+from train_throughput import failure, gpus, openvla_step, run
 
 LAST_LAYER = {"freeze_llm_backbone": True, "unfreeze_last_llm_layer": True}
 CASES = {  # what is trained: keys of the YAML, and the JSON
@@ -38,17 +41,22 @@ CASES = {  # what is trained: keys of the YAML, and the JSON
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gb", type=float, nargs="+", default=[16, 24, 48, 80], help="sizes of the card")
+    parser.add_argument("--gb", type=int, nargs="+", default=[16, 24, 48, 80], help="sizes of the card")
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8], help="samples at a time")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
     parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
+    parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
+    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, to time its finetune.py, too")
+    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--timeout", type=int, default=400, help="seconds for a case")
     parser.add_argument("--folder", type=Path, help="for weights and data, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="also append the rows to this file, as JSON lines")
     args = parser.parse_args()
+    if args.openvla and args.config:
+        parser.error("--openvla has the shape of the 7B only: leave --config out")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         model = describe_model(args)
@@ -60,15 +68,24 @@ def main() -> None:
         for gb in args.gb:
             for case in args.cases:
                 for micro in args.micro:
-                    row = {"gpu": gpus(1), "gb": gb, "case": case, "micro": micro,
-                           **measure(gb, case, micro, args, folder)}
-                    figures = row.get("failed") or f"{row['samples_per_second']:.2f} | {row['gpu_gb']:.1f}"
-                    print(f"| {row['gpu']} | {gb:g} | {case} | {micro} | {figures} |", flush=True)
-                    if args.out:
-                        with open(args.out, "a") as file:
-                            file.write(json.dumps(row) + "\n")
-                    if "failed" in row and "memory" in row["failed"]:
+                    figures = measure(gb, case, micro, args, folder)
+                    tell({"gb": gb, "case": case, "micro": micro, **figures}, args.out)
+                    if "memory" in figures.get("failed", ""):
                         break  # nor will more samples fit
+        for micro in args.micro if args.openvla else ():
+            more = ["--tokens", str(text_tokens(model)), "--layers", str(args.num_layers or 32)]
+            figures = openvla_step("finetune", micro, 1, args, folder, *more)
+            tell({"gb": "all", "case": "openvla_finetune", "micro": micro, **figures}, args.out)
+
+
+def tell(row: dict, out: Path | None) -> None:
+    """Print a row of the table, and keep it."""
+    row = {"gpu": gpus(1), **row}
+    figures = row.get("failed") or f"{row['samples_per_second']:.2f} | {row['gpu_gb']:.1f}"
+    print(f"| {row['gpu']} | {row['gb']} | {row['case']} | {row['micro']} | {figures} |", flush=True)
+    if out:
+        with open(out, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def describe_model(args) -> dict:
@@ -78,8 +95,18 @@ def describe_model(args) -> dict:
 
     if args.config:
         return {key: value for key, (value, _) in read_yaml(args.config).items() if key in SHAPE}
-    return prismatic_config(*PRISMATIC[args.base]) | {
+    model = prismatic_config(*PRISMATIC[args.base]) | {
         "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")}
+    if args.num_layers:
+        model["llm_backbone"] = {**model["llm_backbone"], "num_hidden_layers": args.num_layers}
+    return model
+
+
+def text_tokens(model: dict) -> int:
+    """Of a sample of write_frames: prompt, action and stop."""
+    from action_tokenizer import load_tokenizer, prompt_ids
+
+    return len(prompt_ids(load_tokenizer(model["tokenizer"]), "task 0", model["prompt_style"])) + 7 + 1
 
 
 def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:

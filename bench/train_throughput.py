@@ -41,25 +41,11 @@ from weights import PRISMATIC, prismatic_config
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--cases", nargs="*", default=["zero2:32", "zero3:32:recompute"])
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--global_batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
-    parser.add_argument("--log_interval", type=int, default=1, help="steps between lines of the log")
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
-    parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
-    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
-    parser.add_argument("--own_data", action="store_true", help="and for its data")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
-    parser.add_argument("--num_workers", type=int, default=8)
-    parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
-    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
-    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
-    parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
     parser.add_argument("--table", action="store_true", help="print all rows in --out as a Markdown table")
-    parser.add_argument("--profile", action="store_true", help="also say what the GPU does (profile_step.py)")
     parser.add_argument("--figure", type=Path, help="draw the losses of all rows in --out as this PNG")
     args = parser.parse_args()
     if (args.own_data and not args.config) or ((args.figure or args.table) and not args.out):
@@ -82,6 +68,26 @@ def main() -> None:
         draw_losses(rows, args.figure)
     if args.table:
         print(table(rows))
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """What one can ask of `measure` and `measure_openvla`; scaling.py asks the same."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--log_interval", type=int, default=1, help="steps between lines of the log")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
+    parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
+    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
+    parser.add_argument("--own_data", action="store_true", help="and for its data")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
+    parser.add_argument("--num_workers", type=int, default=8)
+    parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
+    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
+    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
+    parser.add_argument("--profile", action="store_true", help="also say what the GPU does (profile_step.py)")
+    parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
+    return parser
 
 
 def measure(case: str, args, folder: Path) -> dict:
@@ -136,15 +142,20 @@ def measure(case: str, args, folder: Path) -> dict:
 def measure_openvla(case: str, args, folder: Path) -> dict:
     """OpenVLA's training step; `compile` is nothing that it has."""
     _, micro, *switches = case.split(":")
-    command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(args.num_gpus),
-               str(ROOT / "bench/openvla_peer.py"), str(args.openvla), "train", "--micro", micro,
-               "--steps", str(args.steps + args.warmup), "--layers", str(args.num_layers or 32),
-               *(f"--{switch}" for switch in switches)]
+    return openvla_step("train", int(micro), args.num_gpus, args, folder, "--layers",
+                        str(args.num_layers or 32), *(f"--{switch}" for switch in switches))
+
+
+def openvla_step(what: str, micro: int, num_gpus: int, args, folder: Path, *more: str) -> dict:
+    """The speed of openvla_peer.py's "train" or "finetune", and GB at the peak, or why it failed."""
+    command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(num_gpus),
+               str(ROOT / "bench/openvla_peer.py"), str(args.openvla), what, "--micro", str(micro),
+               "--steps", str(args.steps + 2), *more]
     text, succeeded = run(command, args.timeout, folder)
     found = dict(re.findall(r"(seconds|gpu_gb) ([\d.]+)", text))
     if "seconds" not in found or not succeeded:
         return failure(text)
-    return {"samples_per_second": int(micro) / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
+    return {"samples_per_second": micro / float(found["seconds"]), "gpu_gb": float(found["gpu_gb"]),
             "step_seconds": float(found["seconds"])}
 
 
@@ -196,6 +207,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def in_words(case: str) -> str:
+    """zero2:32:compile -> zero2.json, compiled"""
+    name, _, *switches = case.split(":")
+    words = {"recompute": "recomputed", "compile": "compiled"}
+    return ", ".join([f"{name}.json", *(words.get(switch, switch) for switch in switches)])
+
+
 def draw_losses(rows: list[dict], path: Path) -> None:
     """A PNG of each case's loss over the steps, and below it the difference from the first case's."""
     import matplotlib.pyplot as plt  # here: the table can be had without it
@@ -205,14 +223,14 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     for row in rows:
         shared = min(len(row["losses"]), len(rows[0]["losses"]))
         difference = np.subtract(row["losses"][:shared], rows[0]["losses"][:shared])
-        curves.plot(row["steps"], row["losses"], label=row["case"], linewidth=1)
+        curves.plot(row["steps"], row["losses"], label=in_words(row["case"]), linewidth=1)
         differences.plot(row["steps"][:shared], difference, linewidth=1)
         print(f"{row['case']} largest_difference {np.abs(difference).max():.4f} last_20_mean "
               f"{np.mean(row['losses'][-20:]):.4f}")
     curves.set_ylabel("loss")
     curves.legend()
-    differences.set_ylabel(f"minus {rows[0]['case']}")
-    differences.set_xlabel("step")
+    differences.set_ylabel(f"difference from\n{in_words(rows[0]['case'])}")
+    differences.set_xlabel("step of training")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -5,12 +5,12 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 from config import UserError
 
-TILE = 96  # pixels, the side of a film's picture
+SIDE = 240  # pixels, of a film's picture
+LOOK = 80  # milliseconds of film for each look at the scene
 
 
 def open_folder(path: Path, conditions: dict) -> None:
@@ -61,32 +61,43 @@ def draw_chart(title: str, bars: list[tuple[str, dict, str]], path: Path, left: 
     chart.save(path)
 
 
-def write_film(frames: list[bytes], path: Path) -> None:
-    """JPEGs -> one picture with all of them in a row."""
-    strip = Image.new("RGB", (TILE * len(frames), TILE))
-    for i, frame in enumerate(frames):
-        strip.paste(Image.open(io.BytesIO(frame)).resize((TILE, TILE)), (TILE * i, 0))
-    strip.save(path, quality=90)
+def encode_film(pictures: list[Image.Image], last: int = LOOK, pace: int = 1, quality: int = 90) -> bytes:
+    """Pictures -> an animated WebP that shows each for `pace` looks, and the last for `last` milliseconds."""
+    encoded, durations = io.BytesIO(), [LOOK * pace] * (len(pictures) - 1) + [last]
+    pictures[0].save(encoded, "webp", save_all=True, append_images=pictures[1:], duration=durations, loop=0,
+                     quality=quality, minimize_size=True)
+    return encoded.getvalue()
 
 
-def draw_films(films: list[tuple[Path, bool]], out: Path, columns: int = 10, length: int = 40) -> None:
-    """Films side by side, as an animation: a green border once the episode has succeeded, a red one once its
-    time is up. films: (what write_film has written, did it succeed?)."""
-    films = [(Image.open(path), success) for path, success in films]
-    columns = min(columns, len(films))
-    longest = max(film.width // TILE for film, _ in films)
-    sheets = []
-    moments = np.linspace(0, longest - 1, min(length, longest)).round().astype(int)
-    for moment in [*moments.tolist(), *[longest] * 8]:  # the end stays for a second
-        sheet = Image.new("RGB", (TILE * columns, TILE * -(-len(films) // columns)), "white")
+def read_film(path: Path, side: int) -> list[Image.Image]:
+    """A trial's film -> a picture for each look. (WebP keeps pictures that are the same only once.)"""
+    return [picture for frame in ImageSequence.Iterator(Image.open(path))
+            for picture in [frame.convert("RGB").resize((side, side))] * (frame.info["duration"] // LOOK)]
+
+
+def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80) -> None:
+    """Films side by side, as an animation: a green frame once the episode has succeeded, a red one where it
+    never does. Failures are long; they are cut at one and a half times the longest success.
+
+    films: (instruction, what encode_film has written, did it succeed?)."""
+    few = len(films) <= 9
+    columns, side, line = (min(3, len(films)), SIDE, 24) if few else (10, 96, 0)
+    films = [(words, read_film(path, side), success) for words, path, success in films]
+    longest = max(len(film) for _, film, _ in films)
+    solved = max((len(film) for _, film, success in films if success), default=longest)
+    shown = min(longest, 3 * solved // 2)
+    pace, font, sheets = -(-shown // length), ImageFont.load_default(14), []
+    for moment in [*range(0, shown, pace), longest - 1]:
+        sheet = Image.new("RGB", (side * columns, (side + line) * -(-len(films) // columns)), "white")
         pen = ImageDraw.Draw(sheet)
-        for i, (film, success) in enumerate(films):
-            x, y, last = i % columns * TILE, i // columns * TILE, film.width // TILE - 1
-            at = TILE * min(moment, last)
-            sheet.paste(film.crop((at, 0, at + TILE, TILE)), (x, y))
-            if moment >= last:
+        for i, (words, film, success) in enumerate(films):
+            x, y = i % columns * side, i // columns * (side + line)
+            sheet.paste(film[min(moment, len(film) - 1)], (x, y + line))
+            if few:
+                pen.text((x + 4, y + 4), words, "black", font)
+            if moment >= len(film) - 1:
                 colour = "#00c000" if success else "#e00000"
-                pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=colour, width=3)
+                pen.rectangle((x, y + line, x + side - 1, y + line + side - 1), outline=colour, width=4)
         sheets.append(sheet)
-    sheets[0].save(out / "rollouts.gif", save_all=True, append_images=sheets[1:], duration=120, loop=0)
+    (out / "rollouts.webp").write_bytes(encode_film(sheets, last=2000, pace=pace, quality=60))
     sheets[-1].save(out / "rollouts_end.png")

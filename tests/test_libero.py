@@ -279,13 +279,14 @@ def test_rollouts_do_not_depend_on_what_else_is_played(recorded, tmp_path):
         assert point in done.stdout, point
     python("rollout.py", *common, "--tasks", 3, "--trials", 1, "--out", tmp_path / "b", "--workers", 1)
     python("rollout.py", *common, "--tasks", 4, 3, "--trials", 2, "--out", tmp_path / "b", "--workers", 2)
-    films = [(tmp_path / name / "film-3-0.jpg").read_bytes() for name in "ab"]
+    films = [(tmp_path / name / "film-3-0.webp").read_bytes() for name in "ab"]
     assert films[0] == films[1]
     lines = [json.loads(line) for line in (tmp_path / "b/episodes.jsonl").read_text().splitlines()]
     assert sorted((line["task"], line["trial"]) for line in lines) == [(3, 0), (3, 1), (4, 0), (4, 1)]
     assert {line["steps"] for line in lines} == {5}
     summary = json.loads((tmp_path / "b/summary.json").read_text())
     assert summary["success"]["trials"] == 4 and summary["settling_steps"] == 10
-    assert {"success.png", "rollouts.gif", "rollouts_end.png"} <= {p.name for p in (tmp_path / "b").iterdir()}
+    written = {path.name for path in (tmp_path / "b").iterdir()}
+    assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= written
     refused = python("rollout.py", *common, "--tasks", 3, "--turn", 0, "--out", tmp_path / "b", check=False)
     assert refused.returncode == 1 and "other conditions" in refused.stderr

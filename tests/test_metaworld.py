@@ -140,8 +140,9 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(tmp_path):
     assert again.returncode == 1 and "exists" in again.stderr
 
 
-def test_play_shows_the_last_frames_and_executes_chunks():
-    """The observations of a window are those of the last steps, oldest first; finished trials stay put."""
+def test_play_shows_the_last_frames_and_executes_chunks(tmp_path):
+    """The observations of a window are those of the last steps, oldest first; finished trials stay put; the
+    film has a picture for each look of the first trial, and one of its end."""
     ours, theirs = Pipe()
     player = threading.Thread(target=rollout.play, args=(theirs,), daemon=True)
     player.start()
@@ -162,11 +163,18 @@ def test_play_shows_the_last_frames_and_executes_chunks():
         kind, histories, *_ = ours.recv()
     while kind == "see":
         ours.send(np.zeros((2, 4, 4)))
-        kind, histories, *results = ours.recv()
+        kind, film, *results = ours.recv()
     assert kind == "done" and [trial["seed"] for trial in results[0]] == [7, 8]
     assert all(trial["success_at"] == trial["steps"] or trial["steps"] == MAX_STEPS for trial in results[0])
     ours.send(None)
     player.join(30)
+    (tmp_path / "film.webp").write_bytes(film)
+    film = rollout.closed_loop.read_film(tmp_path / "film.webp", rollout.SIDE)
+    assert len(film) == -(-results[0][0]["steps"] // 16) + 1  # 4 actions, each held for 4 steps
+    simulator.reset(7)
+    picture = rollout.take_picture(simulator, simulator.make_renderer(2 * rollout.SIDE))
+    first, last = (np.abs(np.subtract(picture, frame, dtype=float)).mean() for frame in (film[0], film[-1]))
+    assert first < 3 < last
 
 
 def tiny_run(folder: Path) -> Path:
@@ -200,7 +208,7 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     assert summary["execute"] == 3 and summary["per_task_average"]["trials"] == 6
     assert "macro_average" in done.stdout
     pictures = {path.name for path in (folder / "together").iterdir()}
-    assert {"success.png", "rollouts.gif", "rollouts_end.png"} <= pictures
+    assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= pictures
     refused = python("rollout.py", *common, "1", "--tasks", "reach-v3", "--out", folder / "alone",
                      check=False)
     assert refused.returncode == 1 and "other conditions" in refused.stderr

@@ -345,18 +345,43 @@ def test_a_matrix_times_one_vector_in_triton():
     start of a process: widths below, at, above and beside the block's."""
     pytest.importorskip("triton")
     code = """
+import copy
 import torch
-from matvec import linear
+from int8 import shrink
+from matvec import linear, speed_up
 torch.manual_seed(0)
 for width, rows, bias, vectors in [(64, 30, True, 1), (4096, 5, False, 1), (11008, 3, True, 1),
                                    (777, 4, False, 1), (64, 30, True, 2)]:
     for dtype, error in [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)]:
         layer = torch.nn.Linear(width, rows, bias=bias).to(dtype).requires_grad_(False)
         x = torch.randn(1, vectors, width).to(dtype)
-        exact = layer.double()(x.double())
-        y = linear(layer.to(dtype), x)
+        exact = copy.deepcopy(layer).double()(x.double())
+        y = linear(layer, x)
         assert y.shape == exact.shape and y.dtype == dtype
         assert (y - exact).norm() < error * exact.norm(), (width, rows, dtype)
+        shrink(layer)
+        y, exact = linear(layer, x), layer(x)
+        assert (y - exact).norm() < 1.5 * error * exact.norm(), (width, rows, dtype)
+
+class Attention(torch.nn.Module):
+    def __init__(self, bias):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(48, n, bias=bias) for n in (32, 16, 16))
+
+    def forward(self, x, y):  # in another order, and one of them of another input
+        first = self.q_proj(x), self.v_proj(x), self.k_proj(x)
+        return torch.cat([*first, self.q_proj(x), self.k_proj(y), self.v_proj(x)], dim=-1)
+
+for bias in (False, True):
+    for eight in (False, True):
+        plain = Attention(bias).requires_grad_(False)
+        if eight:
+            [shrink(layer) for layer in plain.children()]
+        fast = copy.deepcopy(plain)
+        speed_up(fast)
+        for vectors in (1, 3):
+            x, y = torch.randn(2, 1, vectors, 48)
+            assert torch.allclose(fast(x, y), plain(x, y), atol=1e-5), (bias, eight, vectors)
 print("all good")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,

@@ -302,7 +302,9 @@ def round_trip(recipe: str, features: dict[str, np.ndarray]) -> tuple:
     frames, _ = as_table(episode["action"], [len(episode["action"])])
     stats = statistics(frames, 1, ~np.zeros(frames["action"].shape[1], bool))
     robot = recorded(recipe, {name: value.shape[1] for name, value in features.items()}, stats)
-    return episode["action"], robot.to_robot(episode["action"].astype(np.float64)), robot.action
+    got = robot.to_robot(episode["action"].astype(np.float64))
+    np.testing.assert_allclose(robot.actions_from_robot(got), episode["action"], rtol=1e-5, atol=1e-5)
+    return episode["action"], got, robot.action
 
 
 POSE = DRAW.uniform(-1, 1, (20, 6)).astype(np.float32)
@@ -839,6 +841,8 @@ def test_random_robots(tmp_path_factory, robot, chunk, kind):
     speaks = convention(cfg, "arm", mixture.statistics["arm"])
     np.testing.assert_allclose(speaks.to_robot(standard.astype(np.float64)),
                                as_recorded(fields, features, standard), rtol=1e-4, atol=1e-4)
+    again = speaks.actions_from_robot(speaks.to_robot(standard.astype(np.float64)))
+    np.testing.assert_allclose(again[:, ~constant], standard[:, ~constant], rtol=1e-4, atol=1e-4)
     asked = np.concatenate([states["force"], states["joints"]], axis=1)
     assert speaks.state == ["force", *(f"joints[{i}]" for i in range(5))]
     np.testing.assert_array_equal(speaks.from_robot(asked), table.frames["proprio"])

@@ -79,7 +79,8 @@ def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys):
     with serving(tmp_path / "runs/few", tmp_path) as (_, port, log):
         robot, url = PaperArm(), f"http://127.0.0.1:{port}"
         result = example.drive.drive(robot, url, 200_000)
-        assert result.keys() == {"reached", "success"} and len(robot.told) == example.drive.STEPS
+        assert result.keys() == {"reached", "success", "seams", "others"}
+        assert len(result["seams"]) == 4 and len(robot.told) == example.drive.STEPS == 40
         assert "cameras primary,wrist" in log.read_text()
     told = np.array(robot.told)
     recorded = subject.table(None, False).statistics["action"]

@@ -22,6 +22,7 @@ def test_lengths():
     assert listed == {path.name for path in ROOT.glob("*.py")}
     for page in ("README.md", "README.zh.md", "docs/files.md"):
         assert read(page) == COUNT["counted"](read(page)), page
+    assert {path.name for path in COUNT["closure"](ROOT, "train_vla.py")} == {*COUNT["needed_to_train"]()}
     assert [name for _, name in COUNT["ROW"].findall(read("README.md"))] == COUNT["LESSON"]
     assert COUNT["lines"](COUNT["LESSON"]) <= 1000 and len(read("README.md").splitlines()) <= 140
 

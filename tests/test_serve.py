@@ -44,12 +44,12 @@ class Client:
 
 
 @contextmanager
-def serving(run, directory):
+def serving(run, directory, port=0):
     """Start serve_vla.py as a user does -> (process, port, path of its log); stop it in good order."""
     log = directory / "server.log"
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, ROOT / "serve_vla.py", "--checkpoint", run, "--port", "0",
-                                    "--device", "cpu"], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, ROOT / "serve_vla.py", "--checkpoint", run, "--device",
+                                    "cpu", "--port", str(port)], stdout=out, stderr=subprocess.STDOUT)
     try:
         while not (found := re.search(r"serving http://127\.0\.0\.1:(\d+) model ", log.read_text())):
             assert process.poll() is None, log.read_text()
@@ -160,7 +160,7 @@ def test_speed_up_needs_a_gpu(colours):
 def test_health(server, colours):
     assert Client(server[0]).send(b"", "/health", "GET") == (200, {
         "status": "ok", "model": str(colours), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
-        "images": 1, "proprio": False, "action_shape": [1, 3],
+        "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0,
         "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")}})
 
 

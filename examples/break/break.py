@@ -1,19 +1,19 @@
 """Tell a trained policy something wrong, one thing at a time, and see which numbers notice.
 
-    make demo                                       # once: six minutes on two CPU cores
+    make demo                                       # once: eight minutes on two CPU cores
     python examples/break/break.py                  # half a minute
     python examples/break/break.py --success 10     # and let it act; needs examples/metaworld's packages
 
 Held-out frames of the demo are answered as a robot would ask. `accuracy` is of action tokens, `error` the
 mean distance from the recorded action in its own units, `size` the mean size of the three movements: a robot
-that hardly moves shows there. README.md beside this file says how each mistake looks.
+that hardly moves shows there. With --success, films are left in the run's folder, in break/, and a picture.
+README.md beside this file says how each mistake looks.
 """
 
 import argparse
 import copy
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +47,31 @@ def told_wrong(policy, see=np.asarray, read=str, stats=None, sign=1):
     return wrong
 
 
-def successes(checkpoint: str, wrong: dict, trials: int) -> int:
-    """How many of `trials` episodes of each of the demo's six tasks succeed."""
+def success(checkpoint: str, wrong: dict, trials: int, out: Path) -> str:
+    """`trials` episodes of each of the demo's six tasks, filmed -> how many succeed, with 95 % interval."""
     import rollout
 
     player, tasks = rollout.Player(checkpoint, None, None, "cpu"), rollout.task_names(["demo"])
     player.policy = told_wrong(player.policy, **wrong)
-    with tempfile.TemporaryDirectory() as out:
-        rollout.run(player, [(task, 0) for task in tasks], trials, 2, Path(out))
-        episodes = [one for path in Path(out).glob("*.json") for one in json.loads(path.read_text())]
-    return sum(episode["success_at"] is not None for episode in episodes)
+    out.mkdir(parents=True, exist_ok=True)
+    rollout.run(player, [(task, 0) for task in tasks], trials, 2, out)
+    results = {(task, 0): json.loads((out / f"{task}-0.json").read_text()) for task in tasks}
+    rollout.draw_films(rollout.first_films(results, out), out)
+    counted = rollout.rate([episode for episodes in results.values() for episode in episodes])
+    return "success {successes} of {trials} {interval}".format(**counted)
+
+
+def draw_ends(films: Path) -> None:
+    """One picture of how the first episodes ended, those of each mistake together."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    sheet = Image.new("RGB", (960, 380 * len(CASES) // 2), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    for i, name in enumerate(CASES):
+        x, y = 480 * (i % 2), 380 * (i // 2)
+        pen.text((x + 4, y + 4), f"what is wrong: {name}", "black", font)
+        sheet.paste(Image.open(films / name / "rollouts_end.png").resize((474, 348)), (x, y + 28))
+    sheet.save(films / "how_it_ends.jpg", quality=80)
 
 
 def main(checkpoint: str, count: int, trials: int) -> None:
@@ -68,7 +83,7 @@ def main(checkpoint: str, count: int, trials: int) -> None:
     from data import Mixture
     from images import decode_native
 
-    policy = load_vla(checkpoint)
+    policy, films = load_vla(checkpoint), Path(checkpoint) / "break"
     cfg = policy.cfg.model_copy(update={"data_root_dir": find_input(policy.cfg.data_root_dir)})
     mixture = Mixture(cfg, policy.tokenizer, train=False)
     table, index = mixture.tables[0], np.linspace(0, mixture.sizes[0] - 1, count).astype(int)
@@ -85,7 +100,9 @@ def main(checkpoint: str, count: int, trials: int) -> None:
         actions = robot.actions(tokens, None)
         print(f"{name:<29} accuracy {(tokens.numpy() == true).mean():.3f} "
               f"error {abs(actions - recorded).mean():.3f} size {abs(actions[:, :3]).mean():.3f}",
-              f"success {successes(checkpoint, wrong, trials)} of {6 * trials}" if trials else "", flush=True)
+              success(checkpoint, wrong, trials, films / name) if trials else "", flush=True)
+    if trials:
+        draw_ends(films)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 import numpy as np
 from PIL import Image
-from protocol import MAX_STEPS, Protocol, command, jpeg, see, settle
+from protocol import MAX_STEPS, Protocol, command, see, settle
 from tqdm import tqdm
 
 from config import UserError, told_in_one_line
@@ -66,7 +66,7 @@ def play(connection: Connection, suite: str, protocol: Protocol, cameras: list[s
         while not simulator.solved and steps < protocol.max_steps:
             seen = simulator.look()
             views = [see(seen[camera], protocol, size) for camera in cameras]
-            film.append(jpeg(views[0], 90))
+            film.append(Image.fromarray(views[0]).resize((closed_loop.SIDE, closed_loop.SIDE)))
             connection.send(("see", views, seen["state"], instructions(suite)[task]))
             actions = connection.recv()[: protocol.max_steps - steps]
             for left, action in zip(reversed(range(len(actions))), actions, strict=True):
@@ -75,7 +75,7 @@ def play(connection: Connection, suite: str, protocol: Protocol, cameras: list[s
                 if simulator.solved:
                     break
         if trial == 0:
-            closed_loop.write_film(film, film_path(out, task, seed))
+            film_path(out, task, seed).write_bytes(closed_loop.encode_film(film))
         connection.send(("done", {"task": task, "seed": seed, "trial": trial,
                                   "success": bool(simulator.solved), "steps": steps}))
     if simulator:
@@ -84,7 +84,7 @@ def play(connection: Connection, suite: str, protocol: Protocol, cameras: list[s
 
 def film_path(out: Path, task: int, seed: int) -> Path:
     """Where the film of a task's first trial is."""
-    return out / f"film-{task}-{seed}.jpg"
+    return out / f"film-{task}-{seed}.webp"
 
 
 def run(player, suite: str, protocol: Protocol, jobs: list[tuple[int, int, int]], workers: int,
@@ -264,8 +264,9 @@ def report(summary: dict, texts: list[str], episodes: list[dict], conditions: di
     bars = [(f"{task} {texts[int(task)]}", entry, "#8fb8de") for task, entry in summary["tasks"].items()]
     title = f"{conditions['suite']}: success {summary['success']['rate']:.1%}"
     closed_loop.draw_chart(title, bars, out / "success.png", left=480)
-    films = [(film_path(out, e["task"], e["seed"]), e["success"]) for e in episodes if e["trial"] == 0]
-    closed_loop.draw_films(films, out, columns=5)
+    first = {e["task"]: (texts[e["task"]], film_path(out, e["task"], e["seed"]), e["success"])
+             for e in episodes if e["trial"] == 0}
+    closed_loop.draw_films([*first.values()], out)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # are imported where they are used, because the simulators' processes read this file too
 
 import numpy as np
+from mujoco import Renderer
+from PIL import Image
 from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 from tqdm import tqdm
 
 from config import UserError, told_in_one_line
 from examples import closed_loop
-from examples.closed_loop import draw_films, open_folder, row, write_film
+from examples.closed_loop import SIDE, draw_films, encode_film, open_folder, row
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
 
@@ -39,18 +41,21 @@ def play(connection: Connection) -> None:
     """A process that steps the trials of one task after another.
 
     It receives (task, seeds, window_size, camera options); then it sends ("see", each trial's last
-    window_size observations) and receives each trial's next actions, until all are over: ("done",
-    observations, [{seed, steps, success_at}, ...]).
+    window_size observations) and receives each trial's next actions, until all are over: ("done", the first
+    trial's film, [{seed, steps, success_at}, ...]).
     """
     while job := connection.recv():
         task, seeds, window, camera = job
         trials = [Simulator(task, **camera)]
         trials += [Simulator(task, **camera, renderer=trials[0].renderer) for _ in seeds[1:]]
+        film, renderer = [], trials[0].make_renderer(2 * SIDE)
         histories = []
         for trial, seed in zip(trials, seeds, strict=True):
             trial.reset(seed)
             histories.append(deque([trial.observation()] * window, maxlen=window))
         while not all(trial.over for trial in trials):
+            if not trials[0].over:
+                film.append(take_picture(trials[0], renderer))
             connection.send(("see", histories))
             for trial, history, actions in zip(trials, histories, connection.recv(), strict=True):
                 for i, action in enumerate(actions):
@@ -58,7 +63,8 @@ def play(connection: Connection) -> None:
                         trial.step(action)
                         if trial.over or len(actions) - i <= window:  # render only what will be seen
                             history.append(trial.observation())
-        connection.send(("done", histories, [
+        film.append(take_picture(trials[0], renderer))
+        connection.send(("done", encode_film(film), [
             {"seed": seed, "steps": trial.steps, "success_at": trial.success_at}
             for seed, trial in zip(seeds, trials, strict=True)]))
 
@@ -101,7 +107,7 @@ class Player:
 
 
 def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, out: Path) -> None:
-    """Play each (task, evaluation seed) and write OUT/<task>-<seed>.json and .jpg, the first trial's film."""
+    """Play each (task, evaluation seed); write OUT/<task>-<seed>.json and .webp, the first trial's film."""
     context, queue, playing, processes = get_context("spawn"), iter(jobs), {}, []
 
     def begin(connection: Connection) -> None:
@@ -110,10 +116,8 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
             del playing[connection]
             return connection.send(None)
         first = FIRST_SEED + 1000 * seed
-        films[connection] = []
         connection.send((task, [*range(first, first + trials)], player.cfg.window_size, player.camera))
 
-    films = {}
     for _ in range(min(workers, len(jobs))):
         connection, end = context.Pipe()
         processes.append(context.Process(target=play, args=(end,), daemon=True))
@@ -123,13 +127,12 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
     with tqdm(total=len(jobs) * trials, desc="roll out", unit="episode") as bar:
         while playing:
             for connection in wait([*playing]):
-                kind, histories, *results = connection.recv()
-                films[connection].append(histories[0][-1][player.views[0]])
+                kind, seen, *results = connection.recv()
                 if kind == "see":
-                    connection.send(player.act(playing[connection][0], histories))
+                    connection.send(player.act(playing[connection][0], seen))
                     continue
                 path = out / "{}-{}.json".format(*playing[connection])
-                write_film(films[connection], path.with_suffix(".jpg"))
+                path.with_suffix(".webp").write_bytes(seen)
                 path.with_suffix(".tmp").write_text(json.dumps(results[0]))
                 path.with_suffix(".tmp").rename(path)
                 bar.update(trials)
@@ -190,6 +193,20 @@ def draw_chart(summary: dict, path: Path) -> None:
     closed_loop.draw_chart(f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", bars, path)
 
 
+def take_picture(simulator: Simulator, renderer: Renderer) -> Image.Image:
+    """The scene at half the renderer's size, so that edges are smooth."""
+    return Image.fromarray(simulator.pixels(simulator.cameras[0], renderer)).reduce(2)
+
+
+def first_films(results: dict[tuple[str, int], list[dict]], out: Path) -> list[tuple[str, Path, bool]]:
+    """What draw_films takes, of the first trial of each task."""
+    films = {}
+    for (task, seed), episodes in results.items():
+        success = episodes[0]["success_at"] is not None
+        films.setdefault(task, (INSTRUCTIONS[task], out / f"{task}-{seed}.webp", success))
+    return [*films.values()]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -224,10 +241,7 @@ def main() -> None:
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
     draw_chart(summary, out / "success.png")
-    first = {}  # the first trial of each task
-    for (task, seed), episodes in results.items():
-        first.setdefault(task, (out / f"{task}-{seed}.jpg", episodes[0]["success_at"] is not None))
-    draw_films([*first.values()], out)
+    draw_films(first_films(results, out), out)
     print(table(summary))
     print(f"rollouts {out}")
 

@@ -124,13 +124,16 @@ class Simulator:
         self.env.set_task(metaworld.Task(env_name=task, data=pickle.dumps(goal)))
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # positions follow the seed
         self.env.model.cam_pos[2] = [0.75, 0.075, 0.7]
-        self.env.model.vis.quality.offsamples = 0  # ten times faster in software, together with:
-        self.renderer = renderer
-        if renderer is None:
-            self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
-            weakref.finalize(self, self.renderer.close)  # also when Python ends, while OpenGL still exists
-        self.renderer._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self.renderer._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self.env.model.vis.quality.offsamples = 0  # ten times faster in software, together with no shadows
+        self.renderer = renderer or self.make_renderer(image_size)
+
+    def make_renderer(self, size: int) -> mujoco.Renderer:
+        """What draws square pictures of this task, `size` pixels wide."""
+        renderer = mujoco.Renderer(self.env.model, size, size)
+        renderer._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        renderer._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        weakref.finalize(self, renderer.close)  # also when Python ends, while OpenGL still exists
+        return renderer
 
     def reset(self, seed: int) -> None:
         """Begin the episode that belongs to this seed."""
@@ -150,13 +153,17 @@ class Simulator:
 
     def render(self, camera: str) -> bytes:
         """A picture by one camera as JPEG, full of colour resolution where quality is wanted."""
-        self.renderer.update_scene(self.env.data, camera="corner2" if camera == "image" else camera)
-        pixels = self.renderer.render()
-        pixels = np.ascontiguousarray(pixels[::-1, ::-1]) if camera == "image" else pixels
+        pixels = self.pixels(camera, self.renderer)
         encoded = io.BytesIO()
         subsampling = 0 if self.jpeg_quality >= 90 else 2  # goals are dots of colour, a few pixels wide
         Image.fromarray(pixels).save(encoded, "jpeg", quality=self.jpeg_quality, subsampling=subsampling)
         return encoded.getvalue()
+
+    def pixels(self, camera: str, renderer: mujoco.Renderer) -> np.ndarray:
+        """What a camera sees, upright: (size, size, 3) uint8."""
+        renderer.update_scene(self.env.data, camera="corner2" if camera == "image" else camera)
+        pixels = renderer.render()
+        return np.ascontiguousarray(pixels[::-1, ::-1]) if camera == "image" else pixels
 
     def step(self, action: np.ndarray) -> None:
         """Hold the action (4,), hand velocity x, y, z and gripper effort in [-1, 1], for action_repeat
