@@ -286,6 +286,7 @@ def test_rollouts_do_not_depend_on_what_else_is_played(recorded, tmp_path):
     assert {line["steps"] for line in lines} == {5}
     summary = json.loads((tmp_path / "b/summary.json").read_text())
     assert summary["success"]["trials"] == 4 and summary["settling_steps"] == 10
-    assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= {p.name for p in (tmp_path / "b").iterdir()}
+    written = {path.name for path in (tmp_path / "b").iterdir()}
+    assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= written
     refused = python("rollout.py", *common, "--tasks", 3, "--turn", 0, "--out", tmp_path / "b", check=False)
     assert refused.returncode == 1 and "other conditions" in refused.stderr

@@ -169,7 +169,7 @@ def test_play_shows_the_last_frames_and_executes_chunks(tmp_path):
     ours.send(None)
     player.join(30)
     (tmp_path / "film.webp").write_bytes(film)
-    film = rollout.read_film(tmp_path / "film.webp", rollout.SIDE)
+    film = rollout.closed_loop.read_film(tmp_path / "film.webp", rollout.SIDE)
     assert len(film) == -(-results[0][0]["steps"] // 16) + 1  # 4 actions, each held for 4 steps
     simulator.reset(7)
     picture = rollout.take_picture(simulator, simulator.make_renderer(2 * rollout.SIDE))

@@ -66,7 +66,7 @@ def play(connection: Connection, suite: str, protocol: Protocol, cameras: list[s
         while not simulator.solved and steps < protocol.max_steps:
             seen = simulator.look()
             views = [see(seen[camera], protocol, size) for camera in cameras]
-            film += [Image.fromarray(views[0])] * (trial == 0)
+            film.append(Image.fromarray(views[0]).resize((closed_loop.SIDE, closed_loop.SIDE)))
             connection.send(("see", views, seen["state"], instructions(suite)[task]))
             actions = connection.recv()[: protocol.max_steps - steps]
             for left, action in zip(reversed(range(len(actions))), actions, strict=True):
@@ -264,9 +264,9 @@ def report(summary: dict, texts: list[str], episodes: list[dict], conditions: di
     bars = [(f"{task} {texts[int(task)]}", entry, "#8fb8de") for task, entry in summary["tasks"].items()]
     title = f"{conditions['suite']}: success {summary['success']['rate']:.1%}"
     closed_loop.draw_chart(title, bars, out / "success.png", left=480)
-    films = [(texts[e["task"]], film_path(out, e["task"], e["seed"]), e["success"])
-             for e in episodes if e["trial"] == 0]
-    closed_loop.draw_films(films, out)
+    first = {e["task"]: (texts[e["task"]], film_path(out, e["task"], e["seed"]), e["success"])
+             for e in episodes if e["trial"] == 0}
+    closed_loop.draw_films([*first.values()], out)
 
 
 def parse_arguments() -> argparse.Namespace:
