@@ -264,8 +264,8 @@ def step_of(line: str) -> float:
 
 
 def memory_needed(vla: VLA, ds_config: dict) -> str:
-    """For the log: what each GPU keeps all the time, in GB. Raises UserError where that is more than it has;
-    what a batch takes comes on top."""
+    """For the log: what each GPU keeps all the time, in GB, and about what a batch's activations take. Raises
+    UserError where it has not even room for the first."""
     zero, count = ds_config.get("zero_optimization", {}), vla.count_parameters()[1]
     stage, half = zero.get("stage", 0), ds_config.get("bf16", {}).get("enabled", False)
     ranks = [dist.get_world_size() if stage >= divided else 1 for divided in range(4)]
@@ -280,7 +280,26 @@ def memory_needed(vla: VLA, ds_config: dict) -> str:
     if torch.cuda.is_available() and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
         raise UserError(f"weights, gradients and optimizer take {needed:.1f} GB, of a GPU that has "
                         f"{there:.1f}: {LESS_MEMORY}")
+    held["activations"] = activations(vla, "activation_checkpointing" in ds_config) * (2 if half else 4)
     return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
+
+
+def activations(vla: VLA, recompute: bool) -> float:
+    """How many numbers a micro-batch keeps for the backward pass, about: 17 a token and feature of a block
+    (Korthikanti et al., 2022; compiled, some 12); with recomputation one, and 17 of the block at work."""
+    kept = [(len(blocks) + 17 if recompute else 17 * len(blocks)) * width * tokens * times
+            for blocks, width, tokens, times, trained in stacks(vla, num_tokens=40) if trained]
+    return vla.cfg.per_device_batch_size * sum(kept)
+
+
+def stacks(vla: VLA, num_tokens: int) -> list[tuple]:
+    """The model's blocks: (those of a tower or the language model, their width, how many tokens they see of a
+    sample with num_tokens of text, how many times, and have they a backward pass?)."""
+    language = (vla.llm.base_model.layers, vla.llm.config.hidden_size,
+                num_tokens + vla.num_images * vla.num_patches + vla.cfg.use_proprio, 1, True)
+    return [language, *((tower.blocks[:-1], tower.embed_dim, vla.num_patches + tower.num_prefix_tokens,
+                         vla.num_images, any(p.requires_grad for p in tower.parameters()))
+                        for tower in vla.vision_backbone.values())]
 
 
 def memory_if(vla: VLA) -> str:
@@ -319,21 +338,13 @@ def training_flops(vla: VLA, num_tokens: int) -> float:
     forward and twice that backward. A frozen tower has no backward pass: nothing before it is trained.
     Embedding tables are looked up, not multiplied; the LM head sees the action tokens only.
     """
-    def block_flops(blocks, width, tokens):
-        weights = sum(weight_flops(p) for block in blocks for p in block.parameters())
-        return tokens * (weights + (4 + 8 * trained) * len(blocks) * width * tokens)
-
-    def weight_flops(p):
+    def weight_flops(p, trained=True):
         shape = getattr(p, "ds_shape", p.shape)  # ds_shape: where ZeRO-3 has left only slices
         return shape.numel() * (2 + trained * (2 + 2 * p.requires_grad)) if len(shape) > 1 else 0
 
-    total = 0.0
-    for tower in vla.vision_backbone.values():
-        trained = any(p.requires_grad for p in tower.parameters())
-        tokens = vla.num_patches + tower.num_prefix_tokens
-        total += vla.num_images * block_flops(tower.blocks[:-1], tower.embed_dim, tokens)
-    trained, patches = 1, vla.num_images * vla.num_patches
-    total += patches * sum(map(weight_flops, vla.projector.parameters()))
-    layers, width = vla.llm.base_model.layers, vla.llm.config.hidden_size
-    head = weight_flops(vla.llm.get_output_embeddings().weight) * (vla.num_action_tokens + 1)
-    return total + head + block_flops(layers, width, num_tokens + patches + vla.cfg.use_proprio)
+    total = vla.num_images * vla.num_patches * sum(map(weight_flops, vla.projector.parameters()))
+    total += weight_flops(vla.llm.get_output_embeddings().weight) * (vla.num_action_tokens + 1)
+    for blocks, width, tokens, times, trained in stacks(vla, num_tokens):
+        weights = sum(weight_flops(p, trained) for block in blocks for p in block.parameters())
+        total += times * tokens * (weights + (4 + 8 * trained) * len(blocks) * width * tokens)
+    return total

@@ -7,6 +7,7 @@ Read find_slice first: where each ZeRO stage keeps a parameter. Then optimizer_s
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
 
 def check_json(ds_config: dict) -> None:
     """Let DeepSpeed say what is wrong inside the JSON's sections. Raises UserError."""
-    for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+    for section, model in (("bf16", DeepSpeedBF16Config), ("zero_optimization", DeepSpeedZeroConfig)):
         try:
-            model(**ds_config.get(section, {}))
+            zero = model(**ds_config.get(section, {}))
         except ValidationError as error:
             raise UserError(f"--deepspeed_config: {section}: {one_line(error)}") from None
+    group, ranks = zero.zero_hpz_partition_size, int(os.environ["WORLD_SIZE"])
+    if group > 1 and (zero.stage != 3 or ranks % min(group, ranks)):
+        raise UserError(f"--deepspeed_config: zero_hpz_partition_size: {group}: that is for stage 3, and "
+                        f"for so many ranks (now {ranks}) or a multiple: write a machine's number of GPUs")
 
 
 # ---- Where DeepSpeed keeps a parameter ---------------------------------------------------------------------
@@ -137,6 +142,7 @@ def set_tensors(engine, read: Callable[..., torch.Tensor | None], kinds: tuple[s
             first, part = frozen_slice(param) if zero3 else (0, param.data.view(-1))
             if frozen and (values := read(name, first, first + len(part), "weight")) is not None:
                 part.copy_(values)
+                param.ds_secondary_tensor = None  # hpZ's copy in the machine: the next pass makes it anew
         elif (part := find_slice(engine, param)) is not None:
             for kind in kinds:
                 values = read(name, part.first, part.first + part.count, kind)

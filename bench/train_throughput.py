@@ -41,25 +41,11 @@ from weights import PRISMATIC, prismatic_config
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--cases", nargs="*", default=["zero2:32", "zero3:32:recompute"])
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--global_batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
-    parser.add_argument("--log_interval", type=int, default=1, help="steps between lines of the log")
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
-    parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
-    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
-    parser.add_argument("--own_data", action="store_true", help="and for its data")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
-    parser.add_argument("--num_workers", type=int, default=8)
-    parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
-    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
-    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
-    parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
     parser.add_argument("--table", action="store_true", help="print all rows in --out as a Markdown table")
-    parser.add_argument("--profile", action="store_true", help="also say what the GPU does (profile_step.py)")
     parser.add_argument("--figure", type=Path, help="draw the losses of all rows in --out as this PNG")
     args = parser.parse_args()
     if (args.own_data and not args.config) or ((args.figure or args.table) and not args.out):
@@ -82,6 +68,26 @@ def main() -> None:
         draw_losses(rows, args.figure)
     if args.table:
         print(table(rows))
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """What one can ask of `measure` and `measure_openvla`; scaling.py asks the same."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--log_interval", type=int, default=1, help="steps between lines of the log")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
+    parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
+    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
+    parser.add_argument("--own_data", action="store_true", help="and for its data")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
+    parser.add_argument("--num_workers", type=int, default=8)
+    parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
+    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
+    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
+    parser.add_argument("--profile", action="store_true", help="also say what the GPU does (profile_step.py)")
+    parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
+    return parser
 
 
 def measure(case: str, args, folder: Path) -> dict:

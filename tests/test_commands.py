@@ -28,7 +28,7 @@ LEFT_OUT = {  # pattern: why; the first that is found in a command
     r"openvla/openvla-7b|my-bridge|\.\./openvla|openvla-7b\+lora": "needs OpenVLA's weights or code",
     r"configs/oxe.yaml|SBATCH": "needs Open X-Embodiment and several machines",
     r"--own_data": "fourteen minutes; tests/test_zero.py compares the JSONs",
-    r"^python bench/(train_throughput|act_latency|big_checkpoint|small_cards)": "needs a GPU",
+    r"^python bench/(train_throughput|act_latency|big_checkpoint|scaling|small_cards)": "needs a GPU",
     r"recipe\.sh|test_metaworld|--success": "needs MuJoCo; tests/test_metaworld.py",
     r"serve_vla|drive\.py": "a server, which does not end; tests/test_serve.py",
     r"lerobot": "needs a recording of LeRobot's; tests/test_lerobot.py",

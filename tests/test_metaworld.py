@@ -169,7 +169,7 @@ def test_play_shows_the_last_frames_and_executes_chunks(tmp_path):
     ours.send(None)
     player.join(30)
     (tmp_path / "film.webp").write_bytes(film)
-    film = rollout.read_film(tmp_path / "film.webp", rollout.SIDE)
+    film = rollout.closed_loop.read_film(tmp_path / "film.webp", rollout.SIDE)
     assert len(film) == -(-results[0][0]["steps"] // 16) + 1  # 4 actions, each held for 4 steps
     simulator.reset(7)
     picture = rollout.take_picture(simulator, simulator.make_renderer(2 * rollout.SIDE))
@@ -226,5 +226,5 @@ def test_averages():
     assert summary["per_task_average"]["rate"] == 7 / 10 and summary["per_task_average_400"]["rate"] == 6 / 10
     assert summary["seeds"]["1"]["macro_average"]["rate"] == 1
     assert "seed 1 per_task_average 100.0%" in rollout.table(summary)
-    assert rollout.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # SciPy's figures
-    assert rollout.wilson(0, 10)[0] == 0 and rollout.wilson(10, 10)[1] == 1
+    assert rollout.closed_loop.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # SciPy's figures
+    assert rollout.closed_loop.wilson(0, 10)[0] == 0 and rollout.closed_loop.wilson(10, 10)[1] == 1

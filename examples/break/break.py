@@ -6,7 +6,7 @@
 
 Held-out frames of the demo are answered as a robot would ask. `accuracy` is of action tokens, `error` the
 mean distance from the recorded action in its own units, `size` the mean size of the three movements: a robot
-that hardly moves shows there. With --success, each mistake's films are left in the run's folder, in break/.
+that hardly moves shows there. With --success, films are left in the run's folder, in break/, and a picture.
 README.md beside this file says how each mistake looks.
 """
 
@@ -61,6 +61,19 @@ def success(checkpoint: str, wrong: dict, trials: int, out: Path) -> str:
     return "success {successes} of {trials} {interval}".format(**counted)
 
 
+def draw_ends(films: Path) -> None:
+    """One picture of how the first episodes ended, those of each mistake together."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    sheet = Image.new("RGB", (960, 380 * len(CASES) // 2), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    for i, name in enumerate(CASES):
+        x, y = 480 * (i % 2), 380 * (i // 2)
+        pen.text((x + 4, y + 4), f"what is wrong: {name}", "black", font)
+        sheet.paste(Image.open(films / name / "rollouts_end.png").resize((474, 348)), (x, y + 28))
+    sheet.save(films / "how_it_ends.jpg", quality=80)
+
+
 def main(checkpoint: str, count: int, trials: int) -> None:
     """Print a row for each mistake."""
     import torch
@@ -85,10 +98,11 @@ def main(checkpoint: str, count: int, trials: int) -> None:
                    for i in range(0, count, 32)]
         tokens = torch.cat([robot.generate(*batch) for batch in batches])
         actions = robot.actions(tokens, None)
-        out = films / name.replace(" ", "_")
         print(f"{name:<29} accuracy {(tokens.numpy() == true).mean():.3f} "
               f"error {abs(actions - recorded).mean():.3f} size {abs(actions[:, :3]).mean():.3f}",
-              success(checkpoint, wrong, trials, out) if trials else "", flush=True)
+              success(checkpoint, wrong, trials, films / name) if trials else "", flush=True)
+    if trials:
+        draw_ends(films)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ did (hand velocity x, y, z and gripper effort, each in [-1, 1]), with an instruc
 positions are drawn anew for each episode from its seed; only successful episodes are kept.
 
 Every episode is first a file of its own in OUT/.NAME.episodes. An interrupted command goes on where it
-stopped, and the same seeds give the same bytes (on the same renderer). Read record, then record_all.
+stopped, and the same seeds give the same bytes (on the same renderer). Read record, then record_all in
+examples/recording.py.
 """
 
 import argparse
 import functools
 import json
 import os
-import pickle
 import shutil
 import sys
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
@@ -27,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 from simulator import INSTRUCTIONS, Simulator, task_names
-from tqdm import tqdm
 
 from config import told_in_one_line
+from examples.recording import episodes_from, open_scratch, record_all
 from rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
-BLOCK = 10  # episodes per job: making a simulator takes half a second
 
 
 @functools.lru_cache(maxsize=1)  # one per process: a job's episodes are all of one task
@@ -71,69 +67,6 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
     return {"steps": steps, "episode_metadata": {"task": task, "seed": seed}}
 
 
-def record_block(task: str, seeds: list[int], recording: dict, scratch: Path) -> list[int]:
-    """Record the episodes of these seeds that are not there yet -> the seeds at which the expert failed."""
-    failed = []
-    for seed in seeds:
-        path = scratch / f"{task}-{seed}"
-        if not path.exists():
-            partial = path.with_suffix(".tmp")
-            partial.write_bytes(pickle.dumps(record(task, seed, recording)))
-            partial.rename(path)
-        if read_episode(path) is None:
-            failed.append(seed)
-    return failed
-
-
-def read_episode(path: Path) -> dict | None:
-    """What record_block has written."""
-    return pickle.loads(path.read_bytes())
-
-
-def record_all(wanted: dict[tuple[str, int], int], recording: dict, scratch: Path,
-               workers: int) -> dict[tuple[str, int], list[int]]:
-    """Record wanted[task, first seed] successful episodes of each -> {(task, first seed): their seeds}.
-
-    All jobs share one pool. A seed at which the expert fails is replaced by the next one that was not used.
-    """
-    seeds = {key: [] for key in wanted}  # attempted so far
-    failed = {key: [] for key in wanted}
-    jobs = {}
-    with (ProcessPoolExecutor(workers, get_context("spawn")) as pool,
-          tqdm(total=sum(wanted.values()), desc="record", unit="episode", smoothing=0.05) as bar):
-
-        def attempt(key: tuple[str, int], count: int) -> None:
-            task, first = key
-            new = [first + len(seeds[key]) + i for i in range(count)]
-            seeds[key] += new
-            for i in range(0, count, BLOCK):
-                job = pool.submit(record_block, task, new[i : i + BLOCK], recording, scratch)
-                jobs[job] = key, len(new[i : i + BLOCK])
-
-        for key, count in wanted.items():
-            attempt(key, count)
-        while jobs:
-            for job in wait(jobs, return_when=FIRST_COMPLETED).done:
-                key, count = jobs.pop(job)
-                failed[key] += job.result()
-                bar.update(count - len(job.result()))
-                if len(failed[key]) > 20 + 5 * wanted[key]:
-                    raise RuntimeError(f"{key[0]}: the expert failed {len(failed[key])} times")
-                if job.result():
-                    attempt(key, len(job.result()))
-    for (task, _), tries in seeds.items():
-        if failures := len(failed[task, _]):
-            print(f"task {task} attempts {len(tries)} expert_failed {failures}")
-    return {key: sorted(set(seeds[key]) - set(failed[key])) for key in wanted}
-
-
-def episodes_of(split: str, kept: dict[tuple[str, int], list[int]], scratch: Path) -> Iterator[dict]:
-    """The recorded episodes of a split, in the order of tasks and seeds."""
-    for (task, first), seeds in kept.items():
-        if first == FIRST_SEED[split]:
-            yield from (read_episode(scratch / f"{task}-{seed}") for seed in seeds)
-
-
 def features(cameras: list[str], image_size: int) -> dict:
     """What an episode looks like to TFDS."""
     import tensorflow_datasets as tfds  # here: the workers do not need it
@@ -153,16 +86,6 @@ def features(cameras: list[str], image_size: int) -> dict:
     }
 
 
-def open_scratch(path: Path, recording: dict) -> None:
-    """The folder of single episodes; those of an earlier command must have been recorded in the same way."""
-    path.mkdir(parents=True, exist_ok=True)
-    known = path / "recording.json"
-    if known.exists() and json.loads(known.read_text()) != recording:
-        sys.exit(f"error: {path} holds episodes recorded with other options, {known.read_text()}: repeat "
-                 "that command, or remove the folder")
-    known.write_text(json.dumps(recording))
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -180,18 +103,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("datasets"))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
+    recording = {key: getattr(args, key) for key in
+                 ("cameras", "image_size", "jpeg_quality", "action_repeat", "noise", "tail")}
+    scratch = args.out / f".{args.name}.episodes"
     with told_in_one_line():
         tasks = task_names(args.tasks)
     if (args.out / args.name / "1.0.0").exists():
         sys.exit(f"error: {args.out / args.name} exists: remove it, or choose another --name")
-    recording = {key: getattr(args, key) for key in
-                 ("cameras", "image_size", "jpeg_quality", "action_repeat", "noise", "tail")}
-    scratch = args.out / f".{args.name}.episodes"
-    open_scratch(scratch, recording)
+    with told_in_one_line():
+        open_scratch(scratch, recording)
     counts = {"train": args.episodes, "val": args.val_episodes}
     wanted = {(task, FIRST_SEED[split]): count for split, count in counts.items() if count for task in tasks}
-    kept = record_all(wanted, recording, scratch, args.workers)
-    splits = {split: episodes_of(split, kept, scratch) for split, count in counts.items() if count}
+    kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
+    splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
     path = write_rlds(args.out, args.name, "1.0.0", features(args.cameras, args.image_size), splits)
     (path / "recording.json").write_text(json.dumps(recording) + "\n")  # for rollout.py, to do the same
     shutil.rmtree(scratch)

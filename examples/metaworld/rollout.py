@@ -12,7 +12,6 @@ success is Meta-World's, at any of the first 500 simulator steps (within 400 is 
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -27,15 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 import numpy as np
 from mujoco import Renderer
-from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from PIL import Image
 from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 from tqdm import tqdm
 
 from config import UserError, told_in_one_line
+from examples import closed_loop
+from examples.closed_loop import SIDE, draw_films, encode_film, open_folder, row
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
-SIDE = 240  # pixels, of a film's picture
-LOOK = 80  # milliseconds of film for each look at the scene
 
 
 def play(connection: Connection) -> None:
@@ -146,18 +145,9 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
 # Numbers and pictures
 
 
-def wilson(successes: int, trials: int) -> list[float]:
-    """The 95 % interval of a success rate (Wilson, 1927)."""
-    z, p = 1.96, successes / trials
-    centre, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return [round(min(1.0, max(0.0, (centre + sign * half) / (1 + z * z / trials))), 4) for sign in (-1, 1)]
-
-
 def rate(episodes: list[dict], within: int = MAX_STEPS) -> dict:
     """Episodes -> {successes, trials, rate, interval}."""
-    successes = sum(e["success_at"] is not None and e["success_at"] <= within for e in episodes)
-    return {"successes": successes, "trials": len(episodes), "rate": successes / len(episodes),
-            "interval": wilson(successes, len(episodes))}
+    return closed_loop.rate([e["success_at"] is not None and e["success_at"] <= within for e in episodes])
 
 
 def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
@@ -181,11 +171,6 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
 
 def table(summary: dict) -> str:
     """The summary to read."""
-    def row(name: str, entry: dict) -> str:
-        low, high = entry["interval"]
-        counts = f"{entry['successes']}/{entry['trials']}"
-        return f"{name:32s} {entry['rate']:6.1%}  [{low:.1%}, {high:.1%}]  {counts}"
-
     macro = summary["macro_average"]
     rows = [row(name, entry) for kind in ("tasks", "groups") for name, entry in summary[kind].items()]
     rows += [row(name, summary[name]) for name in ("per_task_average_400", "per_task_average")]
@@ -198,72 +183,19 @@ def table(summary: dict) -> str:
 
 def draw_chart(summary: dict, path: Path) -> None:
     """Success of each task, by group, with intervals, as a picture."""
-    font, line, left, width = ImageFont.load_default(12), 16, 220, 400
     bars = []
     for group, members in GROUPS.items():
         found = [task for task in members if task in summary["tasks"]]
         found.sort(key=lambda task: -summary["tasks"][task]["rate"])
         bars += [(group, summary["groups"][group], "#1f4e79")] if found else []
         bars += [(f"  {task}", summary["tasks"][task], "#8fb8de") for task in found]
-    chart = Image.new("RGB", (left + width + 70, line * (len(bars) + 2)), "white")
-    pen = ImageDraw.Draw(chart)
     macro, mean = summary["macro_average"]["rate"], summary["per_task_average"]["rate"]
-    pen.text((8, 2), f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", "black", font)
-    for i, (name, entry, colour) in enumerate(bars):
-        y = line * (i + 1) + 4
-        low, high = (left + int(width * edge) for edge in entry["interval"])
-        pen.text((8, y), name, "black", font)
-        pen.rectangle((left, y + 2, left + int(width * entry["rate"]), y + 12), colour)
-        pen.line((low, y + 7, high, y + 7), "black")
-        pen.text((left + width + 8, y), f"{entry['rate']:.0%}", "black", font)
-    chart.save(path)
+    closed_loop.draw_chart(f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", bars, path)
 
 
 def take_picture(simulator: Simulator, renderer: Renderer) -> Image.Image:
     """The scene at half the renderer's size, so that edges are smooth."""
     return Image.fromarray(simulator.pixels(simulator.cameras[0], renderer)).reduce(2)
-
-
-def encode_film(pictures: list[Image.Image], last: int = LOOK, pace: int = 1, quality: int = 90) -> bytes:
-    """Pictures -> an animated WebP that shows each for `pace` looks, and the last for `last` milliseconds."""
-    encoded, durations = io.BytesIO(), [LOOK * pace] * (len(pictures) - 1) + [last]
-    pictures[0].save(encoded, "webp", save_all=True, append_images=pictures[1:], duration=durations, loop=0,
-                     quality=quality, minimize_size=True)
-    return encoded.getvalue()
-
-
-def read_film(path: Path, side: int) -> list[Image.Image]:
-    """A trial's film -> a picture for each look. (WebP keeps pictures that are the same only once.)"""
-    return [picture for frame in ImageSequence.Iterator(Image.open(path))
-            for picture in [frame.convert("RGB").resize((side, side))] * (frame.info["duration"] // LOOK)]
-
-
-def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80) -> None:
-    """Films side by side, as an animation: a green frame once the episode has succeeded, a red one where it
-    never does. Failures are long; they are cut at one and a half times the longest success.
-
-    films: (instruction, what encode_film has written, did it succeed?)."""
-    few = len(films) <= 9
-    columns, side, line = (min(3, len(films)), SIDE, 24) if few else (10, 96, 0)
-    films = [(words, read_film(path, side), success) for words, path, success in films]
-    longest = max(len(film) for _, film, _ in films)
-    solved = max((len(film) for _, film, success in films if success), default=longest)
-    shown = min(longest, 3 * solved // 2)
-    pace, font, sheets = -(-shown // length), ImageFont.load_default(14), []
-    for moment in [*range(0, shown, pace), longest - 1]:
-        sheet = Image.new("RGB", (side * columns, (side + line) * -(-len(films) // columns)), "white")
-        pen = ImageDraw.Draw(sheet)
-        for i, (words, film, success) in enumerate(films):
-            x, y = i % columns * side, i // columns * (side + line)
-            sheet.paste(film[min(moment, len(film) - 1)], (x, y + line))
-            if few:
-                pen.text((x + 4, y + 4), words, "black", font)
-            if moment >= len(film) - 1:
-                colour = "#00c000" if success else "#e00000"
-                pen.rectangle((x, y + line, x + side - 1, y + line + side - 1), outline=colour, width=4)
-        sheets.append(sheet)
-    (out / "rollouts.webp").write_bytes(encode_film(sheets, last=2000, pace=pace, quality=60))
-    sheets[-1].save(out / "rollouts_end.png")
 
 
 def first_films(results: dict[tuple[str, int], list[dict]], out: Path) -> list[tuple[str, Path, bool]]:
@@ -312,16 +244,6 @@ def main() -> None:
     draw_films(first_films(results, out), out)
     print(table(summary))
     print(f"rollouts {out}")
-
-
-def open_folder(path: Path, conditions: dict) -> None:
-    """Make OUT, or go on with it if its results were made under the same conditions."""
-    path.mkdir(parents=True, exist_ok=True)
-    known = path / "conditions.json"
-    if known.exists() and json.loads(known.read_text()) != conditions:
-        raise UserError(f"{path} holds results made under other conditions, {known.read_text()}: choose "
-                         "another --out, or remove it")
-    known.write_text(json.dumps(conditions))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+#!/bin/bash
+# LIBERO from nothing to a success table: examples/libero/recipe.sh data, then train, then rollout.
+# Each stage goes on where an interrupted one stopped. SEED and whatever follows the stage's name are passed on:
+#   SEED=8 examples/libero/recipe.sh train --set max_steps=8000
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+stage=$1 seed=${SEED:-7}
+shift
+export MUJOCO_GL=${MUJOCO_GL:-egl} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+case $stage in
+  expert)  # how often the expert succeeds from LIBERO's own start states
+    python examples/libero/expert.py "$@" ;;
+  data)  # 50 + 1 demonstrations of each of its 16 tasks
+    [ -e datasets/libero_scripted/1.0.0 ] ||
+      python examples/libero/make_dataset.py --episodes 50 --val_episodes 1 "$@" ;;
+  train)
+    python train_vla.py --config configs/libero_scripted.yaml --deepspeed_config ds_configs/zero1.json \
+      --set "seed=$seed" "run_id=libero_scripted-seed$seed" "$@" ;;
+  rollout)  # 20 start states of each task
+    for tasks in "libero_object" "libero_spatial --tasks 0 1 2 3 7 8"; do
+      python examples/libero/rollout.py --checkpoint "runs/libero_scripted-seed$seed--image_aug" \
+        --suite $tasks --trials 20 "$@"  # not quoted: several words
+    done ;;
+  *) echo "expert, data, train or rollout?" >&2; exit 2 ;;
+esac

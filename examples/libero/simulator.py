@@ -1,0 +1,115 @@
+"""LIBERO's tasks as a robot with cameras: begin an episode, look, act.
+
+make_dataset.py drives it with the scripted expert, rollout.py with a trained policy, so that both see the
+same pictures and mean the same thing by an action. It does what LIBERO's own loop does, to the last bit of
+the state and of the pictures (tests/test_libero.py), and leaves out what nobody looks at: LIBERO draws both
+cameras at every step and builds the scene anew for every episode, which is nearly all of its time.
+"""
+
+import atexit
+import functools
+import os
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; read once, when MuJoCo is imported
+
+import numpy as np
+import robosuite.utils.transform_utils as transforms
+from libero.libero import benchmark
+from libero.libero.envs.env_wrapper import ControlEnv
+from protocol import CAMERAS, MAX_STEPS
+
+from config import UserError
+
+TRIALS = 50  # start states that LIBERO has fixed for each task
+
+
+@functools.cache
+def suite_of(name: str):
+    """LIBERO's description of a suite."""
+    if name not in MAX_STEPS:
+        raise UserError(f"no suite {name!r}: choose {', '.join(MAX_STEPS)}")
+    return benchmark.get_benchmark_dict()[name]()
+
+
+def instructions(suite: str) -> list[str]:
+    """What each task of a suite is called, in LIBERO's order: a task is its place in this list."""
+    return [task.language for task in suite_of(suite).tasks]
+
+
+class Simulator:
+    """One task of LIBERO and its cameras.
+
+    There may be only one in a process at a time: robosuite draws into whichever OpenGL context was made last.
+    """
+
+    def __init__(self, suite: str, task: int, image_size: int, joint_noise: float = 0.0, draws: bool = True):
+        """image_size: pixels of a picture's side. joint_noise: rad, standard deviation of where the arm's
+        joints begin in `begin_anew`. draws: False where nobody looks, which needs no OpenGL."""
+        self.suite, self.task, self.image_size, self.joint_noise = suite, task, image_size, joint_noise
+        self.looking = False
+        self.env = ControlEnv(suite_of(suite).get_task_bddl_file_path(task), use_camera_obs=draws,
+                              has_offscreen_renderer=draws, hard_reset=False, camera_heights=image_size,
+                              camera_widths=image_size, camera_names=[*CAMERAS.values()])
+        atexit.register(self.close)  # end OpenGL while Python still knows how
+        for camera in CAMERAS.values() if draws else ():
+            name = f"{camera}_image"
+            self.env.env.modify_observable(name, "sensor", self.draw_when_looking(
+                self.env.env._observables[name]._sensor))
+
+    def draw_when_looking(self, sensor):
+        """A camera that gives black pictures unless somebody looks. LIBERO's cameras take theirs within a
+        step, not at its end; so this keeps their clock."""
+        @functools.wraps(sensor)  # robosuite's marks on it, too
+        def picture(cache: dict) -> np.ndarray:
+            size = self.image_size
+            return sensor(cache) if self.looking else np.zeros((size, size, 3), np.uint8)
+
+        return picture
+
+    def begin(self, trial: int, seed: int) -> None:
+        """Begin at LIBERO's start state number `trial`.
+
+        A start state says where what moves is; furniture is where the task's sampler puts it, in the
+        (trial + 1)-th drawing after the seed: as in OpenVLA's loop, which plays the trials in order.
+        """
+        if not 0 <= trial < TRIALS:
+            raise UserError(f"trial {trial}: each task of LIBERO has {TRIALS} start states, from 0")
+        self.place(seed, trial + 1, 0.0)
+        state = suite_of(self.suite).get_task_init_states(self.task)[trial]
+        self.seen = self.env.set_init_state(state)
+
+    def begin_anew(self, seed: int) -> None:
+        """Begin where nobody has begun: objects are drawn from the task's own ranges by this seed."""
+        self.place(seed, 1, self.joint_noise)
+
+    def place(self, seed: int, drawings: int, joint_noise: float) -> None:
+        """Draw positions so many times, from a seed on."""
+        self.env.robots[0].initialization_noise["magnitude"] = joint_noise
+        self.env.seed(seed)
+        for _ in range(drawings):
+            self.seen = self.env.reset()
+        gripper = self.env.robots[0].gripper  # how far it was told to close, the last time, is still there
+        gripper.current_action = np.zeros_like(gripper.current_action)
+        self.steps, self.solved = 0, False
+
+    def step(self, action: np.ndarray, look: bool) -> None:
+        """One step of 1/20 s. action (7,), each in -1..1: changes of the hand's position (1 is 5 cm) and of
+        its rotation (axis times angle; 1 is 0.5 rad) to head for, and the gripper, 1 = close. look: will
+        `look` be asked for what is seen after it?"""
+        self.looking = look
+        self.seen, _, self.solved, _ = self.env.step(np.asarray(action, np.float64))
+        self.steps += 1
+
+    def look(self) -> dict:
+        """{camera of the model: (S, S, 3) uint8, as the simulator draws it: upside down, "state": (8,)
+        float32: the hand's position in m, its rotation as axis times angle, both fingers' places in m,
+        "joint_state": (7,) float32, rad}."""
+        seen, rotation = self.seen, transforms.quat2axisangle(self.seen["robot0_eef_quat"].copy())
+        state = np.concatenate([seen["robot0_eef_pos"], rotation, seen["robot0_gripper_qpos"]])
+        return {**{name: seen[f"{camera}_image"] for name, camera in CAMERAS.items()},
+                "state": state.astype(np.float32), "joint_state": seen["robot0_joint_pos"].astype(np.float32)}
+
+    def close(self) -> None:
+        """Make room for another simulator."""
+        atexit.unregister(self.close)
+        self.env.close()

@@ -1,0 +1,123 @@
+"""Eight ranks compute what one does, also with hpZ, and a run goes on from 8 ranks to 4 and back to 8.
+
+Very small trainings in float32, in four jobs under the real launcher (see run_cells.py), which take minutes
+because so many processes start: pytest -m slow tests/test_scaling.py
+"""
+
+import json
+import math
+import re
+import runpy
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ROOT, ds_json, launch
+from test_zero import cell, read
+
+from checkpoint import Checkpoint, list_checkpoints
+
+STEPS = 6
+HPZ = 2  # for hpZ, each two of the 8 ranks are a machine: it gathers weights a second time within it alone
+JSONS = ["zero1", "zero2", "zero3", "zero3_hpz"]
+PASSES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}  # over all weights
+
+
+def run(root, prefix, json_name, ranks, **changes):
+    """An entry for run_cells.py: a run in whose losses all that a step does shows."""
+    shows = {"learning_rate": 0.01, "weight_decay": 5.0, "max_grad_norm": 0.5, "max_steps": STEPS}
+    entry = cell(root, f"{prefix}-{json_name}", json_name, ranks, "frozen_vision", bf16=False,
+                 **shows | changes)
+    if json_name == "zero3_hpz":
+        entry[f"{prefix}-{json_name}"]["ds_config"]["zero_optimization"]["zero_hpz_partition_size"] = HPZ
+    return entry
+
+
+def counted(root, json_name, steps):
+    """Of two micro-batches a step. No weight is fetched early, or kept until it is needed again: DeepSpeed
+    does so with a number of elements of which a 7B has many times more, and this model fewer."""
+    entry = run(root, f"count{steps}", json_name, 8, max_steps=steps, global_batch_size=16,
+                per_device_batch_size=1, freeze_vision_backbone=False)
+    if "zero3" in json_name:
+        entry[f"count{steps}-{json_name}"]["ds_config"]["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0}
+    return entry
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder with all runs. Those with hpZ come last in a job: DeepSpeed keeps its groups of ranks until
+    the process ends, and gives them to every later engine."""
+    root = tmp_path_factory.mktemp("scaling")
+    given = {"pretrained_checkpoint": str(root / "eight-zero3/checkpoints/*"), "is_resume": False, "seed": 8}
+    eight = {}
+    for name in JSONS:
+        eight |= run(root, "eight", name, 8) | counted(root, name, 1) | counted(root, name, 3)
+        eight |= run(root, "chain", name, 8, max_steps=2)
+    four, again = {}, {}
+    for name in JSONS:
+        four |= run(root, "chain", name, 4, max_steps=4)
+        again |= run(root, "given", name, 8, **given) | run(root, "chain", name, 8)
+    jobs = [(1, run(root, "one", "zero0", 1)), (8, eight), (4, four), (8, again)]
+    for number, (ranks, cells) in enumerate(jobs):
+        path = root / f"job{number}.json"
+        path.write_text(json.dumps(cells))
+        done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
+        assert done.returncode == 0, done.text[-5000:]
+        (root / f"job{number}.txt").write_text(done.text)
+    return root
+
+
+def agree(found, reference):
+    """Losses and norms of float32 runs, at every step."""
+    assert len(read(found)) == STEPS
+    np.testing.assert_allclose(read(found), read(reference), rtol=1e-5)
+    np.testing.assert_allclose(read(found, "grad_norm"), read(reference, "grad_norm"), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("json_name", JSONS)
+def test_eight_ranks_compute_what_one_does(json_name, runs):
+    agree(runs / f"eight-{json_name}", runs / "one-zero0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("json_name", JSONS)
+def test_a_run_goes_on_with_four_ranks_and_with_eight_again(json_name, runs):
+    agree(runs / f"chain-{json_name}", runs / "one-zero0")
+
+
+@pytest.mark.slow
+def test_frozen_weights_that_a_run_begins_with_reach_hpz(runs):
+    """DeepSpeed copies them for hpZ when it gets the model, before they are filled in."""
+    for name in JSONS[1:]:
+        agree(runs / f"given-{name}", runs / "given-zero1")
+
+
+@pytest.mark.slow
+def test_a_step_sends_what_is_reckoned_with(runs):
+    """In a step of two micro-batches, passes over the weights: bench/many_machines.py rests on them."""
+    lines = re.findall(r"^carried (count\S+) (.*)$", (runs / "job1.txt").read_text(), re.MULTILINE)
+    carried = {name: Counter(json.loads(counts)) for name, counts in lines}
+    shapes = Checkpoint(list_checkpoints(runs / "count1-zero1/checkpoints")[-1]).shapes
+    used = sum(math.prod(shape) for name, shape in shapes.items()  # not the tower's second block
+               if "vision" not in name or "blocks.0" in name or "embed" in name)
+    stages = runpy.run_path(str(ROOT / "bench/many_machines.py"))["stages"](gpus=HPZ, ranks=8, a=2)
+    for name in JSONS:
+        passes = Counter({key: count / 2 / used for key, count in
+                          (carried[f"count3-{name}"] - carried[f"count1-{name}"]).items()})
+        everywhere = sum(times * passes[f"{collective} 8"] for collective, times in PASSES.items())
+        _, beside, _, alone, within = stages[name]
+        assert everywhere == pytest.approx(beside + alone, abs=0.2), name  # padding
+        assert passes[f"all_gather_into_tensor {HPZ}"] == pytest.approx(within, abs=0.2), name
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 8), (3, 12)])
+def test_hpz_where_it_does_nothing_or_cannot_be(stage, ranks, tiny, tmp_path, commands):
+    place = {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    zero = {"stage": stage, "zero_hpz_partition_size": 8}
+    path = ds_json(tmp_path / "ds.json", 3, zero_optimization=zero)
+    arguments = ["--config", tiny(), "--deepspeed_config", path]
+    ((status, text),) = commands(("", place, "train_vla.py", arguments))
+    assert status == 1 and f"8: that is for stage 3, and for so many ranks (now {ranks}) or a" in text, text
