@@ -78,7 +78,7 @@ def clone(tmp_path_factory):
 
 
 def run(command: str, folder: Path) -> str:
-    """What a command prints. Raises AssertionError, with its last words, if it fails or takes an hour."""
+    """What a command prints. Raises AssertionError, with its last words, if it fails or takes three hours."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     alone = shutil.which("unshare") and not subprocess.run([*ALONE, "true"], capture_output=True).returncode
     shell = ALONE if alone else BASH
@@ -86,7 +86,7 @@ def run(command: str, folder: Path) -> str:
         process = subprocess.Popen([*shell, command], cwd=folder, env=environment, text=True,
                                    stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         try:
-            printed, _ = process.communicate(timeout=3600)
+            printed, _ = process.communicate(timeout=3 * 3600)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # also what it started

@@ -2,7 +2,7 @@
 
     make demo                                       # once: eight minutes on two CPU cores
     python examples/break/break.py                  # half a minute
-    python examples/break/break.py --success 10     # and let it act; needs examples/metaworld's packages
+    python examples/break/break.py --success 5      # and let it act; needs examples/metaworld's packages
 
 Held-out frames of the demo are answered as a robot would ask. `accuracy` is of action tokens, `error` the
 mean distance from the recorded action in its own units, `size` the mean size of the three movements: a robot
