@@ -569,8 +569,9 @@ def test_actions_come_back_in_the_robots_own_units(robot):
     stats = {"min": standard.min(0), "max": standard.max(0), "mask": ~raw}
     tokenizer = ActionTokenizer(512)
     tokens = tokenizer.encode(normalize(standard, stats, "bounds"))
-    _, to_robot = undo(recipe, {"action": every.shape[1]}, stats)
+    _, to_robot, from_robot = undo(recipe, {"action": every.shape[1]}, stats)
     back = to_robot(unnormalize(tokenizer.decode(tokens), stats, "bounds"))
+    np.testing.assert_allclose(to_robot(from_robot(back)), back, atol=1e-6)
     scales = np.array([dimension.scale for dimension in dimensions])
     half_bin = np.where(scales > 0, scales, np.ptp(every, axis=0) / 2) / 255
     assert (np.abs(back - every) <= 1.01 * half_bin + 1e-6).all()
