@@ -159,11 +159,15 @@ class VLA(nn.Module):
         towers = [block for tower in self.vision_backbone.values() for block in tower.blocks]
         return [*towers, *self.llm.base_model.layers]
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, recompute: bool, stems: bool) -> None:
         """Let torch.compile fuse the operations inside each block. Blocks of a kind share one compilation,
-        and what DeepSpeed does between modules stays outside."""
-        for block in self.blocks:
-            block.forward = torch.compile(block.forward)
+        and what DeepSpeed does between modules stays outside. recompute: what recompute_activations does,
+        without Python in between (with no room for activations, a block's inputs alone are kept). stems: a
+        ResNet before a tower's blocks, too; not under ZeRO-3, which does something between its layers."""
+        torch._functorch.config.activation_memory_budget = 0.0 if recompute else 1.0
+        first = [tower.patch_embed for tower in self.vision_backbone.values()]
+        for part in [*self.blocks, *(part for part in first if stems and hasattr(part, "backbone"))]:
+            part.forward = torch.compile(part.forward)
 
     def recompute_activations(self) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""

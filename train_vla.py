@@ -40,7 +40,15 @@ from model import VLA
 from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
 from run import Run, memory_if, memory_needed, utilisation
 from weights import Weights, describe_base, fill, parameters_without_memory, start_from
-from zero import adapt, born_in_shards, check_json, optimizer_step, set_learning_rate, set_tensors
+from zero import (
+    adapt,
+    born_in_shards,
+    check_json,
+    gather_whole,
+    optimizer_step,
+    set_learning_rate,
+    set_tensors,
+)
 
 # ---- The program -------------------------------------------------------------------------------------------
 
@@ -188,10 +196,12 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
         device = get_accelerator().current_device_name()
         fill(vla, weights.tensors, device, dtype, linear_layers(vla) if cfg.frozen_weights else {})
+    recompute = "activation_checkpointing" in ds_config
     if cfg.compile:
-        vla.compile_blocks()
-    if "activation_checkpointing" in ds_config:
+        vla.compile_blocks(recompute, stems=ds_config.get("zero_optimization", {}).get("stage") != 3)
+    elif recompute:
         vla.recompute_activations()
+    gather_whole(vla.blocks)
     run.line(memory_needed(vla, ds_config))
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
     engine, *_ = deepspeed.initialize(model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),

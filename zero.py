@@ -1,7 +1,7 @@
-"""All that knows DeepSpeed's insides: where a parameter lives, what is mended, and what is made faster.
+"""DeepSpeed's insides: where a parameter lives, and what is mended (what is made faster: zero_speed.py).
 
 Checked with DeepSpeed 0.19.8, whose names below are no public interface. So: what would be wrong with another
-version is refused; what only makes things faster is left out there, with a line in the log.
+version is refused.
 
 Read find_slice first: where each ZeRO stage keeps a parameter. Then optimizer_step and adapt.
 """
@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import set_z3_leaf_module
 from pydantic import ValidationError
 
 from config import UserError, one_line
 from model import VLA
+from zero_speed import make_faster, replace
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
 
@@ -200,6 +202,12 @@ def born_in_shards(make: Callable[[AbstractContextManager], VLA], ds_config: dic
     return vla
 
 
+def gather_whole(blocks: list[torch.nn.Module]) -> None:
+    """Let ZeRO-3 bring the weights of each of these modules at once, and not matrix by matrix."""
+    for block in blocks:
+        set_z3_leaf_module(block, True)
+
+
 def adapt(engine) -> list[str]:
     """Mend a new engine, and make it faster; returns what the log should say of it. Raises UserError when
     this version of DeepSpeed keeps parameters elsewhere."""
@@ -211,23 +219,8 @@ def adapt(engine) -> list[str]:
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"DeepSpeed {deepspeed.__version__} has other insides than 0.19.8 ({error!r}): pip "
                         "install deepspeed==0.19.8") from error
-    zero = engine.optimizer
-    ours = {2: [keep_large_gradients, spare_passes], 3: [stage_weights]}
-    return [note for way in ours.get(engine.zero_optimization_stage(), []) for note in way(zero)]
-
-
-def replace(zero, ours: dict, needed: bool) -> list[str]:
-    """Put `ours` where DeepSpeed has its own. Where a version has none of that name: raises UserError if it
-    is needed; else nothing is replaced, and what the log should say is returned."""
-    missing = [name for name in ours if not hasattr(zero, name)]
-    if missing and needed:
-        raise UserError(f"DeepSpeed {deepspeed.__version__} has no {missing[0]}, which must be replaced: pip "
-                        "install deepspeed==0.19.8, or train with ds_configs/zero1.json")
-    if missing:
-        return [f"DeepSpeed {deepspeed.__version__} has no {missing[0]}: steps are slower than with 0.19.8"]
-    for name, value in ours.items():
-        setattr(zero, name, value)
-    return []
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    return (keep_large_gradients(zero) if stage == 2 else []) + make_faster(zero, stage)
 
 
 def keep_large_gradients(zero) -> list[str]:
@@ -241,59 +234,3 @@ def keep_large_gradients(zero) -> list[str]:
     if not zero.overlap_comm or zero.cpu_offload:
         return []
     return replace(zero, {"_record_gradient_stream": keep}, needed=True)
-
-
-# ---- What is made faster -----------------------------------------------------------------------------------
-
-
-def spare_passes(zero) -> list[str]:
-    """Pass over gradients less often, where ZeRO-2 keeps a rank's in flat float32 tensors and PyTorch's fused
-    AdamW steps on them. What is computed stays the same.
-
-    DeepSpeed divides gradients by the number of ranks, makes a float32 copy of each to add it up, reads each
-    to find overflow, copies it to float64 for the norm, and clips. Here they are added up as they come and
-    read once for their norm, which shows overflow as well, and AdamW divides them as it reads them. A step of
-    the 7B on two H200 takes 0.82 s instead of 1.00 s.
-    """
-    adamw, world_size = zero.optimizer, dist.get_world_size()
-    fused = isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]
-    summed_apart = (zero.dtype, zero.gradient_accumulation_dtype) == (torch.bfloat16, torch.float32)
-    if not fused or not summed_apart or zero.cpu_offload:
-        return []
-
-    def norm_of_mean():
-        sums = [group.flat_partition for group in zero.averaged_gradients.values()]
-        pieces = [piece for total in sums for piece in total.split(1 << 30)]  # PyTorch counts with 32 bits
-        square = torch.nn.utils.get_total_norm(pieces).square()
-        dist.all_reduce(square)
-        return square.sqrt() / world_size
-
-    def average_and_clip(_, norm):
-        clip = ((norm + 1e-6) / zero.clip_grad).clamp(min=1) if zero.clip_grad else torch.ones_like(norm)
-        adamw.grad_scale = clip * world_size
-
-    return replace(zero, {
-        "gradient_average": False, "check_overflow": lambda *_, **__: None,
-        "_add_to_grad_partition_buffer": lambda sums, gradient: sums is None or sums.add_(gradient),
-        "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip}, needed=False)
-
-
-def stage_weights(zero) -> list[str]:
-    """Bring weights that ZeRO-3 stepped on in host memory to the GPU by way of pinned memory. DeepSpeed
-    rounds each group into new memory, which the GPU reads slowly: the 60 % of a 7B that
-    ds_configs/zero3_partial_offload.json keeps on the host take 2 s, and 0.5 s here."""
-    full, rounded = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
-    crossing = {group: weights.numel() for group, weights in enumerate(full)
-                if weights.numel() and weights.is_cpu and getattr(rounded[group], "is_cuda", False)}
-    if not crossing:
-        return []
-    pinned = torch.empty(max(crossing.values()), dtype=zero.dtype, pin_memory=True)
-
-    def by_way_of_pinned(group):
-        if group in crossing:
-            rounded[group].copy_(pinned[: crossing[group]].copy_(full[group].data))
-            zero._unflatten_partitioned_parameters(group)
-        else:
-            type(zero)._reassign_or_swap_out_partitioned_parameters(zero, group)
-
-    return replace(zero, {"_reassign_or_swap_out_partitioned_parameters": by_way_of_pinned}, needed=False)
