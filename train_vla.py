@@ -237,7 +237,8 @@ def with_yaml_values(ds_config: dict, cfg: TrainConfig) -> dict:
 def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices, which decay, and biases and norms, which do not."""
     named = [(name, p) for name, p in vla.named_parameters() if p.requires_grad]
-    plain = {name for name, p in named if p.ndim <= 1 or name.endswith(".bias")}
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}  # where ZeRO-3 has left slices, too
+    plain = {name for name, shape in shapes.items() if len(shape) <= 1 or name.endswith(".bias")}
     groups = [{"params": [p for name, p in named if name not in plain], "weight_decay": weight_decay},
               {"params": [p for name, p in named if name in plain], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 import ranks
 import train_vla
+import zero_speed
 
 COLLECTIVES = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor",
                "reduce_scatter_tensor": "input"}
@@ -46,13 +47,14 @@ if __name__ == "__main__":
     carried: Counter[str] = Counter()
     for collective, tensor in COLLECTIVES.items():
         count(collective, tensor, carried)  # before DeepSpeed takes hold of them
-    neighbour = ranks.start_job()
+    neighbour, ahead = ranks.start_job(), zero_speed.AHEAD
     gc.freeze()  # DeepSpeed collects garbage whenever it starts: let it not look at all that was imported
     for name, cell in cells.items():
         print(f"cell {name}", flush=True)
         values = cell["config"]
         if "pretrained_checkpoint" in values:
             (values["pretrained_checkpoint"],) = glob.glob(values["pretrained_checkpoint"])
+        zero_speed.AHEAD = cell.get("ahead", ahead)
         cfg = config.TrainConfig(**values)
         carried.clear()
         train_vla.train(cfg, cell["ds_config"])
