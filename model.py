@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 from action_tokenizer import ActionTokenizer
@@ -159,15 +160,13 @@ class VLA(nn.Module):
         towers = [block for tower in self.vision_backbone.values() for block in tower.blocks]
         return [*towers, *self.llm.base_model.layers]
 
-    def compile_blocks(self, recompute: bool, stems: bool) -> None:
+    def compile_blocks(self, recompute: bool) -> None:
         """Let torch.compile fuse the operations inside each block. Blocks of a kind share one compilation,
         and what DeepSpeed does between modules stays outside. recompute: what recompute_activations does,
-        without Python in between (with no room for activations, a block's inputs alone are kept). stems: a
-        ResNet before a tower's blocks, too; not under ZeRO-3, which does something between its layers."""
-        torch._functorch.config.activation_memory_budget = 0.0 if recompute else 1.0
-        first = [tower.patch_embed for tower in self.vision_backbone.values()]
-        for part in [*self.blocks, *(part for part in first if stems and hasattr(part, "backbone"))]:
-            part.forward = torch.compile(part.forward)
+        without Python in between (with no room for activations, a block's inputs alone are kept)."""
+        functorch.activation_memory_budget = 0.0 if recompute else 1.0
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward)
 
     def recompute_activations(self) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""

@@ -274,7 +274,8 @@ def memory_needed(vla: VLA, ds_config: dict) -> str:
                   for p in vla.parameters())
     gradients = 4 if not half or stage > 1 else 6 if stage else 2  # ds_configs/README.md has these numbers
     held = {"weights": 0 if "offload_param" in zero else weights / ranks[3],
-            "gradients": (on_host < 1) * gradients * count / ranks[2],
+            # DeepSpeed's ZeRO-1 and 2 sum on the GPU also what AdamW reads on the host
+            "gradients": (stage < 3 or on_host < 1) * gradients * count / ranks[2],
             "optimizer": (1 - on_host) * (12 if half else 8) * count / ranks[1]}
     needed = sum(held.values()) / 1e9
     if torch.cuda.is_available() and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
@@ -309,7 +310,7 @@ def memory_if(vla: VLA) -> str:
     saved = sum(layer.in_features * layer.out_features for layer in layers)  # a byte each, instead of two
     vla.freeze(True, True, True)
     kept = {"lora_bf16": whole + adapters, "lora_int8": whole + adapters - saved,
-            "last_layer": whole + 16 * vla.count_parameters()[1], "everything_offloaded": whole}
+            "last_layer": whole + 16 * vla.count_parameters()[1], "everything_offloaded": whole + 2 * whole}
     return "memory_if " + " ".join(f"{way}_gb {size / 1e9:.4g}" for way, size in kept.items())
 
 

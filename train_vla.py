@@ -44,6 +44,7 @@ from zero import (
     adapt,
     born_in_shards,
     check_json,
+    describe_parameters,
     gather_whole,
     optimizer_step,
     set_learning_rate,
@@ -198,7 +199,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         fill(vla, weights.tensors, device, dtype, linear_layers(vla) if cfg.frozen_weights else {})
     recompute = "activation_checkpointing" in ds_config
     if cfg.compile:
-        vla.compile_blocks(recompute, stems=ds_config.get("zero_optimization", {}).get("stage") != 3)
+        vla.compile_blocks(recompute)
     elif recompute:
         vla.recompute_activations()
     gather_whole(vla.blocks)
@@ -237,8 +238,8 @@ def with_yaml_values(ds_config: dict, cfg: TrainConfig) -> dict:
 def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices, which decay, and biases and norms, which do not."""
     named = [(name, p) for name, p in vla.named_parameters() if p.requires_grad]
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}  # where ZeRO-3 has left slices, too
-    plain = {name for name, shape in shapes.items() if len(shape) <= 1 or name.endswith(".bias")}
+    plain = {name for name, (shape, _) in describe_parameters(vla).items()
+             if len(shape) <= 1 or name.endswith(".bias")}
     groups = [{"params": [p for name, p in named if name not in plain], "weight_decay": weight_decay},
               {"params": [p for name, p in named if name in plain], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

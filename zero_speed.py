@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import z3_leaf_module
 from torch.distributed.distributed_c10d import _coalescing_manager as in_one_call
 
 from config import UserError
@@ -146,12 +147,13 @@ def clipping(norm: torch.Tensor, limit: float) -> torch.Tensor:
 def scatter_together(zero) -> list[str]:
     """ZeRO-3's gradients are summed as they are, many in one call. DeepSpeed copies them into a row first,
     and that into another one."""
-    if zero.offload_optimizer or zero.all2all_process_group:
+    if zero.offload_optimizer:
         return []
-    zero.contiguous_gradients = False
-    for bucket in zero.ipg_buckets.values():
-        bucket.buffer = None
-    return replace(zero, {"_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads": scatter})
+    if not (notes := replace(zero, {"_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads": scatter})):
+        zero.contiguous_gradients = False
+        for bucket in zero.ipg_buckets.values():
+            bucket.buffer = None
+    return notes
 
 
 def scatter(params: list, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -211,7 +213,8 @@ class WeightsAhead:
     """
 
     def __init__(self):
-        self.order = []  # (module, elements), as they ask in this pass and, from `position` on, in the last
+        self.order = []  # (module, weights), as they ask in this pass and, from `position` on, in the last
+        self.weights_below = {}  # block -> all weights in it, so that they are looked for once
         self.position = self.reached = 0  # in the order: whose turn is next, whose weights are to come next
         self.gathered = {}  # parameter -> its gathering: a handle, the memory, which parameters are in it
         self.spare = defaultdict(list)  # (elements, dtype) -> [(memory, event: nothing computes with it now)]
@@ -221,10 +224,10 @@ class WeightsAhead:
 
     def fetch_sub_module(self, module, forward: bool) -> None:
         """Before it computes."""
-        if not (weights := weights_of(module)):
+        if not (weights := self.weights_of(module)):
             return
-        if not self.is_next(module):  # the first pass, or one that takes another way
-            self.order[self.position:] = [(module, sum(param.ds_numel for param in weights))]
+        if [turn for turn, _ in self.order[self.position: self.position + 1]] != [module]:
+            self.order[self.position:] = [(module, weights)]  # the first pass, or one that takes another way
             self.reached = self.position
         self.position += 1
         self.gather(weights)
@@ -233,13 +236,14 @@ class WeightsAhead:
                 self.wait(param)
             param.ds_active_sub_modules.add(module.ds_id)
         self.reached = max(self.reached, self.position)
-        if sum(size for _, size in self.order[self.position: self.reached]) < AHEAD:
+        coming = self.order[self.position: self.reached]
+        if sum(param.ds_numel for _, weights in coming for param in weights) < AHEAD:
             self.gather_next()
 
     def release_sub_module(self, module, forward: bool = False) -> None:
         """After it has computed; unless its weights count as gathered for a turn that comes soon."""
         again = any(module is other for other, _ in self.order[self.position: self.reached])
-        for param in weights_of(module):
+        for param in self.weights_of(module):
             param.ds_active_sub_modules.discard(module.ds_id)
             if not (again or param.ds_persist or param.ds_active_sub_modules):
                 self.free(param)
@@ -272,17 +276,22 @@ class WeightsAhead:
 
     # How weights come and go
 
-    def is_next(self, module) -> bool:
-        """Is it that module's turn, as far as is known?"""
-        return self.position < len(self.order) and self.order[self.position][0] is module
+    def weights_of(self, module) -> list:
+        """What a module's hooks are for: all that is below a block, and elsewhere a module's own."""
+        if z3_leaf_module(module):
+            if module not in self.weights_below:
+                self.weights_below[module] = list(module.parameters())
+            return self.weights_below[module]
+        own = [param for param in module._parameters.values() if param is not None]
+        return own + [param for _, param in module.ds_external_parameters()]
 
     def gather_next(self) -> None:
         """Start to gather the next module's weights or, if they are small, those of several."""
         weights, size = [], 0
         while self.reached < len(self.order) and size < AHEAD:
-            module, more = self.order[self.reached]
-            weights += weights_of(module)
-            self.reached, size = self.reached + 1, size + more
+            more = self.order[self.reached][1]
+            weights, size = weights + more, size + sum(param.ds_numel for param in more)
+            self.reached += 1
         self.gather(weights)
 
     def gather(self, params: list) -> None:
@@ -324,9 +333,9 @@ class WeightsAhead:
         """Forget a whole parameter; its slice stays."""
         if param.ds_status is ZeroParamStatus.INFLIGHT:  # it came for a pass that took another way
             self.wait(param)
-        gathering = self.gathered.pop(param, None)
-        if gathering is None:
-            return param.partition()  # as DeepSpeed does with what it has gathered itself, if it has
+        if param not in self.gathered:
+            return param.partition()  # if it is whole, DeepSpeed itself has gathered it
+        gathering = self.gathered.pop(param)
         param.data = torch.empty(0, dtype=param.dtype, device=param.device)
         param.ds_status = ZeroParamStatus.NOT_AVAILABLE
         gathering.params.discard(param)
@@ -345,13 +354,3 @@ class WeightsAhead:
 def holders(tensor: torch.Tensor) -> int:
     """How many tensors share this one's memory, and a constant."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-def weights_of(module) -> list:
-    """What a module's hooks are for: all that is below a block, and elsewhere a module's own."""
-    if getattr(module, "_z3_leaf", False):
-        if (weights := module.__dict__.get("all_weights")) is None:
-            weights = module.__dict__["all_weights"] = list(module.parameters())
-        return weights
-    own = [param for param in module._parameters.values() if param is not None]
-    return own + [param for _, param in module.ds_external_parameters()]
