@@ -56,15 +56,6 @@ def add_adapters(vla: VLA, rank: int, alpha: float, seed: int) -> None:
     for name, param in vla.named_parameters():
         if name.split(".")[0] in BASE and not name.endswith(ADAPTER):
             param.requires_grad_(False)
-    for module in [*vla.blocks, vla.projector["projector"]]:
-        if any(isinstance(layer, Adapted) for layer in module.modules()):
-            module.register_forward_pre_hook(need_gradient)
-
-
-def need_gradient(module: nn.Module, inputs: tuple) -> None:
-    """What comes from frozen layers needs no gradient, and ZeRO-3 lets a module's weights go as soon as the
-    gradients of its inputs are known: where there are none, that is before the adapters had theirs."""
-    inputs[0].requires_grad_()
 
 
 def merged(base: Tensors, trained: Tensors, scale: float) -> Tensors:

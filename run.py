@@ -15,12 +15,14 @@ what the weights mean, and a config that says otherwise is refused.
 
 import json
 import math
+import os
 import sys
 import time
 import types
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import yaml
@@ -282,6 +284,12 @@ def memory_needed(vla: VLA, ds_config: dict) -> str:
         raise UserError(f"weights, gradients and optimizer take {needed:.1f} GB, of a GPU that has "
                         f"{there:.1f}: {LESS_MEMORY}")
     held["activations"] = activations(vla, "activation_checkpointing" in ds_config) * (2 if half else 4)
+    if on_host:  # float32 weights, moments, gradients; 2 bytes more, for PyTorch rounds up what is pinned
+        held["host"] = on_host * 18 * count / ranks[1] * int(os.environ["LOCAL_WORLD_SIZE"])
+        if held["host"] > (there := psutil.virtual_memory().total):
+            raise UserError(f"what is offloaded takes {held['host'] / 1e9:.1f} GB of a host that has "
+                            f"{there / 1e9:.1f}: offload less (zero3_partial_offload.json has a ratio), or "
+                            "train less (lora_rank: 32)")
     return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
 
 

@@ -202,7 +202,8 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         vla.compile_blocks(recompute)
     elif recompute:
         vla.recompute_activations()
-    gather_whole(vla.blocks)
+    if ds_config.get("zero_optimization", {}).get("stage") == 3:
+        gather_whole([*vla.stems, *vla.blocks])
     run.line(memory_needed(vla, ds_config))
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
     engine, *_ = deepspeed.initialize(model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),

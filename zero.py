@@ -206,6 +206,14 @@ def gather_whole(blocks: list[torch.nn.Module]) -> None:
     """Let ZeRO-3 bring the weights of each of these modules at once, and not matrix by matrix."""
     for block in blocks:
         set_z3_leaf_module(block, True)
+        if any(param.requires_grad for param in block.parameters()):
+            block.register_forward_pre_hook(need_gradient)
+
+
+def need_gradient(module: torch.nn.Module, inputs: tuple) -> None:
+    """DeepSpeed takes a block's gradients, and lets its weights go, when the gradient of its input is known.
+    What comes from data or frozen layers needs none: then it would take zeros, before there are any."""
+    inputs[0].requires_grad_()
 
 
 def adapt(engine) -> list[str]:

@@ -311,6 +311,21 @@ def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
         run.memory_needed(vla, ds_config)
 
 
+def test_host_memory_for_what_is_offloaded_is_told_and_too_much_refused(monkeypatch):
+    """Two machines of four ranks, and 60 % of the optimizer on the host."""
+    cfg = TrainConfig(**{key: value for key, value in MODEL.items() if key in SHAPE}, action_dim=7)
+    vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
+    vla.count_parameters = lambda: (10**9, 10**9)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    ds_config = json.loads((ROOT / "ds_configs/zero3_partial_offload.json").read_text())
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: SimpleNamespace(total=6 * 10**9))
+    assert run.memory_needed(vla, ds_config).endswith(" host_gb 5.4")
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**9))
+    with pytest.raises(UserError, match=r"takes 5.4 GB of a host that has 5.0: offload less"):
+        run.memory_needed(vla, ds_config)
+
+
 @pytest.mark.parametrize("image_size", [28, 112])
 def test_the_estimate_of_activations(image_size):
     """Against what PyTorch keeps for the backward pass."""
@@ -342,6 +357,7 @@ def test_the_estimate_of_activations(image_size):
 def test_what_other_ways_would_take_is_told(monkeypatch):
     """The log's line memory_if against what memory_needed says of models that are trained in these ways."""
     monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     cfg = TrainConfig(**{key: value for key, value in MODEL.items() if key in SHAPE}, action_dim=7)
 
     def make():

@@ -44,6 +44,7 @@ MODEL = {  # still smaller than TINY, with a layer at each end of the language m
     "llm_backbone": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
                      "num_hidden_layers": 3, "num_attention_heads": 2},
 }
+STEM = {"vit": {"model": "vit_tiny_r_s16_p8_224", "embed_dim": 16, "depth": 3, "num_heads": 1}}
 
 
 def cell(root, name, json_name, ranks=1, freezing="full", recompute=False, accumulation=1, bf16=True,
@@ -89,6 +90,8 @@ def compiled_cells(root):
     for name, recompute in (("zero2", True), ("zero3", False), ("zero3", True)):
         run = f"compiled-{name}-recompute{recompute:d}"
         cells |= cell(root, run, name, 2, recompute=recompute, bf16=False, compile=True)
+    for run, name, compiled in (("stem-zero1", "zero1", False), ("stem-zero3", "zero3", True)):
+        cells |= cell(root, run, name, 2, bf16=False, compile=compiled, image_size=64, vision_backbone=STEM)
     return cells
 
 
@@ -229,12 +232,13 @@ def test_a_run_computes_what_a_plain_loop_does(runs):
 
 
 def test_compiling_and_recomputing_change_nothing(runs):
-    """Nor does ZeRO-3, which puts another block's weights where one's were, change what autograd kept."""
-    expected = runs / "zero0-x2-full-recompute0-accumulation1"
-    for found in runs.glob("compiled-*"):
+    """Nor does ZeRO-3, which puts another block's weights where one's were, change what autograd kept. And
+    the gradients of a stem, whose input needs none, are not taken before they are there."""
+    plain, compiled = runs / "zero0-x2-full-recompute0-accumulation1", [*runs.glob("compiled-*")]
+    assert len(compiled) == 3
+    for found, expected in [*((run, plain) for run in compiled), (runs / "stem-zero3", runs / "stem-zero1")]:
         np.testing.assert_allclose(read(found), read(expected), rtol=1e-5, err_msg=found.name)
         np.testing.assert_allclose(read(found, "grad_norm"), read(expected, "grad_norm"), rtol=1e-4)
-    assert len([*runs.glob("compiled-*")]) == 3
 
 
 def test_memory_that_autograd_still_looks_at_is_not_used_again():

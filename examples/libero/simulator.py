@@ -12,6 +12,7 @@ import os
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; read once, when MuJoCo is imported
 
+import mujoco
 import numpy as np
 import robosuite.utils.transform_utils as transforms
 from libero.libero import benchmark
@@ -50,6 +51,10 @@ class Simulator:
         self.env = ControlEnv(suite_of(suite).get_task_bddl_file_path(task), use_camera_obs=draws,
                               has_offscreen_renderer=draws, hard_reset=False, camera_heights=image_size,
                               camera_widths=image_size, camera_names=[*CAMERAS.values()])
+        scene, model = mujoco.MjModel.from_xml_string(self.env.env.model.get_xml()), self.env.sim.model
+        names = {fixture.root_body for fixture in self.env.env.fixtures_dict.values()} & {*model.body_names}
+        self.furniture = {model.body_name2id(name): (scene.body(name).pos, scene.body(name).quat)
+                          for name in names}
         atexit.register(self.close)  # end OpenGL while Python still knows how
         for camera in CAMERAS.values() if draws else ():
             name = f"{camera}_image"
@@ -87,6 +92,10 @@ class Simulator:
         self.env.robots[0].initialization_noise["magnitude"] = joint_noise
         self.env.seed(seed)
         for _ in range(drawings):
+            # LIBERO adds where an object stands on a piece of furniture to where that stands now, taking for
+            # granted that the scene is new
+            for body, (place, turn) in self.furniture.items():
+                self.env.sim.model.body_pos[body], self.env.sim.model.body_quat[body] = place, turn
             self.seen = self.env.reset()
         gripper = self.env.robots[0].gripper  # how far it was told to close, the last time, is still there
         gripper.current_action = np.zeros_like(gripper.current_action)
