@@ -356,13 +356,17 @@ def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
                         "these, too, or start the job with deepspeed or torchrun")
     environ.setdefault("MASTER_PORT", "29500")
     environ.setdefault("LOCAL_RANK", "0")  # one process in each container
-    environ.setdefault("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE") or environ["WORLD_SIZE"])
+
+
+def ranks_here() -> int:
+    """How many of the job's ranks this machine runs; torchrun and deepspeed have a word each for it."""
+    environ = os.environ
+    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE", 1))
 
 
 def run_directory(cfg: TrainConfig) -> Path:
     """Where a run lives; its name is made as OpenVLA makes it."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    nodes = -(-ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    nodes = -(-int(os.environ.get("WORLD_SIZE", 1)) // ranks_here())
     name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
     name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     return Path(cfg.run_root_dir) / (name + "--image_aug" * cfg.image_aug)

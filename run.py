@@ -15,7 +15,6 @@ what the weights mean, and a config that says otherwise is refused.
 
 import json
 import math
-import os
 import sys
 import time
 import types
@@ -29,7 +28,7 @@ import yaml
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, save_checkpoint
-from config import TrainConfig, UserError, run_directory, walk
+from config import TrainConfig, UserError, ranks_here, run_directory, walk
 from data import Mixture
 from frames import take_lock
 from images import contact_sheet
@@ -285,7 +284,7 @@ def memory_needed(vla: VLA, ds_config: dict) -> str:
                         f"{there:.1f}: {LESS_MEMORY}")
     held["activations"] = activations(vla, "activation_checkpointing" in ds_config) * (2 if half else 4)
     if on_host:  # float32 weights, moments, gradients; 2 bytes more, for PyTorch rounds up what is pinned
-        held["host"] = on_host * 18 * count / ranks[1] * int(os.environ["LOCAL_WORLD_SIZE"])
+        held["host"] = on_host * 18 * count / ranks[1] * ranks_here()
         if held["host"] > (there := psutil.virtual_memory().total):
             raise UserError(f"what is offloaded takes {held['host'] / 1e9:.1f} GB of a host that has "
                             f"{there / 1e9:.1f}: offload less (zero3_partial_offload.json has a ratio), or "

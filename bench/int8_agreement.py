@@ -55,7 +55,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     said, dtypes = {}, {"float32": torch.float32, "bf16": torch.bfloat16}
-    print("| arithmetic | weights | as in | tokens | own tokens | actions | accuracy | largest lead |")
+    print("| arithmetic | weights | as in | tokens, % | own tokens, % | actions, % | accuracy, % "
+          "| largest lead |")
     print("|---|---|---|---:|---:|---:|---:|---:|")
     for dtype in dtypes:
         for weights, shrunk in SHRUNK.items():
@@ -65,7 +66,7 @@ def main() -> None:
             equal, own = forced == said[like][0], greedy == said[like][1]
             figures = (equal.mean(), own.mean(), own.all(1).mean(), (forced == true).mean())
             print(f"| {dtype} | {weights} | {', '.join(like)} | "
-                  + " | ".join(f"{100 * figure:.2f} %" for figure in figures)
+                  + " | ".join(f"{100 * figure:.2f}" for figure in figures)
                   + f" | {leads[~equal].max(initial=0):.3f} |", flush=True)
     print(f"frames {len(leads)} median_lead {np.median(leads):.2f}")
 

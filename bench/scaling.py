@@ -124,8 +124,8 @@ def frames_per_core(args, folder: Path) -> dict[str, float]:
 
 def table(rows: list[dict]) -> str:
     """Markdown, the ways in the order of the rows and the fewest GPUs first."""
-    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | of fewest "
-             "| MFU | GB | waits for data, s of a step | cores a GPU to load, and to augment |",
+    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | of fewest, % "
+             "| MFU, % | GB | waits for data, s of a step | cores a GPU to load, and to augment |",
              "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     order = list(dict.fromkeys(row["way"] for row in rows))
     for row in sorted(rows, key=lambda row: (order.index(row["way"]), row["ranks"])):
@@ -138,8 +138,8 @@ def table(rows: list[dict]) -> str:
                         key=lambda other: other["ranks"])
             waits = f"{row['data_seconds']:.3f} of {row['step_seconds']:.2f}" if "data_seconds" in row else ""
             figures = [f"{row['samples_per_second']:.1f}",
-                       f"{100 * row['samples_per_second'] / first['samples_per_second']:.0f} %",
-                       f"{100 * row['mfu']:.0f} %" if "mfu" in row else "", f"{row.get('gpu_gb', 0):.0f}",
+                       f"{100 * row['samples_per_second'] / first['samples_per_second']:.0f}",
+                       f"{100 * row['mfu']:.0f}" if "mfu" in row else "", f"{row.get('gpu_gb', 0):.0f}",
                        waits, f"{row['cores_plain']:.2f}, {row['cores_augmented']:.2f}"]
         lines.append(f"| {' | '.join([row['gpus'], name, *yes, str(row['micro']), *figures])} |")
     return "\n".join(lines)

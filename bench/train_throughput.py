@@ -192,7 +192,7 @@ def gpus(count: int) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown. GB: the peak on a GPU and, where it is much, of a rank's host memory."""
-    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | MFU | GB |",
+    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | MFU, % | GB |",
              "|---|---|---|---|---:|---:|---:|---:|"]
     for row in rows:
         name, micro, *switches = row["case"].split(":")
@@ -201,7 +201,7 @@ def table(rows: list[dict]) -> str:
         yes = ["yes" if on else "" for on in (recompute, "compile" in switches)]
         host = f" + {row['host_gb']:.0f} host" if row.get("host_gb", 0) > 20 else ""
         figures = [row["failed"], "", ""] if "failed" in row else [
-            f"{row['samples_per_second']:.1f}", f"{100 * row['mfu']:.0f} %" if "mfu" in row else "",
+            f"{row['samples_per_second']:.1f}", f"{100 * row['mfu']:.0f}" if "mfu" in row else "",
             f"{row.get('gpu_gb', 0):.0f}{host}"]
         lines.append(f"| {' | '.join([row['gpus'], name, *yes, micro, *figures])} |")
     return "\n".join(lines)

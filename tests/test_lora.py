@@ -357,7 +357,6 @@ def test_the_estimate_of_activations(image_size):
 def test_what_other_ways_would_take_is_told(monkeypatch):
     """The log's line memory_if against what memory_needed says of models that are trained in these ways."""
     monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     cfg = TrainConfig(**{key: value for key, value in MODEL.items() if key in SHAPE}, action_dim=7)
 
     def make():
