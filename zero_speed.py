@@ -213,7 +213,8 @@ class WeightsAhead:
     """
 
     def __init__(self):
-        self.order = []  # (module, weights), as they ask in this pass and, from `position` on, in the last
+        # (module, weights, their elements), as they ask in this pass and, from `position` on, in the last
+        self.order = []
         self.weights_below = {}  # block -> all weights in it, so that they are looked for once
         self.position = self.reached = 0  # in the order: whose turn is next, whose weights are to come next
         self.gathered = {}  # parameter -> its gathering: a handle, the memory, which parameters are in it
@@ -226,8 +227,9 @@ class WeightsAhead:
         """Before it computes."""
         if not (weights := self.weights_of(module)):
             return
-        if [turn for turn, _ in self.order[self.position: self.position + 1]] != [module]:
-            self.order[self.position:] = [(module, weights)]  # the first pass, or one that takes another way
+        if [turn for turn, *_ in self.order[self.position: self.position + 1]] != [module]:
+            size = sum(param.ds_numel for param in weights)
+            self.order[self.position:] = [(module, weights, size)]  # the first pass, or another way
             self.reached = self.position
         self.position += 1
         self.gather(weights)
@@ -236,13 +238,12 @@ class WeightsAhead:
                 self.wait(param)
             param.ds_active_sub_modules.add(module.ds_id)
         self.reached = max(self.reached, self.position)
-        coming = self.order[self.position: self.reached]
-        if sum(param.ds_numel for _, weights in coming for param in weights) < AHEAD:
+        if sum(size for *_, size in self.order[self.position: self.reached]) < AHEAD:
             self.gather_next()
 
     def release_sub_module(self, module, forward: bool = False) -> None:
         """After it has computed; unless its weights count as gathered for a turn that comes soon."""
-        again = any(module is other for other, _ in self.order[self.position: self.reached])
+        again = any(module is other for other, *_ in self.order[self.position: self.reached])
         for param in self.weights_of(module):
             param.ds_active_sub_modules.discard(module.ds_id)
             if not (again or param.ds_persist or param.ds_active_sub_modules):
@@ -289,8 +290,8 @@ class WeightsAhead:
         """Start to gather the next module's weights or, if they are small, those of several."""
         weights, size = [], 0
         while self.reached < len(self.order) and size < AHEAD:
-            more = self.order[self.reached][1]
-            weights, size = weights + more, size + sum(param.ds_numel for param in more)
+            _, more, elements = self.order[self.reached]
+            weights, size = weights + more, size + elements
             self.reached += 1
         self.gather(weights)
 
