@@ -2,16 +2,14 @@
 
     python examples/metaworld/ceiling.py --tasks handle-pull-side-v3 door-open-v3 --seeds 20
 
-A row is a task, a column a hindrance, a number the successes, with rollout.py's seeds and way of counting
-(last: the expert's steps, and the percentage of its frames with a state outside the percentiles):
+Successes, with rollout.py's seeds and way of counting; then steps, and % of frames with a clipped state:
 
     expert      the scripted expert as it is recorded, its actions clipped to [-1, 1]
     replay      its actions of that episode again, open loop, after another reset; replay_path: each after the
                 way of a policy's actions: normalised, clipped, one of 256 bins, and back; path: closed loop
     state_q99   the expert sees its hand where a policy does: clipped to the 1st and 99th percentile
     noise1, noise2      Gaussian noise of 0.1 or 0.2 on what is executed (demonstrations have 0.2)
-    chunk8, chunk16     noise 0.1, and a look only every 8 or 16 steps: the expert acts on in a copy of the
-                simulator, and what it does there is carried out, open loop
+    chunk8, chunk16     noise 0.1, a look every 8 or 16 steps: what the expert does in a copy, open loop
     still8      a look every 8 steps, without velocities and the controller's target: nothing seems to move
     off5, off10, off20  objects and goal seem off by 5, 10, 20 mm in each coordinate (standard deviation; one
                 error an episode); look10: off10, but drawn anew at each look, every 8 steps
@@ -55,6 +53,7 @@ class Scene(Simulator):
         mujoco.mj_getState(env.model, env.data, state, WHOLE)
         plain = {key: x for key, x in vars(env).items() if isinstance(x, np.ndarray | float | int)}
         here = copy.deepcopy((plain, {key: vars(self)[key] for key in ("state", "steps", "success_at")}))
+
         def back():
             mujoco.mj_setState(env.model, env.data, state, WHOLE)
             for owner, kept in zip((env, self), copy.deepcopy(here), strict=True):
@@ -91,9 +90,9 @@ class Scene(Simulator):
         while not self.over:
             error = off * rng.standard_normal(3) if anew else error
             for action in [self.ask(error, clipped)] if chunk == 1 else self.look_ahead(chunk, error, still):
-                disturbance = noise * rng.standard_normal(4) * [1, 1, 1, 0]
                 if not self.over:
-                    self.step((self.way(action) if path else action) + disturbance)
+                    action = self.way(action) if path else action
+                    self.step(action + noise * rng.standard_normal(4) * [1, 1, 1, 0])
         return self.success_at is not None
 
     def demonstrate(self, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,8 +144,7 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", default=["mt50"], help="names, or lists of them such as mt50")
     parser.add_argument("--seeds", type=int, default=20, help="episodes of each task and column")
     args = parser.parse_args()
-    print(stats := statistics(8))
-    print(f"{'':29s}", *HEAD, flush=True)
+    print(stats := statistics(8), f"\n{'':29s}", *HEAD, flush=True)
     for task in task_names(args.tasks):
         row = measure(task, args.seeds, stats)
         print(f"{task:29s}", *(f"{row[name]:{len(name)}.0f}" for name in HEAD), flush=True)
