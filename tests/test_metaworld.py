@@ -110,6 +110,31 @@ def test_noise_and_tail():
     assert not np.array_equal(plain[1]["observation"]["state"], noisy[1]["observation"]["state"])
 
 
+def test_the_first_picture_is_of_this_episode():
+    """Meta-World moves the goal last; what is seen before the first step must show where it is then."""
+    import mujoco
+
+    for task in ("reach-v3", "window-close-v3"):
+        simulator = Simulator(task, **CAMERA)
+        simulator.reset(4)
+        seen, state = simulator.observation(), simulator.state.copy()
+        mujoco.mj_forward(simulator.env.model, simulator.env.data)
+        assert seen["image"] == simulator.observation()["image"]
+        assert np.array_equal(state[:18], simulator.env._get_curr_obs_combined_no_goal())
+
+
+def test_the_tail_ends_when_the_time_is_up(monkeypatch):
+    recording, reset = {**RECORDING, "action_repeat": 1}, Simulator.reset
+    plain = make_dataset.record("reach-v3", 1, recording)["steps"]
+
+    def late(self, seed):
+        reset(self, seed)
+        self.steps = self.env.curr_path_length = 500 - len(plain) - 3
+
+    monkeypatch.setattr(Simulator, "reset", late)
+    assert len(make_dataset.record("reach-v3", 1, {**recording, "tail": 8})["steps"]) == len(plain) + 3
+
+
 def test_an_interrupted_recording_goes_on_to_the_same_bytes(tmp_path):
     def arguments(out):
         return ["--tasks", "reach-v3", "coffee-button-v3", "--episodes", "12", "--val_episodes", "1",

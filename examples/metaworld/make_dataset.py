@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
-from simulator import INSTRUCTIONS, Simulator, task_names
+from simulator import INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 
 from config import told_in_one_line
 from examples.recording import episodes_from, open_scratch, record_all
@@ -51,7 +51,7 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
     expert, rng = ENV_POLICY_MAP[task](), np.random.default_rng([seed, 1])  # not the positions' generator
     simulator.reset(seed)
     steps, after = [], 0
-    while not simulator.over or (simulator.success_at is not None and after < tail):
+    while simulator.steps < MAX_STEPS and (not simulator.over or after < tail):
         after += simulator.over
         action = np.clip(expert.get_action(simulator.state), -1, 1).astype(np.float32)
         steps.append({"observation": simulator.observation(), "action": action,

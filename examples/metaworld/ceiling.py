@@ -1,0 +1,150 @@
+"""What keeps a policy from 100 % before it has learned anything: the experts, hindered as a policy is.
+
+    python examples/metaworld/ceiling.py --tasks handle-pull-side-v3 door-open-v3 --seeds 20
+
+Successes, with rollout.py's seeds and way of counting; then steps, and % of frames with a clipped state:
+
+    expert      the scripted expert as it is recorded, its actions clipped to [-1, 1]
+    replay      its actions of that episode again, open loop, after another reset; replay_path: each after the
+                way of a policy's actions: normalised, clipped, one of 256 bins, and back; path: closed loop
+    state_q99   the expert sees its hand where a policy does: clipped to the 1st and 99th percentile
+    noise1, noise2      Gaussian noise of 0.1 or 0.2 on what is executed (demonstrations have 0.2)
+    chunk8, chunk16     noise 0.1, a look every 8 or 16 steps: what the expert does in a copy, open loop
+    still8      a look every 8 steps, without velocities and the controller's target: nothing seems to move
+    off5, off10, off20  objects and goal seem off by 5, 10, 20 mm in each coordinate (standard deviation; one
+                error an episode); look10: off10, but drawn anew at each look, every 8 steps
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
+
+import mujoco
+import numpy as np
+from metaworld.policies import ENV_POLICY_MAP
+from simulator import MAX_STEPS, TASKS, Simulator, task_names
+
+from action_tokenizer import ActionTokenizer, normalize, unnormalize
+from rlds import quantile
+
+FIRST_SEED, TAIL = 200_000, 8  # as in rollout.py; steps recorded after success, as in recipe.sh
+WHOLE, TOKENS = mujoco.mjtState.mjSTATE_INTEGRATION, ActionTokenizer(1000)
+HINDRANCES = {  # column -> arguments of Scene.play
+    "expert": {}, "path": {"path": True}, "state_q99": {"clipped": True}, "noise1": {"noise": 0.1},
+    "noise2": {"noise": 0.2}, "chunk8": {"noise": 0.1, "chunk": 8}, "chunk16": {"noise": 0.1, "chunk": 16},
+    "still8": {"chunk": 8, "still": True}, "off5": {"off": 0.005}, "off10": {"off": 0.01},
+    "off20": {"off": 0.02}, "look10": {"off": 0.01, "chunk": 8, "anew": True}}
+HEAD = ["replay", "replay_path", *HINDRANCES, "steps", "outside"]
+
+
+class Scene(Simulator):
+    """A task without cameras, with its expert, that can be put back to where it was."""
+
+    def __init__(self, task: str, stats: dict | None = None):
+        super().__init__(task, [], 0, 90, 1, renderer=object())
+        self.expert, self.stats = ENV_POLICY_MAP[task](), stats
+
+    def moment(self):
+        """What brings this moment back, when it is called."""
+        env, state = self.env, np.empty(mujoco.mj_stateSize(self.env.model, WHOLE))
+        mujoco.mj_getState(env.model, env.data, state, WHOLE)
+        plain = {key: x for key, x in vars(env).items() if isinstance(x, np.ndarray | float | int)}
+        here = copy.deepcopy((plain, {key: vars(self)[key] for key in ("state", "steps", "success_at")}))
+
+        def back():
+            mujoco.mj_setState(env.model, env.data, state, WHOLE)
+            for owner, kept in zip((env, self), copy.deepcopy(here), strict=True):
+                vars(owner).update(kept)
+        return back
+
+    def ask(self, error: np.ndarray | float = 0.0, clipped: bool = False) -> np.ndarray:
+        """The expert's action (4,) float32, when objects and goal seem elsewhere by so many metres."""
+        seen = self.state.copy()
+        seen[4:7], seen[-3:] = seen[4:7] + error, seen[-3:] + error
+        if clipped:
+            seen[:4] = np.clip(seen[:4], self.stats["proprio"]["q01"], self.stats["proprio"]["q99"])
+        return np.clip(self.expert.get_action(seen), -1, 1).astype(np.float32)
+
+    def look_ahead(self, count: int, error: np.ndarray, still: bool) -> list[np.ndarray]:
+        """The next `count` actions of an expert that nothing disturbs."""
+        back, actions = self.moment(), []
+        if still:
+            self.env.data.qvel[:], self.env.data.mocap_pos[0] = 0, self.state[:3]
+        while len(actions) < count and not self.over:
+            actions.append(self.ask(error))
+            self.step(actions[-1])
+        back()
+        return actions
+
+    def way(self, actions: np.ndarray) -> np.ndarray:
+        """Actions as they come out of a policy that says them without a mistake."""
+        tokens = TOKENS.encode(normalize(actions, self.stats["action"], "bounds_q99"))
+        return unnormalize(TOKENS.decode(tokens), self.stats["action"], "bounds_q99")
+
+    def play(self, rng, noise=0.0, chunk=1, off=0.0, anew=False, still=False, path=False, clipped=False):
+        """Go on to the end, hindered as the docstring at the top says: did it succeed?"""
+        error = off * rng.standard_normal(3)
+        while not self.over:
+            error = off * rng.standard_normal(3) if anew else error
+            for action in [self.ask(error, clipped)] if chunk == 1 else self.look_ahead(chunk, error, still):
+                if not self.over:
+                    action = self.way(action) if path else action
+                    self.step(action + noise * rng.standard_normal(4) * [1, 1, 1, 0])
+        return self.success_at is not None
+
+    def demonstrate(self, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """States (T, 4) and actions (T, 4) of an episode with its tail, as make_dataset.py records them."""
+        self.reset(seed)
+        states, actions, rng = [], [], np.random.default_rng([seed, 1])
+        while self.steps < MAX_STEPS and (not self.over or self.steps < self.success_at + TAIL):
+            states.append(self.state[:4].astype(np.float32))
+            actions.append(self.ask())
+            self.step(actions[-1] + (noise * rng.standard_normal(4) * [1, 1, 1, 0]).astype(np.float32))
+        return np.array(states), np.array(actions)
+
+
+def statistics(episodes: int) -> dict[str, dict]:
+    """What dataset_statistics.json would say of so many demonstrations of each of the 50 tasks."""
+    kept = []
+    for task in TASKS["mt50"]:
+        scene, seed, wanted = Scene(task), 0, len(kept) + episodes
+        while len(kept) < wanted:
+            episode, seed = scene.demonstrate(0.2, seed), seed + 1
+            kept += [episode] * (scene.success_at is not None)
+    states, actions = map(np.concatenate, zip(*kept, strict=True))
+    return {name: {"min": x.min(0), "max": x.max(0), "q01": quantile(x, 0.01), "q99": quantile(x, 0.99)}
+            for name, x in (("proprio", states), ("action", actions))}
+
+
+def measure(task: str, seeds: int, stats: dict) -> dict[str, float]:
+    """The row of a task."""
+    scene, row, state = Scene(task, stats), dict.fromkeys(HEAD, 0), stats["proprio"]
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        states, actions = scene.demonstrate(0.0, seed)
+        row["steps"] += (scene.success_at or MAX_STEPS) / seeds
+        row["outside"] += 100 * ((states < state["q01"]) | (states > state["q99"])).any(1).mean() / seeds
+        for name, again in (("replay", actions), ("replay_path", scene.way(actions))):
+            scene.reset(seed)
+            for action in again:
+                scene.step(action)
+            row[name] += scene.success_at is not None
+        scene.reset(seed)
+        back = scene.moment()
+        for name, how in HINDRANCES.items():
+            back()
+            row[name] += scene.play(np.random.default_rng([seed, 2]), **how)
+    return row
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=["mt50"], help="names, or lists of them such as mt50")
+    parser.add_argument("--seeds", type=int, default=20, help="episodes of each task and column")
+    args = parser.parse_args()
+    print(stats := statistics(8), f"\n{'':29s}", *HEAD, flush=True)
+    for task in task_names(args.tasks):
+        row = measure(task, args.seeds, stats)
+        print(f"{task:29s}", *(f"{row[name]:{len(name)}.0f}" for name in HEAD), flush=True)
