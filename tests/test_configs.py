@@ -122,7 +122,8 @@ def magic_soup(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("data_mix, count", [("oxe_magic_soup_plus", 27), ("oxe_magic_soup_plus_minus", 25)])
+@pytest.mark.parametrize("data_mix, count", [
+    ("oxe_magic_soup_plus", 27), pytest.param("oxe_magic_soup_plus_minus", 25, marks=pytest.mark.slow)])
 def test_magic_soup_trains_and_every_dataset_is_reported(data_mix, count, magic_soup, tmp_path):
     """20 steps of 32 samples with configs/oxe.yaml and a tiny model; the rarest dataset is one in 315."""
     values = {"inherits": str(CONFIGS / "oxe.yaml"), "base_vlm": None, **TINY_MODEL, "data_mix": data_mix,

@@ -128,7 +128,8 @@ def test_how_many_steps_are_given_is_a_function_of_the_sample(tmp_path):
     assert "prefix" not in TrainBatches(without, 8, 8, 0, 1)[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"parallel_decoding": True, "max_prefix": 2}])
+@pytest.mark.parametrize("changes", [
+    pytest.param({}, marks=pytest.mark.slow), {"parallel_decoding": True, "max_prefix": 2}])
 def test_it_learns_to_go_on_the_way_that_was_begun(changes, tmp_path):
     """Demonstrations pass a thing on the left or on the right, and nothing shows on which side they will."""
     f, draw = tfds.features, np.random.RandomState(0)
