@@ -17,7 +17,7 @@ from action_tokenizer import ActionTokenizer, normalize, unnormalize  # noqa: E4
 INK, GREY, LIGHT = "#222222", "#777777", "#f0f0f0"
 BLUE, GREEN, ORANGE, RED = "#cfe2f7", "#d5ecd2", "#ffe0b5", "#f6cfcf"
 WORDS = {
-    "en": {"image": "256 image patches", "prompt": "In: What action should the robot take to ...? Out:",
+    "en": {"image": "256 patches", "prompt": "In: What action should the robot ...? Out:",
            "input": "input", "says": "what is said", "label": "label", "none": "no label",
            "loss": "Of all that the model says, the loss compares 8 tokens with their labels",
            "one": "One number of one action, there and back", "robot": "the robot moved",
@@ -28,7 +28,7 @@ WORDS = {
            "stage": "ZeRO-{}", "weight": "weight", "gradient": "gradient", "copy": "float32 copy",
            "moments": "two moments", "each": "GPU {}: {} bytes", "zero": "Bytes that each of 4 GPUs keeps "
            "for a trained parameter; N GPUs divide by N"},
-    "zh": {"image": "256 个图像块", "prompt": "In: What action should the robot take to ...? Out:",
+    "zh": {"image": "256 个图像块", "prompt": "In: What action should the robot ...? Out:",
            "input": "输入", "says": "模型说出", "label": "标签", "none": "无标签",
            "loss": "模型在每个位置都预测下一个词元, 损失只比较其中 8 个",
            "one": "一个动作中的一个数: 去与回", "robot": "机器人移动了", "norm": "归一化",
