@@ -265,8 +265,8 @@ def step_of(line: str) -> float:
 
 
 def memory_needed(vla: VLA, ds_config: dict) -> str:
-    """For the log: what each GPU keeps all the time, in GB, and about what a batch's activations take. Raises
-    UserError where it has not even room for the first."""
+    """For the log, in GB: what each GPU keeps all the time, about what a batch's activations take, and what
+    is offloaded to the host. Raises UserError where there is no room for what is kept."""
     zero, count = ds_config.get("zero_optimization", {}), vla.count_parameters()[1]
     stage, half = zero.get("stage", 0), ds_config.get("bf16", {}).get("enabled", False)
     ranks = [dist.get_world_size() if stage >= divided else 1 for divided in range(4)]

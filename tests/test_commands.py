@@ -100,6 +100,7 @@ def run(command: str, folder: Path) -> str:
 def test_commands_are_found():
     assert len(RUN) >= 9 and len(commands()) > 50
     every = [command for _, command, _ in commands()]
+    assert not [command for command in every if subprocess.run(["bash", "-nc", command]).returncode]
     assert not [pattern for pattern in LEFT_OUT if not any(re.search(pattern, command) for command in every)]
 
 

@@ -99,9 +99,8 @@ def losses(runs: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("number, to", [
-    (signal.SIGTERM, "the deepspeed command"), (signal.SIGTERM, "everyone"),
-    *(pytest.param(*case, marks=pytest.mark.slow)
-      for case in ((signal.SIGTERM, "its child"), (signal.SIGUSR1, "rank 1"))),
+    (signal.SIGTERM, "the deepspeed command"), (signal.SIGTERM, "everyone"), (signal.SIGUSR1, "rank 1"),
+    pytest.param(signal.SIGTERM, "its child", marks=pytest.mark.slow),
 ])
 def test_a_signal_saves_and_ends_the_job(number, to, tiny, tmp_path, start):
     """SLURM signals every process of a job step; people, the one they started."""
@@ -216,7 +215,6 @@ def test_a_death_on_one_node_ends_the_other(tiny, tmp_path, nodes):
     assert status != 0 and seconds < 60 and "rank 0 ends because rank 1 ended" in text, text
 
 
-@pytest.mark.slow
 def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
     """One machine finds its index ready, another needs longer for it than a collective may take."""
     config, seconds = tiny(max_steps=1), 6

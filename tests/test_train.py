@@ -304,7 +304,6 @@ def test_an_unreadable_checkpoint_ends_all_ranks(finished, tmp_path):
 # Memory and cores
 
 
-@pytest.mark.slow
 def test_ten_times_the_data_takes_no_more_memory(tiny, tmp_path):
     """Host memory of the trainer on 400 and on 4,000 frames of 20 KB."""
     import tensorflow_datasets as tfds
@@ -349,7 +348,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 def test_ranks_share_the_cores_they_may_use(tmp_path):
     (tmp_path / "cores.py").write_text(CORES)
     plain = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

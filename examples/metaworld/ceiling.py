@@ -24,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 import mujoco
 import numpy as np
+from make_dataset import demonstrate
 from metaworld.policies import ENV_POLICY_MAP
 from simulator import MAX_STEPS, TASKS, Simulator, task_names
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
-from rlds import quantile
+from rlds import statistics
 
 FIRST_SEED, TAIL = 200_000, 8  # as in rollout.py; steps recorded after success, as in recipe.sh
 WHOLE, TOKENS = mujoco.mjtState.mjSTATE_INTEGRATION, ActionTokenizer(1000)
+FRAME = [("action", np.float32, 4), ("proprio", np.float32, 4)]
 HINDRANCES = {  # column -> arguments of Scene.play
     "expert": {}, "path": {"path": True}, "state_q99": {"clipped": True}, "noise1": {"noise": 0.1},
     "noise2": {"noise": 0.2}, "chunk8": {"noise": 0.1, "chunk": 8}, "chunk16": {"noise": 0.1, "chunk": 16},
@@ -95,35 +97,29 @@ class Scene(Simulator):
                     self.step(action + noise * rng.standard_normal(4) * [1, 1, 1, 0])
         return self.success_at is not None
 
-    def demonstrate(self, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """States (T, 4) and actions (T, 4) of an episode with its tail, as make_dataset.py records them."""
-        self.reset(seed)
-        states, actions, rng = [], [], np.random.default_rng([seed, 1])
-        while self.steps < MAX_STEPS and (not self.over or self.steps < self.success_at + TAIL):
-            states.append(self.state[:4].astype(np.float32))
-            actions.append(self.ask())
-            self.step(actions[-1] + (noise * rng.standard_normal(4) * [1, 1, 1, 0]).astype(np.float32))
-        return np.array(states), np.array(actions)
+    def frames(self, seed: int, noise: float) -> np.ndarray:
+        """Of an episode with its tail, as make_dataset.py records it: (T,) of FRAME."""
+        played = [(action, self.state[:4]) for action in demonstrate(self, self.expert, seed, noise, TAIL)]
+        return np.array(played, FRAME)
 
 
-def statistics(episodes: int) -> dict[str, dict]:
+def statistics_of(episodes: int) -> dict[str, dict]:
     """What dataset_statistics.json would say of so many demonstrations of each of the 50 tasks."""
     kept = []
     for task in TASKS["mt50"]:
         scene, seed, wanted = Scene(task), 0, len(kept) + episodes
         while len(kept) < wanted:
-            episode, seed = scene.demonstrate(0.2, seed), seed + 1
+            episode, seed = scene.frames(seed, 0.2), seed + 1
             kept += [episode] * (scene.success_at is not None)
-    states, actions = map(np.concatenate, zip(*kept, strict=True))
-    return {name: {"min": x.min(0), "max": x.max(0), "q01": quantile(x, 0.01), "q99": quantile(x, 0.99)}
-            for name, x in (("proprio", states), ("action", actions))}
+    return statistics(np.concatenate(kept), len(kept), np.ones(4, bool))
 
 
 def measure(task: str, seeds: int, stats: dict) -> dict[str, float]:
     """The row of a task."""
     scene, row, state = Scene(task, stats), dict.fromkeys(HEAD, 0), stats["proprio"]
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        states, actions = scene.demonstrate(0.0, seed)
+        episode = scene.frames(seed, 0.0)
+        states, actions = episode["proprio"], episode["action"]
         row["steps"] += (scene.success_at or MAX_STEPS) / seeds
         row["outside"] += 100 * ((states < state["q01"]) | (states > state["q99"])).any(1).mean() / seeds
         for name, again in (("replay", actions), ("replay_path", scene.way(actions))):
@@ -144,7 +140,7 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", default=["mt50"], help="names, or lists of them such as mt50")
     parser.add_argument("--seeds", type=int, default=20, help="episodes of each task and column")
     args = parser.parse_args()
-    print(stats := statistics(8), f"\n{'':29s}", *HEAD, flush=True)
+    print(stats := statistics_of(8), f"\n{'':29s}", *HEAD, flush=True)
     for task in task_names(args.tasks):
         row = measure(task, args.seeds, stats)
         print(f"{task:29s}", *(f"{row[name]:{len(name)}.0f}" for name in HEAD), flush=True)

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
@@ -39,25 +40,27 @@ def simulator_of(task: str, cameras: tuple, image_size: int, jpeg_quality: int,
     return Simulator(task, cameras, image_size, jpeg_quality, action_repeat)
 
 
-def record(task: str, seed: int, recording: dict) -> dict | None:
-    """One expert episode as RLDS steps; None when the expert failed.
-
-    What is executed may be perturbed by noise, so that demonstrations also show recoveries; what is recorded
-    is not.
-    """
-    noise, tail = recording["noise"], recording["tail"]
-    simulator = simulator_of(task, tuple(recording["cameras"]), recording["image_size"],
-                             recording["jpeg_quality"], recording["action_repeat"])
-    expert, rng = ENV_POLICY_MAP[task](), np.random.default_rng([seed, 1])  # not the positions' generator
+def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int) -> Iterator[np.ndarray]:
+    """Let the expert play one episode, and go on for `tail` steps; yields each action (4,) float32 before it
+    is executed. What is executed may be perturbed by noise, so that demonstrations also show recoveries."""
+    rng, after = np.random.default_rng([seed, 1]), 0  # not the positions' generator
     simulator.reset(seed)
-    steps, after = [], 0
     while simulator.steps < MAX_STEPS and (not simulator.over or after < tail):
         after += simulator.over
         action = np.clip(expert.get_action(simulator.state), -1, 1).astype(np.float32)
-        steps.append({"observation": simulator.observation(), "action": action,
-                      "language_instruction": INSTRUCTIONS[task], "is_first": not steps})
+        yield action
         disturbance = noise * rng.standard_normal(4) * [1, 1, 1, 0]
         simulator.step(action + disturbance.astype(np.float32))
+
+
+def record(task: str, seed: int, recording: dict) -> dict | None:
+    """One expert episode as RLDS steps; None when the expert failed."""
+    simulator = simulator_of(task, tuple(recording["cameras"]), recording["image_size"],
+                             recording["jpeg_quality"], recording["action_repeat"])
+    steps = []
+    for action in demonstrate(simulator, ENV_POLICY_MAP[task](), seed, recording["noise"], recording["tail"]):
+        steps.append({"observation": simulator.observation(), "action": action,
+                      "language_instruction": INSTRUCTIONS[task], "is_first": not steps})
     if simulator.success_at is None:
         return None
     last = len(steps) - 1
