@@ -67,21 +67,30 @@ def action_warnings(actions: np.ndarray, stats: Mapping, kind: str) -> list[str]
 
 def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping) -> np.ndarray:
     """Which dimensions look like places to go to, (A,) bool: never near zero, moving little from frame to
-    frame, or followed by the state. stats: of the actions."""
+    frame (and not as the state's changes do), or followed by the state. stats: of the actions."""
     episodes = episodes[:: len(episodes) // 256 + 1]
     rows = np.concatenate([np.arange(e["first"], e["first"] + e["count"] - 1) for e in episodes]).astype(int)
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
     if len(rows) < 2:
         return np.zeros(len(low), bool)
     actions, following = frames["action"][rows], frames["action"][rows + 1]
-    deviation = np.maximum(actions.std(0), 1e-9)
-    smooth = np.abs(following - actions).mean(0) < 0.12 * deviation
+    smooth = np.abs(following - actions).mean(0) < 0.12 * np.maximum(actions.std(0), 1e-9)
     followed = np.zeros_like(smooth)
     if "proprio" in frames.dtype.names:
-        state = frames["proprio"][rows + 1]
-        both = np.nan_to_num(np.cov(actions.T, state.T))[: len(low), len(low) :]
-        followed = (both / deviation[:, None] / np.maximum(state.std(0), 1e-9) > 0.98).any(1)
+        state, before = frames["proprio"][rows + 1], frames["proprio"][rows]
+        with_place = correlation(actions, state)
+        with_change = correlation(actions, state - before).max(1)
+        followed = (with_place > 0.98).any(1)
+        # a velocity may be smooth, too: but then the state's changes are more like it than the state (by a
+        # margin: on a circle, the change of y is like x)
+        smooth &= (with_change < 0.7) | (with_change < np.abs(with_place).max(1) + 0.15)
     return (high > low) & ((low > 0) | (high < 0) | smooth | followed)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each column of (N, A) with each of (N, B) -> (A, B); 0 for a column that is constant."""
+    both = np.nan_to_num(np.cov(a.T, b.T))[: a.shape[1], a.shape[1] :]
+    return both / np.maximum(a.std(0), 1e-9)[:, None] / np.maximum(b.std(0), 1e-9)
 
 
 def target_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray

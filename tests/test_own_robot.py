@@ -240,6 +240,23 @@ def test_absolute_joints_said_to_be_changes_are_warned_of(speed, named, opened, 
     assert not opened({"absolute": 0}).warnings  # one action at a time: there is nothing past the end
 
 
+@pytest.mark.parametrize("changes", [True, False])
+def test_held_velocities_are_no_places(changes, opened, tmp_path):
+    """Smooth, both: a velocity that is held for long, with what the arm did of it, noisily; and places on a
+    circle, which the arm is late to reach, so that the change of its y is like their x."""
+    random = np.random.RandomState(3)
+    phase = [0.1 * np.arange(80)[:, None] - np.pi / 2 * np.arange(2) + e for e in range(20)]
+    if changes:
+        actions = [np.clip(4 * np.sin(angle), -1, 1) for angle in phase]
+        states = [np.cumsum(rows + 0.3 * random.randn(*rows.shape), 0) - rows for rows in actions]
+    else:
+        actions, states = [np.cos(angle) for angle in phase], [np.cos(angle - 0.5) for angle in phase]
+    write_arm(tmp_path, actions, observation={
+        "state": (F.Tensor(shape=(2,), dtype=np.float32), lambda e, t: np.float32(states[e][t]))})
+    mixture = opened({"action": "action", "state": "state", "absolute": 0}, action_chunk=4, use_proprio=True)
+    assert ["dimensions 0-1 look" in line for line in mixture.warnings] == [True] * (not changes)
+
+
 @pytest.mark.parametrize("action, target, raw", [
     ("action[:2], action[2:5] target, action[5:6] target raw, action[6:]", "..tttt.", ".....r."),
     ("action[:1] target raw, action[1:]", "t......", "r......"),
