@@ -7,6 +7,7 @@ program: data, model, engine, then the loop. Running the same command again resu
 checkpoint. Also starts under torchrun, or as plain `python train_vla.py ...` on one device.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -206,8 +207,9 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         gather_whole([*vla.stems, *vla.blocks])
     run.line(memory_needed(vla, ds_config))
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
-    engine, *_ = deepspeed.initialize(model=vla, model_parameters=parameter_groups(vla, cfg.weight_decay),
-                                      config=ds_config)
+    with contextlib.redirect_stdout(None):  # and would print 18 lines on memory: the lines above say it
+        engine, *_ = deepspeed.initialize(model=vla, config=ds_config,
+                                          model_parameters=parameter_groups(vla, cfg.weight_decay))
     for note in adapt(engine):
         run.line(note)
     count, trainable = vla.count_parameters()

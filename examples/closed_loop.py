@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
@@ -81,8 +82,10 @@ def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80)
 
     films: (instruction, what encode_film has written, did it succeed?)."""
     few = len(films) <= 12
-    columns, side, line = (min(3, len(films)), SIDE, 24) if few else (10, 96, 0)
-    films = [(words, read_film(path, side), success) for words, path, success in films]
+    columns, side = (min(3, len(films)), SIDE) if few else (10, 96)
+    films = [(textwrap.wrap(words, 34) if few else [], read_film(path, side), success)
+             for words, path, success in films]
+    line = max(17 * len(words) + 7 for words, _, _ in films) if few else 0  # of height, above each picture
     longest = max(len(film) for _, film, _ in films)
     solved = max((len(film) for _, film, success in films if success), default=longest)
     shown = min(longest, 3 * solved // 2)
@@ -93,8 +96,7 @@ def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80)
         for i, (words, film, success) in enumerate(films):
             x, y = i % columns * side, i // columns * (side + line)
             sheet.paste(film[min(moment, len(film) - 1)], (x, y + line))
-            if few:
-                pen.text((x + 4, y + 4), words, "black", font)
+            pen.multiline_text((x + 4, y + 2), "\n".join(words), "black", font)
             if moment >= len(film) - 1:
                 colour = "#00c000" if success else "#e00000"
                 pen.rectangle((x, y + line, x + side - 1, y + line + side - 1), outline=colour, width=4)
