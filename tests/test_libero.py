@@ -243,6 +243,24 @@ def test_what_stands_on_furniture_is_drawn_where_libero_draws_it():
     python(None, ANEW)
 
 
+SCENES = """
+import psutil
+from expert import succeeds
+succeeds("libero_object", 0, [0])
+first = psutil.Process().memory_info().rss
+for task in (1, 2, 3):
+    succeeds("libero_object", task, [0])
+print((psutil.Process().memory_info().rss - first) / 1e6)
+"""
+
+
+@needs_libero
+@pytest.mark.slow
+def test_one_scene_at_a_time_stays_in_memory():
+    """A scene takes about a gigabyte."""
+    assert float(python(None, SCENES).stdout.split()[-1]) < 700
+
+
 @needs_libero
 @pytest.mark.slow
 def test_the_expert_succeeds():

@@ -138,6 +138,7 @@ def succeeds(suite: str, task: int, trials: list[int]) -> list[int | None]:
         while not simulator.solved and simulator.steps - begun < MAX_STEPS[suite]:
             simulator.step(expert.act(), look=False)
         steps.append(simulator.steps - begun if simulator.solved else None)
+    simulator.close()
     return steps
 
 

@@ -8,6 +8,7 @@ cameras at every step and builds the scene anew for every episode, which is near
 
 import atexit
 import functools
+import gc
 import os
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; read once, when MuJoCo is imported
@@ -122,3 +123,5 @@ class Simulator:
         """Make room for another simulator."""
         atexit.unregister(self.close)
         self.env.close()
+        del self.env
+        gc.collect()  # a scene is a gigabyte, whose parts know one another
