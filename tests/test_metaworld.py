@@ -23,7 +23,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 EXAMPLE = ROOT / "examples/metaworld"
 sys.path.insert(0, str(EXAMPLE))
 CAMERA = {"cameras": ["image", "gripperPOV"], "image_size": 32, "jpeg_quality": 90, "action_repeat": 4}
-RECORDING = {**CAMERA, "noise": 0.0, "tail": 0}
+RECORDING = {**CAMERA, "noise": 0.0, "tail": 0, "experts": "metaworld"}
 
 try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its first context
     import make_dataset
@@ -108,6 +108,24 @@ def test_noise_and_tail():
     assert len(long) == len(plain) + 3 and long[-1]["is_last"] and not long[-2]["is_last"]
     assert np.array_equal(plain[0]["action"], noisy[0]["action"])  # the expert's, not what was executed
     assert not np.array_equal(plain[1]["observation"]["state"], noisy[1]["observation"]["state"])
+
+
+def test_our_experts_end_inside_the_goal_and_do_not_turn_round():
+    def played(task, whose):
+        recording = {**RECORDING, "tail": 40, "action_repeat": 1, "experts": whose}
+        return make_dataset.record(task, 1, recording)["steps"]
+
+    for task in ("reach-v3", "reach-wall-v3"):
+        simulator = make_dataset.simulator_of(task, (*CAMERA["cameras"],), 32, 90, 1)
+        above = {}
+        for whose in ("metaworld", "ours"):
+            hand = played(task, whose)[-1]["observation"]["state"][:3]
+            above[whose] = hand - simulator.state[-3:]
+        np.testing.assert_allclose(above["ours"] - above["metaworld"], [0, 0, 0.045], atol=0.01)
+        assert np.linalg.norm(simulator.env.tcp_center - simulator.state[-3:]) < 0.015  # success: 0.05
+    turns = {whose: np.sum(np.diff([step["action"][2] > 0 for step in played("handle-pull-side-v3", whose)]))
+             for whose in above}
+    assert turns["ours"] <= 5 < turns["metaworld"]
 
 
 def test_the_first_picture_is_of_this_episode():

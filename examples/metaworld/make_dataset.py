@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
 import numpy as np
-from metaworld.policies import ENV_POLICY_MAP
+from experts import expert_of
 from simulator import INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 
 from config import told_in_one_line
@@ -58,7 +58,8 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
     simulator = simulator_of(task, tuple(recording["cameras"]), recording["image_size"],
                              recording["jpeg_quality"], recording["action_repeat"])
     steps = []
-    for action in demonstrate(simulator, ENV_POLICY_MAP[task](), seed, recording["noise"], recording["tail"]):
+    expert = expert_of(task, recording["experts"] == "ours")
+    for action in demonstrate(simulator, expert, seed, recording["noise"], recording["tail"]):
         steps.append({"observation": simulator.observation(), "action": action,
                       "language_instruction": INSTRUCTIONS[task], "is_first": not steps})
     if simulator.success_at is None:
@@ -101,13 +102,15 @@ def main() -> None:
     parser.add_argument("--jpeg_quality", type=int, default=95)
     parser.add_argument("--action_repeat", type=int, default=1, help="simulator steps per recorded step")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, on executed velocities")
+    parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld",
+                        help="who demonstrates reach, reach-wall and handle-pull-side: experts.py")
     parser.add_argument("--tail", type=int, default=0, help="recorded steps after success")
     parser.add_argument("--name", default="metaworld_demo")
     parser.add_argument("--out", type=Path, default=Path("datasets"))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     recording = {key: getattr(args, key) for key in
-                 ("cameras", "image_size", "jpeg_quality", "action_repeat", "noise", "tail")}
+                 ("cameras", "image_size", "jpeg_quality", "action_repeat", "noise", "tail", "experts")}
     scratch = args.out / f".{args.name}.episodes"
     with told_in_one_line():
         tasks = task_names(args.tasks)

@@ -72,7 +72,8 @@ def play(connection: Connection) -> None:
 class Player:
     """A trained policy, asked in the way its training data were recorded."""
 
-    def __init__(self, checkpoint: str, recording: Path | None, execute: int | None, device: str):
+    def __init__(self, checkpoint: str, recording: Path | None, execute: int | None, device: str,
+                 in_8_bits: bool = False):
         """recording: recording.json of the dataset; default: found through the run's data_root_dir. execute:
         how many actions of a predicted chunk are carried out before the next look; default: half of them."""
         import torch
@@ -82,7 +83,7 @@ class Player:
         from frames import find_dataset
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.policy = load_vla(checkpoint, device=device, dtype=dtype)
+        self.policy = load_vla(checkpoint, device, dtype, in_8_bits)
         cfg = self.cfg = self.policy.cfg
         if len(self.policy.norm_stats) > 1:
             raise UserError(f"{checkpoint} learned {sorted(self.policy.norm_stats)}, not Meta-World alone")
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--int8", action="store_true", help="the language model's weights in 8 bits")
     args = parser.parse_args()
     import torch
 
@@ -228,11 +230,11 @@ def main() -> None:
     with told_in_one_line():
         tasks = task_names(args.tasks)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        player = Player(args.checkpoint, args.recording, args.execute, device)
+        player = Player(args.checkpoint, args.recording, args.execute, device, args.int8)
         checkpoint = Path(open_weights(args.checkpoint).tensors.where)
         out = args.out or checkpoint.parents[1] / f"rollouts-{checkpoint.name}"
         conditions = {"checkpoint": str(checkpoint), "execute": player.execute, "trials": args.trials,
-                      **player.camera, "device": device}
+                      **player.camera, "device": device, "int8": args.int8}
         open_folder(out, conditions)
     jobs = [(task, seed) for seed in args.seeds for task in tasks]
     paths = {job: out / "{}-{}.json".format(*job) for job in jobs}
