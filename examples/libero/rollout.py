@@ -139,14 +139,16 @@ def run(player, suite: str, protocol: Protocol, jobs: list[tuple[int, int, int]]
 class Player:
     """A policy in this process. Its cameras and `size`: what it wants to see."""
 
-    def __init__(self, checkpoint: str, device: str, unnorm_key: str | None, suite: str, execute: int | None):
+    def __init__(self, checkpoint: str, device: str, unnorm_key: str | None, suite: str, execute: int | None,
+                 in_8_bits: bool):
         """execute: how many actions of a predicted chunk are carried out before the next look; default: all
         """
         import torch
 
         from act import load_vla
 
-        self.policy = load_vla(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.policy = load_vla(checkpoint, device, dtype, in_8_bits)
         cfg = self.policy.cfg
         self.key = statistics_key([*self.policy.norm_stats], unnorm_key, suite)
         if cfg.window_size > 1:
@@ -284,6 +286,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: a folder in the run, or in this one")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--int8", action="store_true", help="the language model's weights in 8 bits")
     points = parser.add_argument_group("the protocol; the defaults are OpenVLA's")
     default = Protocol()
     points.add_argument("--image_size", type=int, default=default.image_size, help="pixels, drawn")
@@ -339,12 +342,12 @@ def open_player(args: argparse.Namespace) -> tuple[Player | Remote, dict, Path]:
     from weights import open_weights
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    player = Player(args.checkpoint, device, args.unnorm_key, args.suite, args.execute)
+    player = Player(args.checkpoint, device, args.unnorm_key, args.suite, args.execute, args.int8)
     where = Path(str(open_weights(args.checkpoint).tensors.where))
     out = Path(f"rollouts-{args.suite}")
     if (where / "checkpoint.json").exists():  # of a run of this project
         out = where.parents[1] / f"{out}-{where.name}"
-    return player, {"checkpoint": str(where), "device": device}, args.out or out
+    return player, {"checkpoint": str(where), "device": device, "int8": args.int8}, args.out or out
 
 
 def protocol_of(args: argparse.Namespace, player: Player | Remote) -> Protocol:
