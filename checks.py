@@ -58,7 +58,7 @@ def action_warnings(actions: np.ndarray, stats: Mapping, kind: str) -> list[str]
                        "cut off, and will never be commanded: action_normalization: bounds")
         elif cut > 0.05:
             problem = (f"{reach}: {cut:.0%} of its values are cut off by the normalisation {kind!r}: "
-                       "action_normalization: bounds_q99")
+                       f"action_normalization: {'bounds' if kind == 'bounds_q99' else 'bounds_q99'}")
         else:
             continue
         found.append(f"action dimension {d} {problem}")
@@ -105,6 +105,39 @@ def target_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, ta
             "its range"] if len(dims) else []
 
 
+def turn_warnings(actions: np.ndarray, episodes: np.ndarray, target: np.ndarray) -> list[str]:
+    """One line for each dimension that goes round: an angle that jumps from pi to -pi, or a difference of
+    such angles. Either is then scaled to its jumps, and what moves the robot is left a bin or two."""
+    inside = np.ones(len(actions), bool)
+    inside[episodes["first"][episodes["count"] > 0]] = False  # no step leads from one episode to the next
+    found = []
+    for d, values in enumerate(actions.T):
+        steps = np.abs(np.diff(values, prepend=values[:1])[inside] if target[d] else values)
+        for turn, name in ((2 * np.pi, "2 pi"), (360, "360")):
+            far = steps[steps > turn / 2]  # a jump is nearly a whole turn, and nothing is half of one
+            if len(far) and far.min() > 0.9 * turn and far.max() <= 1.001 * turn:
+                found.append(f"action dimension {d} jumps by about {name} in {len(far)} frames, as an angle "
+                             "that goes round: record it so that it does not (numpy.unwrap in each episode, "
+                             "or counted from where the robot never is)")
+    return found
+
+
+def frame_warnings(frames: np.ndarray, episodes: np.ndarray, cameras: list[str | None],
+                   instructions: list[str]) -> list[str]:
+    """One line for each camera that has no picture in some frames, and for texts that are missing at some
+    steps alone."""
+    found = []
+    for camera, key in enumerate(cameras):
+        if key is not None and (empty := int((frames["length"][:, camera] == 0).sum())):
+            found.append(f"{key} has no picture in {empty} of {len(frames)} frames: they are shown as black")
+    shown = np.repeat(episodes["labeled"], episodes["count"])
+    blank = [number for number, text in enumerate(instructions) if not text.strip()]
+    if count := int(np.isin(frames["instruction"][shown], blank).sum()):
+        found.append(f"{count} frames have no instruction where others of their episode have one: they are "
+                     "trained on without words")
+    return found
+
+
 def spans(numbers: np.ndarray) -> str:
     """Ascending numbers in short: 0-2, 7."""
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
@@ -114,7 +147,13 @@ def spans(numbers: np.ndarray) -> str:
 def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray
                    ) -> dict[str, list[str]]:
     """All warnings of a frame table: for each kind of normalisation, and "chunks", those that matter only
-    where several actions are predicted at once. stats: "action" of its statistics; target: (A,) bool."""
-    kinds = ("bounds_q99", "bounds", "normal")
-    found = {kind: action_warnings(frames["action"], stats, kind) for kind in kinds}
-    return found | {"chunks": target_warnings(frames, episodes, stats, target)}
+    where several actions are predicted at once. stats: its statistics; target: (A,) bool."""
+    kinds, actions, state = ("bounds_q99", "bounds", "normal"), stats["action"], stats["proprio"]
+    turns = turn_warnings(frames["action"], episodes, target)
+    found = {kind: action_warnings(frames["action"], actions, kind) + turns for kind in kinds}
+    still = np.flatnonzero(np.array(state["min"]) == np.array(state["max"]))
+    if "proprio" in frames.dtype.names and len(still):  # it is divided by nearly nothing
+        found["normal"].append(f"state dimensions {spans(still)} never change: 'normal' makes huge numbers "
+                               "of whatever else they are when it acts: leave them out in `state`, or choose "
+                               "action_normalization: bounds_q99")
+    return found | {"chunks": target_warnings(frames, episodes, actions, target)}

@@ -289,10 +289,15 @@ def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     mixture.proprio_dim = cfg.proprio_dim
     for name, ours in mixture.statistics.items():
         theirs = policy.norm_stats.setdefault(name, ours)  # one that it does not know: see `main`
+        if cfg.use_proprio:
+            width, known = (len(stats["proprio"]["mean"]) for stats in (ours, theirs))
+            if width != known or width > cfg.proprio_dim:
+                raise DataError(f"{name}: its state has {width} numbers, the model's "
+                                f"{min(known, cfg.proprio_dim)}: correct `state` in its recipe")
         if train and not all(np.allclose(ours["action"][key], theirs["action"][key], rtol=1e-3, atol=1e-6)
-                             for key in ("q01", "q99")):
-            print(f"warning: {name}: not the dataset that the model was trained on: its actions have other "
-                  "quantiles; the model's are used")
+                             for key in ("q01", "q99", "mean")):  # the mean: of a gripper, inverted or not
+            print(f"warning: {name}: not the dataset that the model was trained on, or another recipe: its "
+                  "actions have other statistics; the model's are used")
         mixture.statistics[name] = theirs
     return mixture
 

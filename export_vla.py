@@ -57,8 +57,8 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         raise CheckpointError(f"{out} exists: remove it or name another directory")
     weights = open_weights(where)
     cfg = TrainConfig(**{"action_dim": 7, **weights.config})  # OpenVLA's files leave the 7 unsaid
-    scratch = out.with_name(out.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = out.with_name(f".{out.name}.export")  # a name that nobody else has given a folder
+    shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
     scratch.mkdir(parents=True)
     try:
         refuse_small_disk(weights, scratch, dtype, copies=1 if format == "hf" else 2)

@@ -163,12 +163,14 @@ def writable_root(directory: Path, roots: list[Path]) -> Path:
 
 
 def known_bad_episodes(roots: list[Path], listing: list[tuple]) -> dict[str, dict[str, str]]:
-    """What `data.py --check` found, {file: {record: reason}}, unless the files have changed since."""
-    for file in (root / "bad_episodes.json" for root in roots):
-        if file.exists():
-            found = json.loads(file.read_text())
-            return found["bad"] if found["files"] == [[*entry] for entry in listing] else {}
-    return {}
+    """What `data.py --check` found of just these files, {file: {record: reason}}."""
+    found = (bad_episodes_file(root, listing) for root in roots)
+    return next((json.loads(file.read_text()) for file in found if file.exists()), {})
+
+
+def bad_episodes_file(root: Path, listing: list[tuple]) -> Path:
+    """Where `data.py --check` keeps what it finds; an index_dir may hold several versions of a dataset."""
+    return root / f"bad_episodes-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.json"
 
 
 def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:

@@ -6,7 +6,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
@@ -22,7 +22,10 @@ def decode_native(data: bytes) -> np.ndarray:
     """
     if data.startswith(b"\xff\xd8"):  # whatever comes after its end, which simplejpeg.is_jpeg minds
         return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
-    image = Image.open(io.BytesIO(data))
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # which would tell where in memory it lies
+        raise ValueError(f"no JPEG or PNG: it begins with {data[:8]!r}") from None
     if image.mode == "I;16":  # depth, for example: its upper eight bits, as TensorFlow
         image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))

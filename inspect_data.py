@@ -27,6 +27,7 @@ from config import Recipe, UserError, find_input, load_config, told_in_one_line
 from frames import (
     DataError,
     FrameTable,
+    bad_episodes_file,
     data_files,
     end_with_parent,
     find_dataset,
@@ -67,7 +68,13 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
         known, kind = oxe.DATASETS, "bounds_q99"
     if mixture is None and data_mix is None and not (folder / "features.json").exists():
         folder, data_mix = folder.parent, folder.name  # the folder that holds the versions
-    if mixture and not (folder / folder.name).exists():  # one dataset of the mixture is asked for
+    if mixture and (folder / "features.json").exists():  # a version of one of them
+        name = folder.resolve().parent.name
+        mixture = [entry for entry in mixture if entry[0].partition(":")[0] == name] or mixture
+        if len(mixture) > 1:
+            raise UserError(f"{folder}: is it one of {', '.join(name for name, *_ in mixture)}? Say so with "
+                            "--data_mix NAME")
+    elif mixture and not (folder / folder.name).exists():  # one dataset of the mixture is asked for
         only = [(name, *rest) for name, *rest in mixture if name.partition(":")[0] == folder.name]
         mixture, folder = (only, folder.parent) if only else (mixture, folder)
     subjects = []
@@ -75,6 +82,8 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
         directory = find_dataset(folder, name)
         name = name.partition(":")[0] or directory.resolve().parent.name
         recipe, source = known.get(name), config if config and name in cfg.datasets else "registered"
+        if config and recipe and not cfg.use_proprio and recipe.state == Recipe().state:
+            recipe = replace(recipe, state="0")  # it is neither named nor used
         subjects.append(Subject(name, directory, recipe or guess_recipe(step_features(directory), directory),
                                 source if recipe else "guessed", kind))
     return subjects
@@ -83,21 +92,22 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
 # ---- Guessing ----------------------------------------------------------------------------------------------
 
 
-def guess_recipe(features: dict[str, Feature], directory: Path) -> Recipe:
-    """A recipe for a dataset nobody described: its images by name, else in order; its `action`; whatever text
-    there is. Raises DataError where that is not enough."""
+def guess_recipe(features: dict[str, Feature], directory: Path, action: str | None = None) -> Recipe:
+    """A recipe for a dataset nobody described: its images by name, else in order; its `action`, unless that
+    is known; whatever text there is. Raises DataError where that is not enough."""
     steps = {name: feature for name, feature in features.items() if feature.of_step}
     images = [relative(name) for name, feature in steps.items() if feature.kind == "Image"]
+    images.sort(key=lambda name: "depth" in name.lower())  # what is no colour picture comes last
     texts = [name for name, feature in steps.items() if feature.kind == "Text"]
     texts += [name for name, feature in features.items()
               if feature.kind == "Text" and not feature.of_step and any(part in name for part in TEXTS)]
     texts.sort(key=lambda name: [part not in name for part in TEXTS])
-    actions = [name for name in ("action", "actions") if name in steps]
+    actions = [name for name in (action, "action", "actions") if name in steps]
     if not (actions and texts and images):
         raise DataError(f"{directory}: cannot guess what is action, image and instruction in "
                         f"{sorted(features)}: describe it under `datasets:` in a YAML, and say --config")
     states = [relative(name) for name in ("observation/state", "observation/proprio", "state")
-              if name in steps]
+              if name in steps and steps[name].dtype.kind in "biuf" and None not in steps[name].shape]
     wrist = [name for name in images if any(part in name.lower() for part in WRIST)]
     outside = [name for name in images if name not in wrist]
     named = dict(zip(("primary", "secondary"), outside, strict=False))
@@ -188,7 +198,10 @@ def other_warnings(table: FrameTable) -> list[str]:
     still = np.abs(motion[:, moving]) < 1e-3 * spread[moving]
     idle = still.all(1).mean() if moving.any() else 0.0
     unlabeled = int((~table.episodes["labeled"] & (table.episodes["count"] > 0)).sum())
-    found = []
+    found = [*table.warnings["frames"]]
+    if unused := sorted(set(table.splits) - {"train", "val"}):
+        found.append(f"nothing is trained or evaluated on its split {', '.join(unused)}, but statistics "
+                     "count it: what is to be held out must be called val")
     if idle > 0.05:
         found.append(f"{idle:.0%} of all frames command no motion: policies copy such pauses; remove them")
     if unlabeled:
@@ -233,9 +246,9 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     for file, record, reason in bad:
         listed.setdefault(file, {})[str(record)] = reason
         print(f"bad episode {table.directory / file}: record {record}: {reason}")
-    root = writable_root(directory, roots)
-    if listed or (root / "bad_episodes.json").exists():
-        (root / "bad_episodes.json").write_text(json.dumps({"files": listing, "bad": listed}, indent=1))
+    file = bad_episodes_file(writable_root(directory, roots), listing)
+    if listed or file.exists():
+        file.write_text(json.dumps(listed, indent=1))
     print(f"checked {subject.name} episodes {len(table.episodes)} frames {len(table.frames)} bad_episodes "
           f"{len(bad) + len(table.bad)}" + (" (skip_bad_episodes: true leaves them out)" if bad else ""))
     return len(bad) + len(table.bad)
@@ -274,6 +287,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
     args = parser.parse_args()
     with told_in_one_line():
+        if args.out.suffix not in (".png", ".jpg"):
+            raise UserError(f"--out {args.out}: expected a .png")
         subjects = find_subjects(args.inspect or args.check, args.data_mix, args.config)
         if args.check:
             if sum(check_dataset(subject, args.index_dir) for subject in subjects):

@@ -79,6 +79,8 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
     for name, recipe in own.items():
         try:
             check_recipe(recipe)
+            if recipe.skip_idle and "droid" not in name:  # see is_idle
+                raise UserError("skip_idle: knows DROID's pauses alone: remove it, and record no pauses")
         except UserError as error:
             raise UserError(f"datasets: {name}: {error}") from None
     known, mixture = {**DATASETS, **own}, []
@@ -140,12 +142,13 @@ def find_datasets(cfg: TrainConfig) -> list[tuple[str, float, Recipe, Path]]:
 def mixture_warnings(cfg: TrainConfig, names: list[str], recipes: list[Recipe], tables: list[FrameTable]
                      ) -> list[str]:
     """All that a log should say of the datasets at its start, each line beginning with one's name."""
-    found = [f"{name}: left out: {why}" for name, why in left_out(cfg.data_mix).items()]
+    found = [f"{name}: left out: {why}" for name, why in left_out(cfg.data_mix).items()
+             if name not in cfg.datasets]  # a user's own may have its name
     for name, recipe, table in zip(names, recipes, tables, strict=True):
         lines = [f"left out {len(table.bad)} bad episodes, the first: {table.bad[0]}"] if table.bad else []
         if not any(recipe.camera_keys(cfg.cameras)):
             lines.append(f"its recipe has no {' or '.join(cfg.cameras)} camera: its images are black")
-        lines += table.warnings[cfg.action_normalization]
+        lines += table.warnings[cfg.action_normalization] + table.warnings["frames"]
         found += [f"{name}: {line}" for line in lines + table.warnings["chunks"] * (cfg.action_chunk > 1)]
     return found
 

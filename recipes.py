@@ -24,7 +24,9 @@ from frames import DataError
 
 
 def clip(x):
-    """To [0, 1]."""
+    """To [0, 1], for grippers in 0..1 or -1..1; of per cent or 0..255 little would be left."""
+    if x.max(initial=0) > 10:
+        raise DataError(f"clip: would make 1 of values up to {x.max():.4g}: divide first, as in '/255 clip'")
     return np.clip(x, 0, 1)
 
 
@@ -110,6 +112,8 @@ def euler(q):
     """Unit quaternion x, y, z, w -> roll, pitch, yaw in radians, bit for bit as tensorflow_graphics does
     it for OpenVLA (geometry/transformation/euler.py: products are shrunk by two epsilons so that asin
     stays defined)."""
+    if q.shape[1] != 4:
+        raise DataError(f"euler: needs the columns x, y, z, w of a quaternion, and is given {q.shape[1]}")
     eps = np.float32(2 * np.finfo(np.float32).eps)
     one = np.float32(1)
     asin = functools.partial(_as_tensorflow, _asin, "asinf")
@@ -182,6 +186,8 @@ def read_fields(fields: str, steps, prefix: str, first: int, length: int | None 
             continue
         values = steps[feature_name(field.key, prefix)]
         values = (values if isinstance(values, np.ndarray) else np.array(values, object))[first:]
+        if values.dtype.kind in "bu":  # 3 - 5 is -2 in recipes, not 65534
+            values = values.astype(np.int64)
         if length not in (None, len(values)):
             raise DataError(f"{field.key!r} has {first + len(values)} values, others {first + length}: "
                             "a feature must have one value for each step")
@@ -192,9 +198,14 @@ def read_fields(fields: str, steps, prefix: str, first: int, length: int | None 
 
 
 def take_columns(values: np.ndarray, field: Field) -> np.ndarray:
-    """(T, all columns) -> (T, those of the field). Raises DataError where that leaves none."""
+    """(T, all columns) -> (T, those of the field). Raises DataError where that leaves none, or some of them
+    are not there: NumPy would take what there is."""
+    start, stop, width = field.columns.start, field.columns.stop, values.shape[1]
     if not values[:, field.columns].shape[1]:
-        raise DataError(f"field {field.key!r}: no columns left of its {values.shape[1]}")
+        raise DataError(f"field {field.key!r}: no columns left of its {width}")
+    if max(abs(start or 0), abs(stop or 0)) > width:
+        raise DataError(f"field {field.key!r}: has {width} columns, and the recipe says "
+                        f"[{'' if start is None else start}:{'' if stop is None else stop}]")
     return values[:, field.columns]
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from checks import table_warnings
+from checks import frame_warnings, table_warnings
 from config import Recipe, UserError
 from frames import DataError, end_with_parent, find_dataset
 from recipes import Feature, action_masks, check_features, standardize
@@ -221,7 +221,8 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
                 "targets": target.tolist(), "features": widths_of_features,
                 "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
                 "statistics": stats,
-                "warnings": table_warnings(table, episodes, stats["action"], target)}
+                "warnings": table_warnings(table, episodes, stats, target) | {
+                    "frames": frame_warnings(table, episodes, cameras, instructions)}}
         (scratch / "table.json").write_text(json.dumps(meta))
         scratch.rename(path)
     except BaseException as error:
@@ -289,7 +290,7 @@ def _index_shard(file: Path, count: int, features: Mapping[str, Feature], transf
             for key, values in numbers.items():
                 frames[key] = values
             rows.append(frames)
-            episodes.append((record, len(frames), any(instructions)))
+            episodes.append((record, len(frames), any(text.strip() for text in instructions)))
         if bad and episodes and not skip_bad:
             break
     if (records := len(episodes) + len(bad)) != count and (skip_bad or not bad):
@@ -424,6 +425,8 @@ def main() -> None:
     try:
         build_frame_table(**{**job, **paths, "recipe": Recipe(**job["recipe"])})
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not error.filename:  # of writing: it does not say where
+            error = f"{paths['path']}: {error.strerror}: make room there, or set index_dir to another disk"
         print(error)
         sys.exit(1)
 

@@ -83,9 +83,10 @@ class Run:
 
     def check_data(self, mixture: Mixture) -> None:
         """Raise UserError when the run was trained on data with other statistics: acting goes by them."""
-        known = self.path / "dataset_statistics.json"
+        run = self.checkpoint.path.parents[1] if self.checkpoint else self.path  # whose training goes on
+        known = run / "dataset_statistics.json"
         if self.step and known.exists() and json.loads(known.read_text()) != mixture.statistics:
-            raise UserError(f"{self.path} was trained on data with other statistics than those of "
+            raise UserError(f"{run} was trained on data with other statistics than those of "
                             f"{', '.join(mixture.names)} now: give this training a run_id of its own (with "
                             "pretrained_checkpoint and is_resume: false it begins with the old weights)")
 

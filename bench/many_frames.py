@@ -32,16 +32,16 @@ FEATURES = {"steps": F.Dataset({
 
 
 def write_frames(root: Path, frames: int) -> Path:
-    """The dataset `many`: its one real record is repeated in the files, and dataset_info.json says so."""
+    """The dataset `droid_many`: its one record is repeated in the files, and dataset_info.json says so."""
     rng = np.random.default_rng(0)
     steps = [{"observation": {"image": np.zeros((8, 8, 3), np.uint8)}, "language_instruction": "lift the cup",
               "action": np.float32(rng.uniform(-1, 1, 7))} for _ in range(1000)]
-    path = write_rlds(root, "many", "1.0.0", FEATURES, {"train": [{"steps": steps}]})
+    path = write_rlds(root, "droid_many", "1.0.0", FEATURES, {"train": [{"steps": steps}]})
     (shard,) = path.glob("*.tfrecord*")
     record, count = shard.read_bytes(), frames // 1000 // SHARDS
     shard.unlink()
     for number in range(SHARDS):
-        (path / f"many-train.tfrecord-{number:05d}-of-{SHARDS:05d}").write_bytes(record * count)
+        (path / f"droid_many-train.tfrecord-{number:05d}-of-{SHARDS:05d}").write_bytes(record * count)
     info = json.loads((path / "dataset_info.json").read_text())
     size = len(record) * count * SHARDS
     info["splits"][0] |= {"shardLengths": [str(count)] * SHARDS, "numBytes": str(size)}
@@ -59,8 +59,8 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         path = write_frames(Path(scratch), args.frames)
-        cfg = TrainConfig(data_root_dir=scratch, data_mix="many", global_batch_size=32,
-                          datasets={"many": {"primary": "image", "skip_idle": args.skip_idle}})
+        cfg = TrainConfig(data_root_dir=scratch, data_mix="droid_many", global_batch_size=32,
+                          datasets={"droid_many": {"primary": "image", "skip_idle": args.skip_idle}})
         for what in ("index_and_open", "open"):
             start = time.perf_counter()
             mixture = Mixture(cfg, tokenizer)

@@ -31,7 +31,8 @@ LEFT_OUT = {  # pattern: why; the first that is found in a command
     r"^python bench/(train_throughput|act_latency|big_checkpoint|scaling|small_cards)": "needs a GPU",
     r"libero": "needs LIBERO; tests/test_libero.py",
     r"lora/compare": "an hour, half of it in MuJoCo",
-    r"recipe\.sh|metaworld/(rollout|make_dataset|ceiling)|test_metaworld|--success": "needs MuJoCo; tests/test_metaworld.py",
+    r"recipe\.sh|metaworld/(rollout|make_dataset|ceiling)|test_metaworld|--success":
+        "needs MuJoCo; tests/test_metaworld.py",
     r"serve_vla|drive\.py": "a server, which does not end; tests/test_serve.py",
     r"lerobot": "needs a recording of LeRobot's; tests/test_lerobot.py",
     r"my_robot|record\.py": "needs MuJoCo; tests/test_own_robot_example.py",

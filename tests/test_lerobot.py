@@ -469,6 +469,11 @@ def test_frames_that_are_no_frames(tmp_path):
     assert "action of episode 1 is not finite at frame 2" in line
     line = edited("action", [[0.0] * 6, [1.0] * 6, [2.0] * 5])
     assert "action of episode 1 is not a row of numbers" in line
+    line = edited("action", [[0.0] * 7, [1.0] * 6, [2.0] * 5])  # as many numbers as there should be
+    assert "action of episode 1 is not a row of numbers" in line
+    line = edited("action", [[0.0] * 5, [1.0] * 5, [2.0] * 5])
+    assert "action of episode 1 has 5 numbers, meta/info.json names 6" in line
+    assert "has the timestamp nan s" in edited("timestamp", pa.array([0.0, np.nan, 0.2], pa.float32()))
     pq.write_table(table.drop_columns(["action"]), path)
     assert f"{path}: has no column action; it has observation.state" in refused(source, out)
 
@@ -479,6 +484,10 @@ def test_what_is_no_dataset(tmp_path):
     assert "not readable as JSON" in refused(source, tmp_path / "out")
     source.edit(video_path=None)
     assert "/meta: not as LeRobot writes it: " in refused(source, tmp_path / "out")
+    for fps in (0, None, "30", -1):
+        source.edit(fps=fps)
+        assert f"fps: {fps!r}: must be the frames a second" in refused(source, tmp_path / "out")
+    source.edit(fps=10)
     source.info.pop("data_path")
     source.edit()
     assert "has no data_path: not LeRobot v2.x or v3.x" in refused(source, tmp_path / "out")

@@ -173,7 +173,7 @@ def warnings_of(actions: np.ndarray, recipe: Recipe) -> dict[str, list[str]]:
     if "," in recipe.action:  # all recipes here have two fields, of 6 and 1
         widths = [6, 1]
     target, raw = action_masks(recipe, widths)
-    return table_warnings(frames, episodes, statistics(frames, 1, ~raw)["action"], target)
+    return table_warnings(frames, episodes, statistics(frames, 1, ~raw), target)
 
 
 def test_training_and_inspecting_say_so(opened, commands, plain_run, tiny, tmp_path):
@@ -601,6 +601,98 @@ def test_check_lists_bad_episodes_which_are_then_left_out(opened, commands, tmp_
     shutil.rmtree(directory)
     write_arm(tmp_path, random_actions(7, 9), observation={"wrist": (JPEG, jpeg(NOISE))})
     assert len(opened(recipe, skip_bad_episodes=True, **two).tables[0].episodes) == 9
+
+
+def test_each_version_has_its_own_list_of_bad_episodes(commands, opened, tmp_path):
+    for version, picture in (("1.0.0", b"no picture"), ("2.0.0", jpeg(NOISE))):
+        wrist = (JPEG, lambda e, t, picture=picture: picture if (e, t) == (2, 3) else jpeg(NOISE))
+        write_arm(tmp_path, random_actions(7), version=version, observation={"wrist": wrist})
+    arguments = [["--check", tmp_path / "arm" / version, "--index_dir", tmp_path / "index"]
+                 for version in ("1.0.0", "2.0.0")]
+    assert [status for status, _ in commands(*(("", {}, "data.py", each) for each in arguments))] == [1, 0]
+    mixture = opened(data_mix={"arm:1.0.0": 1}, recipe={"wrist": "wrist"}, skip_bad_episodes=True,
+                     index_dir=str(tmp_path / "index"))
+    assert mixture.tables[0].episodes["record"].tolist() == [0, 1, 3]
+
+
+# What a recipe cannot mean is refused, and what a robot cannot do told
+
+
+@pytest.mark.parametrize("feature, values, recipe, message", [
+    (np.float32, (0, 255), "action[:6], action[6:] clip invert", r"clip: would make 1 of values up to 255"),
+    (np.float32, (0, 1), "action[:8]", r"'action': has 7 columns, and the recipe says \[:8\]"),
+    (np.float32, (0, 1), "action[3:12] target", r"has 7 columns, and the recipe says \[3:12\]"),
+    (np.float32, (0, 1), "action[:3] euler, action[3:]", "euler: needs .* a quaternion, and is given 3"),
+])
+def test_what_helpers_cannot_do(feature, values, recipe, message, tmp_path):
+    actions = [np.random.RandomState(e).choice(values, (6, 7)) for e in range(3)]
+    with pytest.raises(DataError, match=message):
+        index(write_arm(tmp_path, actions), Recipe(primary="image", action=recipe))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.bool_])
+def test_differences_of_unsigned_numbers(kind, tmp_path):
+    ticks = np.random.RandomState(0).randint(0, 2 if kind is np.bool_ else 200, (4, 9, 3))
+    directory = write_arm(tmp_path, random_actions(7, 4, 9), step={
+        "ticks": (F.Tensor(shape=(3,), dtype=kind), lambda e, t: ticks[e, t].astype(kind))})
+    table = index(directory, Recipe(primary="image", action="ticks delta"))
+    np.testing.assert_array_equal(table.frames["action"].reshape(4, -1, 3)[:, :8], np.diff(ticks, axis=1))
+
+
+@pytest.mark.parametrize("turn, name", [(2 * np.pi, "2 pi"), (360, "360")])
+@pytest.mark.parametrize("words", ["delta", "target"])
+def test_angles_that_go_round_are_named(turn, name, words, tmp_path):
+    rng = np.random.RandomState(0)
+    angle = (0.45 + np.cumsum(rng.uniform(-0.02, 0.03, (20, 30, 2)), 1)) * turn
+    angle[..., 0] = (angle[..., 0] + turn / 2) % turn - turn / 2  # and the other is unwound
+    table = index(write_arm(tmp_path, [*angle]), Recipe(primary="image", action=f"action {words}"))
+    (line,) = [line for line in table.warnings["bounds_q99"] if "goes round" in line]
+    assert line.startswith(f"action dimension 0 jumps by about {name} in ")
+
+
+def test_missing_pictures_and_words_are_told(opened, tmp_path):
+    black = (JPEG, lambda e, t: b"" if t % 2 else jpeg(NOISE))
+    texts = (F.Text(), lambda e, t: " \n" if e == 1 or (e, t) == (2, 3) else "open")
+    write_arm(tmp_path, random_actions(7), observation={"wrist": black}, step={"language_instruction": texts})
+    mixture = opened({"wrist": "wrist"}, cameras=["primary", "wrist"])
+    found = "\n".join(mixture.warnings)
+    assert "wrist has no picture in 16 of 32 frames: they are shown as black" in found, found
+    assert "1 frames have no instruction where others of their episode have one" in found
+    assert mixture.tables[0].episodes["labeled"].tolist() == [True, False, True, True]
+
+
+def test_a_state_that_never_moved(opened, tmp_path):
+    write_arm(tmp_path, random_actions(7), observation={
+        "state": (F.Tensor(shape=(2,), dtype=np.float32), lambda e, t: np.float32([0.1, e + t]))})
+    for kind, told in (("normal", True), ("bounds_q99", False)):
+        mixture = opened({"state": "state"}, use_proprio=True, action_normalization=kind)
+        assert any("state dimensions 0 never change" in line for line in mixture.warnings) == told
+
+
+@pytest.mark.parametrize("recipe, message", [
+    ({"skip_idle": True}, "datasets: arm: skip_idle: knows DROID's pauses alone"),
+    ({"cameras": {"primary": "top"}}, "the camera primary is 'image' and, under `cameras`, 'top': remove"),
+])
+def test_keys_that_cannot_help(recipe, message, opened, tmp_path):
+    write_arm(tmp_path, random_actions(7))
+    with pytest.raises(UserError, match=message):
+        opened(recipe)
+
+
+def test_inspecting_reads_what_is_there(commands, tmp_path):
+    """The version that is asked for, by its own recipe; a guess that can be read; a picture's name first."""
+    depth = {"depth": (PNG, GREY), "state": (F.Sequence(np.float32), [1.0, 2.0])}
+    write_arm(tmp_path, random_actions(7), observation=depth)
+    write_arm(tmp_path, random_actions(4), "other", version="1.0.0")
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({**TINY, "data_mix": {"arm": 1, "other": 1}, "datasets": {
+        "arm": {"primary": "image"}, "other": {"primary": "image"}}}))
+    jobs = [["--inspect", tmp_path / "other/1.0.0", "--config", tmp_path / "mix.yaml"],
+            ["--inspect", tmp_path / "arm"], ["--inspect", tmp_path / "arm", "--out", "sheet"]]
+    (_, one), (status, guess), (bad, line) = commands(
+        *(("", {}, "data.py", [*job, *["--out", tmp_path / "a.png"] * ("--out" not in job)]) for job in jobs))
+    assert one.count("\ndataset ") + one.startswith("dataset ") == 1 and "other/1.0.0" in one, one
+    assert status == 0 and "primary: image" in guess, guess
+    assert bad == 1 and "--out sheet: expected a .png" in line and "Traceback" not in line
 
 
 def test_only_x_y_z_are_versions(tmp_path):

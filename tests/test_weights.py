@@ -182,6 +182,14 @@ def test_export_in_bf16_and_several_shards(run, tmp_path, monkeypatch):
         open_weights(tmp_path / "hf")
 
 
+def test_export_leaves_other_folders_alone(run, tmp_path):
+    (tmp_path / "exp.tmp").mkdir()
+    (tmp_path / "exp.tmp/notes.txt").write_text("mine")
+    export_vla.export(str(run), tmp_path / "exp", "hf")
+    assert (tmp_path / "exp.tmp/notes.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exp", "exp.tmp"]
+
+
 def test_a_directory_as_openvla_writes_it(tmp_path):
     """Without our own description: what the model is follows from OpenVLA's keys."""
     config = GOLDEN["config_openvla7b_hf"]["use_diff"]

@@ -83,7 +83,7 @@ def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | Non
 
 def gripper_scale(values: np.ndarray, few: bool) -> int:
     """What a gripper's values are divided by to be raw, in 0..1 or -1..1; 0: they are to be normalised."""
-    low, high = values.min(), values.max()
+    low, high = float(values.min()), float(values.max())  # bool has no differences
     for scale in USUAL:
         within = -1e-3 * scale <= low or (few and -1.001 * scale <= low)
         if within and high <= 1.001 * scale and high - low >= 0.5 * scale:

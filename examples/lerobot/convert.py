@@ -254,7 +254,7 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
     for number, dimension in enumerate(dimensions):
         print(f"action {number} name {dimension.name} kind {dimension.kind} min {dimension.low:.4g} max "
               f"{dimension.high:.4g}" + f" raw /{dimension.scale}" * (dimension.scale > 0))
-    guessed = guess_recipe(step_features(path), path)
+    guessed = guess_recipe(step_features(path), path, rlds_name(keys[0]))
     recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions)})
     subject = Subject(name, path, recipe, "converted")
     table = subject.table(None, skip_bad_episodes=True)
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     with told_in_one_line():
-        if args.image_size < 0 or args.workers < 1 or not args.name or "/" in args.name:
+        if args.image_size < 0 or args.workers < 1 or not args.name or set(args.name) & set("/:"):
             raise UserError(f"--image_size {args.image_size} --workers {args.workers} --name {args.name!r}: "
                             "must be at least 0, at least 1, and a folder's name")
         convert(args.source.expanduser(), args.out, args.name, args.image_size, args.fps, args.episodes,

@@ -12,7 +12,6 @@ there.
 Read open_set (what there is) -> read_numbers -> check_video -> read_pictures (one episode, one camera).
 """
 
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,9 +22,11 @@ from typing import NamedTuple
 import av
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from images import decode_native
 from rlds import DataError
 
 LEAVE_OUT = "leave the episode out with --episodes"
@@ -103,6 +104,8 @@ def read_info(path: Path) -> dict:
     if missing:
         raise DataError(f"{path}: has no {', '.join(sorted(missing))}: not LeRobot v2.x or v3.x; convert "
                         "older datasets with LeRobot's own scripts first")
+    if not isinstance(info["fps"], int | float) or not info["fps"] > 0:
+        raise DataError(f"{path}: fps: {info['fps']!r}: must be the frames a second, a positive number")
     return info
 
 
@@ -152,6 +155,8 @@ def read_tasks(meta: Path, notes: list[str]) -> dict[int, str]:
         raise DataError(f"{meta}: has neither tasks.parquet nor tasks.jsonl (incomplete download?)")
     tasks, owner = {}, {}
     for index, text in rows:
+        if not isinstance(text, str):
+            raise DataError(f"{path}: the text of task_index {index} is {text!r}: write what is done there")
         if tasks.setdefault(index, text) != text:
             raise DataError(f"{path}: task_index {index} has two texts, {tasks[index]!r} and {text!r}: "
                             "remove one")
@@ -258,6 +263,12 @@ def read_numbers(dataset: LeRobotSet, episodes: Sequence[Episode]) -> None:
         part = table.take(rows)
         part = part.take(np.argsort(part["frame_index"].to_numpy(), kind="stable"))
         episode.numbers = {key: as_rows(part[key], key, episode) for key in dataset.names}
+        for key, names in dataset.names.items():  # nothing after this looks at widths
+            width, wanted = episode.numbers[key].shape[1], len(names or episodes[0].numbers[key][0])
+            if width != wanted:
+                others = "meta/info.json names" if names else "others have"
+                raise DataError(f"{episode.data}: {key} of episode {episode.index} has {width} numbers, "
+                                f"{others} {wanted}: correct meta/info.json, or {LEAVE_OUT}")
         episode.numbers["task_index"] = part["task_index"].to_numpy()
         check_frames(dataset, episode, part["frame_index"].to_numpy(), part["timestamp"].to_numpy())
 
@@ -267,7 +278,8 @@ def as_rows(column: pa.ChunkedArray, key: str, episode: Episode) -> np.ndarray:
     flat, rows = column.combine_chunks(), len(column)
     flat = flat.storage if isinstance(flat, pa.ExtensionArray) else flat
     values = (flat.flatten() if pa.types.is_nested(flat.type) else flat).to_numpy(zero_copy_only=False)
-    if flat.null_count or len(values) % rows or values.dtype.kind not in "biuf":
+    ragged = pa.types.is_nested(flat.type) and len(pc.unique(pc.list_value_length(flat))) > 1
+    if flat.null_count or ragged or len(values) % rows or values.dtype.kind not in "biuf":
         raise DataError(f"{episode.data}: {key} of episode {episode.index} is not a row of numbers in each "
                         "frame")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -283,7 +295,7 @@ def check_frames(dataset: LeRobotSet, episode: Episode, frames: np.ndarray, seco
         raise DataError(f"{episode.data}: the frame_index of episode {episode.index} does not count from 0 "
                         f"to {len(frames) - 1}: {LEAVE_OUT}")
     # float32, so only near frame_index / fps
-    if (late := np.abs(seconds.reshape(-1) * dataset.fps - frames) > 0.5).any():
+    if (late := ~(np.abs(seconds.reshape(-1) * dataset.fps - frames) <= 0.5)).any():  # NaN is, too
         frame = int(np.argmax(late))
         raise DataError(f"{episode.data}: frame {frame} of episode {episode.index} has the timestamp "
                         f"{float(seconds[frame]):.4g} s, but at {dataset.fps:g} fps it is due at "
@@ -367,7 +379,7 @@ def video_frames(path: Path, start: float, fps: float, frames: np.ndarray, episo
 def as_array(picture: av.VideoFrame | bytes, size: int) -> np.ndarray:
     """A picture -> (size, size, 3) uint8, resized by Lanczos whatever its aspect ratio; size 0: as it is."""
     if isinstance(picture, bytes):
-        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        image = Image.fromarray(decode_native(picture))  # of 16 bits the upper 8, as everywhere here
         return np.array(image.resize((size, size), Image.Resampling.LANCZOS) if size else image)
     sides = {"width": size, "height": size, "interpolation": "LANCZOS"} if size else {}
     return picture.to_ndarray(format="rgb24", **sides)
