@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from ranks import patient_group
 from zero import MOMENTS, describe_parameters, local_tensors, set_optimizer_step, set_tensors
 
 FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
+NAME = re.compile(r"step-\d+-epoch-\d+-loss=\d+\.\d+")  # as Run.save makes it
 
 
 class CheckpointError(UserError):
@@ -127,7 +129,7 @@ class Checkpoint(Tensors):
         self.path = Path(path)
         try:
             self.meta = json.loads((self.path / "checkpoint.json").read_text())
-            self.base = self.meta.get("base")
+            self.base, self.meta["step"] = self.meta.get("base"), int(self.meta["step"])
             for name, facts in self.meta["tensors"].items():
                 self.shapes[name], self.trained[name] = facts["shape"], facts["trainable"]
             for name, facts in self.meta["files"].items():
@@ -138,7 +140,7 @@ class Checkpoint(Tensors):
                     place, _, first = key.rpartition("@")
                     piece = int(first), int(first) + count, functools.partial(file.read, key)
                     self.pieces.setdefault(tuple(place.split("/")), []).append(piece)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # CheckpointError is a ValueError
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # ours is a ValueError
             raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
         for pieces in self.pieces.values():
             pieces.sort(key=lambda piece: piece[0])
@@ -151,8 +153,9 @@ class Checkpoint(Tensors):
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints in a run's checkpoints directory, oldest step first, without those half written."""
-    found = [p for p in Path(directory).glob("step-[0-9]*") if p.suffix != ".tmp"]
+    """All checkpoints in a run's checkpoints directory, oldest step first: what has exactly a checkpoint's
+    name. What is half written has not, nor has what somebody put aside (step-...bak) or packed (.tar.gz)."""
+    found = [p for p in Path(directory).glob("step-*") if NAME.fullmatch(p.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 

@@ -140,7 +140,7 @@ class TrainConfig(BaseModel):
     max_grad_norm: Rate = 1.0
     lr_scheduler_type: Literal["constant", "linear-warmup+cosine-decay"] = "constant"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps
-    seed: int = 7
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 7
     compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
 
     # run
@@ -196,6 +196,8 @@ def load_yaml(text: str, source: str):
         return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{source}: line {error.problem_mark.line + 1}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # characters that YAML, or dates that the calendar has not
+        raise UserError(f"{source}: {str(error).partition(chr(10))[0]}") from error
 
 
 def load_table(name: str) -> dict:
@@ -241,8 +243,10 @@ def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, tuple[objec
         raise UserError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines")
+    if odd := [key for key in values if not isinstance(key, str)]:  # YAML reads on, no and 1 as values
+        raise UserError(f"{path}: the key {odd[0]!r} is no name of a key")
     parent = values.pop("inherits", None)
-    inherited = read_yaml(path.parent / str(parent), (*heirs, path)) if parent else {}
+    inherited = read_yaml(path.parent / expand(str(parent)), (*heirs, path)) if parent else {}
     return inherited | {key: (value, str(path)) for key, value in values.items()}
 
 
@@ -378,9 +382,11 @@ def load_ds_config(path: str | Path) -> dict:
     """DeepSpeed's JSON. Raises UserError when it says again what the YAML says, has a key that nobody reads,
     or lacks the optimizer."""
     try:
-        ds_config = json.loads(Path(path).read_text())
+        ds_config = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=each_once)
     except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed_config {path}: {error}") from error
+        cure = ": JSON has no comments, and no comma before a closing bracket"
+        cure *= isinstance(error, json.JSONDecodeError)
+        raise UserError(f"--deepspeed_config {path}: {error}{cure}") from error
     if not isinstance(ds_config, dict):
         raise UserError(f"{path}: expected an object, {{...}}")
     table = load_table("deepspeed_json")
@@ -393,6 +399,8 @@ def load_ds_config(path: str | Path) -> dict:
         if value == "auto":  # DeepSpeed leaves such keys out without a word: {"enabled": "auto"} is off
             raise UserError(f"{path}: {key}: \"auto\" is filled in by Hugging Face's Trainer, which is not "
                             "here: write a value, or remove the key")
+        if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?|[Tt]rue|[Ff]alse", value):
+            raise UserError(f'{path}: {key}: "{value}" is a text: write {value.lower()} without quotes')
         if known is not None and key not in refused and name not in known:
             raise UserError(f"{path}: unknown key {key!r}{nearest(name, known)}")
         if key in sections and not isinstance(value, dict):
@@ -401,6 +409,14 @@ def load_ds_config(path: str | Path) -> dict:
         raise UserError(f"{path}: optimizer.type must be Adam or AdamW (checkpoints hold their two moments), "
                         'as in "optimizer": {"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
     return ds_config
+
+
+def each_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON's object, in which no key may stand twice."""
+    names = [name for name, _ in pairs]
+    if len({*names}) < len(names):
+        raise ValueError(f"the key {max(names, key=names.count)!r} stands there twice")
+    return dict(pairs)
 
 
 def walk(section: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -27,6 +27,8 @@ centre crop it acts with.
 
 import argparse
 import json
+import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ from config import TrainConfig, UserError, find_input, load_config, told_in_one_
 from data import IGNORE_INDEX, Mixture, collate
 from frames import DataError
 from images import decode_native
+from run import step_of
 from weights import open_weights
 
 BATCH = 16  # frames the model sees at once
@@ -140,13 +143,14 @@ def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int, o
                     ) -> float | None:
     """What training logged: on held-out frames at this step, or on the last `samples` training frames."""
     path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [json.loads(line) for line in lines if step_of(line) < math.inf]  # one may be cut short
     if not on_train_frames:
         return next((line["eval/accuracy"] for line in lines
                      if line["step"] == step and "eval/accuracy" in line), None)
     lines = [line for line in lines if "accuracy" in line and line["step"] <= step]
     total = seen = 0.0
-    for line, before in zip(reversed(lines), [*reversed(lines[:-1]), {"step": 0}], strict=True):
+    for line, before in zip(reversed(lines), [*reversed(lines[:-1]), {"step": 0}], strict=False):
         steps = line["step"] - before["step"]
         total, seen = total + steps * line["accuracy"], seen + steps
         if seen * global_batch >= samples:
@@ -340,6 +344,8 @@ def data_config(policy: Policy, args: argparse.Namespace) -> TrainConfig:
     cfg = policy.cfg.model_copy(update=given)
     cfg = cfg.model_copy(update={"data_root_dir": find_input(cfg.data_root_dir)})
     unknown = [name for name, *_ in oxe.find_datasets(cfg) if name not in policy.norm_stats]
+    if args.unnorm_key:
+        policy.dataset_name(args.unnorm_key)  # raises UserError
     for name in unknown:
         if args.unnorm_key:
             policy.norm_stats[name] = policy.dataset_statistics(args.unnorm_key)
@@ -370,6 +376,8 @@ def main() -> None:
         folder = own.parents[2] if own.exists() else Path()
         out = args.out or folder / ("eval_train.png" if args.on_train_frames else "eval.png")
         out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):  # said before minutes of evaluating
+            raise UserError(f"{out.parent} cannot be written to: say with --out where the picture goes")
         evaluate(policy, tensors, cfg, args.samples, args.on_train_frames, out)
 
 

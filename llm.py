@@ -5,6 +5,7 @@ cache of keys and values of fixed size, in which prompts of several lengths stan
 (act.Policy.tokens_of). Not every architecture has one, so `check_llm` tries it before anything is trained.
 """
 
+import difflib
 import inspect
 from collections.abc import Callable
 
@@ -24,6 +25,10 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
                   else AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec)))
     except Exception as error:  # transformers has many kinds for a wrong field
         raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {error}") from error
+    for key in spec if isinstance(spec, dict) else ():  # transformers keeps unknown ones, without effect
+        known = {*vars(type(config)()), *config.attribute_map}
+        if key not in known and (close := difflib.get_close_matches(key, known, 1, 0.85)):
+            raise UserError(f"llm_backbone: unknown key {key!r}; did you mean {close[0]!r}?")
     config.vocab_size = -(-num_tokens // 64) * 64
     if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
         config.pad_token_id = None  # of a larger vocabulary; the tokenizer says what padding is
@@ -40,7 +45,7 @@ def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> n
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"llm_backbone: transformers makes no {config.model_type}: {reason}") from error
-    if not hasattr(llm.base_model, "layers"):
+    if not len(getattr(llm.base_model, "layers", ())):
         raise UserError(f"llm_backbone: {config.model_type} has no decoder blocks in `layers`, as Llama has")
     return llm
 

@@ -15,6 +15,7 @@ what the weights mean, and a config that says otherwise is refused.
 
 import json
 import math
+import os
 import sys
 import time
 import types
@@ -62,6 +63,11 @@ class Run:
         self.lock, self.checkpoint, self.base, self.step, self.started = None, None, None, 0, time.time()
         if self.path.exists():
             self.claim()
+        elif not self.quiet:  # else it would be said when the weights have been read
+            there = next(folder for folder in self.path.parents if folder.exists())
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                raise UserError(f"run_root_dir {self.cfg.run_root_dir}: {there} is no folder that can be "
+                                "written to: name another")
         if own := list_checkpoints(self.path / "checkpoints"):
             self.cfg = continued(cfg, self.path)
             self.checkpoint = open_checkpoint(own[-1])
@@ -243,6 +249,11 @@ def given_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
                             "with checkpoint.json), so its training cannot be resumed: set is_resume: false "
                             "to begin with its weights")
         checkpoint = open_checkpoint(Path(given))
+        own = json.loads((checkpoint.path.resolve().parents[1] / "config.json").read_text())
+        for key in ("lora_alpha", "add_action_tokens"):  # with another, the same weights mean something else
+            if own[key] != getattr(cfg, key) and (checkpoint.base or not key.startswith("lora")):
+                raise UserError(f"pretrained_checkpoint {given} was trained with {key} {own[key]}, and is "
+                                f"{getattr(cfg, key)} now: set that back, or is_resume: false")
     for key, value in expected.items():
         if value is not None and not checkpoint:
             raise UserError(f"resume_{key} is {value}, but pretrained_checkpoint is {given} and is_resume "
@@ -271,11 +282,14 @@ def memory_needed(vla: VLA, ds_config: dict) -> str:
     zero, count = ds_config.get("zero_optimization", {}), vla.count_parameters()[1]
     stage, half = zero.get("stage", 0), ds_config.get("bf16", {}).get("enabled", False)
     ranks = [dist.get_world_size() if stage >= divided else 1 for divided in range(4)]
-    on_host = zero["offload_optimizer"].get("ratio", 1) if "offload_optimizer" in zero else 0
+    # null and a missing device mean that nothing is offloaded, as "none" does
+    offloaded = {key: value for key, value in zero.items()
+                 if key.startswith("offload_") and (value or {}).get("device", "none") != "none"}
+    on_host = offloaded["offload_optimizer"].get("ratio", 1) if "offload_optimizer" in offloaded else 0
     weights = sum(getattr(p, "ds_numel", p.numel()) * min(p.element_size(), 2 if half else 4)
                   for p in vla.parameters())
     gradients = 4 if not half or stage > 1 else 6 if stage else 2  # ds_configs/README.md has these numbers
-    held = {"weights": 0 if "offload_param" in zero else weights / ranks[3],
+    held = {"weights": 0 if "offload_param" in offloaded else weights / ranks[3],
             # DeepSpeed's ZeRO-1 and 2 sum on the GPU also what AdamW reads on the host
             "gradients": (stage < 3 or on_host < 1) * gradients * count / ranks[2],
             "optimizer": (1 - on_host) * (12 if half else 8) * count / ranks[1]}

@@ -295,14 +295,25 @@ def log(text: str) -> None:
     print(text, flush=True)
 
 
-def serve(policy: Policy, model: str, host: str, port: int, max_batch: int, token: str | None) -> None:
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address, before a model is loaded for minutes. Raises UserError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: {error}: name another --port, or 0 for any free one"
+                        ) from error
+    return listener
+
+
+def serve(policy: Policy, model: str, listener: socket.socket, max_batch: int, token: str | None) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then finish those under way."""
     batcher = Batcher(policy, max_batch)
-    config = uvicorn.Config(Service(batcher, model, token).app(), host, port, log_level="warning",
+    config = uvicorn.Config(Service(batcher, model, token).app(), log_level="warning",
                             access_log=False, lifespan="off", limit_concurrency=MAX_CONNECTIONS,
                             http=Connection, ws=Socket, ws_max_size=MAX_BODY, ws_per_message_deflate=False,
                             timeout_graceful_shutdown=STOP_SECONDS)
-    listener = config.bind_socket()
     # a first action, before any robot asks: kernels are compiled, and a model that cannot act shows it
     key = next(iter(policy.norm_stats))
     state = np.zeros(len(policy.convention(key).state)) if policy.cfg.use_proprio else None
@@ -356,6 +367,7 @@ def main() -> None:
         if not (token or args.no_token or on_this_machine(args.host)):
             raise UserError(f"--host {args.host} lets others in than this machine: give a password with "
                             "--token FILE or --token VARIABLE, or say --no_token")
+        listener = bind(args.host, args.port)
         policy = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32,
                           args.int8)
         if not policy.norm_stats:
@@ -363,8 +375,7 @@ def main() -> None:
                                   "has them, a plain VLM does not")
         if args.speed_up:
             policy.speed_up()
-        serve(policy, args.checkpoint, args.host, args.port, args.max_batch or (1 if args.speed_up else 16),
-              token)
+        serve(policy, args.checkpoint, listener, args.max_batch or (1 if args.speed_up else 16), token)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     engine = make_engine(cfg, ds_config, tokenizer, weights, run)
     run.describe(cfg, ds_config, mixture)
     preemption, metrics = Preemption(), Metrics(mixture.names, engine.device, mixture.action_tokenizer)
-    baseline = most_frequent_tokens(mixture, cfg.eval_samples) if held_out else None
+    baseline = most_frequent_tokens(mixture, min(cfg.eval_samples, 10**6)) if held_out else None
 
     for step in run.steps(total_steps):
         set_learning_rate(engine, lr := learning_rate(cfg, step, total_steps))

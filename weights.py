@@ -26,11 +26,12 @@ import google_crc32c
 import torch
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from pydantic import ValidationError
 from torch import nn
 
 from action_tokenizer import load_tokenizer
 from checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
-from config import TrainConfig, UserError, load_table, nearest, out_of_reach, read_secret
+from config import TrainConfig, UserError, load_table, nearest, one_line, out_of_reach, read_secret
 from int8 import shrink
 from llm import llm_config
 from lora import merged
@@ -103,6 +104,17 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
 def open_weights(where: str | Path) -> Weights:
     """Find out what `where` is and open it: a run or checkpoint of this project, a directory or hub id of
     OpenVLA (either format), a native .pt file, or the id of a Prismatic VLM. Raises CheckpointError."""
+    try:
+        weights = _open(where)
+        TrainConfig(**weights.config)
+        return weights
+    except ValidationError as error:  # of another version of this project, perhaps
+        raise CheckpointError(f"{where}: config.json: {one_line(error)}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: not described as a model should be: {error!r}") from error
+
+
+def _open(where: str | Path) -> Weights:
     path = Path(os.path.abspath(where))
     if not path.exists():
         path = download(str(where))
@@ -153,7 +165,10 @@ def download(name: str) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object, {{...}}, not {value!r:.40}")
+        return value
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import set_z3_leaf_module
@@ -34,10 +35,39 @@ def check_json(ds_config: dict) -> None:
             zero = model(**ds_config.get(section, {}))
         except ValidationError as error:
             raise UserError(f"--deepspeed_config: {section}: {one_line(error)}") from None
+    refuse_what_comes_late(ds_config, zero)
     group, ranks = zero.zero_hpz_partition_size, int(os.environ["WORLD_SIZE"])
     if group > 1 and (zero.stage != 3 or ranks % min(group, ranks)):
         raise UserError(f"--deepspeed_config: zero_hpz_partition_size: {group}: that is for stage 3, and "
                         f"for so many ranks (now {ranks}) or a multiple: write a machine's number of GPUs")
+
+
+def refuse_what_comes_late(ds_config: dict, zero: DeepSpeedZeroConfig) -> None:
+    """Raise UserError for what DeepSpeed and AdamW would find wrong only when the weights have been read."""
+    params, partial = dict(ds_config["optimizer"].get("params", {})), zero.offload_optimizer
+    optimizer, weights = (part and part.device for part in (partial, zero.offload_param))
+    pytorch, dtype = params.pop("torch_adam", False), ds_config.get("data_types", {}).get("grad_accum_dtype")
+    reasons = {
+        f"data_types: grad_accum_dtype: {dtype}: write fp32": dtype not in (None, "fp32", "bf16", "fp16"),
+        "device nvme: checkpoints are written from memory: write cpu": "nvme" in (optimizer, weights),
+        "offload_param: only stage 3 does not keep every weight on every GPU: remove it, or choose stage 3":
+            weights == "cpu" and zero.stage != 3,
+        "offload_optimizer: ratio: PyTorch's AdamW cannot be in two places: remove torch_adam and fused":
+            optimizer == "cpu" and partial.ratio < 1 and pytorch,
+        "steps_per_print: 0: DeepSpeed divides by it: remove it": ds_config.get("steps_per_print") == 0}
+    if why := [reason for reason, given in reasons.items() if given]:
+        raise UserError(f"--deepspeed_config: {why[0]}")
+    for key in ("adam_w_mode", "fp32_optimizer_states", *["bias_correction"] * (not pytorch)):
+        params.pop(key, None)  # DeepSpeed's own
+    where = "optimizer.params: "
+    try:
+        if not pytorch and (odd := params.keys() - {"betas", "eps"}):
+            raise ValueError(f'{min(odd)}: only PyTorch\'s AdamW knows it: add "torch_adam": true')
+        torch.optim.AdamW([torch.zeros(1)], **params)
+        where = ""
+        DeepSpeedConfig({**ds_config, "train_micro_batch_size_per_gpu": 1})
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--deepspeed_config: {where}{' '.join(str(error).split())[:300]}") from error
 
 
 # ---- Where DeepSpeed keeps a parameter ---------------------------------------------------------------------

@@ -330,6 +330,44 @@ def test_resuming_a_given_checkpoint(three_checkpoints, tiny, tmp_path):
         assert done.returncode == 1 and f"error: {message}" in done.text, done.text
 
 
+def test_what_is_put_aside_is_no_checkpoint(three_checkpoints, plain_run, tiny, tmp_path):
+    shutil.copytree(three_checkpoints / "runs", tmp_path / "runs")
+    folder = tmp_path / "runs/run/checkpoints"
+    older, middle, newest = list_checkpoints(folder)
+    newest.rename(newest.with_name(newest.name + ".bak"))
+    for name in ("step-000009-epoch-00-loss=1.0000.tar.gz", "step-000001.tar.gz"):
+        (folder / name).write_bytes(b"packed")
+    (folder / "step-9-hf").mkdir()
+    assert list_checkpoints(folder) == [older, middle]
+    done = plain_run(tiny(run_id="run", max_steps=5, save_interval=1), "--deepspeed_config",
+                     "ds_configs/cpu.json")
+    assert done.returncode == 0 and f"resumed {middle} step 4" in done.text, done.text
+    assert (folder / "step-000009-epoch-00-loss=1.0000.tar.gz").read_bytes() == b"packed"
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"step": "x"}'])
+def test_a_checkpoint_that_does_not_say_what_it_is(content, three_checkpoints, plain_run, tiny, tmp_path):
+    shutil.copytree(three_checkpoints / "runs", tmp_path / "runs")
+    *_, middle, newest = list_checkpoints(tmp_path / "runs/run/checkpoints")
+    (newest / "checkpoint.json").write_text(content)
+    done = plain_run(tiny(run_id="run", max_steps=7), "--deepspeed_config", "ds_configs/cpu.json")
+    assert done.returncode == 1 and "Traceback" not in done.text, done.text
+    assert f"{newest}: not a readable checkpoint" in done.text and f"{middle} is intact" in done.text
+
+
+def test_weights_that_would_mean_something_else(three_checkpoints, plain_run, tiny, tmp_path):
+    """A run that goes on from another's checkpoint, with other words for actions; or with other data."""
+    _, middle, _ = list_checkpoints(three_checkpoints / "runs/run/checkpoints")
+    changes = {"add_action_tokens": not TINY.get("add_action_tokens", False)}
+    done = plain_run(tiny(pretrained_checkpoint=str(middle), max_steps=6, **changes),
+                     "--deepspeed_config", "ds_configs/cpu.json")
+    assert done.returncode == 1 and "was trained with add_action_tokens " in done.text, done.text
+    own = {"metaworld_demo": {"primary": "image", "action": "action[:3], action[3:] invert target raw"}}
+    done = plain_run(tiny(pretrained_checkpoint=str(middle), max_steps=6, datasets=own),
+                     "--deepspeed_config", "ds_configs/cpu.json")
+    assert done.returncode == 1 and "was trained on data with other statistics" in done.text, done.text
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data and numbers
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -286,6 +287,49 @@ def test_a_checkpoint_with_parts_that_would_be_left_out(names, part, exported, r
 # 12. Where files live
 
 
+@pytest.mark.parametrize("file, content", [
+    ("config.json", "[]"), ("config.json", "{}"), ("config.json", '{"model_type": "openvla"}'),
+    ("config.json", '{"a_key_of_2030": 1}'), ("dataset_statistics.json", "[]")])
+@pytest.mark.parametrize("form", ["run", "hf"])
+def test_descriptions_of_models_that_are_none(file, content, form, run, exported, tmp_path):
+    shutil.copytree({"run": run, "hf": exported}[form], tmp_path / "copy")
+    if content == '{"a_key_of_2030": 1}':
+        values = json.loads((tmp_path / "copy" / file).read_text())
+        (values if form == "run" else values["zerovla"])["a_key_of_2030"] = 1
+        content = json.dumps(values)
+    if not (tmp_path / "copy" / file).exists():
+        pytest.skip("is a part of config.json there")
+    (tmp_path / "copy" / file).write_text(content)
+    with pytest.raises(CheckpointError):
+        open_weights(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("spec, message", [
+    ({"num_hiden_layers": 7}, "unknown key 'num_hiden_layers'; did you mean 'num_hidden_layers'"),
+    ({"num_hidden_layers": 0}, "llm_backbone")])
+def test_language_models_that_are_misspelt(spec, message):
+    with pytest.raises(UserError, match=message):
+        tiny_vla(llm_backbone={**TINY["llm_backbone"], **spec})
+
+
+@pytest.mark.parametrize("text, message", [
+    ("on: 1\n", "the key True is no name of a key"), ("1: 2\n", "the key 1 is no name"),
+    ("run_id: 2026-13-45\n", "month must be"), ("run_id: \x07\n", "control characters are not allowed"),
+    (f"seed: {1 << 70}\n", "seed")])
+def test_what_yaml_reads_otherwise(text, message, tiny, tmp_path, plain_run):
+    path = tmp_path / "odd.yaml"
+    path.write_text(tiny().read_text() + text)
+    done = plain_run(path, *ON_CPU)
+    assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
+
+
+def test_a_folder_for_runs_that_is_none(tiny, tmp_path, plain_run):
+    (tmp_path / "file").write_text("")
+    done = plain_run(tiny(run_root_dir=str(tmp_path / "file/runs")), *ON_CPU)
+    assert done.returncode == 1 and f"{tmp_path}/file is no folder that can be" in done.text, done.text
+    assert "memory" not in done.text
+
+
 @pytest.mark.parametrize("path", ["~/runs", "$SCRATCH/runs", "${SCRATCH}/a/runs"])
 def test_what_a_shell_would_expand_is_expanded(path, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -494,6 +538,20 @@ def test_a_server_without_a_password_stays_on_this_machine(arguments, message, t
         pytest.skip("this machine is known to itself alone")
     with pytest.raises(SystemExit, match=message):
         serve_vla.main()
+
+
+@pytest.mark.parametrize("port, message", [
+    ("in use", "--host 127.0.0.1 --port {port}: .*Address already in use: name another --port"),
+    ("99999", "--port 99999: .*name another"), ("-1", "--port -1: .*name another")])
+def test_an_address_is_taken_before_a_model_is_loaded(port, message, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1]) if port == "in use" else port
+        words = ["serve_vla.py", "--checkpoint", str(tmp_path / "no model"), "--port", port]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit, match=message.format(port=port)):
+            serve_vla.main()
 
 
 @pytest.fixture(scope="module")

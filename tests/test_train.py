@@ -280,11 +280,46 @@ def test_mistakes_in_files_and_overrides(tiny, tmp_path, plain_run):
         ({"train_batch_size": "auto"}, "remove 'train_batch_size'"),
         ({"zero_optimization": {"overlap_com": True}}, "zero_optimization: unknown key 'overlap_com'"),
         ({"zero_optimization": {"stage": 5}}, "zero_optimization: stage: 5: "),
+        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage: "3" is a text: write 3 without'),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'write "offload_optimizer" instead'),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: only "),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device nvme: "),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+         "ratio: PyTorch's AdamW cannot be in two places: remove torch_adam"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params: "),
+        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "eps": -1}}}, "Invalid epsilon"),
+        ({"optimizer": {"type": "AdamW", "params": {"fused": True}}}, "fused: only PyTorch's AdamW"),
+        ({"data_types": {"grad_accum_dtype": "fp33"}}, "data_types: grad_accum_dtype: fp33: write fp32"),
+        ({"communication_data_type": "float32"}, "Invalid communication_data_type"),
+        ({"steps_per_print": 0}, "steps_per_print: 0: DeepSpeed divides by it"),
     ],
 )
 def test_the_json_may_not_repeat_the_yaml(change, message, tiny, tmp_path, plain_run):
     done = plain_run(tiny(), "--deepspeed_config", ds_json(tmp_path / "ds.json", 2, **change))
     assert done.returncode == 1 and message in done.text, done.text
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 1}}',
+     "the key 'zero_optimization' stands there twice"),
+    ('{"bf16": {"enabled": true},}', "JSON has no comments, and no comma before a closing bracket"),
+    ('{"bf16": {"enabled": true}}  // why', "JSON has no comments"),
+    ('{"bf16": {"enabled": "False"}, "optimizer": {"type": "AdamW"}}', 'bf16.enabled: "False" is a text'),
+    ('{"bf16": {"enabled": true, "bf16_optimizer_states": true}, "optimizer": {"type": "AdamW"}}',
+     "AdamW's moments would be rounded to bf16"),
+])
+def test_what_is_no_json_or_says_something_else(text, message, tiny, tmp_path, plain_run):
+    (tmp_path / "ds.json").write_text(text)
+    done = plain_run(tiny(), "--deepspeed_config", tmp_path / "ds.json")
+    assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
+
+
+def test_nothing_offloaded_may_be_said_in_three_ways(tiny, tmp_path, plain_run):
+    for part in (None, {}, {"device": "none"}):
+        zero = {"stage": 2, "offload_optimizer": part}
+        done = plain_run(tiny(max_steps=1), "--deepspeed_config",
+                         ds_json(tmp_path / "ds.json", 2, False, zero_optimization=zero))
+        assert done.returncode == 0 and "host_gb" not in done.text, done.text
 
 
 def test_an_unreadable_checkpoint_ends_all_ranks(finished, tmp_path):
