@@ -88,8 +88,8 @@ class Run:
                             "a run_id of its own") from error
 
     def check_data(self, mixture: Mixture) -> None:
-        """Raise UserError when the run was trained on data with other statistics: acting goes by them."""
-        run = self.checkpoint.path.parents[1] if self.checkpoint else self.path  # whose training goes on
+        """Raise UserError when what goes on was trained on other statistics: acting goes by them."""
+        run = self.checkpoint.path.resolve().parents[1] if self.checkpoint else self.path
         known = run / "dataset_statistics.json"
         if self.step and known.exists() and json.loads(known.read_text()) != mixture.statistics:
             raise UserError(f"{run} was trained on data with other statistics than those of "
@@ -249,11 +249,13 @@ def given_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
                             "with checkpoint.json), so its training cannot be resumed: set is_resume: false "
                             "to begin with its weights")
         checkpoint = open_checkpoint(Path(given))
-        own = json.loads((checkpoint.path.resolve().parents[1] / "config.json").read_text())
+        path = checkpoint.path.resolve().parents[1] / "config.json"
+        own = json.loads(path.read_text()) if path.exists() else {}
         for key in ("lora_alpha", "add_action_tokens"):  # with another, the same weights mean something else
-            if own[key] != getattr(cfg, key) and (checkpoint.base or not key.startswith("lora")):
-                raise UserError(f"pretrained_checkpoint {given} was trained with {key} {own[key]}, and is "
-                                f"{getattr(cfg, key)} now: set that back, or is_resume: false")
+            was, now = own.get(key), getattr(cfg, key)
+            if was not in (None, now) and (checkpoint.base or not key.startswith("lora")):
+                raise UserError(f"pretrained_checkpoint {given} was trained with {key} {was}, and is {now} "
+                                "now: set that back, or is_resume: false")
     for key, value in expected.items():
         if value is not None and not checkpoint:
             raise UserError(f"resume_{key} is {value}, but pretrained_checkpoint is {given} and is_resume "
