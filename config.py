@@ -7,6 +7,7 @@ here before anything else is opened, and told in one line: at once, for nothing 
 import argparse
 import contextlib
 import difflib
+import errno
 import functools
 import json
 import os
@@ -36,7 +37,8 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC  # without saying where it wrote
+        sys.exit(f"error: {error}" + ": make room where runs and tables of data are written (df)" * full)
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -323,6 +323,17 @@ def test_what_yaml_reads_otherwise(text, message, tiny, tmp_path, plain_run):
     assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
 
 
+def test_a_full_disk_is_told_with_its_cure(tiny, tmp_path, commands):
+    """Where the run is continued: its first line of the log does not fit any more."""
+    disk = tmp_path / "disk"
+    config = tiny(max_steps=1, run_root_dir=str(disk), run_id="run")
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=64k none {disk} && head -c 65536 /dev/zero > {disk}/full; true"
+    ((status, text),) = commands((mount, {}, "train_vla.py", ["--config", config, *ON_CPU]))
+    assert status == 1 and "Traceback" not in text, text
+    assert "No space left on device" in text and "make room" in text, text
+
+
 def test_a_folder_for_runs_that_is_none(tiny, tmp_path, plain_run):
     (tmp_path / "file").write_text("")
     done = plain_run(tiny(run_root_dir=str(tmp_path / "file/runs")), *ON_CPU)
