@@ -100,9 +100,9 @@ class Policy:
                             f"model needs {count} for each (window_size x cameras)")
         pixels = torch.from_numpy(np.array([[self.see(view) for view in views] for views in images]))
         prompts = [prompt_ids(self.tokenizer, text, self.cfg.prompt_style) for text in instructions]
-        if max(map(len, prompts), default=0) > self.cfg.max_length:  # as in training
-            raise UserError(f"an instruction of {max(map(len, prompts))} tokens: the model's max_length is "
-                            f"{self.cfg.max_length}: shorten it")
+        if (longest := max(map(len, prompts), default=0)) > self.cfg.max_length:  # as in training
+            raise UserError(f"a prompt of {longest} tokens: the model's max_length is {self.cfg.max_length}: "
+                            "shorten the instruction")
         if not self.cfg.use_proprio:
             return pixels.to(device), prompts, None  # (B, N, H, W, C), B lists of ids
         if proprio is None:

@@ -146,8 +146,8 @@ def spans(numbers: np.ndarray) -> str:
 
 def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray
                    ) -> dict[str, list[str]]:
-    """All warnings of a frame table: for each kind of normalisation, and "chunks", those that matter only
-    where several actions are predicted at once. stats: its statistics; target: (A,) bool."""
+    """All warnings of a frame table's numbers: for each kind of normalisation, and "chunks", those that matter
+    only where several actions are predicted at once. stats: its statistics; target: (A,) bool."""
     kinds, actions, state = ("bounds_q99", "bounds", "normal"), stats["action"], stats["proprio"]
     turns = turn_warnings(frames["action"], episodes, target)
     found = {kind: action_warnings(frames["action"], actions, kind) + turns for kind in kinds}

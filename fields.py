@@ -64,9 +64,8 @@ def check_recipe(recipe: Recipe) -> None:
     marked = any(field.target or field.raw for field in action)
     if marked and (recipe.absolute or recipe.targets):
         raise UserError("the words target and raw say all: remove `absolute` and `targets`")
-    named = {"primary": recipe.primary, "secondary": recipe.secondary, "wrist": recipe.wrist}
-    if twice := [name for name in recipe.cameras if named.get(name)]:
-        raise UserError(f"the camera {twice[0]} is {named[twice[0]]!r} and, under `cameras`, "
-                        f"{recipe.cameras[twice[0]]!r}: remove one")
+    for name in {"primary", "secondary", "wrist"} & recipe.cameras.keys():
+        if getattr(recipe, name):
+            raise UserError(f"the camera {name} stands there twice, also under `cameras`: remove one")
     if any(field.target or field.raw for field in state):
         raise UserError("state: target and raw are said of actions only")

@@ -44,6 +44,7 @@ MAY_CHANGE = """vla_id hf_token max_length data_root_dir index_dir num_workers e
     warmup_ratio compile run_root_dir run_id run_id_note resume_step resume_epoch save_interval
     keep_checkpoints on_save_error log_interval eval_interval eval_samples action_dim proprio_dim
     features""".split()
+MEANING = "lora_alpha add_action_tokens prompt_style action_normalization cameras window_size".split()
 # what a person reads of the numbers, and what is about speed; metrics.jsonl and TensorBoard have all
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
@@ -251,7 +252,7 @@ def given_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
         checkpoint = open_checkpoint(Path(given))
         path = checkpoint.path.resolve().parents[1] / "config.json"
         own = json.loads(path.read_text()) if path.exists() else {}
-        for key in ("lora_alpha", "add_action_tokens"):  # with another, the same weights mean something else
+        for key in MEANING:  # with another, the same weights mean something else
             was, now = own.get(key), getattr(cfg, key)
             if was not in (None, now) and (checkpoint.base or not key.startswith("lora")):
                 raise UserError(f"pretrained_checkpoint {given} was trained with {key} {was}, and is {now} "

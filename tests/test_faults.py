@@ -358,10 +358,11 @@ def test_a_checkpoint_that_does_not_say_what_it_is(content, three_checkpoints, p
 def test_weights_that_would_mean_something_else(three_checkpoints, plain_run, tiny, tmp_path):
     """A run that goes on from another's checkpoint, with other words for actions; or with other data."""
     _, middle, _ = list_checkpoints(three_checkpoints / "runs/run/checkpoints")
-    changes = {"add_action_tokens": not TINY.get("add_action_tokens", False)}
-    done = plain_run(tiny(pretrained_checkpoint=str(middle), max_steps=6, **changes),
-                     "--deepspeed_config", "ds_configs/cpu.json")
-    assert done.returncode == 1 and "was trained with add_action_tokens " in done.text, done.text
+    for changes in ({"add_action_tokens": not TINY.get("add_action_tokens", False)}, {"prompt_style": "phi"},
+                    {"action_normalization": "bounds"}, {"window_size": 2}):
+        done = plain_run(tiny(pretrained_checkpoint=str(middle), max_steps=6, **changes),
+                         "--deepspeed_config", "ds_configs/cpu.json")
+        assert done.returncode == 1 and f"was trained with {next(iter(changes))} " in done.text, done.text
     own = {"metaworld_demo": {"primary": "image", "action": "action[:3], action[3:] invert target raw"}}
     done = plain_run(tiny(pretrained_checkpoint=str(middle), max_steps=6, datasets=own),
                      "--deepspeed_config", "ds_configs/cpu.json")

@@ -671,7 +671,7 @@ def test_a_state_that_never_moved(opened, tmp_path):
 
 @pytest.mark.parametrize("recipe, message", [
     ({"skip_idle": True}, "datasets: arm: skip_idle: knows DROID's pauses alone"),
-    ({"cameras": {"primary": "top"}}, "the camera primary is 'image' and, under `cameras`, 'top': remove"),
+    ({"cameras": {"primary": "top"}}, "the camera primary stands there twice, also under `cameras`: remove"),
 ])
 def test_keys_that_cannot_help(recipe, message, opened, tmp_path):
     write_arm(tmp_path, random_actions(7))

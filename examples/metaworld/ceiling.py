@@ -45,9 +45,9 @@ HEAD = ["replay", "replay_path", *HINDRANCES, "steps", "outside"]
 class Scene(Simulator):
     """A task without cameras, with its expert, that can be put back to where it was."""
 
-    def __init__(self, task: str, ours: bool, stats: dict | None = None):
+    def __init__(self, task: str, experts: str, stats: dict | None = None):
         super().__init__(task, [], 0, 90, 1, renderer=object())
-        self.expert, self.stats = expert_of(task, ours), stats
+        self.expert, self.stats = expert_of(task, experts), stats
 
     def moment(self):
         """What brings this moment back, when it is called."""
@@ -103,20 +103,20 @@ class Scene(Simulator):
         return np.array(played, FRAME)
 
 
-def statistics_of(episodes: int, ours: bool) -> dict[str, dict]:
+def statistics_of(episodes: int, experts: str) -> dict[str, dict]:
     """What dataset_statistics.json would say of so many demonstrations of each of the 50 tasks."""
     kept = []
     for task in TASKS["mt50"]:
-        scene, seed, wanted = Scene(task, ours), 0, len(kept) + episodes
+        scene, seed, wanted = Scene(task, experts), 0, len(kept) + episodes
         while len(kept) < wanted:
             episode, seed = scene.frames(seed, 0.2), seed + 1
             kept += [episode] * (scene.success_at is not None)
     return statistics(np.concatenate(kept), len(kept), np.ones(4, bool))
 
 
-def measure(task: str, ours: bool, seeds: int, stats: dict) -> dict[str, float]:
+def measure(task: str, experts: str, seeds: int, stats: dict) -> dict[str, float]:
     """The row of a task."""
-    scene, row, state = Scene(task, ours, stats), dict.fromkeys(HEAD, 0), stats["proprio"]
+    scene, row, state = Scene(task, experts, stats), dict.fromkeys(HEAD, 0), stats["proprio"]
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         episode = scene.frames(seed, 0.0)
         states, actions = episode["proprio"], episode["action"]
@@ -141,8 +141,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=20, help="episodes of each task and column")
     parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld")
     args = parser.parse_args()
-    ours = args.experts == "ours"
-    print(stats := statistics_of(8, ours), f"\n{'':29s}", *HEAD, flush=True)
+    print(stats := statistics_of(8, args.experts), f"\n{'':29s}", *HEAD, flush=True)
     for task in task_names(args.tasks):
-        row = measure(task, ours, args.seeds, stats)
+        row = measure(task, args.experts, args.seeds, stats)
         print(f"{task:29s}", *(f"{row[name]:{len(name)}.0f}" for name in HEAD), flush=True)

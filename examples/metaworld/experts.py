@@ -4,6 +4,8 @@ Meta-World's stop at the edge of success in reach and reach-wall, and in handle-
 no camera shows (FINDINGS.md). Figures of a policy that learned from these are to say so.
 """
 
+from functools import partial
+
 import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 
@@ -36,8 +38,10 @@ class HandlePullSide:
         return np.array([*25 * way, 0.6 * close])
 
 
-def expert_of(task: str, ours: bool):
-    """A new expert for a task; ours: where there is one."""
-    if ours and task in ("reach-v3", "reach-wall-v3"):
-        return Reach(task)
-    return HandlePullSide() if ours and task == "handle-pull-side-v3" else ENV_POLICY_MAP[task]()
+OURS = {"reach-v3": partial(Reach, "reach-v3"), "reach-wall-v3": partial(Reach, "reach-wall-v3"),
+        "handle-pull-side-v3": HandlePullSide}
+
+
+def expert_of(task: str, whose: str):
+    """A new expert for a task. whose: "metaworld", or "ours", which are Meta-World's in the other tasks."""
+    return {**ENV_POLICY_MAP, **(OURS if whose == "ours" else {})}[task]()

@@ -58,7 +58,7 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
     simulator = simulator_of(task, tuple(recording["cameras"]), recording["image_size"],
                              recording["jpeg_quality"], recording["action_repeat"])
     steps = []
-    expert = expert_of(task, recording["experts"] == "ours")
+    expert = expert_of(task, recording["experts"])
     for action in demonstrate(simulator, expert, seed, recording["noise"], recording["tail"]):
         steps.append({"observation": simulator.observation(), "action": action,
                       "language_instruction": INSTRUCTIONS[task], "is_first": not steps})
