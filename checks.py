@@ -146,7 +146,7 @@ def spans(numbers: np.ndarray) -> str:
 
 def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, target: np.ndarray
                    ) -> dict[str, list[str]]:
-    """All warnings of a frame table's numbers: for each kind of normalisation, and "chunks", those that matter
+    """All warnings of a frame table's numbers: for each kind of normalisation, and "chunks", what matters
     only where several actions are predicted at once. stats: its statistics; target: (A,) bool."""
     kinds, actions, state = ("bounds_q99", "bounds", "normal"), stats["action"], stats["proprio"]
     turns = turn_warnings(frames["action"], episodes, target)

@@ -283,9 +283,9 @@ def one_line(error: ValidationError) -> str:
     return f"{'.'.join(place)}: {found['input']!r}: {message}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str:
     """"; did you mean 'seed'?" for a name that is like a known one."""
-    return "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(name, known, n=1))
+    return "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(name, known, 1, alike))
 
 
 # ---- Paths -------------------------------------------------------------------------------------------------

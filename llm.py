@@ -5,7 +5,6 @@ cache of keys and values of fixed size, in which prompts of several lengths stan
 (act.Policy.tokens_of). Not every architecture has one, so `check_llm` tries it before anything is trained.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
-from config import UserError, out_of_reach
+from config import UserError, nearest, out_of_reach
 
 
 def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
@@ -27,8 +26,8 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
         raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {error}") from error
     for key in spec if isinstance(spec, dict) else ():  # transformers keeps unknown ones, without effect
         known = {*vars(type(config)()), *config.attribute_map}
-        if key not in known and (close := difflib.get_close_matches(key, known, 1, 0.85)):
-            raise UserError(f"llm_backbone: unknown key {key!r}; did you mean {close[0]!r}?")
+        if key not in known and (close := nearest(key, known, 0.85)):  # others may be of older files
+            raise UserError(f"llm_backbone: unknown key {key!r}{close}")
     config.vocab_size = -(-num_tokens // 64) * 64
     if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
         config.pad_token_id = None  # of a larger vocabulary; the tokenizer says what padding is
