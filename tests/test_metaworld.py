@@ -23,7 +23,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 EXAMPLE = ROOT / "examples/metaworld"
 sys.path.insert(0, str(EXAMPLE))
 CAMERA = {"cameras": ["image", "gripperPOV"], "image_size": 32, "jpeg_quality": 90, "action_repeat": 4}
-RECORDING = {**CAMERA, "noise": 0.0, "tail": 0, "experts": "metaworld"}
+RECORDING = {**CAMERA, "multisampling": 0, "noise": 0.0, "tail": 0, "experts": "metaworld"}
 
 try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its first context
     import make_dataset
@@ -68,6 +68,8 @@ def test_an_episode_is_a_function_of_its_seed(task):
         assert same["state"].tobytes() == reference["state"].tobytes()
         assert all(same[camera] == reference[camera] for camera in CAMERA["cameras"])
     assert other["image"] != reference["image"]
+    smooth = look(Simulator(task, **CAMERA, multisampling=4), 4)["image"]
+    assert smooth != reference["image"]  # the software renderer can do it, too
 
 
 def test_positions_are_the_benchmarks():
@@ -116,7 +118,7 @@ def test_our_experts_end_inside_the_goal_and_do_not_turn_round():
         return make_dataset.record(task, 1, recording)["steps"]
 
     for task in ("reach-v3", "reach-wall-v3"):
-        simulator = make_dataset.simulator_of(task, (*CAMERA["cameras"],), 32, 90, 1)
+        simulator = make_dataset.simulator_of(task, (*CAMERA["cameras"],), 32, 90, 1, 0)
         above = {}
         for whose in ("metaworld", "ours"):
             hand = played(task, whose)[-1]["observation"]["state"][:3]

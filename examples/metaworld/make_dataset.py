@@ -34,10 +34,9 @@ FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
 
 
 @functools.lru_cache(maxsize=1)  # one per process: a job's episodes are all of one task
-def simulator_of(task: str, cameras: tuple, image_size: int, jpeg_quality: int,
-                 action_repeat: int) -> Simulator:
-    """This process's simulator of a task."""
-    return Simulator(task, cameras, image_size, jpeg_quality, action_repeat)
+def simulator_of(task: str, *camera) -> Simulator:
+    """This process's simulator of a task, which takes the further arguments."""
+    return Simulator(task, *camera)
 
 
 def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int) -> Iterator[np.ndarray]:
@@ -56,7 +55,8 @@ def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int
 def record(task: str, seed: int, recording: dict) -> dict | None:
     """One expert episode as RLDS steps; None when the expert failed."""
     simulator = simulator_of(task, tuple(recording["cameras"]), recording["image_size"],
-                             recording["jpeg_quality"], recording["action_repeat"])
+                             recording["jpeg_quality"], recording["action_repeat"],
+                             recording["multisampling"])
     steps = []
     expert = expert_of(task, recording["experts"])
     for action in demonstrate(simulator, expert, seed, recording["noise"], recording["tail"]):
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--jpeg_quality", type=int, default=95)
     parser.add_argument("--action_repeat", type=int, default=1, help="simulator steps per recorded step")
+    parser.add_argument("--multisampling", type=int, default=0, help="samples per pixel, for smooth edges")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, on executed velocities")
     parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld",
                         help="who demonstrates reach, reach-wall and handle-pull-side: experts.py")
@@ -110,7 +111,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     recording = {key: getattr(args, key) for key in
-                 ("cameras", "image_size", "jpeg_quality", "action_repeat", "noise", "tail", "experts")}
+                 ("cameras", "image_size", "jpeg_quality", "action_repeat", "multisampling", "noise", "tail",
+                  "experts")}
     scratch = args.out / f".{args.name}.episodes"
     with told_in_one_line():
         tasks = task_names(args.tasks)

@@ -93,7 +93,7 @@ class Player:
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
         recorded = json.loads(path.read_text())
         self.camera = {key: recorded[key] for key in ("image_size", "jpeg_quality", "action_repeat")}
-        self.camera["cameras"] = self.views
+        self.camera |= {"multisampling": recorded.get("multisampling", 0), "cameras": self.views}
         self.execute = execute or max(1, cfg.action_chunk // 2)
 
     def act(self, task: str, histories: list[deque]) -> np.ndarray:
