@@ -322,7 +322,7 @@ def side_by_side(first, second, pixel_values: list[torch.Tensor]) -> torch.Tenso
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        second_features = second(second_pixels)[0]
-    first_features = first(first_pixels)[0]
+        second_features = second(second_pixels)
+    first_features = first(first_pixels)
     main.wait_stream(side)
     return torch.cat([first_features, second_features], dim=-1)

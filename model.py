@@ -122,7 +122,7 @@ class VLA(nn.Module):
     def patch_features(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
         """For each tower (B, 3, H, W) -> (B, patches, sum of the towers' widths)."""
         towers = zip(self.vision_backbone.values(), pixel_values, strict=True)
-        return torch.cat([tower(pixels)[0] for tower, pixels in towers], dim=-1)
+        return torch.cat([tower(pixels) for tower, pixels in towers], dim=-1)
 
     # ---- What is trained -----------------------------------------------------------------------------------
 
@@ -190,20 +190,21 @@ def take(sequence, positions):
 
 
 def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    """A timm ViT by name, with any of timm's arguments, whose output is [(B, patches, width)]: the
+    """A timm ViT by name, with any of timm's arguments, whose output is (B, patches, width): the
     second-to-last block's, without final norm and class or register tokens (Prismatic's choice,
     prismatic/.../base_vision.py). Raises UserError for what is no plain ViT."""
     def make(pretrained):
         vit = timm.create_model(model, pretrained, num_classes=0, img_size=image_size, **kwargs)
         # through forward, because ZeRO-3 gathers a module's parameters when the module is called
-        vit.forward = partial(vit.forward_intermediates, indices=[len(vit.blocks) - 2], norm=False,
-                              stop_early=True, output_fmt="NLC", intermediates_only=True)
+        vit.forward = lambda pixels: vit.forward_intermediates(
+            pixels, [len(vit.blocks) - 2], norm=False, stop_early=True, output_fmt="NLC",
+            intermediates_only=True)[0]
         return vit
 
     try:  # it looks at an image once, on the meta device, which takes neither memory nor time
         with torch.device("meta"):
             vit = make(pretrained=False)
-            (features,), patches = vit(torch.empty(1, 3, image_size, image_size)), vit.patch_embed.num_patches
+            features, patches = vit(torch.empty(1, 3, image_size, image_size)), vit.patch_embed.num_patches
         plain = patches and features.shape == (1, patches, vit.embed_dim) and vit.num_prefix_tokens >= 0
         batch_norm = any("running_mean" in name for name, _ in vit.named_buffers())
         reason = "" if plain and not batch_norm else "it has batch normalisation or another shape of output"

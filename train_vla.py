@@ -204,7 +204,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     elif recompute:
         vla.recompute_activations()
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
-        gather_whole([*vla.stems, *vla.blocks])
+        gather_whole([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
     run.line(memory_needed(vla, ds_config))
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
     with contextlib.redirect_stdout(None):  # and would print 18 lines on memory: the lines above say it

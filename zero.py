@@ -232,16 +232,17 @@ def born_in_shards(make: Callable[[AbstractContextManager], VLA], ds_config: dic
     return vla
 
 
-def gather_whole(blocks: list[torch.nn.Module]) -> None:
-    """Let ZeRO-3 bring the weights of each of these modules at once, and not matrix by matrix."""
-    for block in blocks:
-        set_z3_leaf_module(block, True)
-        if any(param.requires_grad for param in block.parameters()):
-            block.register_forward_pre_hook(need_gradient)
+def gather_whole(modules: list[torch.nn.Module]) -> None:
+    """Let ZeRO-3 bring the weights of each of these at once, and not matrix by matrix: the host would take
+    longer to ask for those of a tower's small blocks than the GPU to compute with them."""
+    for module in modules:
+        set_z3_leaf_module(module, True)
+        if any(param.requires_grad for param in module.parameters()):
+            module.register_forward_pre_hook(need_gradient)
 
 
 def need_gradient(module: torch.nn.Module, inputs: tuple) -> None:
-    """DeepSpeed takes a block's gradients, and lets its weights go, when the gradient of its input is known.
+    """DeepSpeed takes a module's gradients, and lets its weights go, when that of its input is known.
     What comes from data or frozen layers needs none: then it would take zeros, before there are any."""
     inputs[0].requires_grad_()
 
