@@ -160,18 +160,14 @@ class VLA(nn.Module):
         towers = [block for tower in self.vision_backbone.values() for block in tower.blocks]
         return [*towers, *self.llm.base_model.layers]
 
-    @property
-    def stems(self) -> list[nn.Module]:
-        """What some towers have before their blocks: a small ResNet."""
-        embeddings = [tower.patch_embed for tower in self.vision_backbone.values()]
-        return [embedding.backbone for embedding in embeddings if hasattr(embedding, "backbone")]
-
     def compile_blocks(self, recompute: bool) -> None:
         """Let torch.compile fuse the operations inside each block. Blocks of a kind share one compilation,
         and what DeepSpeed does between modules stays outside. recompute: what recompute_activations does,
         without Python in between (with no room for activations, a block's inputs alone are kept)."""
         functorch.activation_memory_budget = 0.0 if recompute else 1.0
-        for block in [*self.stems, *self.blocks]:
+        first = [tower.patch_embed for tower in self.vision_backbone.values()]
+        stems = [embedding.backbone for embedding in first if hasattr(embedding, "backbone")]  # small ResNets
+        for block in [*stems, *self.blocks]:
             block.forward = torch.compile(block.forward)
 
     def recompute_activations(self) -> None:
