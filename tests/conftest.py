@@ -217,7 +217,7 @@ def write_colours(root: Path, name: str, scale: float, cameras: int = 1) -> Path
 
 
 @pytest.fixture(scope="session")
-def colours(tmp_path_factory):
+def colours(tmp_path_factory, plain_run):
     """A run in float32 that has learned two datasets of write_colours, `cold` and `warmer`, well."""
     path = tmp_path_factory.mktemp("colours")
     for name, scale in (("cold", 0.1), ("warmer", 0.3)):
@@ -226,6 +226,6 @@ def colours(tmp_path_factory):
               "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")}, "learning_rate": 3e-3,
               "max_steps": 100, "log_interval": 5, "run_root_dir": str(path / "runs"), "run_id": "colours"}
     (path / "colours.yaml").write_text(yaml.safe_dump(config))
-    done = launch(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    done = plain_run(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
     return path / "runs/colours"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, launch, read_metrics, write_colours
+from conftest import TINY, read_metrics, write_colours
 from PIL import Image
 
 import eval_vla
@@ -92,7 +92,7 @@ def test_a_config_that_is_not_the_training_s_is_noticed(colours, monkeypatch, ca
     assert facts["mismatch"] is None and "config.json or the data are not those of the training" in printed
 
 
-def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tmp_path):
+def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tmp_path, plain_run):
     """Everything a model can be trained with goes through inference as through training."""
     write_colours(tmp_path, "arm", 0.2, cameras=2)
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "image_aug": True,
@@ -101,7 +101,7 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
               "window_size": 2, "action_chunk": 2, "max_steps": 30, "learning_rate": 3e-3,
               "run_root_dir": str(tmp_path / "runs"), "run_id": "arm"}
     (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
-    done = launch(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    done = plain_run(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
     run = tmp_path / "runs/arm--image_aug"
     given, generate = [], Policy.generate

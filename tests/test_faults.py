@@ -278,18 +278,19 @@ def test_a_full_disk_keeps_the_old_checkpoints(small_disk, tiny):
 
 
 @pytest.fixture(scope="module")
-def three_checkpoints(tmp_path_factory):
+def three_checkpoints(tmp_path_factory, plain_run):
     """A run with checkpoints at steps 2, 4 and 6."""
     path = tmp_path_factory.mktemp("three")
     values = {**TINY, "run_root_dir": str(path / "runs"), "run_id": "run", "max_steps": 6, "save_interval": 2,
               "keep_checkpoints": 0}
     (path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(path / "tiny.yaml", launcher="python")
+    done = plain_run(path / "tiny.yaml")
     assert done.returncode == 0, done.text
     return path
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_last_intact_one_offered(three_checkpoints, tiny, tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_the_last_intact_one_offered(three_checkpoints, tiny, tmp_path,
+                                                                          plain_run):
     shutil.copytree(three_checkpoints / "runs", tmp_path / "runs")
     older, middle, newest = list_checkpoints(tmp_path / "runs/run/checkpoints")
     (newest / "checkpoint.json").unlink()
@@ -303,20 +304,20 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_intact_one_offered(three_c
     for damaged in (newest, middle):
         command = re.search(rf"`(mv {re.escape(str(damaged))} .*)`", done.text)[1]
         assert subprocess.run(shlex.split(command), check=False).returncode == 0
-        done = launch(config, launcher="python")
+        done = plain_run(config)
     assert done.returncode == 0 and f"resumed {older} step 2" in done.text, done.text
     assert (losses(tmp_path / "runs")[:6] == losses(three_checkpoints / "runs")).all()
 
 
-def test_resuming_a_given_checkpoint(three_checkpoints, tiny, tmp_path):
+def test_resuming_a_given_checkpoint(three_checkpoints, tiny, tmp_path, plain_run):
     """OpenVLA's way: pretrained_checkpoint, is_resume, resume_step and resume_epoch."""
     _, middle, _ = list_checkpoints(three_checkpoints / "runs/run/checkpoints")
     config = tiny(pretrained_checkpoint=str(middle), resume_step=4, resume_epoch=0, max_steps=6)
-    done = launch(config, launcher="python")
+    done = plain_run(config)
     assert done.returncode == 0 and f"resumed {middle} step 4" in done.text, done.text
     assert (losses(tmp_path / "runs") == losses(three_checkpoints / "runs")[4:]).all()
     # the new run's own checkpoint of step 6 comes before the given one of step 4
-    done = launch(config, "--set", "max_steps=7", launcher="python")
+    done = plain_run(config, "--set", "max_steps=7")
     assert re.search(rf"resumed {tmp_path}.* step 6", done.text) and done.returncode == 0, done.text
 
     for changes, message in [
@@ -326,7 +327,7 @@ def test_resuming_a_given_checkpoint(three_checkpoints, tiny, tmp_path):
         ({"is_resume": False}, f"resume_step is 4, but pretrained_checkpoint is {middle} and is_resume Fa"),
     ]:
         settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-        done = launch(config, "--set", "run_id=other", *settings, launcher="python")
+        done = plain_run(config, "--set", "run_id=other", *settings)
         assert done.returncode == 1 and f"error: {message}" in done.text, done.text
 
 
@@ -414,8 +415,8 @@ def test_a_step_that_is_not_finite_ends_the_run_at_once(stage, bf16, ranks, tiny
     assert not list_checkpoints(next((tmp_path / "runs").iterdir()) / "checkpoints")
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
-    done = launch(tiny(learning_rate=1e39, save_interval=1, on_save_error="continue"), launcher="python")
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, plain_run):
+    done = plain_run(tiny(learning_rate=1e39, save_interval=1, on_save_error="continue"))
     assert "is not finite; older checkpoints are untouched; training goes on" in done.text, done.text
     assert done.returncode == 1 and "error: step 2: loss nan" in done.text, done.text
     assert not list((next((tmp_path / "runs").iterdir()) / "checkpoints").iterdir())

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY, launch
+from conftest import ROOT, TINY
 from test_serve import serving
 
 from config import load_config
@@ -57,7 +57,7 @@ def example(monkeypatch):
         del sys.modules[name]
 
 
-def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys):
+def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys, plain_run):
     monkeypatch.setattr(sys, "argv", ["record.py", "--episodes", "12", "--val_episodes", "2", "--out",
                                       str(tmp_path)])
     example.record.main()
@@ -73,7 +73,7 @@ def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys):
                "run_root_dir": str(tmp_path / "runs"), "max_steps": 2, "global_batch_size": 8,
                "per_device_batch_size": 8, "eval_samples": 8, "num_workers": 0, "run_id": "few"}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(changes))
-    done = launch(tmp_path / "few.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    done = plain_run(tmp_path / "few.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0 and "warning" not in done.text.lower().replace("[warning]", ""), done.text
 
     with serving(tmp_path / "runs/few", tmp_path) as (_, port, log):

@@ -5,7 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 import yaml
-from conftest import TINY, launch
+from conftest import TINY
 from test_model import tiny_policy as untrained
 
 from act import Policy, load_vla
@@ -130,7 +130,7 @@ def test_how_many_steps_are_given_is_a_function_of_the_sample(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     pytest.param({}, marks=pytest.mark.slow), {"parallel_decoding": True, "max_prefix": 2}])
-def test_it_learns_to_go_on_the_way_that_was_begun(changes, tmp_path):
+def test_it_learns_to_go_on_the_way_that_was_begun(changes, tmp_path, plain_run):
     """Demonstrations pass a thing on the left or on the right, and nothing shows on which side they will."""
     f, draw = tfds.features, np.random.RandomState(0)
     features = {"steps": f.Dataset({
@@ -150,7 +150,7 @@ def test_it_learns_to_go_on_the_way_that_was_begun(changes, tmp_path):
                                     "action": "action[:1] target, action[1:] target raw"}},
               "action_chunk": 4, "max_steps": 200, "learning_rate": 3e-3, "run_id": "run", **changes}
     (tmp_path / "pass.yaml").write_text(yaml.safe_dump(config))
-    done = launch(tmp_path / "pass.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    done = plain_run(tmp_path / "pass.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
     policy = load_vla(tmp_path / "run")
     for side in (-1, 1):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, launch, launch_command, read_metrics
+from conftest import ROOT, TINY, launch_command, read_metrics
 from safetensors import safe_open
 from test_faults import Job, wait_for_steps
 
@@ -20,7 +20,7 @@ SHAPE = ("vision_backbone", "llm_backbone", "tokenizer", "arch_specifier", "imag
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
+def begun(tmp_path_factory, plain_run):
     """A run of two steps that began with another run's weights; its YAML leaves the shape unsaid."""
     path = tmp_path_factory.mktemp("begun")
     whole = {**TINY, "run_root_dir": str(path), "max_steps": 2, "run_id": "base"}
@@ -28,20 +28,20 @@ def begun(tmp_path_factory):
     tuned |= {"run_id": "tuned", "base_vlm": str(path / "base"), "weight_decay": 0.1}
     for values in (whole, tuned):
         (path / f"{values['run_id']}.yaml").write_text(yaml.safe_dump(values))
-        done = launch(path / f"{values['run_id']}.yaml", launcher="python")
+        done = plain_run(path / f"{values['run_id']}.yaml")
         assert done.returncode == 0, done.text
     return path
 
 
 @pytest.fixture
-def runs(begun, tmp_path):
+def runs(begun, tmp_path, plain_run):
     """A copy of both runs; the base is gone."""
     shutil.copytree(begun / "tuned", tmp_path / "tuned")
     values = {**yaml.safe_load((begun / "tuned.yaml").read_text()), "run_root_dir": str(tmp_path)}
 
     def go_on(**changes):
         (tmp_path / "tuned.yaml").write_text(yaml.safe_dump({**values, **changes}))
-        return launch(tmp_path / "tuned.yaml", launcher="python")
+        return plain_run(tmp_path / "tuned.yaml")
 
     return tmp_path, go_on
 

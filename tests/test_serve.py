@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY, launch, write_colours
+from conftest import ROOT, TINY, write_colours
 from PIL import Image
 
 import serve_vla
@@ -190,14 +190,14 @@ def test_32_clients_at_once_get_what_one_would(server, vla):
     assert len(sizes) == 640 and max(sizes) > 4
 
 
-def test_cameras_history_state_and_chunks(tmp_path):
+def test_cameras_history_state_and_chunks(tmp_path, plain_run):
     write_colours(tmp_path, "arm", 0.2, cameras=2)
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "use_proprio": True,
               "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
               "window_size": 2, "action_chunk": 2, "max_steps": 60, "learning_rate": 3e-3,
               "run_root_dir": str(tmp_path / "runs"), "run_id": "arm"}
     (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
-    done = launch(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json", launcher="python")
+    done = plain_run(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
     vla = load_vla(tmp_path / "runs/arm")
     views, state = [picture(i & 1, i >> 1, i) for i in range(4)], np.array([0.3, -1.5])

@@ -103,7 +103,7 @@ def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, ranks, finished
         assert all(torch.allclose(first[name], second[name], atol=2e-2) for name in first)
 
 
-def test_a_run_is_not_continued_on_other_data(finished, tmp_path):
+def test_a_run_is_not_continued_on_other_data(finished, tmp_path, plain_run):
     """And what describes it is still there afterwards: it is what acting goes by."""
     path, _ = finished
     (run,) = (path / "runs").iterdir()
@@ -113,7 +113,7 @@ def test_a_run_is_not_continued_on_other_data(finished, tmp_path):
     values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
     values["datasets"] = {"metaworld_demo": {"primary": "image", "action": "action[:3], action[-1:] invert"}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(tmp_path / "tiny.yaml", launcher="python")
+    done = plain_run(tmp_path / "tiny.yaml")
     assert done.returncode == 1, done.text
     was = "datasets.metaworld_demo.action was 'action' and is 'action[:3], action[-1:] invert' now"
     assert was in done.text, done.text
@@ -121,29 +121,29 @@ def test_a_run_is_not_continued_on_other_data(finished, tmp_path):
         assert (copy / name).read_text() == (run / name).read_text()
     values["datasets"] = TINY["datasets"]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(tmp_path / "tiny.yaml", "--set", "max_steps=13", "eval_interval=0", launcher="python")
+    done = plain_run(tmp_path / "tiny.yaml", "--set", "max_steps=13", "eval_interval=0")
     assert done.returncode == 0, done.text
     assert (copy / "metrics.jsonl").read_text().startswith((run / "metrics.jsonl").read_text())
     assert sorted(read_metrics(tmp_path / "runs")) == list(range(1, 14))
 
 
-def test_what_the_yaml_says_of_the_model_counts(finished, tmp_path):
+def test_what_the_yaml_says_of_the_model_counts(finished, tmp_path, plain_run):
     """Also where it is what the default would be."""
     (checkpoint, *_) = list_checkpoints(next((finished[0] / "runs").iterdir()) / "checkpoints")
     values = {key: TINY[key] for key in TINY if key not in ("image_size", "tokenizer", "llm_backbone")}
     values |= {"run_root_dir": str(tmp_path / "runs"), "run_id": "r", "max_steps": 1, "num_workers": 0,
                "pretrained_checkpoint": str(checkpoint), "is_resume": False, "add_action_tokens": False}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(tmp_path / "tiny.yaml", launcher="python")
+    done = plain_run(tmp_path / "tiny.yaml")
     assert done.returncode == 0, done.text
     config = yaml.safe_load((tmp_path / "runs/r/config.yaml").read_text())
     assert config["add_action_tokens"] is False and config["image_size"] == 28
 
 
-def test_starting_a_finished_run_again_does_nothing(finished):
+def test_starting_a_finished_run_again_does_nothing(finished, plain_run):
     path, _ = finished
     before = sorted(p.stat().st_mtime_ns for p in path.rglob("*.safetensors"))
-    done = launch(path / "tiny.yaml", launcher="python")
+    done = plain_run(path / "tiny.yaml")
     assert done.returncode == 0 and "already at step 12 of 12: set max_steps or run_id" in done.text
     assert sorted(p.stat().st_mtime_ns for p in path.rglob("*.safetensors")) == before
 
