@@ -38,7 +38,7 @@ def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device}: PyTorch sees no GPU here: use cpu, or a PyTorch built for GPUs")
     weights = open_weights(where)
-    cfg = TrainConfig(**{"action_dim": 7, **weights.config})  # OpenVLA's files leave the 7 unsaid
+    cfg = TrainConfig(**{**weights.config, "action_dim": weights.action_dim})
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     with parameters_without_memory():
         vla = VLA(cfg, tokenizer)
@@ -128,7 +128,7 @@ class Policy:
     def see(self, image: np.ndarray) -> np.ndarray:
         """A camera's image (H, W, 3) uint8 -> what the model was trained to look at, (size, size, 3), or with
         3 channels for each tower where the towers differ."""
-        cfg, means, image = self.cfg, [(0.0, 0.0, 0.0)], np.asarray(image)
+        cfg, means, image = self.cfg, [(0.0, 0.0, 0.0)], np.array(image, order="C")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise UserError(f"an image of shape {image.shape} and type {image.dtype}: expected (height, "
                             "width, 3) uint8")
@@ -187,8 +187,12 @@ class Policy:
         return unnorm_key
 
     def dataset_statistics(self, unnorm_key: str | None) -> dict:
-        """The statistics of one of the training's datasets."""
-        return self.norm_stats[self.dataset_name(unnorm_key)]
+        """The statistics of one of the training's datasets. Raises UserError for those of another robot."""
+        stats = self.norm_stats[name := self.dataset_name(unnorm_key)]
+        if (width := len(stats["action"]["q01"])) != self.cfg.action_dim:
+            raise UserError(f"unnorm_key {name!r}: its actions have {width} dimensions, the model's "
+                            f"{self.cfg.action_dim}")
+        return stats
 
     # ---- The model -----------------------------------------------------------------------------------------
 

@@ -122,11 +122,13 @@ class SafetensorsFile:
 
 
 class Checkpoint(Tensors):
-    """A checkpoint of this project: weights, moments, and `meta`, the content of checkpoint.json."""
+    """A checkpoint of this project: weights, moments, and `meta`, the content of checkpoint.json. run_dir:
+    the run's folder, around this place or around where a link leads."""
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.path = Path(path)
+        self.path, here = Path(path), Path(os.path.abspath(path)).parent.parent
+        self.run_dir = here if (here / "config.json").exists() else self.path.resolve().parent.parent
         try:
             self.meta = json.loads((self.path / "checkpoint.json").read_text())
             self.base, self.meta["step"] = self.meta.get("base"), int(self.meta["step"])
@@ -194,6 +196,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 # ---- Saving ------------------------------------------------------------------------------------------------
 
 
+def remove(folder: Path) -> None:
+    """A folder, or the link to one that was put elsewhere."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+
+
 def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) -> Path:
     """On every rank: write <directory>/<tag>, then delete all but the newest `keep`, which 0 keeps all of.
 
@@ -207,7 +214,7 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     def make_room():
         if rank == 0:
             for leftover in directory.glob("*.tmp"):
-                shutil.rmtree(leftover)
+                remove(leftover)
             scratch.mkdir(parents=True)
 
     def publish():
@@ -220,7 +227,7 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
             write_durably(scratch / "checkpoint.json", contents.encode())
             scratch.rename(final)
             for old in list_checkpoints(directory)[:-keep] if keep else []:
-                shutil.rmtree(old.rename(f"{old}.tmp"))
+                remove(old.rename(f"{old}.tmp"))
 
     try:
         together(make_room)

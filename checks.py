@@ -115,11 +115,24 @@ def turn_warnings(actions: np.ndarray, episodes: np.ndarray, target: np.ndarray)
         steps = np.abs(np.diff(values, prepend=values[:1])[inside] if target[d] else values)
         for turn, name in ((2 * np.pi, "2 pi"), (360, "360")):
             far = steps[steps > turn / 2]  # a jump is nearly a whole turn, and nothing is half of one
-            if len(far) and far.min() > 0.9 * turn and far.max() <= 1.001 * turn:
+            rare = 0 < len(far) < 0.1 * len(steps)  # others may go to and fro by as much
+            if rare and far.min() > 0.9 * turn and far.max() <= 1.001 * turn:
                 found.append(f"action dimension {d} jumps by about {name} in {len(far)} frames, as an angle "
                              "that goes round: record it so that it does not (numpy.unwrap in each episode, "
                              "or counted from where the robot never is)")
     return found
+
+
+def copy_warnings(frames: np.ndarray, stats: Mapping) -> list[str]:
+    """One line where actions are the state of their own frame, as when an arm is led by hand. (A gripper's
+    two values may well be.) stats: of the actions."""
+    if "proprio" not in frames.dtype.names:
+        return []
+    frames = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLE).astype(int))]
+    same = (frames["action"][:, :, None] == frames["proprio"][:, None]).mean(0) > 0.99  # (A, P)
+    dims = np.flatnonzero(same.any(1) & stats["mask"] & (np.array(stats["max"]) > stats["min"]))
+    return [f"action dimensions {spans(dims)} are the state of the same frame: a policy that has learned it "
+            "stays where it is: record what is commanded, or the next frame's state"] if len(dims) else []
 
 
 def frame_warnings(frames: np.ndarray, episodes: np.ndarray, cameras: list[str | None],
@@ -149,8 +162,8 @@ def table_warnings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, tar
     """All warnings of a frame table's numbers: for each kind of normalisation, and "chunks", what matters
     only where several actions are predicted at once. stats: its statistics; target: (A,) bool."""
     kinds, actions, state = ("bounds_q99", "bounds", "normal"), stats["action"], stats["proprio"]
-    turns = turn_warnings(frames["action"], episodes, target)
-    found = {kind: action_warnings(frames["action"], actions, kind) + turns for kind in kinds}
+    more = turn_warnings(frames["action"], episodes, target) + copy_warnings(frames, actions)
+    found = {kind: action_warnings(frames["action"], actions, kind) + more for kind in kinds}
     still = np.flatnonzero(np.array(state["min"]) == np.array(state["max"]))
     if "proprio" in frames.dtype.names and len(still):  # it is divided by nearly nothing
         found["normal"].append(f"state dimensions {spans(still)} never change: 'normal' makes huge numbers "

@@ -59,7 +59,7 @@ class Recipe:
     state: str = "state"  # field list, concatenated to `proprio`
     action: str = "action"  # field list; `target` and `raw` say what its dimensions are. Or, in numbers:
     absolute: NotNegative | None = None  # how many trailing ones are `target raw` (default 1: a gripper)
-    targets: int = 0  # how many trailing ones are `target`, normalised or not (joint positions)
+    targets: NotNegative = 0  # how many trailing ones are `target`, normalised or not (joint positions)
     instruction: str = "language_instruction"  # key of the text, relative to the step or the episode
     trim: bool = False  # Bridge: the first step's action is all zero, the last step has none: drop both
     skip_idle: bool = False  # DROID: drop frames whose normalised action is "no motion" (oxe.is_idle)
@@ -320,7 +320,7 @@ PATHS = {**dict.fromkeys(["base_vlm", "llm_backbone", "tokenizer", "data_root_di
 def refuse_missing(path: str) -> None:
     """Raise UserError for what looks like a path and not like an id (owner/name), and is not there."""
     first, _, rest = path.partition("/")
-    folder = rest and (Path(first).is_dir() or (PROJECT / first).is_dir())
+    folder = rest and (re.search(r"[^\w./-]|--", path) or Path(first).is_dir() or (PROJECT / first).is_dir())
     if not os.path.exists(path) and (folder or "/" in rest or path.startswith((".", "/"))):
         raise UserError(f"{path!r}: there is no such file or folder here or in {PROJECT}")
 

@@ -158,7 +158,8 @@ def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int, o
     return total / seen if seen else None
 
 
-def verdict(accuracy: dict[str, float], agreement: float, strategy: str) -> tuple[str | None, list[str]]:
+def verdict(accuracy: dict[str, float], agreement: float, frames: int, strategy: str
+            ) -> tuple[str | None, list[str]]:
     """What the accuracies say: the mismatch between training and acting, if there is one, and what else is
     worth knowing."""
     mismatch, remarks = None, []
@@ -171,7 +172,7 @@ def verdict(accuracy: dict[str, float], agreement: float, strategy: str) -> tupl
     if forced - greedy > TOLERANCE:
         remarks.append(f"note: {forced:.3f} after the recorded tokens, {greedy:.3f} after its own: a mistake "
                        "in one token leads to others; no fault of the inputs")
-    if forced < accuracy.get("logged", 0.0) - 2 * TOLERANCE:
+    if forced < accuracy.get("logged", 0.0) - 2 * TOLERANCE - frames ** -0.5:  # two standard errors
         remarks.append(f"warning: the saved weights reach {forced:.3f} where training logged "
                        f"{accuracy['logged']:.3f}: config.json or the data are not those of the training")
     return mismatch, remarks
@@ -236,7 +237,8 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
     learned, step = open_mixture(policy, cfg, True), 0
     mixture = learned if on_train_frames else open_mixture(policy, cfg, False)
     if (Path(checkpoint.where) / "checkpoint.json").exists():
-        step, run_dir = Checkpoint(checkpoint.where).meta["step"], Path(checkpoint.where).parents[1]
+        ours = Checkpoint(checkpoint.where)
+        step, run_dir = ours.meta["step"], ours.run_dir
     known = cfg.global_batch_size * step if step and cfg.data_mix == policy.cfg.data_mix else 0
     samples = min(samples, (known if on_train_frames else 0) or int(mixture.sizes.sum()))
     frames = choose_frames(mixture, known - samples if known and on_train_frames else 0, samples)
@@ -258,7 +260,7 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
     print(f"{'train' if on_train_frames else 'held-out'} frames {len(frames)} "
           + " ".join(f"accuracy_{name} {value:.4f}" for name, value in accuracy.items())
           + f" agreement {agreement:.4f}")
-    mismatch, remarks = verdict(accuracy, agreement, cfg.image_resize_strategy)
+    mismatch, remarks = verdict(accuracy, agreement, len(frames), cfg.image_resize_strategy)
     facts = {"checkpoint": str(checkpoint.where), "data_mix": cfg.data_mix,
              "on_train_frames": on_train_frames, "frames": len(frames), "accuracy": accuracy,
              "agreement": agreement, "mismatch": mismatch, "datasets": results}

@@ -24,11 +24,11 @@ def decode_native(data: bytes) -> np.ndarray:
         return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
     try:
         image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # which would tell where in memory it lies
-        raise ValueError(f"no JPEG or PNG: it begins with {data[:8]!r}") from None
-    if image.mode == "I;16":  # depth, for example: its upper eight bits, as TensorFlow
-        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-    return np.array(image.convert("RGB"))
+        if image.mode == "I;16":  # depth, for example: its upper eight bits, as TensorFlow
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        return np.array(image.convert("RGB"))
+    except (UnidentifiedImageError, SyntaxError):  # which tells where in memory it lies; of a broken PNG
+        raise ValueError(f"no JPEG or PNG that can be read: it begins with {data[:8]!r}") from None
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:

@@ -110,6 +110,8 @@ def guess_recipe(features: dict[str, Feature], directory: Path, action: str | No
               if name in steps and steps[name].dtype.kind in "biuf" and None not in steps[name].shape]
     wrist = [name for name in images if any(part in name.lower() for part in WRIST)]
     outside = [name for name in images if name not in wrist]
+    for names in (wrist, outside):  # a camera that is called so already takes that part
+        names.sort(key=lambda name: [name != part for part in ("wrist", "primary", "secondary")])
     named = dict(zip(("primary", "secondary"), outside, strict=False))
     named |= {"wrist": wrist[0]} if wrist else {}
     others = {name.strip("/"): name for name in [*outside[2:], *wrist[1:]]}  # by their own names
@@ -216,7 +218,10 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
     cameras = " | ".join(recipe.camera_names)
     tiles = []
     for row in np.linspace(0, len(table.frames) - 1, 12).astype(int):
-        views = [decode_image(table.read_image(row, table.cameras.index(key)), side) for key in keys]
+        try:
+            views = [decode_image(table.read_image(row, table.cameras.index(key)), side) for key in keys]
+        except (ValueError, OSError) as error:
+            raise DataError(f"{table.where(row)}: {error}: --check finds all such") from error
         text = table.instructions[table.frames["instruction"][row]]
         values = [f"{value:.2f}" for value in table.frames["action"][row]]
         per_line = max(side * len(keys) // 34, 6)

@@ -23,11 +23,17 @@ from frames import DataError
 # thresholds.
 
 
+def near_one(x, word: str):
+    """x, for helpers that are made for grippers in 0..1 or -1..1: of per cent or 0..255 little would be left.
+    Raises DataError for such."""
+    if (far := abs(x).max(initial=0)) > 10:
+        raise DataError(f"{word}: would make 1 of values up to {far:.4g}: divide first, as in '/255 {word}'")
+    return x
+
+
 def clip(x):
-    """To [0, 1], for grippers in 0..1 or -1..1; of per cent or 0..255 little would be left."""
-    if x.max(initial=0) > 10:
-        raise DataError(f"clip: would make 1 of values up to {x.max():.4g}: divide first, as in '/255 clip'")
-    return np.clip(x, 0, 1)
+    """To [0, 1], for grippers in 0..1 or -1..1."""
+    return np.clip(near_one(x, "clip"), 0, 1)
 
 
 def invert(x):
@@ -49,7 +55,7 @@ def delta(x):
 def binarize(x):
     """Gripper openings to 0 or 1: values in between take the value reached next; those at the end take the
     very last one as it is."""
-    x = x.astype(np.float32)
+    x = near_one(x, "binarize").astype(np.float32)
     decided = (x > np.float32(0.95)) | (x < np.float32(0.05))
     value = np.where(decided, x > np.float32(0.95), x[-1:]).astype(np.float32)
     rows = np.where(decided, np.arange(len(x))[:, None], len(x) - 1)
@@ -60,7 +66,7 @@ def rel2abs(x):
     """Relative gripper commands (+ closes, - opens, within 0.1 of zero: no change) to absolute: 1 = open,
     0 = closed. Before the first command the gripper is in the opposite state; without any command it is
     open."""
-    x = x.astype(np.float32)
+    x = near_one(x, "rel2abs").astype(np.float32)
     command = np.where(x < np.float32(-0.1), 1, np.where(x > np.float32(0.1), -1, 0))
     first = np.take_along_axis(command, (command != 0).argmax(0)[None], axis=0)  # (1, k)
     command = np.concatenate([np.where(first == 0, 1, -first), command])
@@ -186,7 +192,7 @@ def read_fields(fields: str, steps, prefix: str, first: int, length: int | None 
             continue
         values = steps[feature_name(field.key, prefix)]
         values = (values if isinstance(values, np.ndarray) else np.array(values, object))[first:]
-        if values.dtype.kind in "bu":  # 3 - 5 is -2 in recipes, not 65534
+        if values.dtype.kind in "bui":  # 3 - 5 is -2 in recipes, not 65534, and 100 + 100 is not -56
             values = values.astype(np.int64)
         if length not in (None, len(values)):
             raise DataError(f"{field.key!r} has {first + len(values)} values, others {first + length}: "

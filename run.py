@@ -90,7 +90,7 @@ class Run:
 
     def check_data(self, mixture: Mixture) -> None:
         """Raise UserError when what goes on was trained on other statistics: acting goes by them."""
-        run = self.checkpoint.path.resolve().parents[1] if self.checkpoint else self.path
+        run = self.checkpoint.run_dir if self.checkpoint else self.path
         known = run / "dataset_statistics.json"
         if self.step and known.exists() and json.loads(known.read_text()) != mixture.statistics:
             raise UserError(f"{run} was trained on data with other statistics than those of "
@@ -250,7 +250,7 @@ def given_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
                             "with checkpoint.json), so its training cannot be resumed: set is_resume: false "
                             "to begin with its weights")
         checkpoint = open_checkpoint(Path(given))
-        path = checkpoint.path.resolve().parents[1] / "config.json"
+        path = checkpoint.run_dir / "config.json"
         own = json.loads(path.read_text()) if path.exists() else {}
         for key in MEANING:  # with another, the same weights mean something else
             was, now = own.get(key), getattr(cfg, key)

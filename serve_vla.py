@@ -210,8 +210,8 @@ class Service:
             reply, size = await asyncio.wrap_future(self.batcher.ask(query))
             status = 200
             facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
-        except RequestError as error:
-            status, reply, facts = error.status, str(error), f"error {str(error)!a}"
+        except (RequestError, UserError) as error:
+            status, reply, facts = getattr(error, "status", 400), str(error), f"error {str(error)!a}"
         except (asyncio.TimeoutError, ClientDisconnect):  # noqa: UP041 (another one, in Python 3.10)
             status, reply, facts = 408, "the request did not arrive", "error 'did not arrive'"
         except Exception:

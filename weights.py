@@ -74,6 +74,12 @@ class Weights:
     norm_stats: dict = field(default_factory=dict)
     base: Tensors | None = None
 
+    @property
+    def action_dim(self) -> int:
+        """How many numbers an action has. OpenVLA's files leave it unsaid, but for the newest statistics."""
+        said = [len(stats["action"]["q01"]) for stats in self.norm_stats.values()]
+        return self.config.get("action_dim") or (said or [7])[-1]
+
 
 def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
     """Open what training begins with: a checkpoint to continue, else what the config names, if anything.
@@ -120,7 +126,7 @@ def _open(where: str | Path) -> Weights:
         path = download(str(where))
     refuse_parts_left_out(str(where), [file.name for file in path.iterdir()] if path.is_dir() else [])
     if (path / "checkpoint.json").exists():
-        return _open_ours(Checkpoint(path.resolve()))  # a link to a checkpoint: its run is where it points
+        return _open_ours(Checkpoint(path))
     if path.suffix == ".pt":
         return _open_native(path, path.parents[1])
     if native := sorted((path / "checkpoints").glob("*.pt")):  # "latest-checkpoint" comes before "step-..."
@@ -174,7 +180,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _open_ours(checkpoint: Checkpoint) -> Weights:
-    run_dir = checkpoint.path.parents[1]
+    run_dir = checkpoint.run_dir
     config = _read_json(run_dir / "config.json")
     config["tokenizer"] = str(run_dir / "tokenizer")
     for tower in config["vision_backbone"].values():

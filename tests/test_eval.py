@@ -85,6 +85,12 @@ def test_another_resize_is_noticed(colours, monkeypatch, capsys, tmp_path):
         evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, "--on-train-frames")
 
 
+def test_few_frames_tell_little():
+    said = {"logged": 0.6, "teacher_forced": 0.45, "greedy": 0.45, "inference": 0.45}
+    assert not eval_vla.verdict(said, 1.0, 16, "lanczos")[1]
+    assert "training logged 0.600" in eval_vla.verdict(said, 1.0, 1024, "lanczos")[1][0]
+
+
 def test_a_config_that_is_not_the_training_s_is_noticed(colours, monkeypatch, capsys, tmp_path):
     """Both paths go wrong together then, but not as well as the log says."""
     run = changed_run(colours, tmp_path / "run", prompt_style="phi", action_normalization="normal")

@@ -22,6 +22,7 @@ from action_tokenizer import load_tokenizer
 from checkpoint import Checkpoint, list_checkpoints
 from config import TrainConfig
 from rlds import write_rlds
+from weights import open_weights
 
 
 class Job:
@@ -344,6 +345,25 @@ def test_what_is_put_aside_is_no_checkpoint(three_checkpoints, plain_run, tiny, 
                      "ds_configs/cpu.json")
     assert done.returncode == 0 and f"resumed {middle} step 4" in done.text, done.text
     assert (folder / "step-000009-epoch-00-loss=1.0000.tar.gz").read_bytes() == b"packed"
+
+
+def test_checkpoints_that_were_put_elsewhere(three_checkpoints, plain_run, tiny, tmp_path):
+    """A link to one is removed in its turn, and not what it leads to; where the folder of all is a link, its
+    run is still where the link stands, and goes on with its own meaning alone."""
+    shutil.copytree(three_checkpoints / "runs", tmp_path / "runs")
+    folder = tmp_path / "runs/run/checkpoints"
+    middle = list_checkpoints(folder)[1]
+    kept = middle.rename(tmp_path / middle.name)
+    middle.symlink_to(kept)
+    done = plain_run(tiny(run_id="run", max_steps=8, keep_checkpoints=2), "--set", "save_interval=1")
+    assert done.returncode == 0 and len(list_checkpoints(folder)) == 2 and not [*folder.glob("*.tmp")]
+    Checkpoint(kept).verify()
+    folder.rename(tmp_path / "disk")
+    folder.symlink_to(tmp_path / "disk")
+    newest = list_checkpoints(folder)[-1]
+    assert open_weights(newest).config["prompt_style"] == "pure"
+    done = plain_run(tiny(run_id="other", max_steps=9, pretrained_checkpoint=str(newest), prompt_style="phi"))
+    assert done.returncode == 1 and "was trained with prompt_style pure" in done.text, done.text
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"step": "x"}'])

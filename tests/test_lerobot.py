@@ -33,7 +33,7 @@ import pyarrow.parquet as pq  # noqa: E402
 EXAMPLE = ROOT / "examples/lerobot"
 sys.path.insert(0, str(EXAMPLE))
 import convert as converter  # noqa: E402
-from actions import as_recipe, describe, idle_frames, resample  # noqa: E402
+from actions import as_recipe, describe, idle_frames, kind_by_name, resample  # noqa: E402
 
 SO101 = [f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex",
                                       "wrist_roll", "gripper")]
@@ -596,6 +596,19 @@ def test_the_user_knows_better():
     for said, words in (("target", " target"), ("change", "")):
         assert as_recipe(describe("action", ["x", "y", "z", "gripper"], [joints], None, said)) == {
             "action": f"action[:3]{words}, action[3:] target raw"}
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("joint_velocities_0", "velocity"), ("wrist.vx", "velocity"), ("wrist_yaw_rate", "velocity"),
+    ("eef_dpos_x", "change"), ("waist.rel", "change"), ("rel_x", "change"), ("d_x", "change"),
+    ("dx", "change"), ("shoulder_pan.pos", "target"), ("joint_0", "target"), ("x", None)])
+def test_what_names_say(name, kind):
+    assert kind_by_name(name) == kind
+
+
+def test_held_out_episodes_alone_are_refused_at_once(tmp_path):
+    source = Source(tmp_path, "v2.1", (12,) * 5, splits={"train": "0:4", "val": "4:5"})
+    assert "--episodes 4: none of them is in the split train" in refused(source, tmp_path / "out", None, "4")
 
 
 def test_fewer_frames_a_second():

@@ -389,6 +389,14 @@ print("all good")
     assert done.stdout == "all good\n", done.stderr
 
 
+def test_an_image_may_be_turned_by_slicing():
+    """As those of MuJoCo are, whose pictures stand on their heads, or BGR."""
+    policy, image = tiny_policy(image_aug=True), np.random.default_rng(0).integers(0, 256, (28, 28, 3))
+    turned = image.astype(np.uint8)[::-1, ::-1, ::-1]
+    actions = [policy.predict_action([image], ["open it"]) for image in (turned, turned.copy())]
+    np.testing.assert_array_equal(*actions)
+
+
 def test_what_speed_up_puts_in_place_acts_alike():
     """All but the GPU's part of it: nothing is compiled and no graph recorded."""
     pytest.importorskip("triton")

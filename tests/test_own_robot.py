@@ -29,6 +29,7 @@ from convention import convention, recorded
 from data import Mixture
 from frames import DataError, FrameTable, find_dataset
 from images import decode_native
+from inspect_data import draw, find_subjects
 from model import VLA
 from recipes import Feature, action_masks, standardize
 from rlds import build_frame_table, statistics, write_rlds
@@ -622,6 +623,9 @@ def test_each_version_has_its_own_list_of_bad_episodes(commands, opened, tmp_pat
     (np.float32, (0, 255), "action[:6], action[6:] clip invert", r"clip: would make 1 of values up to 255"),
     (np.float32, (0, 1), "action[:8]", r"'action': has 7 columns, and the recipe says \[:8\]"),
     (np.float32, (0, 1), "action[3:12] target", r"has 7 columns, and the recipe says \[3:12\]"),
+    (np.float32, (0, 230), "action[:6], action[6:] invert clip", "clip: would make 1 of values up to 229"),
+    (np.float32, (0, 230), "action[:6], action[6:] binarize", "binarize: .* 230: divide first, as in"),
+    (np.float32, (-100, 100), "action[:6], action[6:] rel2abs", "rel2abs: would make 1 of values up to 100"),
     (np.float32, (0, 1), "action[:3] euler, action[3:]", "euler: needs .* a quaternion, and is given 3"),
 ])
 def test_what_helpers_cannot_do(feature, values, recipe, message, tmp_path):
@@ -630,9 +634,10 @@ def test_what_helpers_cannot_do(feature, values, recipe, message, tmp_path):
         index(write_arm(tmp_path, actions), Recipe(primary="image", action=recipe))
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.bool_])
-def test_differences_of_unsigned_numbers(kind, tmp_path):
-    ticks = np.random.RandomState(0).randint(0, 2 if kind is np.bool_ else 200, (4, 9, 3))
+@pytest.mark.parametrize("kind, low, high", [(np.uint8, 0, 200), (np.uint16, 0, 200), (np.bool_, 0, 2),
+                                             (np.int8, -100, 100), (np.int16, -32000, 32000)])
+def test_differences_of_small_whole_numbers(kind, low, high, tmp_path):
+    ticks = np.random.RandomState(0).randint(low, high, (4, 9, 3))
     directory = write_arm(tmp_path, random_actions(7, 4, 9), step={
         "ticks": (F.Tensor(shape=(3,), dtype=kind), lambda e, t: ticks[e, t].astype(kind))})
     table = index(directory, Recipe(primary="image", action="ticks delta"))
@@ -648,6 +653,43 @@ def test_angles_that_go_round_are_named(turn, name, words, tmp_path):
     table = index(write_arm(tmp_path, [*angle]), Recipe(primary="image", action=f"action {words}"))
     (line,) = [line for line in table.warnings["bounds_q99"] if "goes round" in line]
     assert line.startswith(f"action dimension 0 jumps by about {name} in ")
+
+
+def test_steps_to_and_fro_do_not_go_round(tmp_path):
+    steps = list(np.random.RandomState(0).choice([-6.0, 0.0, 6.0], (10, 30, 3)))
+    table = index(write_arm(tmp_path, steps), Recipe(primary="image", action="action", absolute=0))
+    assert not [line for line in table.warnings["bounds_q99"] if "goes round" in line]
+
+
+@pytest.mark.parametrize("ahead, told", [(0, True), (1, False)])
+def test_actions_that_are_the_state_of_their_frame_are_told(ahead, told, tmp_path):
+    """As when an arm is led by hand. A gripper's state may be what it was told."""
+    way = np.sin(0.2 * np.arange(31)[:, None] + np.random.RandomState(0).uniform(0, 6, (20, 1, 6)))
+    way = np.concatenate([way, way[..., :1] > 0], axis=2)
+    table = index(write_arm(tmp_path, [*way[:, ahead : 30 + ahead]], observation={
+        "state": (F.Tensor(shape=(7,), dtype=np.float32), lambda e, t: np.float32(way[e, t]))}),
+        Recipe(primary="image", action="action[:6] target, action[6:] target raw"), load_proprio=True)
+    found = [line for line in table.warnings["bounds"] if "the state of the same frame" in line]
+    assert [line.partition(" are ")[0] for line in found] == ["action dimensions 0-5"] * told
+
+
+def test_a_guess_gives_every_camera_one_name(tmp_path):
+    picture = {"image": None} | {name: (PNG, GREY) for name in ("front", "gripper", "primary", "wrist")}
+    (subject,) = find_subjects(write_arm(tmp_path, random_actions(7), observation=picture).parent, None, None)
+    assert subject.recipe.camera_names == {"primary": "primary", "secondary": "front", "wrist": "wrist",
+                                           "gripper": "gripper"}
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    broken = bytearray(png(NOISE[:24, :32]))
+    broken[35] ^= 1  # the length of a part
+    with pytest.raises(ValueError, match="no JPEG or PNG that can be read"):
+        decode_native(bytes(broken))
+    directory = write_arm(tmp_path, random_actions(7), observation={
+        "image": (PNG, lambda e, t: bytes(broken) if (e, t) == (0, 0) else GREY)})
+    (subject,) = find_subjects(directory.parent, None, None)
+    with pytest.raises(DataError, match=r"record 0: no JPEG or PNG.*: --check finds all such"):
+        draw(subject.table(None, False), subject.recipe, tmp_path / "sheet.png")
 
 
 def test_missing_pictures_and_words_are_told(opened, tmp_path):

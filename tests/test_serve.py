@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -188,6 +189,15 @@ def test_32_clients_at_once_get_what_one_would(server, vla):
     lines = log.read_text().splitlines()[before:]
     sizes = [int(re.search(r"status 200 .* batch (\d+) ", line)[1]) for line in lines]
     assert len(sizes) == 640 and max(sizes) > 4
+
+
+def test_a_prompt_longer_than_the_models_is_the_senders_mistake(colours, tmp_path):
+    shutil.copytree(colours, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "max_length": 40}))
+    with serving(tmp_path / "run", tmp_path) as (_, port, _):
+        status, reply = Client(port).send(query(picture(1, 0).tolist(), instruction="hold it and wait " * 20))
+    assert status == 400 and "max_length is 40: shorten the instruction" in str(reply), reply
 
 
 def test_cameras_history_state_and_chunks(tmp_path, plain_run):

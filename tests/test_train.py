@@ -225,6 +225,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
         ({"datasets": {"metaworld_demo": {"primay": "x"}}},
          "datasets: metaworld_demo: unknown key 'primay'; did you mean 'primary'?"),
         ({"datasets": {"metaworld_demo": {"absolute": -1}}}, "metaworld_demo.absolute: -1: it should"),
+        ({"datasets": {"metaworld_demo": {"targets": -1}}}, "metaworld_demo.targets: -1: it should"),
+        ({"base_vlm": "runs_of_old/demo+n1+b32+x7"}, "'runs_of_old/demo+n1+b32+x7': there is no such"),
         ({"data_mix": {"metaworld_demo": "half"}}, "data_mix: 'half': it should be a valid number"),
         ({"tokenizer": "configs/demo_tokeniser"}, "'configs/demo_tokeniser': there is no such file or"),
         ({"base_vlm": "runs/some/where"}, "base_vlm: 'runs/some/where': there is no such file or folder"),

@@ -21,7 +21,7 @@ import export_vla
 from act import load_vla
 from action_tokenizer import load_tokenizer
 from checkpoint import CheckpointError, list_checkpoints
-from config import TrainConfig
+from config import TrainConfig, UserError
 from model import VLA
 from weights import (
     PRISMATIC,
@@ -300,6 +300,28 @@ def test_damaged_files_are_named(run, tmp_path):
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"vision_backbone_id": "vit-x"}))
     with pytest.raises(CheckpointError, match="'vit-x' is none of Prismatic's backbones: clip-vit"):
         open_weights(tmp_path / "hf")
+
+
+def test_actions_of_another_width_than_openvlas(run, tmp_path):
+    """Its files do not say how wide actions are, but their statistics do; another robot's are refused."""
+    export_vla.export(str(run), tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    del config["zerovla"]["action_dim"]
+    seven = {key: [0.0] * 7 for key in ("q01", "q99", "min", "max", "mean", "std")}
+    config["norm_stats"] = {"bridge_orig": {"action": seven}, **config["norm_stats"]}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    policy, image = load_vla(tmp_path / "hf"), np.full((28, 28, 3), 90, np.uint8)
+    assert policy.predict_action([image], ["open it"], "metaworld_demo").shape == (1, 4)
+    with pytest.raises(UserError, match="unnorm_key 'bridge_orig': its actions have 7 dimensions"):
+        policy.predict_action([image], ["open it"], "bridge_orig")
+
+
+def test_an_export_keeps_the_length_of_prompts(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "max_length": 99}))
+    export_vla.export(str(tmp_path / "run"), tmp_path / "hf", "hf")
+    assert load_vla(tmp_path / "hf").cfg.max_length == 99
 
 
 # ------------------------------------------------------------------------------------------------------------

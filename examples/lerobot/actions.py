@@ -1,9 +1,10 @@
 """What the dimensions of a robot's actions are, told from their names and ranges, as a recipe.
 
 A joint's angle and a pose are *targets*: past the end of an episode the last one is held, and a slower
-recording takes those at its times. A displacement is a *change*: zero past the end; over a longer step they
-add up. A *velocity* ends in zero, too, but over a longer step it is a mean. A gripper is a target, and *raw*
-(not normalised by quantiles, which may cut off how far it opens) where its range is one of the usual ones.
+recording takes those at its times. A displacement is a *change*: zero past the end; over a longer
+step they add up. A *velocity* ends in zero, too, but over a longer step it is a mean. A gripper is a target,
+and *raw* (not normalised by quantiles, which may cut off how far it opens) where its range is one of the
+usual ones.
 """
 
 import re
@@ -17,8 +18,9 @@ import checks
 from rlds import EPISODE
 
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger", re.IGNORECASE)
-VELOCITY = re.compile(r"vel(ocity)?\b|speed", re.IGNORECASE)
-CHANGE = re.compile(r"delta|\b(d|rel_?)(x|y|z|roll|pitch|yaw|r[xyz])\b", re.IGNORECASE)
+VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|\brate\b|\b[vw][xyz]\b", re.IGNORECASE)
+CHANGE = re.compile(r"delta|\bdpos\b|\brel(ative)?\b|\b(d|rel) ?(x|y|z|roll|pitch|yaw|r[xyz])\b",
+                    re.IGNORECASE)
 TARGET = re.compile(r"pos\b|joint|shoulder|elbow|wrist|waist|forearm|motor|qpos", re.IGNORECASE)
 USUAL = (1, 100, 255)  # a gripper's value when open (or closed); LeRobot's own is 0..100
 

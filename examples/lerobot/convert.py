@@ -88,6 +88,8 @@ def choose(dataset: LeRobotSet, wanted: str | None) -> list[Episode]:
     if missing := sorted(numbers - there.keys()):
         raise UserError(f"--episodes {wanted}: {dataset.source} has no frames of episode {missing[0]}; it "
                         f"has {min(there, default='none')} to {max(there, default='none')}")
+    if numbers and not numbers - dataset.held_out:
+        raise UserError(f"--episodes {wanted}: none of them is in the split train of {dataset.source}")
     return [there[number] for number in sorted(numbers)]
 
 
