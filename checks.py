@@ -129,8 +129,10 @@ def copy_warnings(frames: np.ndarray, stats: Mapping) -> list[str]:
     if "proprio" not in frames.dtype.names:
         return []
     frames = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLE).astype(int))]
-    same = (frames["action"][:, :, None] == frames["proprio"][:, None]).mean(0) > 0.99  # (A, P)
-    dims = np.flatnonzero(same.any(1) & stats["mask"] & (np.array(stats["max"]) > stats["min"]))
+    moved = frames["action"] != np.median(frames["action"], axis=0)  # (N, A)
+    same = moved[..., None] & (frames["action"][..., None] == frames["proprio"][:, None])  # (N, A, P)
+    share = same.sum(0).max(1, initial=0) / np.maximum(moved.sum(0), 1)
+    dims = np.flatnonzero((share > 0.99) & stats["mask"])
     return [f"action dimensions {spans(dims)} are the state of the same frame: a policy that has learned it "
             "stays where it is: record what is commanded, or the next frame's state"] if len(dims) else []
 
