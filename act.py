@@ -38,7 +38,7 @@ def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device}: PyTorch sees no GPU here: use cpu, or a PyTorch built for GPUs")
     weights = open_weights(where)
-    cfg = TrainConfig(**{**weights.config, "action_dim": weights.action_dim})
+    cfg = TrainConfig(**weights.config)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     with parameters_without_memory():
         vla = VLA(cfg, tokenizer)

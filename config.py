@@ -319,9 +319,9 @@ PATHS = {**dict.fromkeys(["base_vlm", "llm_backbone", "tokenizer", "data_root_di
 
 def refuse_missing(path: str) -> None:
     """Raise UserError for what looks like a path and not like an id (owner/name), and is not there."""
-    first, _, rest = path.partition("/")
-    folder = rest and (re.search(r"[^\w./-]|--", path) or Path(first).is_dir() or (PROJECT / first).is_dir())
-    if not os.path.exists(path) and (folder or "/" in rest or path.startswith((".", "/"))):
+    no_id = re.search(r"^[./~]|/.*(/|--|[^\w.-])", path)
+    folder = "/" in path and any((root / path).parent.is_dir() for root in (Path(), PROJECT))
+    if not os.path.exists(path) and (no_id or folder):
         raise UserError(f"{path!r}: there is no such file or folder here or in {PROJECT}")
 
 

@@ -44,10 +44,10 @@ from weights import (
 
 SHARD_BYTES = 1 << 30
 HUB_CODE = "openvla/openvla-7b--"  # where transformers finds the classes, with trust_remote_code=True
+# what makes a model itself
 DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_size image_resize_strategy
     action_chunk action_dim action_normalization add_action_tokens cameras datasets features image_aug
-    max_length max_prefix parallel_decoding proprio_dim use_proprio
-    window_size""".split()  # what makes a model itself
+    max_length max_prefix parallel_decoding proprio_dim use_proprio window_size""".split()
 
 
 def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:
@@ -57,7 +57,7 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
     if out.exists():
         raise CheckpointError(f"{out} exists: remove it or name another directory")
     weights = open_weights(where)
-    cfg = TrainConfig(**{**weights.config, "action_dim": weights.action_dim})
+    cfg = TrainConfig(**weights.config)
     scratch = out.with_name(f".{out.name}.export")  # a name that nobody else has given a folder
     shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
     scratch.mkdir(parents=True)

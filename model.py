@@ -191,7 +191,8 @@ def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwar
     prismatic/.../base_vision.py). Raises UserError for what is no plain ViT."""
     def make(pretrained):
         vit = timm.create_model(model, pretrained, num_classes=0, img_size=image_size, **kwargs)
-        # through forward, because ZeRO-3 gathers a module's parameters when the module is called
+        # through forward, because ZeRO-3 gathers a module's parameters when it is called; a tensor, because
+        # its hooks see no lists
         vit.forward = lambda pixels: vit.forward_intermediates(
             pixels, [len(vit.blocks) - 2], norm=False, stop_early=True, output_fmt="NLC",
             intermediates_only=True)[0]

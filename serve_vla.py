@@ -210,7 +210,7 @@ class Service:
             reply, size = await asyncio.wrap_future(self.batcher.ask(query))
             status = 200
             facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
-        except (RequestError, UserError) as error:
+        except UserError as error:  # the model's own are about what it was sent, too
             status, reply, facts = getattr(error, "status", 400), str(error), f"error {str(error)!a}"
         except (asyncio.TimeoutError, ClientDisconnect):  # noqa: UP041 (another one, in Python 3.10)
             status, reply, facts = 408, "the request did not arrive", "error 'did not arrive'"

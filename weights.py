@@ -74,12 +74,6 @@ class Weights:
     norm_stats: dict = field(default_factory=dict)
     base: Tensors | None = None
 
-    @property
-    def action_dim(self) -> int:
-        """How many numbers an action has. OpenVLA's files leave it unsaid, but for the newest statistics."""
-        said = [len(stats["action"]["q01"]) for stats in self.norm_stats.values()]
-        return self.config.get("action_dim") or (said or [7])[-1]
-
 
 def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
     """Open what training begins with: a checkpoint to continue, else what the config names, if anything.
@@ -112,6 +106,9 @@ def open_weights(where: str | Path) -> Weights:
     OpenVLA (either format), a native .pt file, or the id of a Prismatic VLM. Raises CheckpointError."""
     try:
         weights = _open(where)
+        actions = [stats["action"] for stats in weights.norm_stats.values() if "action" in stats]
+        widths = [7, *(len(action["q01"]) for action in actions if "q01" in action)]
+        weights.config.setdefault("action_dim", widths[-1])  # OpenVLA's files leave it unsaid
         TrainConfig(**weights.config)
         return weights
     except ValidationError as error:  # of another version of this project, perhaps

@@ -21,7 +21,7 @@ from convention import Convention
 from images import decode_native
 
 MAX_BODY = 32 << 20  # bytes of a request: as plain lists, images up to about full HD
-MAX_INSTRUCTION = 1000  # bytes; no token is shorter than one, so the prompt stays below max_length
+MAX_INSTRUCTION = 1000  # bytes; tokens, which a model may allow fewer of, it counts itself
 SIDES = (16, 4096)  # pixels: smallest and largest height or width; also what one request can cost in memory
 
 

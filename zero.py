@@ -233,8 +233,8 @@ def born_in_shards(make: Callable[[AbstractContextManager], VLA], ds_config: dic
 
 
 def gather_whole(modules: list[torch.nn.Module]) -> None:
-    """Let ZeRO-3 bring the weights of each of these at once, and not matrix by matrix: the host would take
-    longer to ask for those of a tower's small blocks than the GPU to compute with them."""
+    """Let ZeRO-3 bring the weights of each of these at once, and not matrix by matrix: to ask for them costs
+    the host as much, however small they are."""
     for module in modules:
         set_z3_leaf_module(module, True)
         if any(param.requires_grad for param in module.parameters()):

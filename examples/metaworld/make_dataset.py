@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 import numpy as np
 from experts import expert_of
-from simulator import INSTRUCTIONS, MAX_STEPS, Simulator, task_names
+from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
 
 from config import told_in_one_line
 from examples.recording import episodes_from, open_scratch, record_all
@@ -34,9 +34,9 @@ FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
 
 
 @functools.lru_cache(maxsize=1)  # one per process: a job's episodes are all of one task
-def simulator_of(task: str, *camera) -> Simulator:
-    """This process's simulator of a task, which takes the further arguments."""
-    return Simulator(task, *camera)
+def simulator_of(task: str, cameras: tuple, *optics) -> Simulator:
+    """This process's simulator of a task. optics: values of OPTICS."""
+    return Simulator(task, cameras, *optics)
 
 
 def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int) -> Iterator[np.ndarray]:
@@ -54,9 +54,7 @@ def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int
 
 def record(task: str, seed: int, recording: dict) -> dict | None:
     """One expert episode as RLDS steps; None when the expert failed."""
-    simulator = simulator_of(task, tuple(recording["cameras"]), recording["image_size"],
-                             recording["jpeg_quality"], recording["action_repeat"],
-                             recording["multisampling"])
+    simulator = simulator_of(task, tuple(recording["cameras"]), *(recording[key] for key in OPTICS))
     steps = []
     expert = expert_of(task, recording["experts"])
     for action in demonstrate(simulator, expert, seed, recording["noise"], recording["tail"]):
@@ -110,9 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("datasets"))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    recording = {key: getattr(args, key) for key in
-                 ("cameras", "image_size", "jpeg_quality", "action_repeat", "multisampling", "noise", "tail",
-                  "experts")}
+    recording = {key: getattr(args, key) for key in ("cameras", *OPTICS, "noise", "tail", "experts")}
     scratch = args.out / f".{args.name}.episodes"
     with told_in_one_line():
         tasks = task_names(args.tasks)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 import numpy as np
 from mujoco import Renderer
 from PIL import Image
-from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
+from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
 from tqdm import tqdm
 
 from config import UserError, told_in_one_line
@@ -91,9 +91,8 @@ class Player:
         ((_, _, recipe),) = oxe.resolve_mixture(self.dataset, cfg.datasets)
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
-        recorded = json.loads(path.read_text())
-        self.camera = {key: recorded[key] for key in ("image_size", "jpeg_quality", "action_repeat")}
-        self.camera |= {"multisampling": recorded.get("multisampling", 0), "cameras": self.views}
+        recorded = {"multisampling": 0, **json.loads(path.read_text())}  # older ones do not say it
+        self.camera = {"cameras": self.views, **{key: recorded[key] for key in OPTICS}}
         self.execute = execute or max(1, cfg.action_chunk // 2)
 
     def act(self, task: str, histories: list[deque]) -> np.ndarray:

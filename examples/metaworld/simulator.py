@@ -98,6 +98,7 @@ TASKS = {
     **GROUPS,
 }
 MAX_STEPS = 500  # simulator steps, Meta-World's own limit
+OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")  # how a dataset was recorded
 
 
 def task_names(names: list[str]) -> list[str]:
