@@ -19,6 +19,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, launch
 
+ENVIRONMENT = dict(os.environ)  # a user's: the scripts choose their OpenGL themselves
 os.environ.setdefault("MUJOCO_GL", "egl")
 EXAMPLE = ROOT / "examples/metaworld"
 sys.path.insert(0, str(EXAMPLE))
@@ -28,7 +29,7 @@ RECORDING = {**CAMERA, "multisampling": 0, "noise": 0.0, "tail": 0, "experts": "
 try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its first context
     import make_dataset
     import rollout
-    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Simulator, task_names
+    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Sheet, Simulator, task_names
 
     Simulator("reach-v3", **CAMERA)
 except Exception as error:
@@ -38,7 +39,7 @@ except Exception as error:
 def python(script: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
     """Run one of the example's scripts as a user does."""
     command = [sys.executable, str(EXAMPLE / script), *map(str, arguments)]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=600)
+    done = subprocess.run(command, text=True, capture_output=True, timeout=600, env=ENVIRONMENT)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -63,7 +64,7 @@ def test_an_episode_is_a_function_of_its_seed(task):
 
     used, fresh = Simulator(task, **CAMERA), Simulator(task, **CAMERA)
     other = look(used, 3)
-    for simulator in (used, Simulator(task, **CAMERA, renderer=used.renderer)):
+    for simulator in (used, Simulator(task, **CAMERA, sheet=used.sheet)):
         same, reference = look(simulator, 4), look(fresh, 4)
         assert same["state"].tobytes() == reference["state"].tobytes()
         assert all(same[camera] == reference[camera] for camera in CAMERA["cameras"])
@@ -217,8 +218,10 @@ def test_play_shows_the_last_frames_and_executes_chunks(tmp_path):
     film = rollout.closed_loop.read_film(tmp_path / "film.webp", rollout.SIDE)
     assert len(film) == -(-results[0][0]["steps"] // 16) + 1  # 4 actions, each held for 4 steps
     simulator.reset(7)
-    picture = rollout.take_picture(simulator, simulator.make_renderer(2 * rollout.SIDE))
-    first, last = (np.abs(np.subtract(picture, frame, dtype=float)).mean() for frame in (film[0], film[-1]))
+    pictures, sheet = [], Sheet(simulator.env.model, 2 * rollout.SIDE, side=1)
+    rollout.take_picture(simulator, sheet, pictures)
+    sheet.read()
+    first, last = (np.abs(np.subtract(pictures[0], x, dtype=float)).mean() for x in (film[0], film[-1]))
     assert first < 3 < last
 
 

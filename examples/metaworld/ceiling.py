@@ -46,7 +46,7 @@ class Scene(Simulator):
     """A task without cameras, with its expert, that can be put back to where it was."""
 
     def __init__(self, task: str, experts: str, stats: dict | None = None):
-        super().__init__(task, [], 0, 90, 1, renderer=object())
+        super().__init__(task, [], 0, 90, 1, sheet=object())
         self.expert, self.stats = expert_of(task, experts), stats
 
     def moment(self):

@@ -58,8 +58,9 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
     steps = []
     expert = expert_of(task, recording["experts"])
     for action in demonstrate(simulator, expert, seed, recording["noise"], recording["tail"]):
-        steps.append({"observation": simulator.observation(), "action": action,
+        steps.append({"observation": simulator.see(), "action": action,
                       "language_instruction": INSTRUCTIONS[task], "is_first": not steps})
+    simulator.sheet.read()
     if simulator.success_at is None:
         return None
     last = len(steps) - 1

@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # are imported where they are used, because the simulators' processes read this file too
 
 import numpy as np
-from mujoco import Renderer
 from PIL import Image
-from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
+from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Sheet, Simulator, task_names
 from tqdm import tqdm
 
 from config import UserError, told_in_one_line
@@ -47,23 +46,25 @@ def play(connection: Connection) -> None:
     while job := connection.recv():
         task, seeds, window, camera = job
         trials = [Simulator(task, **camera)]
-        trials += [Simulator(task, **camera, renderer=trials[0].renderer) for _ in seeds[1:]]
-        film, renderer = [], trials[0].make_renderer(2 * SIDE)
+        trials += [Simulator(task, **camera, sheet=trials[0].sheet) for _ in seeds[1:]]
+        film, large = [], Sheet(trials[0].env.model, 2 * SIDE, side=4)
         histories = []
         for trial, seed in zip(trials, seeds, strict=True):
             trial.reset(seed)
-            histories.append(deque([trial.observation()] * window, maxlen=window))
+            histories.append(deque([trial.see()] * window, maxlen=window))
         while not all(trial.over for trial in trials):
             if not trials[0].over:
-                film.append(take_picture(trials[0], renderer))
+                take_picture(trials[0], large, film)
+            trials[0].sheet.read()
             connection.send(("see", histories))
             for trial, history, actions in zip(trials, histories, connection.recv(), strict=True):
                 for i, action in enumerate(actions):
                     if not trial.over:
                         trial.step(action)
-                        if trial.over or len(actions) - i <= window:  # render only what will be seen
-                            history.append(trial.observation())
-        film.append(take_picture(trials[0], renderer))
+                        if trial.over or len(actions) - i <= window:  # draw only what will be seen
+                            history.append(trial.see())
+        take_picture(trials[0], large, film)
+        large.read()
         connection.send(("done", encode_film(film), [
             {"seed": seed, "steps": trial.steps, "success_at": trial.success_at}
             for seed, trial in zip(seeds, trials, strict=True)]))
@@ -193,9 +194,9 @@ def draw_chart(summary: dict, path: Path) -> None:
     closed_loop.draw_chart(f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", bars, path)
 
 
-def take_picture(simulator: Simulator, renderer: Renderer) -> Image.Image:
-    """The scene at half the renderer's size, so that edges are smooth."""
-    return Image.fromarray(simulator.pixels(simulator.cameras[0], renderer)).reduce(2)
+def take_picture(simulator: Simulator, sheet: Sheet, film: list[Image.Image]) -> None:
+    """Add the scene to a film when the sheet is read, at half the sheet's size, so that edges are smooth."""
+    simulator.draw(simulator.cameras[0], sheet, lambda pixels: film.append(Image.fromarray(pixels).reduce(2)))
 
 
 def first_films(results: dict[tuple[str, int], list[dict]], out: Path) -> list[tuple[str, Path, bool]]:

@@ -6,11 +6,13 @@ uniformly from Meta-World's own ranges, 500 simulator steps at most, and the fir
 reports success ends the episode as a success.
 """
 
+import functools
 import io
 import os
 import pickle
 import warnings
 import weakref
+from collections.abc import Callable
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 warnings.filterwarnings("ignore", message="Constant")  # experts ask for more than [-1, 1]; we clip
@@ -19,6 +21,7 @@ import metaworld
 import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from OpenGL import GL
 from PIL import Image
 
 from config import UserError
@@ -109,15 +112,63 @@ def task_names(names: list[str]) -> list[str]:
     return list(dict.fromkeys(tasks))
 
 
+class Sheet:
+    """Pictures of one task, drawn side by side on one surface and read together.
+
+    To draw one takes a GPU microseconds; to read it, a process waits for its turn among all that draw there,
+    which takes milliseconds. So pictures are drawn when their moment has come, and read when they are needed.
+    """
+
+    def __init__(self, model: mujoco.MjModel, size: int, side: int = 8):
+        """size: a picture's width and height in pixels. side * side pictures find room."""
+        self.size, self.side, self.keepers = size, side, []
+        self.renderer = mujoco.Renderer(model, size, size)
+        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self.opengl = self.renderer._mjr_context
+        mujoco.mjr_addAux(0, side * size, side * size, 0, self.opengl)
+        weakref.finalize(self, self.renderer.close)  # also when Python ends, while OpenGL still exists
+
+    def draw(self, data: mujoco.MjData, camera: str, keep: Callable) -> None:
+        """Draw what a camera sees now. `keep` is called when it is read, with (size, size, 3) uint8."""
+        if len(self.keepers) == self.side**2:
+            self.read()
+        size = self.size
+        y, x = (size * i for i in divmod(len(self.keepers), self.side))
+        self.renderer.update_scene(data, camera)
+        self.renderer._gl_context.make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.opengl)
+        mujoco.mjr_render(mujoco.MjrRect(0, 0, size, size), self.renderer.scene, self.opengl)
+        # drawn in one place and copied: drawn in another, a few pixels would be rounded otherwise
+        here, there = (0, 0, size, size), (x, y, x + size, y + size)
+        GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, self.opengl.auxFBO[0])
+        GL.glBlitFramebuffer(*here, *there, GL.GL_COLOR_BUFFER_BIT, GL.GL_NEAREST)
+        self.keepers.append(keep)
+
+    def read(self) -> None:
+        """Hand each picture that was drawn to its keeper."""
+        if not self.keepers:
+            return
+        size, columns = self.size, min(self.side, len(self.keepers))
+        rows = -(-len(self.keepers) // columns)
+        self.renderer._gl_context.make_current()
+        GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, self.opengl.auxFBO[0])
+        pixels = GL.glReadPixels(0, 0, columns * size, rows * size, GL.GL_RGB, GL.GL_UNSIGNED_BYTE)
+        tiles = np.frombuffer(pixels, np.uint8).reshape(rows, size, columns, size, 3)
+        keepers, self.keepers = self.keepers, []
+        for i, keep in enumerate(keepers):
+            keep(np.ascontiguousarray(tiles[i // columns, ::-1, i % columns]))  # OpenGL's rows begin below
+
+
 class Simulator:
     """One Meta-World task and its cameras."""
 
     def __init__(self, task: str, cameras: list[str], image_size: int, jpeg_quality: int, action_repeat: int,
-                 multisampling: int = 0, renderer: mujoco.Renderer | None = None):
+                 multisampling: int = 0, sheet: Sheet | None = None):
         """cameras: `image` (Meta-World's corner2 where LeRobot puts it, turned upright) or names of
         Meta-World, such as gripperPOV. action_repeat: simulator steps (80 per second) for which an action is
         held. multisampling: samples per pixel, for smooth edges: 4 cost a GPU little, and double a CPU's
-        drawing. renderer: one that another Simulator of the same task in this process has made."""
+        drawing. sheet: one that another Simulator of the same task in this process draws on."""
         self.cameras, self.jpeg_quality, self.action_repeat = cameras, jpeg_quality, action_repeat
         env_class = ALL_V3_ENVIRONMENTS[task]
         self.env = env_class()
@@ -127,15 +178,7 @@ class Simulator:
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # positions follow the seed
         self.env.model.cam_pos[2] = [0.75, 0.075, 0.7]
         self.env.model.vis.quality.offsamples = multisampling
-        self.renderer = renderer or self.make_renderer(image_size)
-
-    def make_renderer(self, size: int) -> mujoco.Renderer:
-        """What draws square pictures of this task, `size` pixels wide."""
-        renderer = mujoco.Renderer(self.env.model, size, size)
-        renderer._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        renderer._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        weakref.finalize(self, renderer.close)  # also when Python ends, while OpenGL still exists
-        return renderer
+        self.sheet = sheet or Sheet(self.env.model, image_size)
 
     def reset(self, seed: int) -> None:
         """Begin the episode that belongs to this seed."""
@@ -153,24 +196,32 @@ class Simulator:
         """Has the task been solved, or is the time up?"""
         return self.success_at is not None or self.steps >= MAX_STEPS
 
+    def see(self) -> dict:
+        """What observation returns, without its pictures: they are put there when self.sheet is read."""
+        seen = {"state": self.state[:4].astype(np.float32)}
+        for camera in self.cameras:
+            self.draw(camera, self.sheet, functools.partial(self.keep, seen, camera))
+        return seen
+
     def observation(self) -> dict:
         """{camera: JPEG bytes, ..., "state": (4,) float32: hand x, y, z in metres, gripper opening 0..1}."""
-        images = {camera: self.render(camera) for camera in self.cameras}
-        return {**images, "state": self.state[:4].astype(np.float32)}
+        seen = self.see()
+        self.sheet.read()
+        return seen
 
-    def render(self, camera: str) -> bytes:
-        """A picture by one camera as JPEG, full of colour resolution where quality is wanted."""
-        pixels = self.pixels(camera, self.renderer)
+    def keep(self, seen: dict, camera: str, pixels: np.ndarray) -> None:
+        """Put a picture into an observation as JPEG, full of colour resolution where quality is wanted."""
         encoded = io.BytesIO()
         subsampling = 0 if self.jpeg_quality >= 90 else 2  # goals are dots of colour, a few pixels wide
         Image.fromarray(pixels).save(encoded, "jpeg", quality=self.jpeg_quality, subsampling=subsampling)
-        return encoded.getvalue()
+        seen[camera] = encoded.getvalue()
 
-    def pixels(self, camera: str, renderer: mujoco.Renderer) -> np.ndarray:
-        """What a camera sees, upright: (size, size, 3) uint8."""
-        renderer.update_scene(self.env.data, camera="corner2" if camera == "image" else camera)
-        pixels = renderer.render()
-        return np.ascontiguousarray(pixels[::-1, ::-1]) if camera == "image" else pixels
+    def draw(self, camera: str, sheet: Sheet, keep: Callable) -> None:
+        """Draw what a camera sees on a sheet; its keeper gets it upright."""
+        if camera == "image":
+            sheet.draw(self.env.data, "corner2", lambda pixels: keep(pixels[::-1, ::-1]))
+        else:
+            sheet.draw(self.env.data, camera, keep)
 
     def step(self, action: np.ndarray) -> None:
         """Hold the action (4,), hand velocity x, y, z and gripper effort in [-1, 1], for action_repeat
