@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from config import UserError
 
-BLOCK = 10  # episodes per job: making a simulator takes seconds
+BLOCK = 25  # episodes per job: making a simulator takes seconds
 
 
 def record_block(record: Callable, task: str, seeds: list[int], scratch: Path) -> list[int]:
