@@ -73,6 +73,40 @@ def test_an_episode_is_a_function_of_its_seed(task):
     assert smooth != reference["image"]  # the software renderer can do it, too
 
 
+def test_a_program_that_drew_ends_quietly():
+    """Also where something, here as PyTorch does, is to be done at the end since before MuJoCo was read."""
+    program = f"""
+import sys, weakref
+sys.path[:0] = [{str(EXAMPLE)!r}, {str(ROOT)!r}]
+weakref.finalize(type("Thing", (), {{}})(), print)
+from simulator import Simulator
+simulator = Simulator("reach-v3", **{CAMERA})
+simulator.reset(1)
+print(len(simulator.observation()["image"]) > 500)"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=100, env=ENVIRONMENT)
+    assert done.returncode == 0 and "True" in done.stdout and "Error" not in done.stderr, done.stderr
+
+
+def test_a_sheet_that_is_full_goes_on():
+    """Pictures are the same wherever they stand on a sheet, and none is lost when it is full."""
+    simulator = Simulator("reach-v3", **CAMERA)
+    simulator.sheet = Sheet(simulator.env.model, CAMERA["image_size"], side=2)
+    simulator.reset(1)
+    alone, seen = [], []
+    for action in np.random.default_rng(0).uniform(-1, 1, (5, 4)):
+        seen.append(simulator.see())
+        simulator.step(action)
+    simulator.sheet.read()
+    simulator.reset(1)
+    for action in np.random.default_rng(0).uniform(-1, 1, (5, 4)):
+        alone.append(simulator.observation())
+        simulator.step(action)
+    assert len({step["image"] for step in alone}) == 5
+    for one, other in zip(seen, alone, strict=True):
+        assert all(one[camera] == other[camera] for camera in CAMERA["cameras"])
+
+
 def test_positions_are_the_benchmarks():
     """Drawn from a seed, positions have the range of metaworld.MT1's and place things as it does."""
     import pickle

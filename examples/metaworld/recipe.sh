@@ -8,16 +8,16 @@ stage=$1 seed=${SEED:-7}
 shift
 export MUJOCO_GL=${MUJOCO_GL:-egl} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 case $stage in
-  data)  # 50 + 2 demonstrations of each task from two cameras
+  data)  # 100 + 2 demonstrations of each task from two cameras
     [ -e datasets/metaworld_mt50/1.0.0 ] ||
-      python examples/metaworld/make_dataset.py --tasks mt50 --episodes 50 --val_episodes 2 \
-        --cameras image gripperPOV --image_size 128 --jpeg_quality 90 --noise 0.2 --tail 8 \
-        --name metaworld_mt50 "$@" ;;
+      python examples/metaworld/make_dataset.py --tasks mt50 --episodes 100 --val_episodes 2 \
+        --cameras image gripperPOV --image_size 160 --multisampling 4 --jpeg_quality 90 \
+        --noise 0.2 --tail 8 --experts ours --name metaworld_mt50 "$@" ;;
   train)
     python train_vla.py --config configs/metaworld_mt50.yaml --deepspeed_config ds_configs/zero1.json \
       --set "seed=$seed" "run_id=metaworld_mt50-seed$seed" "$@" ;;
   rollout)  # 10 episodes of each task
     python examples/metaworld/rollout.py --checkpoint "runs/metaworld_mt50-seed$seed--image_aug" \
-      --tasks mt50 --trials 10 "$@" ;;
+      --tasks mt50 --trials 10 --execute 4 "$@" ;;
   *) echo "data, train or rollout?" >&2; exit 2 ;;
 esac

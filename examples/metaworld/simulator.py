@@ -6,6 +6,7 @@ uniformly from Meta-World's own ranges, 500 simulator steps at most, and the fir
 reports success ends the episode as a success.
 """
 
+import atexit
 import functools
 import io
 import os
@@ -127,7 +128,7 @@ class Sheet:
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.opengl = self.renderer._mjr_context
         mujoco.mjr_addAux(0, side * size, side * size, 0, self.opengl)
-        weakref.finalize(self, self.renderer.close)  # also when Python ends, while OpenGL still exists
+        atexit.register(weakref.finalize(self, self.renderer.close))  # at the end, while OpenGL still exists
 
     def draw(self, data: mujoco.MjData, camera: str, keep: Callable) -> None:
         """Draw what a camera sees now. `keep` is called when it is read, with (size, size, 3) uint8."""

@@ -8,6 +8,7 @@ The task: three discs lie on the table, and the arm is to hold its closed grippe
 colour the instruction names: red is always on the left and blue on the right, but never in the same place.
 """
 
+import atexit
 import os
 import weakref
 
@@ -74,7 +75,7 @@ class Arm:
         self.model = mujoco.MjModel.from_xml_string(MODEL)
         self.data = mujoco.MjData(self.model)
         self.renderer = mujoco.Renderer(self.model, IMAGE_SIZE, IMAGE_SIZE)
-        weakref.finalize(self, self.renderer.close)  # also when Python ends, while OpenGL still exists
+        atexit.register(weakref.finalize(self, self.renderer.close))  # at the end, while OpenGL still exists
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
 
     def reset(self, seed: int) -> None:
