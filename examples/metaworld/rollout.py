@@ -47,14 +47,14 @@ def play(connection: Connection) -> None:
         task, seeds, window, camera = job
         trials = [Simulator(task, **camera)]
         trials += [Simulator(task, **camera, sheet=trials[0].sheet) for _ in seeds[1:]]
-        film, large = [], Sheet(trials[0].env.model, 2 * SIDE, side=4)
+        film, film_sheet = [], Sheet(trials[0].env.model, 2 * SIDE, side=4)
         histories = []
         for trial, seed in zip(trials, seeds, strict=True):
             trial.reset(seed)
             histories.append(deque([trial.see()] * window, maxlen=window))
         while not all(trial.over for trial in trials):
             if not trials[0].over:
-                take_picture(trials[0], large, film)
+                take_picture(trials[0], film_sheet, film)
             trials[0].sheet.read()
             connection.send(("see", histories))
             for trial, history, actions in zip(trials, histories, connection.recv(), strict=True):
@@ -63,8 +63,8 @@ def play(connection: Connection) -> None:
                         trial.step(action)
                         if trial.over or len(actions) - i <= window:  # draw only what will be seen
                             history.append(trial.see())
-        take_picture(trials[0], large, film)
-        large.read()
+        take_picture(trials[0], film_sheet, film)
+        film_sheet.read()
         connection.send(("done", encode_film(film), [
             {"seed": seed, "steps": trial.steps, "success_at": trial.success_at}
             for seed, trial in zip(seeds, trials, strict=True)]))
