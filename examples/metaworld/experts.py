@@ -40,6 +40,6 @@ def expert_of(task: str, whose: str):
     from metaworld.policies import ENV_POLICY_MAP  # here: simulator.py chooses OpenGL before MuJoCo is read
 
     expert = ENV_POLICY_MAP[task]()
-    if whose == "ours" and task in ("reach-v3", "reach-wall-v3"):
-        return Reach(expert)
-    return HandlePullSide() if whose == "ours" and task == "handle-pull-side-v3" else expert
+    reach = Reach(expert)
+    ours = {"reach-v3": reach, "reach-wall-v3": reach, "handle-pull-side-v3": HandlePullSide()}
+    return ours.get(task, expert) if whose == "ours" else expert

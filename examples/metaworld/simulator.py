@@ -116,8 +116,8 @@ def task_names(names: list[str]) -> list[str]:
 class Sheet:
     """Pictures of one task, drawn side by side on one surface and read together.
 
-    To draw one takes a GPU microseconds; to read it, a process waits for its turn among all that draw there,
-    which takes milliseconds. So pictures are drawn when their moment has come, and read when they are needed.
+    To read a picture is to wait until it is drawn, and so for all others that draw on that GPU. So pictures
+    are drawn when their moment has come, and read, many at once, when they are needed.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, side: int = 8):
@@ -201,7 +201,7 @@ class Simulator:
         """What observation returns, without its pictures: they are put there when self.sheet is read."""
         seen = {"state": self.state[:4].astype(np.float32)}
         for camera in self.cameras:
-            self.draw(camera, self.sheet, functools.partial(self.keep, seen, camera))
+            self.draw(camera, self.sheet, functools.partial(self.store, seen, camera))
         return seen
 
     def observation(self) -> dict:
@@ -210,7 +210,7 @@ class Simulator:
         self.sheet.read()
         return seen
 
-    def keep(self, seen: dict, camera: str, pixels: np.ndarray) -> None:
+    def store(self, seen: dict, camera: str, pixels: np.ndarray) -> None:
         """Put a picture into an observation as JPEG, full of colour resolution where quality is wanted."""
         encoded = io.BytesIO()
         subsampling = 0 if self.jpeg_quality >= 90 else 2  # goals are dots of colour, a few pixels wide
