@@ -1,14 +1,16 @@
-"""How fast a 7B model acts on one GPU: an image and an instruction to an action.
+r"""How fast a 7B model acts on one GPU: an image and an instruction to an action.
 
     python bench/act_latency.py
-    python bench/act_latency.py --openvla ../openvla --openvla_python ../openvla-env/bin/python
+    python bench/act_latency.py --openvla ../openvla --oft ../openvla-oft \
+        --openvla_python ../openvla-env/bin/python
 
 Weights are random, the shape is OpenVLA-7B's. Measured is predict_action as a user calls it, from a 256 px
 image in host memory to numbers. The cases: bf16 with kernels as they come (plain), and fused and recorded
 (fast: Policy.speed_up); the same with the language model's matrices in 8 bits (int8); and a model that
 decodes 8 steps' actions in parallel (chunk). OpenVLA's class (transformers 4.40.1) is timed in its own
-environment on the same GPU, one image at a time: it cannot batch. The floor: each of 7 tokens reads the
-language model's weights once, of its head the actions' rows.
+environment on the same GPU, one image at a time: it cannot batch. So is OpenVLA-OFT's, which decodes the
+actions of 8 steps in parallel (its fork of transformers changes the attention's mask, not the arithmetic).
+The floor: each of 7 tokens reads the language model's weights once, of its head the actions' rows.
 """
 
 import argparse
@@ -103,18 +105,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
     parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, to be timed too")
-    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
+    parser.add_argument("--oft", type=Path, help="a checkout of OpenVLA-OFT, whose chunks are timed too")
+    parser.add_argument("--openvla_python", default=sys.executable, help="their environment's interpreter")
     args = parser.parse_args()
     print(f"gpu {torch.cuda.get_device_name()} torch {torch.__version__} model {args.base}", flush=True)
-    theirs = None
-    if args.openvla:
-        done = subprocess.run([args.openvla_python, str(ROOT / "bench/openvla_peer.py"), str(args.openvla),
-                               "act"], text=True, capture_output=True)
-        if done.returncode:
-            print("openvla failed:", done.stderr[-1500:], flush=True)
-        else:
-            theirs = float(done.stdout.split("seconds")[-1])
-            print(f"openvla batch 1 seconds {theirs:.4f} actions_per_second {1 / theirs:.2f}", flush=True)
+    theirs = {}
+    for name, checkout, steps in (("openvla", args.openvla, 1), ("oft", args.oft, 8)):
+        if checkout:
+            done = subprocess.run([args.openvla_python, str(ROOT / "bench/openvla_peer.py"), str(checkout),
+                                   "act"], text=True, capture_output=True)
+            if done.returncode:
+                sys.exit(f"{name} failed: {done.stderr[-1500:]}")
+            seconds = float(done.stdout.split("seconds")[-1])
+            theirs[steps] = steps / seconds
+            print(f"{name} batch 1 ms {1000 * seconds:.1f} actions_per_second {theirs[steps]:.1f}",
+                  flush=True)
     for case in args.cases:
         gc.collect()  # the policy before: what is compiled refers to itself
         torch.cuda.empty_cache()
@@ -127,7 +132,8 @@ def main() -> None:
         for batch in args.batch:
             seconds, first = measure(policy, batch)
             speed = batch * policy.cfg.action_chunk / seconds
-            ratio = f" ratio_to_openvla {theirs * speed:.2f}" if theirs else ""
+            their = theirs.get(policy.cfg.action_chunk)
+            ratio = f" ratio_to_theirs {speed / their:.2f}" if their else ""
             print(f"{case} batch {batch} ms {1000 * seconds:.1f} actions_per_second {speed:.1f}{ratio} "
                   f"first_call_seconds {first:.1f} peak_gb {torch.cuda.max_memory_allocated() / 1e9:.1f}",
                   flush=True)

@@ -1,6 +1,6 @@
 """OpenVLA's own model class, timed on this machine with random weights: what our figures are compared with.
 
-    OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA act
+    OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA act                  # or a checkout of OpenVLA-OFT
     OPENVLA_ENV/bin/torchrun --nproc-per-node 2 bench/openvla_peer.py OPENVLA train --micro 32 --recompute
     OPENVLA_ENV/bin/torchrun --nproc-per-node 1 bench/openvla_peer.py OPENVLA finetune --micro 4
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA answer EXPORT IMAGE OUT.npz
@@ -33,8 +33,9 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "tests/fixtures/model/tokenize
 
 
 def import_openvla(checkout: str):
-    """Its three modules: configuration, model and processor."""
-    for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf"):  # not their __init__ files
+    """Its three modules: configuration, model and processor. OpenVLA-OFT's model needs two folders more."""
+    for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf", "prismatic.training",
+                 "prismatic.vla"):  # not their __init__ files
         module = types.ModuleType(name)
         module.__path__ = [f"{checkout}/{name.replace('.', '/')}"]
         sys.modules[name] = module
@@ -76,9 +77,10 @@ def act(args) -> None:
         started = time.perf_counter()
         text = tokenizer(PROMPT, return_tensors="pt")
         pixels = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-        vla.predict_action(
-            input_ids=text["input_ids"].cuda(), attention_mask=text["attention_mask"].cuda(),
-            pixel_values=pixels.to("cuda", torch.bfloat16), unnorm_key="made_up", do_sample=False)
+        with torch.inference_mode():
+            vla.predict_action(
+                input_ids=text["input_ids"].cuda(), attention_mask=text["attention_mask"].cuda(),
+                pixel_values=pixels.to("cuda", torch.bfloat16), unnorm_key="made_up", do_sample=False)
         times.append(time.perf_counter() - started)
     print("seconds", float(np.median(times[3:])))
 
