@@ -100,9 +100,10 @@ class Policy:
                             f"model needs {count} for each (window_size x cameras)")
         pixels = torch.from_numpy(np.array([[self.see(view) for view in views] for views in images]))
         prompts = [prompt_ids(self.tokenizer, text, self.cfg.prompt_style) for text in instructions]
-        if (longest := max(map(len, prompts), default=0)) > self.cfg.max_length:  # as in training
-            raise UserError(f"a prompt of {longest} tokens: the model's max_length is {self.cfg.max_length}: "
-                            "shorten the instruction")
+        room = self.cfg.max_length - self.vla.num_action_tokens - 1  # as in training
+        if (longest := max(map(len, prompts), default=0)) > room:
+            raise UserError(f"a prompt of {longest} tokens: the model's max_length of {self.cfg.max_length} "
+                            f"leaves room for {room}: shorten the instruction")
         if not self.cfg.use_proprio:
             return pixels.to(device), prompts, None  # (B, N, H, W, C), B lists of ids
         if proprio is None:
@@ -259,7 +260,7 @@ class Policy:
 
     def speed_up(self) -> None:
         """For acting on a GPU: fuse kernels and replay them as one CUDA graph for each size of batch and each
-        32 tokens of prompt. The 7B's first action of a kind then takes two minutes (torch.compile)."""
+        32 tokens of prompt. The 7B's first action of a kind then takes 90 seconds (torch.compile)."""
         import matvec  # here: it needs Triton, which comes with PyTorch for GPUs
 
         torch._dynamo.config.recompile_limit = 1024  # 8 are four kinds; more would be left uncompiled

@@ -103,7 +103,7 @@ def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
     """(..., D) float32 -> the same in [-1, 1] (kind "bounds_q99", "bounds") or of unit deviation ("normal").
 
     stats: "action" or "proprio" of dataset_statistics.json. Bit for bit OpenVLA's, which zeroes dimensions
-    that never change (even masked ones: a gripper that is always open becomes 0, not 1).
+    that never change, even where mask is false, which else means: left alone (a gripper, always 1, is 0).
     """
     f32 = functools.partial(np.asarray, dtype=np.float32)
     mask = np.array(stats.get("mask", [True] * values.shape[-1]))
@@ -116,8 +116,8 @@ def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
 
 
 def unnormalize(actions: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
-    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does: masked dimensions
-    stay as they are (a gripper in 0..1), and so does not undo the zeroing of constants."""
+    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does: dimensions whose mask is
+    false stay as they are (a gripper in 0..1), so constants among them that became 0 stay 0."""
     mask = np.array(stats.get("mask", [True] * actions.shape[-1]))
     if kind == "normal":
         return np.where(mask, actions * (np.array(stats["std"]) + 1e-8) + np.array(stats["mean"]), actions)

@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
     image_size: Positive = 224  # pixels; images are resized to a square
     # when acting; OpenVLA's are the last three
     image_resize_strategy: Literal["lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
-    max_length: Positive = 2048  # most text tokens in a sample; longer instructions are an error
+    max_length: Positive = 2048  # most text tokens in a sample, with its action; more are an error
 
     # what is trained (OpenVLA's four stages; see VLA.freeze)
     freeze_vision_backbone: bool = False

@@ -5,8 +5,8 @@ A training batch is a pure function of (seed, step): `Mixture.draw` says which f
 starting at sample k x global_batch_size, and on 1 GPU or 64 the global batches are the same.
 
 Read in this order: permute and interleave (which frame comes when), Mixture (datasets, weights, one sample),
-TrainBatches and collate (what the DataLoader's workers run). How a dataset is read from disk is in frames.py,
-what its fields mean in oxe.py, how images are decoded in images.py.
+TrainBatches and collate (what the DataLoader's workers run). A dataset's frame table (a row for each frame:
+its action, and where its images lie) is made in frames.py by its recipe: what the fields mean (fields.py).
 """
 
 import functools
@@ -62,8 +62,8 @@ def permute(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
 def interleave(shares: np.ndarray, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples first .. first+count-1 of the mixture -> (which dataset, how many samples of it came before).
 
-    Visit j of dataset d is due at time (j + phase_d) / share_d, and samples come in the order of their due
-    times. Two datasets with shares 3/4 and 1/4 have phases 1/4 and 3/4, so that
+    Visit j of dataset d is due at time (j + phase_d) / share_d; samples come in the order of their due times,
+    at equal ones in that of d. phase_d = (d + 1/2) / D spreads the starts. With shares 3/4 and 1/4
 
         A is due at  0.33  1.67  3.00  4.33  5.67  7.00  ...      = (j + 1/4) / (3/4)
         B is due at  3.00  7.00  ...                              = (j + 3/4) / (1/4)
@@ -141,9 +141,9 @@ class Mixture:
                 told = oxe.leave_out_long_texts(cfg, table, room, lambda text: len(self.prompt(text)))
                 self.warnings += [f"{name}: {line}" for line in told]
 
-        sizes = np.array([self.statistics[name]["num_transitions"] for name in self.names])
+        transitions = np.array([self.statistics[name]["num_transitions"] for name in self.names])
         balance = getattr(cfg, "balance_weights", True)  # a config made elsewhere may not know of it
-        self.shares, self.epoch_length = mixture_shares(np.array(weights), sizes, balance)
+        self.shares, self.epoch_length = mixture_shares(np.array(weights), transitions, balance)
         self.stretches = [self._stretches(d) for d in range(len(self.names))]
         self.sizes = np.array([total[-1] if len(total) else 0 for _, _, total in self.stretches])
         if not self.sizes.all():
@@ -211,12 +211,12 @@ class Mixture:
         frame = table.frames[row]
         prompt = self.prompt(table.instructions[frame["instruction"]])
         try:
-            targets = self.action_tokenizer.encode(self.actions(d, np.array([row])).reshape(-1))
+            answer = self.action_tokenizer.encode(self.actions(d, np.array([row])).reshape(-1))
         except ValueError as error:
             raise DataError(f"{table.where(row)}: frame {row - first}: {error}") from error
-        targets = [*targets.tolist(), self.tokenizer.eos_token_id]
-        sample = {"images": np.stack(images), "input_ids": np.array(prompt + targets), "dataset": d,
-                  "labels": np.array([IGNORE_INDEX] * len(prompt) + targets)}
+        answer = [*answer.tolist(), self.tokenizer.eos_token_id]
+        sample = {"images": np.stack(images), "input_ids": np.array(prompt + answer), "dataset": d,
+                  "labels": np.array([IGNORE_INDEX] * len(prompt) + answer)}
         if cfg.use_proprio:
             proprio = normalize(frame["proprio"], self.statistics[name]["proprio"], cfg.action_normalization)
             sample["proprio"] = np.pad(proprio, (0, self.proprio_dim - len(proprio)))
@@ -269,7 +269,7 @@ class TrainBatches(torch.utils.data.Dataset):
         batch = collate(samples, self.mixture.tokenizer.pad_token_id)
         if cfg.max_prefix and train:  # how many tokens of its chunk each sample is given
             steps = mix_bits(cfg.seed, [number for number, *_ in drawn]) % (cfg.max_prefix + 1)
-            batch["prefix"] = torch.from_numpy(steps.astype(np.int64) * self.mixture.action_dim)[:, None]
+            batch["known"] = torch.from_numpy(steps.astype(np.int64) * self.mixture.action_dim)[:, None]
         return batch
 
 

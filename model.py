@@ -66,14 +66,14 @@ class VLA(nn.Module):
         """The Hugging Face causal language model."""
         return self.llm_backbone["llm"]
 
-    def forward(self, images, input_ids, labels, proprio=None, prefix=0):
+    def forward(self, images, input_ids, labels, proprio=None, known=0):
         """Teacher-forced training step.
 
         images (B, N, H, W, 3) uint8, N = window_size x cameras; input_ids, labels (B, L) int64, padded on the
-        right; proprio (B, P) float32; prefix (B, 1): see ask_in_parallel. Returns the loss, and for each
+        right; proprio (B, D) float32; known (B, 1): see ask_in_parallel. Returns the loss, and for each
         action token the predicted id and the true one (both (B, T), T = num_action_tokens), on the device.
 
-        What stands where, for one image of 256 patches, a prompt of P tokens and T = 7 action tokens:
+        What stands where, for one image of 256 patches, a prompt of P tokens with its <s>, and T = 7:
 
             position    0    1 .. 256   257 .. 255+P    256+P   257+P  ..  262+P   263+P
             input      <s>   patches     the prompt       a1      a2   ..    a7    </s>     then padding
@@ -88,7 +88,7 @@ class VLA(nn.Module):
         targets = labels.gather(1, wanted)  # a1 .. a7, </s>
         wanted = wanted + inputs.shape[1] - labels.shape[1]  # their places beside the patches
         if self.cfg.parallel_decoding:
-            inputs = self.ask_in_parallel(inputs, wanted[:, :-1], prefix)
+            inputs = self.ask_in_parallel(inputs, wanted[:, :-1], known)
         # padding stands on the right, where causal attention never looks: no mask, so the fast kernels apply
         hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         logits = self.llm.get_output_embeddings()(take(hidden, wanted - 1)).float()  # (B, T + 1, vocabulary)
@@ -105,16 +105,16 @@ class VLA(nn.Module):
             extra = torch.cat([extra, self.proprio_projector(proprio.to(text.dtype))[:, None]], dim=1)
         return torch.cat([text[:, :1], extra, text[:, 1:]], dim=1)
 
-    def ask_in_parallel(self, inputs, positions, prefix=0):
-        """Put the learned queries where the action tokens stand, but for the first `prefix` of them, which it
-        is told: inputs (B, S, hidden), positions (B, T), prefix a number or (B, 1)."""
+    def ask_in_parallel(self, inputs, positions, known=0):
+        """Put the learned queries where the action tokens stand, but for the first `known` of them, which it
+        is told: inputs (B, S, hidden), positions (B, T), known a number or (B, 1)."""
         places = torch.arange(self.num_action_tokens, device=inputs.device)
-        known = (places < prefix)[..., None]  # (T, 1) or (B, T, 1)
-        queries = torch.where(known, take(inputs, positions), self.action_queries(places))
+        told = (places < known)[..., None]  # (T, 1) or (B, T, 1)
+        queries = torch.where(told, take(inputs, positions), self.action_queries(places))
         return inputs.scatter(1, positions[..., None].expand_as(queries), queries)
 
     def pixel_values(self, images) -> list[torch.Tensor]:
-        """images (B, N, H, W, 3) uint8 -> for each tower (B * N, 3, H, W) float32, as it was pretrained."""
+        """images (B, N, H, W, 3 or 3 a tower) uint8 -> for each tower (B * N, 3, H, W), normalised."""
         pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         pixels = itertools.cycle(pixels.split(3, dim=1))  # the towers share an image, or have one each
         return [normalize_pixels(next(pixels), tower) for tower in self.vision_backbone.values()]
@@ -188,7 +188,7 @@ def take(sequence, positions):
 def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """A timm ViT by name, with any of timm's arguments, whose output is (B, patches, width): the
     second-to-last block's, without final norm and class or register tokens (Prismatic's choice,
-    prismatic/.../base_vision.py). Raises UserError for what is no plain ViT."""
+    prismatic/.../base_vision.py; checkpoints have the last block, too). Raises UserError for no plain ViT."""
     def make(pretrained):
         vit = timm.create_model(model, pretrained, num_classes=0, img_size=image_size, **kwargs)
         # through forward, because ZeRO-3 gathers a module's parameters when it is called; a tensor, because

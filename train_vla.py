@@ -70,7 +70,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
         return run.line(f"already at step {run.step} of {total_steps}: set max_steps or run_id to train on")
     # what batch k holds is a function of (seed, k): to continue, one begins to count at another k
     dataset = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, rank, world_size)
-    # its workers part from this process while it is small: what they share with it is copied once it changes
+    # its workers fork now, while this process is small: memory that it changes later is copied for each
     batches = make_loader(dataset, cfg.num_workers,
                           range(run.step * accumulation, total_steps * accumulation))
     engine = make_engine(cfg, ds_config, tokenizer, weights, run)
@@ -90,7 +90,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
                 engine.backward(loss)  # DeepSpeed divides the loss by the accumulation, and sums gradients up
                 losses.append(loss.detach())
                 metrics.add(loss, predicted, true, batch["dataset"])
-                # after the last one: average, clip; AdamW moves the float32 weights, and these the bf16 ones
+                # only after the last of them: average, clip, AdamW on float32 weights, copy to bf16
                 grad_norm = optimizer_step(engine)
 
         last, stop = done == total_steps, preemption.requested()

@@ -1,6 +1,6 @@
 """Run the experiments of docs/tour.md: python docs/experiment.py 4      (or several numbers, or none for all)
 
-The code is the tour's own: the Python block under each station's heading. What it prints stands below it.
+The code is the tour's own: the Python block under each idea's heading. What it prints stands below it.
 """
 
 import os
@@ -15,9 +15,9 @@ BLOCKS = re.compile(r"^## (\d+)\. (.*?)$.*?```python\n(.*?)```\n\n```text\n(.*?)
 
 
 def experiments(tour: str = "tour.md") -> dict[int, tuple[str, str, str]]:
-    """{station: (title, code, what it prints)} of a tour."""
-    stations = re.split(r"^(?=## \d)", (FOLDER / tour).read_text(), flags=re.MULTILINE)
-    found = [match.groups() for station in stations if (match := BLOCKS.search(station))]
+    """{idea: (title, code, what it prints)} of a tour."""
+    ideas = re.split(r"^(?=## \d)", (FOLDER / tour).read_text(), flags=re.MULTILINE)
+    found = [match.groups() for idea in ideas if (match := BLOCKS.search(idea))]
     return {int(number): tuple(rest) for number, *rest in found}
 
 
@@ -31,5 +31,7 @@ def run(code: str) -> str:
 if __name__ == "__main__":
     known = experiments()
     for number in [int(word) for word in sys.argv[1:]] or known:
+        if number not in known:
+            sys.exit(f"experiment {number}: has no Python to run here; {', '.join(map(str, known))} have")
         title, code, _ = known[number]
         print(f"{number}. {title}", run(code), sep="\n")

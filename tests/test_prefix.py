@@ -113,19 +113,19 @@ def test_how_many_steps_are_given_is_a_function_of_the_sample(tmp_path):
     values = {key: value for key, value in TINY.items() if key in TrainConfig.model_fields}
     cfg = TrainConfig(**values, action_chunk=8, parallel_decoding=True, max_prefix=3, index_dir=str(tmp_path))
     mixture = Mixture(cfg, tokenizer)
-    whole = TrainBatches(mixture, 96, 96, 0, 1)[5]["prefix"]
+    whole = TrainBatches(mixture, 96, 96, 0, 1)[5]["known"]
     assert whole.shape == (96, 1) and sorted(set(whole[:, 0].tolist())) == [0, 4, 8, 12]
     parts = {}
     for rank in range(2):
         batches = TrainBatches(mixture, 96, 12, rank, 2)
         for micro in range(4):
-            parts[micro, rank] = batches[5 * 4 + micro]["prefix"]
+            parts[micro, rank] = batches[5 * 4 + micro]["known"]
     assert torch.equal(torch.cat([parts[key] for key in sorted(parts)]), whole)
     other = Mixture(cfg.model_copy(update={"seed": 8}), tokenizer)
-    assert not torch.equal(TrainBatches(other, 96, 96, 0, 1)[5]["prefix"], whole)
-    assert "prefix" not in TrainBatches(Mixture(cfg, tokenizer, train=False), 8, 8, 0, 1)[0]
+    assert not torch.equal(TrainBatches(other, 96, 96, 0, 1)[5]["known"], whole)
+    assert "known" not in TrainBatches(Mixture(cfg, tokenizer, train=False), 8, 8, 0, 1)[0]
     without = Mixture(cfg.model_copy(update={"max_prefix": 0}), tokenizer)
-    assert "prefix" not in TrainBatches(without, 8, 8, 0, 1)[0]
+    assert "known" not in TrainBatches(without, 8, 8, 0, 1)[0]
 
 
 @pytest.mark.parametrize("changes", [
