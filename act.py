@@ -80,6 +80,8 @@ class Policy:
         standard form: changes of position and rotation, then the gripper, 1 = open.
         """
         if not isinstance(instruction, str):
+            if not isinstance(instruction, Sequence | np.ndarray) or not len(instruction):
+                raise UserError(f"instruction {instruction!r}: expected a text, or a list of some")
             robot = self.convention(unnorm_key)
             state = None if proprio is None else robot.from_robot(np.asarray(proprio))
             known = None if prefix is None else self.known_tokens(prefix, len(instruction), unnorm_key)
@@ -130,7 +132,7 @@ class Policy:
         """A camera's image (H, W, 3) uint8 -> what the model was trained to look at, (size, size, 3), or with
         3 channels for each tower where the towers differ."""
         cfg, means, image = self.cfg, [(0.0, 0.0, 0.0)], np.array(image, order="C")
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise UserError(f"an image of shape {image.shape} and type {image.dtype}: expected (height, "
                             "width, 3) uint8")
         if cfg.image_resize_strategy == "letterbox":  # each tower wants the margins in its own mean colour

@@ -1,15 +1,13 @@
-"""Every knob, once: the YAML (TrainConfig) says what is trained, the JSON (DeepSpeed's) how it is sharded.
+"""Every knob, once: the YAML says what is trained; how it is sharded, the JSON does (command_line.py).
 
-Read Recipe and TrainConfig; the rest reads and checks the two files. Whatever is wrong with them is found
-here before anything else is opened, and told in one line: at once, for nothing here needs PyTorch.
+Read Recipe and TrainConfig; the rest reads and checks the YAML. Whatever is wrong with it is found here
+before anything else is opened, and told in one line: at once, for nothing here needs PyTorch.
 """
 
-import argparse
 import contextlib
 import difflib
 import errno
 import functools
-import json
 import os
 import re
 import socket
@@ -46,6 +44,8 @@ def told_in_one_line() -> Iterator[None]:
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$")]  # a folder's
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -87,7 +87,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
+    vla_id: Name = "vla"  # name of the experiment; the run's directory begins with it
 
     # model: begin with a VLM or VLA (see weights.py), which also sets what is left unsaid of its shape ...
     base_vlm: str | None = None  # Prismatic id, directory or hub id
@@ -111,7 +111,7 @@ class TrainConfig(BaseModel):
     freeze_llm_backbone: bool = False
     unfreeze_last_llm_layer: bool = False
     lora_rank: NotNegative = 0  # train adapters of this rank beside what is not frozen (lora.py); 0: itself
-    lora_alpha: Rate = 16.0  # an adapter's share is alpha / rank. OpenVLA: rank 32, and min(rank, 16)
+    lora_alpha: AboveZero = 16.0  # an adapter's share is alpha / rank. OpenVLA: rank 32, and min(rank, 16)
     frozen_weights: Literal["int8"] | None = None  # keep frozen matrices in 8 bits (int8.py)
 
     # data
@@ -147,8 +147,8 @@ class TrainConfig(BaseModel):
 
     # run
     run_root_dir: str = "runs"
-    run_id: str | None = None  # name of the run's directory; default: made of vla_id, nodes, batch and seed
-    run_id_note: str | None = None  # appended to it
+    run_id: Name | None = None  # name of the run's directory; default: made of vla_id, nodes, batch and seed
+    run_id_note: Name | None = None  # appended to it
     pretrained_checkpoint: str | None = None  # begin with it, unless the run has one of its own
     is_resume: bool = True  # continue its training (step, optimizer, data); false: take its weights alone
     resume_step: int | None = None  # refuse to start if it is not of this step
@@ -186,6 +186,13 @@ class Loader(yaml.CSafeLoader):
             raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} stands there twice",
                                        problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node, deep=False):
+        if node.tag.endswith((":int", ":float")) and re.match(r"[-+]?0[\d_]|.*:", node.value):
+            raise yaml.MarkedYAMLError(problem=f"{node.value} is another number in YAML (010 is 8, 1:30 is "
+                                       "90): write it without leading zeros and colons",
+                                       problem_mark=node.start_mark)
+        return super().construct_object(node, deep)
 
 
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -261,8 +268,12 @@ def what_does_not_fit(cfg: TrainConfig) -> Iterator[str]:
     for name, tower in cfg.vision_backbone.items():
         if "model" not in tower:
             yield f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}"
+        if not name.isidentifier():
+            yield f"vision_backbone: {name!r}: call the tower by letters, digits and _"
     if cfg.rests_on_base and not begins_with:
         yield "lora_rank and frozen_weights: int8 need trained weights to rest on: set base_vlm"
+    if cfg.frozen_weights and not (cfg.lora_rank or cfg.freeze_vision_backbone or cfg.freeze_llm_backbone):
+        yield "frozen_weights: nothing is frozen: set lora_rank, or freeze something"
     if cfg.max_prefix and not (cfg.parallel_decoding and cfg.max_prefix < cfg.action_chunk):
         yield f"max_prefix: {cfg.max_prefix}: needs parallel_decoding, and an action_chunk that is longer"
     if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
@@ -303,14 +314,18 @@ def find_input(path: str) -> str:
     """A path that is read: as seen from the current folder or, failing that, from the project's. What is in
     neither stays as it is. Raises UserError."""
     path = expand(path)
-    return path if os.path.exists(path) or not (PROJECT / path).exists() else str(PROJECT / path)
+    here = not path or os.path.exists(path)  # "": none
+    return path if here or not (PROJECT / path).exists() else str(PROJECT / path)
 
 
 def read_secret(name: str, key: str) -> str:
     """What a file or an environment variable of this name holds. Raises UserError."""
     if name not in os.environ and not Path(name).is_file():
         raise UserError(f"{key}: {name!r} is neither a file nor an environment variable")
-    return (os.environ[name] if name in os.environ else Path(name).read_text()).strip()
+    try:
+        return (os.environ[name] if name in os.environ else Path(name).read_text()).strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{key}: the file {name!r} holds no text") from None
 
 
 PATHS = {**dict.fromkeys(["base_vlm", "llm_backbone", "tokenizer", "data_root_dir", "pretrained_checkpoint"],
@@ -347,6 +362,8 @@ def out_of_reach(name: str) -> bool:
 def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
     """Let the environment say in PyTorch's words which rank of which job this process is. deepspeed and
     torchrun say it so, others in words of their own; plain python is a job of one. Raises UserError."""
+    for name in {*PLACE, "MASTER_ADDR"} & {name for name, value in environ.items() if not value}:
+        del environ[name]  # empty: unsaid
     for names in load_table("launchers").values():
         if "RANK" not in environ and environ.get(names["WORLD_SIZE"], "1") != "1":
             for ours, name in names.items():
@@ -362,89 +379,27 @@ def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
                         "these, too, or start the job with deepspeed or torchrun")
     environ.setdefault("MASTER_PORT", "29500")
     environ.setdefault("LOCAL_RANK", "0")  # one process in each container
+    for name, (least, most) in PLACE.items():
+        most = int(environ["WORLD_SIZE"]) - 1 if name.endswith("RANK") else most
+        if name in environ and not (environ[name].isdecimal() and least <= int(environ[name]) <= most):
+            raise UserError(f"the environment says {name} {environ[name]}, which must be {least} to {most}: "
+                            "set it right, or start the job with deepspeed or torchrun")
+
+
+# the least and the most that a launcher can say; a rank is below WORLD_SIZE
+PLACE = {**dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"], (1, 1 << 20)),
+         **dict.fromkeys(["RANK", "LOCAL_RANK"], (0, 0)), "MASTER_PORT": (0, 65535)}
 
 
 def ranks_here() -> int:
     """How many of the job's ranks this machine runs; torchrun and deepspeed have a word each for it."""
     environ = os.environ
-    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE", 1))
+    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE") or 1)
 
 
 def run_directory(cfg: TrainConfig) -> Path:
     """Where a run lives; its name is made as OpenVLA makes it."""
-    nodes = -(-int(os.environ.get("WORLD_SIZE", 1)) // ranks_here())
+    nodes = -(-int(os.environ.get("WORLD_SIZE") or 1) // ranks_here())
     name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
     name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     return Path(cfg.run_root_dir) / (name + "--image_aug" * cfg.image_aug)
-
-
-# ---- The JSON ----------------------------------------------------------------------------------------------
-
-def load_ds_config(path: str | Path) -> dict:
-    """DeepSpeed's JSON. Raises UserError when it says again what the YAML says, has a key that nobody reads,
-    or lacks the optimizer."""
-    try:
-        ds_config = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=each_once)
-    except (OSError, ValueError) as error:
-        cure = ": JSON has no comments, and no comma before a closing bracket"
-        cure *= isinstance(error, json.JSONDecodeError)
-        raise UserError(f"--deepspeed_config {path}: {error}{cure}") from error
-    if not isinstance(ds_config, dict):
-        raise UserError(f"{path}: expected an object, {{...}}")
-    table = load_table("deepspeed_json")
-    sections, refused = table["sections"], table["refused"]
-    for key, value in walk(ds_config):
-        section, _, name = key.rpartition(".")
-        known = sections.get(section) if section else [*sections, *table["keys"]]
-        if key in refused and value is not False:
-            raise UserError(f"{path}: remove {key!r}: {refused[key]}")
-        if value == "auto":  # DeepSpeed leaves such keys out without a word: {"enabled": "auto"} is off
-            raise UserError(f"{path}: {key}: \"auto\" is filled in by Hugging Face's Trainer, which is not "
-                            "here: write a value, or remove the key")
-        if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?|[Tt]rue|[Ff]alse", value):
-            raise UserError(f'{path}: {key}: "{value}" is a text: write {value.lower()} without quotes')
-        if known is not None and key not in refused and name not in known:
-            raise UserError(f"{path}: unknown key {key!r}{nearest(name, known)}")
-        if key in sections and not isinstance(value, dict):
-            raise UserError(f"{path}: {key} must be an object, {{...}}")
-    if str(ds_config.get("optimizer", {}).get("type")).lower() not in ("adam", "adamw"):
-        raise UserError(f"{path}: optimizer.type must be Adam or AdamW (checkpoints hold their two moments), "
-                        'as in "optimizer": {"type": "AdamW", "params": {"torch_adam": true, "fused": true}}')
-    return ds_config
-
-
-def each_once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON's object, in which no key may stand twice."""
-    names = [name for name, _ in pairs]
-    if len({*names}) < len(names):
-        raise ValueError(f"the key {max(names, key=names.count)!r} stands there twice")
-    return dict(pairs)
-
-
-def walk(section: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """{"a": {"b": 1}} -> ("a", {"b": 1}), ("a.b", 1)."""
-    for key, value in section.items():
-        yield prefix + key, value
-        if isinstance(value, dict):
-            yield from walk(value, f"{prefix}{key}.")
-
-
-@functools.cache
-def from_command_line(description: str) -> tuple[TrainConfig, dict]:
-    """What --config, --set and --deepspeed_config say. Raises UserError."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--config", required=True, help="what is trained: a YAML file")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json",
-                        help="how it is sharded: a DeepSpeed JSON")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
-                        help="override keys of the YAML")
-    # launchers pass it in two spellings; the environment's LOCAL_RANK is what counts
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    settle_place()
-    cfg, ds_config = load_config(find_input(args.config), args.set), load_ds_config(
-        find_input(args.deepspeed_config))
-    if cfg.frozen_weights and ds_config.get("zero_optimization", {}).get("stage") == 3:
-        raise UserError(f"frozen_weights: {cfg.frozen_weights}: ZeRO-3 divides weights of the training's own "
-                        "dtype only: take ds_configs/zero2.json")
-    return cfg, ds_config

@@ -226,7 +226,7 @@ class Mixture:
         """The keys of the images that cfg.cameras means for a frame. DROID has two exterior cameras; which
         one is `primary` is drawn once per episode and epoch."""
         choices = [self.recipes[d].camera(name) for name in self.cfg.cameras]
-        coin = int(mix_bits(self.cfg.seed, d, epoch, self.tables[d].episode_of(row))) & 1
+        coin = int(mix_bits(self.cfg.seed, d, epoch, self.tables[d].episode_of(row)))
         return tuple(keys[coin % len(keys)] for keys in choices)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (lives as long as the run)

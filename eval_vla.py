@@ -378,8 +378,8 @@ def main() -> None:
         folder = own.parents[2] if own.exists() else Path()
         out = args.out or folder / ("eval_train.png" if args.on_train_frames else "eval.png")
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):  # said before minutes of evaluating
-            raise UserError(f"{out.parent} cannot be written to: say with --out where the picture goes")
+        if not os.access(out.parent, os.W_OK) or out.is_dir():  # said before minutes of evaluating
+            raise UserError(f"{out} cannot be written to: say with --out where the picture goes")
         evaluate(policy, tensors, cfg, args.samples, args.on_train_frames, out)
 
 

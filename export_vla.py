@@ -31,7 +31,7 @@ from checkpoint import Checkpoint, CheckpointError
 from config import TrainConfig, told_in_one_line
 from llm import llm_config
 from lora import ADAPTER
-from model import build_tower
+from towers import build_tower
 from weights import (
     LANGUAGE_MODELS,
     PRISMATIC,

@@ -61,6 +61,8 @@ def parse_fields(fields: str) -> list[Field]:
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for field lists that cannot be read, and words that have no meaning there."""
     action, state = parse_fields(recipe.action), parse_fields(recipe.state)
+    if all(CONSTANT.fullmatch(field.key) for field in action):
+        raise UserError(f"action: {recipe.action!r} names no feature: a robot does not learn from constants")
     marked = any(field.target or field.raw for field in action)
     if marked and (recipe.absolute or recipe.targets):
         raise UserError("the words target and raw say all: remove `absolute` and `targets`")

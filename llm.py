@@ -7,6 +7,7 @@ cache of keys and values of fixed size, in which prompts of several lengths stan
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -23,14 +24,15 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
         config = (AutoConfig.for_model(**spec) if isinstance(spec, dict)
                   else AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec)))
     except Exception as error:  # transformers has many kinds for a wrong field
-        raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {error}") from error
+        raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {said(error)}") from error
     for key in spec if isinstance(spec, dict) else ():  # transformers keeps unknown ones, without effect
         known = {*vars(type(config)()), *config.attribute_map}
         if key not in known and (close := nearest(key, known, 0.85)):  # others may be of older files
             raise UserError(f"llm_backbone: unknown key {key!r}{close}")
     config.vocab_size = -(-num_tokens // 64) * 64
     if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
-        config.pad_token_id = None  # of a larger vocabulary; the tokenizer says what padding is
+        with suppress(Exception):  # a few must have one: then transformers says so
+            config.pad_token_id = None  # of a larger vocabulary; the tokenizer says what padding is
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -42,28 +44,32 @@ def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> n
     try:
         llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"llm_backbone: transformers makes no {config.model_type}: {reason}") from error
+        raise UserError(f"llm_backbone: transformers makes no {config.model_type}: {said(error)}") from error
     if not len(getattr(llm.base_model, "layers", ())):
         raise UserError(f"llm_backbone: {config.model_type} has no decoder blocks in `layers`, as Llama has")
     return llm
 
 
 def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
-    """Raise UserError for a language model that would train and then could not act.
+    """Raise UserError for a language model that cannot train, or would train and then could not act.
 
     longest: the most tokens it may have to look back upon; cached: whether it will act token by token. It
     then acts once on the meta device, where neither weights nor activations take memory or time.
     """
-    window = getattr(config, "sliding_window", None)
-    if window and longest > window:
-        raise UserError(f"llm_backbone: {config.model_type} looks back {window} tokens only; images, text of "
-                        f"max_length and action may be {longest}: lower max_length, or take another model, "
-                        "fewer cameras or smaller images")
-    if not cached:
-        return
     with torch.device("meta"), torch.no_grad():
-        llm = build_llm(config, torch.bfloat16)
+        llm, window = build_llm(config, torch.bfloat16), getattr(config, "sliding_window", None) or longest
+        if any("position" in name and isinstance(part, nn.Embedding) for name, part in llm.named_modules()):
+            window = min(window, config.max_position_embeddings)  # learned: there are no more of them
+        if longest > window:
+            raise UserError(f"llm_backbone: {config.model_type} looks back {window} tokens only; images, "
+                            f"text of max_length and action may be {longest}: lower max_length, or take "
+                            "another model, fewer cameras or smaller images")
+        heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+            raise UserError(f"llm_backbone: {heads} num_attention_heads cannot share {shared} "
+                            "num_key_value_heads: set a multiple of it")
+        if not cached:
+            return
         try:
             cache, forward = make_cache(llm, batch=1, slots=64), cached_forward(llm)
             mask = torch.ones(1, 1, 8, 64, dtype=torch.bool)
@@ -79,6 +85,11 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
         raise UserError(f"llm_backbone: {config.model_type} could be trained here, but then not act: it "
                         "keeps no plain keys and values of what it has seen (linear, hybrid or latent "
                         "attention?). Take one that does, as Llama, Qwen3 or Gemma")
+
+
+def said(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def make_cache(llm: nn.Module, batch: int, slots: int) -> StaticCache:

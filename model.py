@@ -6,14 +6,13 @@
 
 Read VLA.forward first: that is the whole model. Parameters are named as in OpenVLA's native checkpoints
 (`vision_backbone.dino_featurizer...`, `projector.projector.0...`, `llm_backbone.llm.model.layers...`). The
-ViT blocks are timm's and the decoder layers transformers'. How a trained model acts is in act.py.
+ViT blocks are timm's (towers.py), the decoder layers transformers' (llm.py). How it acts is in act.py.
 """
 
 import itertools
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from action_tokenizer import ActionTokenizer
 from config import TrainConfig, UserError
 from llm import build_llm, check_llm, llm_config
+from towers import build_tower, normalize_pixels
 
 
 class VLA(nn.Module):
@@ -183,43 +183,6 @@ class VLA(nn.Module):
 def take(sequence, positions):
     """sequence (B, S, hidden), positions (B, T) -> (B, T, hidden)."""
     return sequence.gather(1, positions[..., None].expand(-1, -1, sequence.shape[-1]))
-
-
-def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    """A timm ViT by name, with any of timm's arguments, whose output is (B, patches, width): the
-    second-to-last block's, without final norm and class or register tokens (Prismatic's choice,
-    prismatic/.../base_vision.py; checkpoints have the last block, too). Raises UserError for no plain ViT."""
-    def make(pretrained):
-        vit = timm.create_model(model, pretrained, num_classes=0, img_size=image_size, **kwargs)
-        # through forward, because ZeRO-3 gathers a module's parameters when it is called; a tensor, because
-        # its hooks see no lists
-        vit.forward = lambda pixels: vit.forward_intermediates(
-            pixels, [len(vit.blocks) - 2], norm=False, stop_early=True, output_fmt="NLC",
-            intermediates_only=True)[0]
-        return vit
-
-    try:  # it looks at an image once, on the meta device, which takes neither memory nor time
-        with torch.device("meta"):
-            vit = make(pretrained=False)
-            features, patches = vit(torch.empty(1, 3, image_size, image_size)), vit.patch_embed.num_patches
-        plain = patches and features.shape == (1, patches, vit.embed_dim) and vit.num_prefix_tokens >= 0
-        batch_norm = any("running_mean" in name for name, _ in vit.named_buffers())
-        reason = "" if plain and not batch_norm else "it has batch normalisation or another shape of output"
-    except Exception as error:  # timm has many kinds for a wrong argument, and each architecture its own
-        reason = str(error).partition("\n")[0] or type(error).__name__
-    if reason:
-        raise UserError(f"vision_backbone: timm makes no plain ViT of {model!r} at image_size {image_size}: "
-                        f"{reason}")
-    vit = make(pretrained)
-    stats = timm.data.resolve_model_data_config(vit)
-    vit.mean, vit.std = stats["mean"], stats["std"]  # numbers: as buffers they would be cast to bf16
-    return vit
-
-
-def normalize_pixels(pixels: torch.Tensor, tower: nn.Module) -> torch.Tensor:
-    """(B, 3, H, W) float32 in [0, 1] -> of the mean and deviation this tower was pretrained on."""
-    channels = zip(pixels.unbind(1), tower.mean, tower.std, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def build_projector(arch_specifier: str, features: int, hidden: int) -> nn.Module:

@@ -5,7 +5,6 @@ own dataset is described in the same words in the YAML (`datasets:`). fields.py 
 recipes.py carries them out.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -79,6 +78,8 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
     for name, recipe in own.items():
         try:
             check_recipe(recipe)
+            if ":" in name:
+                raise UserError("leave its version away here, and say it in data_mix")
             if recipe.skip_idle and "droid" not in name:  # see is_idle
                 raise UserError("skip_idle: knows DROID's pauses alone: remove it, and record no pauses")
         except UserError as error:
@@ -87,8 +88,8 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
     own_name = isinstance(data_mix, str) and data_mix in own
     for name, weight in ({data_mix: 1.0} if own_name else spelled_out(data_mix)).items():
         plain = str(name).partition(":")[0]
-        if not (isinstance(weight, int | float) and 0 < weight < math.inf):
-            raise UserError(f"data_mix: the weight of {name} must be positive, it is {weight!r}")
+        if not (isinstance(weight, int | float) and 0 < weight < 1e9):
+            raise UserError(f"data_mix: the weight of {name} must be positive, below 1e9; it is {weight!r}")
         if plain not in known and plain not in REFUSED:
             raise UserError(f"data_mix: no dataset or mixture is called {name!r}"
                             f"{nearest(plain, [*known, *MIXTURES])}; describe your own under `datasets:`")

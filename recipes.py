@@ -305,7 +305,8 @@ def check_features(features: Mapping[str, Feature], recipe: Recipe, cameras: lis
         code_points = len(feature.shape) == 1 and feature.dtype.kind in "iu"
         fits = {"number": feature.dtype.kind in "biuf" and None not in feature.shape,
                 "zlib": single, "image": single and feature.kind == "Image",
-                "text": (single and feature.kind != "Image") or (code_points and None not in feature.shape)}
+                "text": ((single and not feature.kind.startswith("Image"))
+                         or (code_points and None not in feature.shape))}
         if not fits[use] or not (feature.of_step or use == "text"):
             raise DataError(f"the feature {name!r} is {feature}: {ACCEPTED[use]}")
     return {name: math.prod(features[name].shape) for name, use in wanted if use == "number"}
@@ -313,5 +314,5 @@ def check_features(features: Mapping[str, Feature], recipe: Recipe, cameras: lis
 
 ACCEPTED = {"number": "actions and states must be Tensors of numbers, of one shape, in every step",
             "zlib": "unzip needs one compressed string for each step",
-            "image": "a camera needs an Image feature (JPEG or PNG), one picture for each step",
+            "image": "a camera needs an Image feature (JPEG or PNG, of uint8), one picture for each step",
             "text": "an instruction must be one Text for each step, or one of the episode"}

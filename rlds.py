@@ -162,7 +162,9 @@ def step_features(directory: Path) -> dict[str, Feature]:
                 yield from walk(feature[key], value, f"{prefix}/{key}", of_step)
         else:
             shape = info.shape[1:] if of_step else info.shape
-            yield prefix[1:], Feature(shape, np.dtype(info.np_dtype), type(feature).__name__, of_step)
+            kind = type(feature).__name__  # floats are no colours: their bytes stand in a PNG
+            kind += " of floats" if kind == "Image" and np.dtype(feature.np_dtype).kind == "f" else ""
+            yield prefix[1:], Feature(shape, np.dtype(info.np_dtype), kind, of_step)
 
     try:
         stored = features.get_serialized_info()

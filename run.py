@@ -29,7 +29,8 @@ import yaml
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, save_checkpoint
-from config import TrainConfig, UserError, ranks_here, run_directory, walk
+from command_line import walk
+from config import TrainConfig, UserError, ranks_here, run_directory
 from data import Mixture
 from frames import take_lock
 from images import contact_sheet

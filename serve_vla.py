@@ -333,8 +333,11 @@ def serve(policy: Policy, model: str, listener: socket.socket, max_batch: int, t
 
 
 def on_this_machine(host: str) -> bool:
-    """Can only this machine reach an address to listen at? Raises OSError for one that is not known."""
-    addresses = {address[0] for *_, address in socket.getaddrinfo(host, None)}
+    """Can only this machine reach an address to listen at? Raises UserError for one that is not known."""
+    try:
+        addresses = {address[0] for *_, address in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise UserError(f"--host {host}: {error}: name an address of this machine, or 0.0.0.0") from error
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
 
 
@@ -364,7 +367,7 @@ def main() -> None:
         token = read_secret(args.token, "--token") if args.token else None
         if token == "":
             raise UserError(f"--token: {args.token!r} is empty: write a long random text there")
-        if not (token or args.no_token or on_this_machine(args.host)):
+        if not on_this_machine(args.host) and not (token or args.no_token):
             raise UserError(f"--host {args.host} lets others in than this machine: give a password with "
                             "--token FILE or --token VARIABLE, or say --no_token")
         listener = bind(args.host, args.port)

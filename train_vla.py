@@ -16,7 +16,8 @@ import time
 import warnings
 from functools import partial
 
-from config import FILLED_IN, TrainConfig, UserError, from_command_line, told_in_one_line
+from command_line import from_command_line
+from config import FILLED_IN, TrainConfig, UserError, told_in_one_line
 from oxe import find_datasets
 
 if __name__ == "__main__":

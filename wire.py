@@ -184,7 +184,8 @@ def parse_proprio(value, wanted: bool, labels: list[str], name: str = "proprio")
 
 def parse_prefix(value, policy: Policy, unnorm_key: str) -> np.ndarray:
     """The chunk's first actions, where they are settled -> (k, A) float64."""
-    if value is None or value == []:
+    shape = value.get("shape") if isinstance(value, dict) else None
+    if value is None or value == [] or (isinstance(shape, list) and shape[:1] == [0]):
         return np.zeros((0, len(policy.convention(unnorm_key).action)))
     prefix = parse_array(value, "prefix").astype(np.float64)
     try:

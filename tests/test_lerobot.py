@@ -312,6 +312,11 @@ def test_some_episodes_and_fewer_frames(tmp_path, version):
     assert line == "--fps 31: the dataset has 30: choose that or fewer"
     assert "has no frames of episode 9; it has 0 to 3" in refused(source, tmp_path / "more", episodes="2,9")
     assert "'3-x' is no number or range" in refused(source, tmp_path / "more", episodes="3-x")
+    assert "'²' is no number or range" in refused(source, tmp_path / "more", episodes="²")
+    assert "has no frames of episode 4" in refused(source, tmp_path / "more", episodes=f"0-{10**15}")
+    source.info["chunks_size"] = 0
+    write_json(source.root / "meta/info.json", source.info)
+    assert "chunks_size is 0: it must be" in refused(source, tmp_path / "more")
 
 
 def test_videos_encoded_in_one_piece(tmp_path):

@@ -714,11 +714,44 @@ def test_a_state_that_never_moved(opened, tmp_path):
 @pytest.mark.parametrize("recipe, message", [
     ({"skip_idle": True}, "datasets: arm: skip_idle: knows DROID's pauses alone"),
     ({"cameras": {"primary": "top"}}, "the camera primary stands there twice, also under `cameras`: remove"),
+    ({"action": "0*6, 1"}, r"action: '0\*6, 1' names no feature"),
 ])
 def test_keys_that_cannot_help(recipe, message, opened, tmp_path):
     write_arm(tmp_path, random_actions(7))
     with pytest.raises(UserError, match=message):
         opened(recipe)
+
+
+def test_a_version_belongs_in_the_mixture(opened, tmp_path):
+    write_arm(tmp_path, random_actions(7))
+    with pytest.raises(UserError, match=r"datasets: arm:1\.0\.0: leave its version away here"):
+        opened(datasets={"arm:1.0.0": {"primary": "image"}}, data_mix="arm:1.0.0")
+    assert opened(data_mix="arm:1.0.0").sizes[0]
+
+
+def test_each_of_three_cameras_is_drawn(opened, tmp_path):
+    write_arm(tmp_path, random_actions(7), observation={key: (PNG, GREY) for key in "abc"})
+    mixture = opened({"primary": "a|b|c"})
+    drawn = [mixture.cameras_shown(0, row, epoch)[0] for row in (0, 8, 16) for epoch in range(100)]
+    assert all(80 < drawn.count(key) < 120 for key in "abc"), drawn
+
+
+def test_a_picture_of_floats_is_no_camera(opened, tmp_path):
+    """TFDS puts each number's four bytes in a PNG, as if they were colours."""
+    depth = np.linspace(0.5, 2, 256, dtype=np.float32).reshape(16, 16)
+    png = io.BytesIO()
+    Image.fromarray(depth.view(np.uint8).reshape(16, 16, 4)).save(png, "PNG")
+    kind = F.Image(shape=(16, 16, 4), encoding_format="png")
+    arm = write_arm(tmp_path, random_actions(7), observation={"depth": (kind, png.getvalue())})
+    path = arm / "features.json"
+    declared = json.loads(path.read_text())
+    steps = declared["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    image = steps["observation"]["featuresDict"]["features"]["depth"]["image"]
+    image["dtype"], image["shape"]["dimensions"] = "float32", ["16", "16", "1"]
+    path.write_text(json.dumps(declared))
+    with pytest.raises(UserError, match=r"'observation/depth' is Image of floats .*: a camera needs an Im"):
+        opened({"primary": "depth"})
+    assert opened().sizes[0]
 
 
 def test_inspecting_reads_what_is_there(commands, tmp_path):
@@ -730,12 +763,14 @@ def test_inspecting_reads_what_is_there(commands, tmp_path):
         **TINY, "data_mix": {"arm": 1, "other": 1},
         "datasets": {"arm": {"primary": "image"}, "other": {"primary": "image"}}}))
     jobs = [["--inspect", tmp_path / "other/1.0.0", "--config", tmp_path / "mix.yaml"],
-            ["--inspect", tmp_path / "arm"], ["--inspect", tmp_path / "arm", "--out", "sheet"]]
-    (_, one), (status, guess), (bad, line) = commands(
+            ["--inspect", tmp_path / "arm"], ["--inspect", tmp_path / "arm", "--out", "sheet"],
+            ["--inspect", tmp_path / "arm", "--out", tmp_path / "nowhere/a.png"]]
+    (_, one), (status, guess), (bad, line), (late, early) = commands(
         *(("", {}, "data.py", [*job, *["--out", tmp_path / "a.png"] * ("--out" not in job)]) for job in jobs))
     assert one.count("\ndataset ") + one.startswith("dataset ") == 1 and "other/1.0.0" in one, one
     assert status == 0 and "primary: image" in guess, guess
     assert bad == 1 and "--out sheet: expected a .png" in line and "Traceback" not in line
+    assert late == 1 and "a.png: there is no folder" in early and "dataset" not in early, early
 
 
 def test_only_x_y_z_are_versions(tmp_path):

@@ -95,6 +95,15 @@ def test_what_is_no_prefix_is_refused(changes, prefix, message):
         policy.predict_action(IMAGES[0, 0], "push", prefix=prefix)
 
 
+@pytest.mark.parametrize("image, instruction, message", [
+    ([], [], r"instruction \[\]: expected a text"), (IMAGES[0, 0], None, "instruction None: expected a text"),
+    (IMAGES[0, 0], 5, "instruction 5: expected"), (IMAGES[0, 0, :0], "push", r"an image of shape \(0, "),
+])
+def test_what_is_no_question_is_refused(image, instruction, message):
+    with pytest.raises(UserError, match=message):
+        tiny_policy().predict_action(image, instruction)
+
+
 def test_what_is_out_of_reach_is_cut_off_as_in_training():
     policy = tiny_policy(action_chunk=2)
     got = policy.predict_action(IMAGES[0, 0], "push", prefix=[[7, -7, 0.5, 7]])

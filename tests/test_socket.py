@@ -168,6 +168,7 @@ def test_cameras_state_chunk_and_prefix(changes):
         for images in ({}, {"observation/image": None, "observation/primary": array(front)},
                        {"observation/wrist_image": None, "observation/wrist": array(hand)},
                        {"observation/image": file(front, "png")}, {"prefix": []},
+                       {"prefix": array(settled[:0])},
                        {"observation/state": state.tolist()}):
             sent = {key: value for key, value in {**good, **images}.items() if value is not None}
             np.testing.assert_array_equal(from_array(ask(sent)["actions"]), whole)

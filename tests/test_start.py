@@ -20,6 +20,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_own_robot import random_actions, write_arm
 from test_serve import Client
@@ -34,7 +36,8 @@ from checkpoint import CheckpointError
 from config import TrainConfig, UserError, settle_place
 from data import Mixture
 from frames import take_lock
-from model import VLA, build_tower
+from model import VLA
+from towers import build_tower
 from weights import open_weights
 
 TOKENIZER = load_tokenizer(TINY["tokenizer"], True)
@@ -125,6 +128,18 @@ def test_a_sliding_window_shorter_than_what_is_asked(kind, window, changes):
         tiny_vla(llm={"model_type": kind, "sliding_window": window}, **changes)
 
 
+@pytest.mark.parametrize("llm, changes, message", [
+    ({"model_type": "llama", "num_key_value_heads": 3, "num_attention_heads": 4},
+     {"parallel_decoding": True, "action_chunk": 2}, "4 num_attention_heads cannot share 3 num_key_value"),
+    ({"model_type": "biogpt", "max_position_embeddings": 16}, {}, "biogpt looks back 16 tokens only"),
+    ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, {}, "no config of .*multiple"),
+])
+def test_shapes_that_cannot_be_trained(llm, changes, message):
+    with pytest.raises(UserError, match=f"llm_backbone: .*{message}") as error:
+        tiny_vla(llm=llm, **changes)
+    assert "\n" not in str(error.value)
+
+
 TOWER = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 
 
@@ -134,11 +149,40 @@ TOWER = {"embed_dim": 32, "depth": 3, "num_heads": 2}
     ("convnext_atto", 224, {}), ("resnet18", 224, {}), ("vit_smal_patch14_dinov2", 28, TOWER),
     ("vit_small_patch14_reg4_dinov2", 28, {**TOWER, "num_heads": 5}),
     ("vit_small_patch14_reg4_dinov2", 8, TOWER), ("vit_small_patch14_reg4_dinov2", 28, {**TOWER, "heads": 2}),
+    ("vit_small_patch14_reg4_dinov2", 40, TOWER), ("vit_tiny_r_s16_p8_224", 72, TOWER),
 ])
 def test_towers_that_are_no_plain_vit(model, image_size, more):
     message = f"vision_backbone: timm makes no plain ViT of '{model}' at image_size {image_size}: ."
     with pytest.raises(UserError, match=message):
         build_tower(image_size, model=model, **more)
+
+
+@given(st.sampled_from([("vit_tiny_patch16_224", 16), ("vit_small_patch14_reg4_dinov2", 14),
+                        ("vit_tiny_r_s16_p8_224", 32)]), st.integers(30, 130))
+@settings(max_examples=25, deadline=None)
+def test_a_tower_sees_all_of_an_image_or_is_refused(tower, image_size):
+    """timm leaves out what is no whole patch on the right and below."""
+    torch.manual_seed(0)
+    model, patch = tower
+    try:
+        vit = build_tower(image_size, model=model, **TOWER)
+    except UserError as error:
+        assert image_size % patch and "multiple" in str(error)
+        return
+    black = torch.zeros(1, 3, image_size, image_size)
+    for place in ((0, 0), (0, image_size - 1), (image_size - 1, 0), (image_size - 1, image_size - 1)):
+        dot = black.clone()
+        dot[0, :, *place] = 9.0
+        assert not torch.equal(vit(dot), vit(black)), place
+
+
+def test_prismatics_towers_of_384_pixels():
+    assert build_tower(384, model="vit_so400m_patch14_siglip_384", **TOWER).patch_embed.num_patches == 27**2
+
+
+def test_a_tower_is_not_random():
+    with pytest.raises(UserError, match="remove drop_path_rate: a step depends on its batch alone"):
+        build_tower(28, model="vit_small_patch14_reg4_dinov2", drop_path_rate=0.1, **TOWER)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -495,6 +539,21 @@ def test_what_a_launcher_left_unsaid_is_named(environ, missing):
         settle_place(dict(environ))
 
 
+@pytest.mark.parametrize("name, value, least", [
+    ("WORLD_SIZE", "0", 1), ("WORLD_SIZE", "two", 1), ("LOCAL_WORLD_SIZE", "0", 1), ("RANK", "2", 0),
+    ("RANK", "-1", 0), ("LOCAL_RANK", "x", 0), ("MASTER_PORT", "99999", 0), ("MASTER_PORT", "abc", 0),
+])
+def test_a_launcher_that_says_what_cannot_be(name, value, least):
+    with pytest.raises(UserError, match=f"says {name} {value}, which must be {least} to"):
+        settle_place({**PYTORCH, name: value})
+
+
+def test_what_a_launcher_leaves_empty_is_unsaid():
+    environ = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "", "MASTER_ADDR": ""}
+    settle_place(environ)
+    assert environ["RANK"] == environ["LOCAL_RANK"] == "0" and environ["WORLD_SIZE"] == "1"
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -539,10 +598,15 @@ def test_a_port_in_use_is_named(variables, tiny, commands):
     (["--token", "NOT_SET_ANYWHERE"], "--token: 'NOT_SET_ANYWHERE' is neither a file nor an environment var"),
     (["--host", "0.0.0.0", "--token", "EMPTY"], "--token: 'EMPTY' is empty"),
     (["--token", "{tmp}/blank"], "is empty: write a long random text"),
+    (["--token", "{tmp}/binary"], "--token: the file '.*binary' holds no text"),
+    (["--host", "nosuch.invalid"], "--host nosuch.invalid: .*: name an address of this machine"),
+    (["--host", "nosuch.invalid", "--token", "{tmp}/word"], "nosuch.invalid: .*: name an address of"),
 ])
 def test_a_server_without_a_password_stays_on_this_machine(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setenv("EMPTY", "")
     (tmp_path / "blank").write_text("\n")
+    (tmp_path / "word").write_text("sesame")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
     arguments = [word.format(tmp=tmp_path) for word in arguments]
     monkeypatch.setattr(sys, "argv", ["serve_vla.py", "--checkpoint", str(tmp_path / "no model"), *arguments])
     if socket.gethostname() in arguments and serve_vla.on_this_machine(socket.gethostname()):

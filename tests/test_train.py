@@ -221,6 +221,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
         ({"llm_backbone": {"hidden_size": 32}}, "transformers makes no config of {'hidden_size'"),
         ({"llm_backbone": {"model_type": "llama", "hidden_size": "32"}}, "Field 'hidden_size' expected int"),
         ({"vision_backbone": {"siglip": {"embed_dim": 32}}}, "siglip: {'embed_dim': 32} is not like {model:"),
+        ({"vision_backbone": {"dino.v2": {"model": "x"}}}, "'dino.v2': call the tower by letters, digits"),
+        ({"frozen_weights": "int8", "base_vlm": "openvla/openvla-7b"}, "nothing is frozen: set lora_rank"),
+        ({"lora_alpha": 0.0}, "lora_alpha: 0.0: it should be greater than 0"),
+        ({"run_id": "a\0b"}, r"run_id: 'a\x00b': String should match"),
+        ({"data_mix": {"metaworld_demo": 1e308}}, "metaworld_demo must be positive, below 1e9; it is 1e+308"),
         ({"inherits": "tiny.yaml"}, "tiny.yaml: inherits from itself"),
         ({"datasets": {"metaworld_demo": {"primay": "x"}}},
          "datasets: metaworld_demo: unknown key 'primay'; did you mean 'primary'?"),
@@ -246,6 +251,11 @@ def test_mistakes_in_files_and_overrides(tiny, tmp_path, plain_run):
     assert "error: --set data_mix={a: 1: " in plain_run(tiny(), "--set", "data_mix={a: 1").text
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     assert "twice.yaml: line 1: the key 'seed' stands there twice" in plain_run(tmp_path / "twice.yaml").text
+    (tmp_path / "old.yaml").write_text("seed: 1\nmax_steps: 1:30\n")
+    assert "old.yaml: line 2: 1:30 is another number in YAML" in plain_run(tmp_path / "old.yaml").text
+    for number in ("010", "-00", "1:30.5"):  # 8, 0 and 90.5
+        done = plain_run(tiny(), "--set", f"learning_rate={number}")
+        assert f"--set learning_rate={number}: line 1: {number} is another number" in done.text
     done = plain_run(tiny(), "--set", "max_stps=3")
     assert "--set: unknown key 'max_stps'; did you mean 'max_steps'?" in done.text
 

@@ -13,6 +13,7 @@ import argparse
 import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -81,9 +82,10 @@ def choose(dataset: LeRobotSet, wanted: str | None) -> list[Episode]:
     numbers: set[int] = set()
     for part in wanted.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        if not first.isdecimal() or not (last or first).isdecimal():
             raise UserError(f"--episodes {wanted}: {part.strip()!r} is no number or range; write 0-9,12")
-        numbers |= set(range(int(first), int(last or first) + 1))
+        asked = range(int(first), int(last or first) + 1)  # as long as a user may write it
+        numbers |= {*asked[: len(dataset.episodes) + 1]}
     there = {episode.index: episode for episode in dataset.episodes}
     if missing := sorted(numbers - there.keys()):
         raise UserError(f"--episodes {wanted}: {dataset.source} has no frames of episode {missing[0]}; it "
@@ -286,7 +288,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     with told_in_one_line():
-        if args.image_size < 0 or args.workers < 1 or not args.name or set(args.name) & set("/:"):
+        if args.image_size < 0 or args.workers < 1 or not re.fullmatch(r"[^./:][^/:]*", args.name):
             raise UserError(f"--image_size {args.image_size} --workers {args.workers} --name {args.name!r}: "
                             "must be at least 0, at least 1, and a folder's name")
         convert(args.source.expanduser(), args.out, args.name, args.image_size, args.fps, args.episodes,

@@ -104,6 +104,8 @@ def read_info(path: Path) -> dict:
     if missing:
         raise DataError(f"{path}: has no {', '.join(sorted(missing))}: not LeRobot v2.x or v3.x; convert "
                         "older datasets with LeRobot's own scripts first")
+    if not isinstance(size := info.get("chunks_size", 1000), int) or size < 1:
+        raise DataError(f"{path}: chunks_size is {size!r}: it must be a positive whole number")
     if not isinstance(info["fps"], int | float) or not info["fps"] > 0:
         raise DataError(f"{path}: fps: {info['fps']!r}: must be the frames a second, a positive number")
     return info
