@@ -261,7 +261,7 @@ def test_unknown_names_and_fields_are_explained():
         oxe.resolve_mixture("my_robot_42")
     with pytest.raises(ValueError, match="the weight of bridge_orig must be positive"):
         oxe.resolve_mixture({"bridge_orig": 0})
-    with pytest.raises(ValueError, match=r"must be positive, it is '1e-1'"):
+    with pytest.raises(ValueError, match=r"must be positive, below 1e9; it is '1e-1'"):
         oxe.resolve_mixture({"bridge_orig": "1e-1"})
     with pytest.raises(ValueError, match="the mixture is empty"):
         oxe.resolve_mixture({})
