@@ -102,10 +102,9 @@ class Policy:
                             f"model needs {count} for each (window_size x cameras)")
         pixels = torch.from_numpy(np.array([[self.see(view) for view in views] for views in images]))
         prompts = [prompt_ids(self.tokenizer, text, self.cfg.prompt_style) for text in instructions]
-        room = self.cfg.max_length - self.vla.num_action_tokens - 1  # as in training
-        if (longest := max(map(len, prompts), default=0)) > room:
+        if (longest := max(map(len, prompts), default=0)) > self.vla.room:  # as in training
             raise UserError(f"a prompt of {longest} tokens: the model's max_length of {self.cfg.max_length} "
-                            f"leaves room for {room}: shorten the instruction")
+                            f"leaves room for {self.vla.room}: shorten the instruction")
         if not self.cfg.use_proprio:
             return pixels.to(device), prompts, None  # (B, N, H, W, C), B lists of ids
         if proprio is None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from config import UserError, load_table, out_of_reach
+from config import UserError, load_table, out_of_reach, said
 
 PROMPTS = load_table("prismatic")["prompts"]  # how a base model was taught to be asked; `pure` is above
 
@@ -35,7 +35,7 @@ def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedToke
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=out_of_reach(path))
     except Exception as error:  # transformers raises many kinds
-        why = "the hub does not answer" if out_of_reach(path) else " ".join(str(error).split())
+        why = "the hub does not answer" if out_of_reach(path) else said(error)
         raise UserError(f"tokenizer: {path!r} is none: {why}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {path!r} has no eos_token, with which every training sequence ends: "

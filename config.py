@@ -294,6 +294,11 @@ def one_line(error: ValidationError) -> str:
     return f"{'.'.join(place)}: {found['input']!r}: {message}"
 
 
+def said(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str:
     """"; did you mean 'seed'?" for a name that is like a known one."""
     return "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(name, known, 1, alike))
@@ -380,15 +385,15 @@ def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
     environ.setdefault("MASTER_PORT", "29500")
     environ.setdefault("LOCAL_RANK", "0")  # one process in each container
     for name, (least, most) in PLACE.items():
-        most = int(environ["WORLD_SIZE"]) - 1 if name.endswith("RANK") else most
+        most = int(environ["WORLD_SIZE"]) - 1 if most is None else most
         if name in environ and not (environ[name].isdecimal() and least <= int(environ[name]) <= most):
             raise UserError(f"the environment says {name} {environ[name]}, which must be {least} to {most}: "
                             "set it right, or start the job with deepspeed or torchrun")
 
 
-# the least and the most that a launcher can say; a rank is below WORLD_SIZE
+# the least and the most that a launcher can say; None: below WORLD_SIZE
 PLACE = {**dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"], (1, 1 << 20)),
-         **dict.fromkeys(["RANK", "LOCAL_RANK"], (0, 0)), "MASTER_PORT": (0, 65535)}
+         **dict.fromkeys(["RANK", "LOCAL_RANK"], (0, None)), "MASTER_PORT": (0, 65535)}
 
 
 def ranks_here() -> int:

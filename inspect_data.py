@@ -294,8 +294,7 @@ def main() -> None:
     with told_in_one_line():
         if args.out.suffix not in (".png", ".jpg"):
             raise UserError(f"--out {args.out}: expected a .png")
-        if not os.access(args.out.parent, os.W_OK):
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent} to write to")
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # or say now that it cannot be
         subjects = find_subjects(args.inspect or args.check, args.data_mix, args.config)
         if args.check:
             if sum(check_dataset(subject, args.index_dir) for subject in subjects):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
-from config import UserError, nearest, out_of_reach
+from config import UserError, nearest, out_of_reach, said
 
 
 def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
@@ -85,11 +85,6 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
         raise UserError(f"llm_backbone: {config.model_type} could be trained here, but then not act: it "
                         "keeps no plain keys and values of what it has seen (linear, hybrid or latent "
                         "attention?). Take one that does, as Llama, Qwen3 or Gemma")
-
-
-def said(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def make_cache(llm: nn.Module, batch: int, slots: int) -> StaticCache:

@@ -48,8 +48,8 @@ class VLA(nn.Module):
                             "must agree")
         self.num_patches = patches.pop()
         config = llm_config(cfg.llm_backbone, len(tokenizer))
-        longest = self.sequence_length(getattr(cfg, "max_length", 64))
-        check_llm(config, longest, cached=not cfg.parallel_decoding)
+        self.room = getattr(cfg, "max_length", 64) - self.num_action_tokens - 1  # for a prompt, beside </s>
+        check_llm(config, self.sequence_length(self.room), cached=not cfg.parallel_decoding)
         with llm_context or nullcontext():
             self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size

@@ -764,13 +764,13 @@ def test_inspecting_reads_what_is_there(commands, tmp_path):
         "datasets": {"arm": {"primary": "image"}, "other": {"primary": "image"}}}))
     jobs = [["--inspect", tmp_path / "other/1.0.0", "--config", tmp_path / "mix.yaml"],
             ["--inspect", tmp_path / "arm"], ["--inspect", tmp_path / "arm", "--out", "sheet"],
-            ["--inspect", tmp_path / "arm", "--out", tmp_path / "nowhere/a.png"]]
+            ["--inspect", tmp_path / "arm", "--out", tmp_path / "mix.yaml/a.png"]]
     (_, one), (status, guess), (bad, line), (late, early) = commands(
         *(("", {}, "data.py", [*job, *["--out", tmp_path / "a.png"] * ("--out" not in job)]) for job in jobs))
     assert one.count("\ndataset ") + one.startswith("dataset ") == 1 and "other/1.0.0" in one, one
     assert status == 0 and "primary: image" in guess, guess
     assert bad == 1 and "--out sheet: expected a .png" in line and "Traceback" not in line
-    assert late == 1 and "a.png: there is no folder" in early and "dataset" not in early, early
+    assert late == 1 and "mix.yaml'" in early and "dataset" not in early and "Traceback" not in early, early
 
 
 def test_only_x_y_z_are_versions(tmp_path):

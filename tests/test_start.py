@@ -121,7 +121,7 @@ def test_language_models_that_could_train_but_not_act(kind, more):
 @pytest.mark.parametrize("kind, window, changes", [
     ("mistral", 64, {}), ("gemma3_text", 64, {}), ("phi3", 100, {}), ("mistral", 4096, {"max_length": 4096}),
     ("mistral", 300, {"cameras": ["primary", "wrist"], "image_size": 224}),
-    ("mistral", 256, {"action_chunk": 27, "parallel_decoding": True}),
+    ("mistral", 256, {"action_chunk": 27, "parallel_decoding": True, "max_length": 256}),
 ])
 def test_a_sliding_window_shorter_than_what_is_asked(kind, window, changes):
     with pytest.raises(UserError, match=f"llm_backbone: {kind} looks back {window} tokens.*lower max_length"):
