@@ -17,7 +17,7 @@ case $stage in
     python train_vla.py --config configs/metaworld_mt50.yaml --deepspeed_config ds_configs/zero1.json \
       --set "seed=$seed" "run_id=metaworld_mt50-seed$seed" "$@" ;;
   rollout)  # 10 episodes of each task
-    python examples/metaworld/rollout.py --checkpoint "runs/metaworld_mt50-seed$seed--image_aug" \
+    python examples/metaworld/rollout.py --checkpoint "runs/metaworld_mt50-seed$seed" \
       --tasks mt50 --trials 10 --execute 4 "$@" ;;
   *) echo "data, train or rollout?" >&2; exit 2 ;;
 esac
