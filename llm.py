@@ -54,7 +54,7 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
     """Raise UserError for a language model that cannot train, or would train and then could not act.
 
     longest: the most tokens it may have to look back upon; cached: whether it will act token by token. It
-    then acts once on the meta device, where neither weights nor activations take memory or time.
+    answers, and then acts, once on the meta device, where weights and activations take no memory or time.
     """
     with torch.device("meta"), torch.no_grad():
         llm, window = build_llm(config, torch.bfloat16), getattr(config, "sliding_window", None) or longest
@@ -68,19 +68,23 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
         if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
             raise UserError(f"llm_backbone: {heads} num_attention_heads cannot share {shared} "
                             "num_key_value_heads: set a multiple of it")
+        mask, positions = torch.ones(1, 1, 8, 64, dtype=torch.bool), torch.arange(8)[None]
+        try:
+            inputs = torch.empty(1, 8, config.hidden_size, dtype=llm.dtype)
+            llm.base_model(inputs_embeds=inputs, attention_mask=mask[..., :8], position_ids=positions,
+                           use_cache=False)
+        except Exception as error:  # each architecture fails in its own way
+            raise UserError(f"llm_backbone: {config.model_type} fails where it is given embeddings alone, as "
+                            f"images come: {said(error)}: take another, as Llama or Qwen3") from error
         if not cached:
             return
-        try:
+        acts = False
+        with suppress(Exception):
             cache, forward = make_cache(llm, batch=1, slots=64), cached_forward(llm)
-            mask = torch.ones(1, 1, 8, 64, dtype=torch.bool)
-            positions = torch.arange(8)[None]
             for step in (slice(0, 8), slice(0, 1)):  # a prompt, then one token
-                inputs = torch.empty(1, positions[:, step].shape[1], config.hidden_size, dtype=llm.dtype)
-                forward(inputs, mask[:, :, step], positions[:, step], cache)
+                forward(inputs[:, step], mask[:, :, step], positions[:, step], cache)
             # a running state has no slots: the padding after a shorter prompt would become part of it
             acts = all(hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in cache.layers)
-        except Exception:  # each architecture fails in its own way
-            acts = False
     if not acts:
         raise UserError(f"llm_backbone: {config.model_type} could be trained here, but then not act: it "
                         "keeps no plain keys and values of what it has seen (linear, hybrid or latent "

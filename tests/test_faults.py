@@ -125,7 +125,7 @@ def test_a_signal_saves_and_ends_the_job(number, to, tiny, tmp_path, start):
     Checkpoint(checkpoint).verify()
     done = Checkpoint(checkpoint).meta["step"]
     assert max(read_metrics(tmp_path / "runs")) == done
-    if to == "everyone":  # and is it as if nothing had happened?
+    if to == "its child":  # and is it as if nothing had happened?
         assert launch(config, "--set", f"max_steps={done + 3}", ranks=2).returncode == 0
         config = tiny(max_steps=done + 3, run_root_dir=str(tmp_path / "straight"))
         assert launch(config, ranks=2).returncode == 0

@@ -106,8 +106,11 @@ def test_language_models_that_act(kind, more):
     vla(images[:1], inputs, labels)[0].backward()  # a training step
 
 
+LATENT = {"num_key_value_heads": SHAPE["num_attention_heads"]}  # it shares none
+
+
 @pytest.mark.parametrize("kind, more", [
-    ("qwen3_5_text", {}), ("qwen3_next", {}), ("deepseek_v3", {}), ("deepseek_v2", {}), ("minicpm3", {}),
+    ("qwen3_5_text", {}), ("qwen3_next", {}), ("deepseek_v3", LATENT), ("minicpm3", LATENT),
     ("falcon_h1", {}), ("jamba", {}), ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
     ("minimax", {}), ("recurrent_gemma", {}), ("nemotron_h", {}), ("kimi_linear", {}),
 ])
@@ -133,6 +136,9 @@ def test_a_sliding_window_shorter_than_what_is_asked(kind, window, changes):
      {"parallel_decoding": True, "action_chunk": 2}, "4 num_attention_heads cannot share 3 num_key_value"),
     ({"model_type": "biogpt", "max_position_embeddings": 16}, {}, "biogpt looks back 16 tokens only"),
     ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, {}, "no config of .*multiple"),
+    # one wants a second embedding of each word, one is two models, of one the defaults do not work
+    *(({"model_type": kind}, {"parallel_decoding": parallel}, f"{kind} fails where it is given embeddings")
+      for kind in ("gemma4_text", "emu3", "deepseek_v2") for parallel in (False, True)),
 ])
 def test_shapes_that_cannot_be_trained(llm, changes, message):
     with pytest.raises(UserError, match=f"llm_backbone: .*{message}") as error:
