@@ -19,9 +19,10 @@ import functools
 from collections.abc import Mapping
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from config import UserError, load_table, out_of_reach, said
+from config import UserError, load_table
+from llm import open_tokenizer
 
 PROMPTS = load_table("prismatic")["prompts"]  # how a base model was taught to be asked; `pure` is above
 
@@ -32,11 +33,7 @@ def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedToke
     Llama's last 256 ids are rare characters nobody will miss; for vocabularies that do not end so,
     add_action_tokens appends 256 ids of their own. Then, as in OpenVLA, comes one for padding (there 32000).
     """
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=out_of_reach(path))
-    except Exception as error:  # transformers raises many kinds
-        why = "the hub does not answer" if out_of_reach(path) else said(error)
-        raise UserError(f"tokenizer: {path!r} is none: {why}") from error
+    tokenizer = open_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {path!r} has no eos_token, with which every training sequence ends: "
                         "name one in its tokenizer_config.json")

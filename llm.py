@@ -1,4 +1,5 @@
-"""The language model: any of transformers' causal ones that this project can both train and let act.
+"""The language model, any of transformers' causal ones that this project can both train and let act, and the
+file of its tokenizer.
 
 Training needs little of it: embeddings in, hidden states out, decoder blocks in a list. Acting needs more: a
 cache of keys and values of fixed size, in which prompts of several lengths stand with padding after them
@@ -8,10 +9,20 @@ cache of keys and values of fixed size, in which prompts of several lengths stan
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
 
 from config import UserError, nearest, out_of_reach, said
 
@@ -68,14 +79,18 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
         if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
             raise UserError(f"llm_backbone: {heads} num_attention_heads cannot share {shared} "
                             "num_key_value_heads: set a multiple of it")
+        if getattr(config, "hidden_size_per_layer_input", 0):
+            raise UserError(f"llm_backbone: {config.model_type} has a second embedding of each word, which "
+                            "images have not: set hidden_size_per_layer_input: 0")
         mask, positions = torch.ones(1, 1, 8, 64, dtype=torch.bool), torch.arange(8)[None]
         try:
             inputs = torch.empty(1, 8, config.hidden_size, dtype=llm.dtype)
             llm.base_model(inputs_embeds=inputs, attention_mask=mask[..., :8], position_ids=positions,
                            use_cache=False)
         except Exception as error:  # each architecture fails in its own way
-            raise UserError(f"llm_backbone: {config.model_type} fails where it is given embeddings alone, as "
-                            f"images come: {said(error)}: take another, as Llama or Qwen3") from error
+            if "meta" not in str(error):  # else it asked for numbers, and nothing is known
+                raise UserError(f"llm_backbone: {config.model_type} fails where it is given embeddings, as "
+                                f"images come: {said(error)}: take another, as Qwen3") from error
         if not cached:
             return
         acts = False
@@ -84,7 +99,8 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
             for step in (slice(0, 8), slice(0, 1)):  # a prompt, then one token
                 forward(inputs[:, step], mask[:, :, step], positions[:, step], cache)
             # a running state has no slots: the padding after a shorter prompt would become part of it
-            acts = all(hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in cache.layers)
+            plain = [hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in cache.layers]
+            acts = all(plain) and "recurrent" not in getattr(config, "block_types", ())
     if not acts:
         raise UserError(f"llm_backbone: {config.model_type} could be trained here, but then not act: it "
                         "keeps no plain keys and values of what it has seen (linear, hybrid or latent "
@@ -112,3 +128,24 @@ def cached_forward(llm: nn.Module) -> Callable:
                     use_cache=True).last_hidden_state
 
     return forward
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id. Raises UserError when there is none, or it would not begin a
+    text as its own file says: with the space that Llama's has before a first word, or without."""
+    local = {"local_files_only": out_of_reach(path)}
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **local)
+        file = Path(tokenizer.init_kwargs.get("vocab_file") or "")
+        if file.suffix != ".model" or file.with_name("tokenizer.json").exists():
+            return tokenizer
+        # sentencepiece's file alone: older transformers know that space only of the class that is named
+        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        first = SentencePieceProcessor(model_file=str(file)).encode("In", out_type=str)[0]
+    except Exception as error:  # transformers raises many kinds
+        why = "the hub does not answer" if out_of_reach(path) else said(error)
+        raise UserError(f"tokenizer: {path!r} is none: {why}") from error
+    if (begins := tokenizer.tokenize("In")[0])[0] != first[0]:
+        raise UserError(f"tokenizer: {path!r}: transformers begins a text with {begins!r}, {file.name} with "
+                        f"{first!r}: name its tokenizer_class (LlamaTokenizer?) in tokenizer_config.json")
+    return tokenizer

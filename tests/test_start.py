@@ -111,7 +111,8 @@ LATENT = {"num_key_value_heads": SHAPE["num_attention_heads"]}  # it shares none
 
 @pytest.mark.parametrize("kind, more", [
     ("qwen3_5_text", {}), ("qwen3_next", {}), ("deepseek_v3", LATENT), ("minicpm3", LATENT),
-    ("falcon_h1", {}), ("jamba", {}), ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    ("gemma4_text", {"hidden_size_per_layer_input": 0}), ("falcon_h1", {}), ("jamba", {}),
+    ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
     ("minimax", {}), ("recurrent_gemma", {}), ("nemotron_h", {}), ("kimi_linear", {}),
 ])
 def test_language_models_that_could_train_but_not_act(kind, more):
@@ -136,9 +137,10 @@ def test_a_sliding_window_shorter_than_what_is_asked(kind, window, changes):
      {"parallel_decoding": True, "action_chunk": 2}, "4 num_attention_heads cannot share 3 num_key_value"),
     ({"model_type": "biogpt", "max_position_embeddings": 16}, {}, "biogpt looks back 16 tokens only"),
     ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, {}, "no config of .*multiple"),
-    # one wants a second embedding of each word, one is two models, of one the defaults do not work
+    # one is two models, of one the defaults do not work
     *(({"model_type": kind}, {"parallel_decoding": parallel}, f"{kind} fails where it is given embeddings")
-      for kind in ("gemma4_text", "emu3", "deepseek_v2") for parallel in (False, True)),
+      for kind in ("emu3", "deepseek_v2") for parallel in (False, True)),
+    ({"model_type": "gemma4_text"}, {"parallel_decoding": True}, "set hidden_size_per_layer_input: 0"),
 ])
 def test_shapes_that_cannot_be_trained(llm, changes, message):
     with pytest.raises(UserError, match=f"llm_backbone: .*{message}") as error:
@@ -286,6 +288,13 @@ def test_tokenizer_model_alone(plain_run, tiny, tmp_path):
     done = plain_run(tiny(tokenizer=str(tmp_path / "vicuna"), max_steps=1, save_interval=0, eval_samples=8),
                      *ON_CPU)
     assert done.returncode == 0, done.text
+
+
+def test_a_tokenizer_model_that_would_be_read_otherwise(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
+    with pytest.raises(UserError, match=r"begins a text with '<0x49>', tokenizer\.model with '\u2581'"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {"type": "BPE"}}'])
