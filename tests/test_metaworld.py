@@ -1,5 +1,7 @@
 """examples/metaworld: recording, closed loop and counting, with the real simulator.
 
+    python -m pytest -q tests/test_metaworld.py        # by its name alone: see conftest.py
+
 Skipped where Meta-World, MuJoCo or an OpenGL to render with is missing: nothing of the core needs them.
 """
 
