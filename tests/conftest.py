@@ -24,8 +24,8 @@ RLDS = FIXTURES / "rlds"
 GOLDEN_MODEL = FIXTURES / "model"
 LLAMA_TOKENIZER = GOLDEN_MODEL / "tokenizer_llama"
 
-# It runs by its name, alone: a process that has drawn with Mesa and has TensorFlow, as other tests do, ends in
-# a segmentation fault (in either order; metaworld 3.1.1, Mesa 22.3, TensorFlow 2.21).
+# It runs by its name, alone: a process that has drawn with Mesa and has TensorFlow, as other tests have, ends
+# in a segmentation fault (in either order; metaworld 3.1.1, Mesa 22.3, TensorFlow 2.21).
 collect_ignore = ["test_metaworld.py"]
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
