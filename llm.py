@@ -82,6 +82,7 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
         if getattr(config, "hidden_size_per_layer_input", 0):
             raise UserError(f"llm_backbone: {config.model_type} has a second embedding of each word, which "
                             "images have not: set hidden_size_per_layer_input: 0")
+        # given, because transformers makes them by looking at numbers, which nothing here has
         mask, positions = torch.ones(1, 1, 8, 64, dtype=torch.bool), torch.arange(8)[None]
         try:
             inputs = torch.empty(1, 8, config.hidden_size, dtype=llm.dtype)
@@ -133,17 +134,17 @@ def cached_forward(llm: nn.Module) -> Callable:
 def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub id. Raises UserError when there is none, or it would not begin a
     text as its own file says: with the space that Llama's has before a first word, or without."""
-    local = {"local_files_only": out_of_reach(path)}
+    offline = out_of_reach(path)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **local)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=offline)
         file = Path(tokenizer.init_kwargs.get("vocab_file") or "")
         if file.suffix != ".model" or file.with_name("tokenizer.json").exists():
             return tokenizer
         # sentencepiece's file alone: older transformers know that space only of the class that is named
-        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=offline)
         first = SentencePieceProcessor(model_file=str(file)).encode("In", out_type=str)[0]
     except Exception as error:  # transformers raises many kinds
-        why = "the hub does not answer" if out_of_reach(path) else said(error)
+        why = "the hub does not answer" if offline else said(error)
         raise UserError(f"tokenizer: {path!r} is none: {why}") from error
     if (begins := tokenizer.tokenize("In")[0])[0] != first[0]:
         raise UserError(f"tokenizer: {path!r}: transformers begins a text with {begins!r}, {file.name} with "
