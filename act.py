@@ -20,14 +20,14 @@ from torch import nn
 from transformers import StaticCache
 
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
-from checkpoint import CheckpointError
-from config import TrainConfig, UserError
-from convention import Convention, convention
-from images import center_crop, resize_image
-from llm import cached_forward, make_cache
-from lora import linear_layers
+from machinery.checkpoint import CheckpointError
+from machinery.config import TrainConfig, UserError
+from machinery.convention import Convention, convention
+from machinery.images import center_crop, resize_image
+from machinery.llm import cached_forward, make_cache
+from machinery.lora import linear_layers
+from machinery.weights import fill, open_weights, parameters_without_memory
 from model import VLA, take
-from weights import fill, open_weights, parameters_without_memory
 
 
 def load_vla(where: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
@@ -262,7 +262,7 @@ class Policy:
     def speed_up(self) -> None:
         """For acting on a GPU: fuse kernels and replay them as one CUDA graph for each size of batch and each
         32 tokens of prompt. The 7B's first action of a kind then takes 90 seconds (torch.compile)."""
-        import matvec  # here: it needs Triton, which comes with PyTorch for GPUs
+        from machinery import matvec  # here: it needs Triton, which comes with PyTorch for GPUs
 
         torch._dynamo.config.recompile_limit = 1024  # 8 are four kinds; more would be left uncompiled
         towers = self.vla.vision_backbone.values()

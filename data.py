@@ -11,16 +11,15 @@ its action, and where its images lie) is made in frames.py by its recipe: what t
 
 import functools
 import runpy
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import oxe
 from action_tokenizer import ActionTokenizer, normalize, prompt_ids
-from config import Recipe, TrainConfig, UserError
-from frames import DataError, FrameTable, frame_table
-from images import augment, center_crop, decode_image, draw_augmentation
+from machinery import oxe
+from machinery.config import Recipe, TrainConfig, UserError
+from machinery.frames import DataError, FrameTable, frame_table
+from machinery.images import augment, center_crop, decode_image, draw_augmentation
 
 IGNORE_INDEX = -100  # label of tokens that are not learned, cross_entropy's default
 
@@ -274,4 +273,4 @@ class TrainBatches(torch.utils.data.Dataset):
 
 
 if __name__ == "__main__":  # python data.py --inspect DIR
-    runpy.run_path(str(Path(__file__).with_name("inspect_data.py")), run_name="__main__")
+    runpy.run_module("machinery.inspect_data", run_name="__main__")

@@ -36,16 +36,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import oxe
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
-from checkpoint import Checkpoint, Tensors
-from config import TrainConfig, UserError, find_input, load_config, told_in_one_line
 from data import IGNORE_INDEX, Mixture, collate
-from frames import DataError
-from images import decode_native
-from run import step_of
-from weights import open_weights
+from machinery import oxe
+from machinery.checkpoint import Checkpoint, Tensors
+from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
+from machinery.frames import DataError
+from machinery.images import decode_native
+from machinery.run import step_of
+from machinery.weights import open_weights
 
 BATCH = 16  # frames the model sees at once
 EPISODES, EPISODE_FRAMES = 3, 300  # drawn in the PNG
@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="picture; numbers go beside it; default: with the run")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
-    with told_in_one_line():
+    with exit_with_one_line():
         if args.samples < 1 or (args.out and args.out.suffix not in (".png", ".jpg")):
             raise UserError(f"--samples {args.samples} --out {args.out}: expected at least 1 and a .png")
         policy = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))

@@ -27,12 +27,12 @@ from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 from action_tokenizer import load_tokenizer
-from checkpoint import Checkpoint, CheckpointError
-from config import TrainConfig, told_in_one_line
-from llm import llm_config
-from lora import ADAPTER
-from towers import build_tower
-from weights import (
+from machinery.checkpoint import Checkpoint, CheckpointError
+from machinery.config import TrainConfig, exit_with_one_line
+from machinery.llm import llm_config
+from machinery.lora import ADAPTER
+from machinery.towers import build_tower
+from machinery.weights import (
     LANGUAGE_MODELS,
     PRISMATIC,
     VISION_BACKBONES,
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--format", choices=["hf", "native", "peft"], required=True)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
     args = parser.parse_args()
-    with told_in_one_line():
+    with exit_with_one_line():
         export(args.model, args.out, args.format,
                {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype])
 

@@ -20,9 +20,9 @@ from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 from action_tokenizer import ActionTokenizer
-from config import TrainConfig, UserError
-from llm import build_llm, check_llm, llm_config
-from towers import build_tower, normalize_pixels
+from machinery.config import TrainConfig, UserError
+from machinery.llm import build_llm, check_llm, llm_config
+from machinery.towers import build_tower, normalize_pixels
 
 
 class VLA(nn.Module):

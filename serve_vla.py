@@ -57,10 +57,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from act import Policy, load_vla
-from checkpoint import CheckpointError
-from config import UserError, read_secret, told_in_one_line
-from openpi_wire import pack, pack_reply, parse_observation
-from wire import MAX_BODY, Query, RequestError, encode_action, parse_request
+from machinery.checkpoint import CheckpointError
+from machinery.config import UserError, exit_with_one_line, read_secret
+from machinery.openpi_wire import pack, pack_reply, parse_observation
+from machinery.wire import MAX_BODY, Query, RequestError, encode_action, parse_request
 
 BIG_BODY = 1 << 20  # bytes; longer ones are parsed one at a time, so that others get their turn
 MAX_CONNECTIONS = 256  # more get status 503
@@ -186,14 +186,14 @@ class Service:
 
     def app(self) -> Starlette:
         """The addresses."""
-        async def nothing_here(request: Request, error: HTTPException) -> Response:
+        async def not_found(request: Request, error: HTTPException) -> Response:
             return refusal(f"{error.detail}: POST /act or GET /health", error.status_code)
 
         routes = [Route("/act", self.act, methods=["POST"]), Route("/health", self.health),
                   WebSocketRoute("/", self.talk)]
-        return Starlette(routes=routes, exception_handlers={HTTPException: nothing_here})
+        return Starlette(routes=routes, exception_handlers={HTTPException: not_found})
 
-    def belongs_here(self, request: HTTPConnection) -> bool:
+    def authorized(self, request: HTTPConnection) -> bool:
         """Did it send the token? Api-Key is how openpi's client says Bearer."""
         kind, _, sent = request.headers.get("authorization", "").partition(" ")
         return self.token is None or (kind in ("Bearer", "Api-Key")
@@ -224,7 +224,7 @@ class Service:
     async def act(self, request: Request) -> Response:
         """POST /act."""
         async def arriving() -> bytes:
-            if not self.belongs_here(request):
+            if not self.authorized(request):
                 raise RequestError(TOKEN_WANTED, 401)
             return await asyncio.wait_for(read_body(request), BODY_SECONDS)
 
@@ -235,13 +235,13 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        facts = self.facts if self.belongs_here(request) else {"status": "ok"}
+        facts = self.facts if self.authorized(request) else {"status": "ok"}
         return Response(json.dumps(facts), media_type="application/json")
 
     async def talk(self, socket: WebSocket) -> None:
         """openpi's protocol: what the model is, then an action for each observation; a mistake is told as
         text, and does not end the connection."""
-        wrong = None if self.belongs_here(socket) else (TOKEN_WANTED, 401)
+        wrong = None if self.authorized(socket) else (TOKEN_WANTED, 401)
         if self.sockets.locked():
             wrong = (f"there are {MAX_CONNECTIONS} connections: close some", 503)
         if wrong:
@@ -363,7 +363,7 @@ def main() -> None:
     if args.speed_up and args.device == "cpu":
         parser.error("--speed_up records what a GPU does: it needs --device cuda")
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
-    with told_in_one_line():
+    with exit_with_one_line():
         token = read_secret(args.token, "--token") if args.token else None
         if token == "":
             raise UserError(f"--token: {args.token!r} is empty: write a long random text there")

@@ -16,12 +16,12 @@ import time
 import warnings
 from functools import partial
 
-from command_line import from_command_line
-from config import FILLED_IN, TrainConfig, UserError, told_in_one_line
-from oxe import find_datasets
+from machinery.command_line import from_command_line
+from machinery.config import FILLED_IN, TrainConfig, UserError, exit_with_one_line
+from machinery.oxe import find_datasets
 
 if __name__ == "__main__":
-    with told_in_one_line():  # what is wrong with YAML, JSON and data, before PyTorch is imported for seconds
+    with exit_with_one_line():  # what is wrong with YAML, JSON and data, before PyTorch is imported for seconds
         find_datasets(from_command_line(__doc__)[0])
 if os.environ.get("RANK", "0") != "0":  # what libraries warn of, rank 0 says for all
     warnings.simplefilter("ignore")
@@ -34,24 +34,24 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from checkpoint import load_checkpoint
 from data import Mixture, TrainBatches, open_tables
-from frames import DataError
-from lora import add_adapters, linear_layers
-from model import VLA
-from ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
-from run import Run, memory_if, memory_needed, utilisation
-from weights import Weights, describe_base, fill, parameters_without_memory, start_from
-from zero import (
+from machinery.checkpoint import load_checkpoint
+from machinery.frames import DataError
+from machinery.lora import add_adapters, linear_layers
+from machinery.ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
+from machinery.run import Run, memory_if, memory_needed, utilisation
+from machinery.weights import Weights, describe_base, fill, parameters_without_memory, start_from
+from machinery.zero import (
     adapt,
-    born_in_shards,
+    build_sharded,
     check_json,
     describe_parameters,
-    gather_whole,
+    gather_per_block,
     optimizer_step,
     set_learning_rate,
     set_tensors,
 )
+from model import VLA
 
 # ---- The program -------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ def build_model(cfg: TrainConfig, tokenizer, ds_config: dict, weights: Weights |
     begun_with = cfg.base_vlm or cfg.pretrained_checkpoint or cfg.pretrained_backbones
     with torch.device(get_accelerator().current_device_name()):
         if begun_with and ds_config.get("zero_optimization", {}).get("stage") == 3:
-            return born_in_shards(make, ds_config)
+            return build_sharded(make, ds_config)
         return make(parameters_without_memory()) if "llm_backbone" in given else make()
 
 
@@ -205,7 +205,7 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     elif recompute:
         vla.recompute_activations()
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
-        gather_whole([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
+        gather_per_block([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
     run.line(memory_needed(vla, ds_config))
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
     with contextlib.redirect_stdout(None):  # and would print 18 lines on memory: the lines above say it
@@ -348,7 +348,7 @@ def most_frequent_tokens(mixture: Mixture, samples: int) -> np.ndarray:
 
 def main() -> None:
     """Command line."""
-    with told_in_one_line():
+    with exit_with_one_line():
         cfg, ds_config = from_command_line(__doc__)
         check_json(ds_config)
     run_job(partial(train, cfg, ds_config))

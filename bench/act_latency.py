@@ -29,10 +29,10 @@ from openvla_peer import INSTRUCTION, STATS
 
 from act import Policy, shrinkable
 from action_tokenizer import load_tokenizer
-from checkpoint import Tensors
-from config import TrainConfig
+from machinery.checkpoint import Tensors
+from machinery.config import TrainConfig
+from machinery.weights import PRISMATIC, fill, parameters_without_memory, prismatic_config
 from model import VLA
-from weights import PRISMATIC, fill, parameters_without_memory, prismatic_config
 
 CASES = {"plain": {}, "fast": {}, "int8": {}, "chunk": {"action_chunk": 8, "parallel_decoding": True}}
 

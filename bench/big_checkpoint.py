@@ -25,11 +25,11 @@ from act_latency import STATS
 from data_throughput import write_frames
 
 from action_tokenizer import load_tokenizer
-from checkpoint import Tensors, list_checkpoints
-from config import TrainConfig
 from export_vla import save_tokenizer, write_hugging_face
+from machinery.checkpoint import Tensors, list_checkpoints
+from machinery.config import TrainConfig
+from machinery.weights import PRISMATIC, Weights, parameters_without_memory, prismatic_config
 from model import VLA
-from weights import PRISMATIC, Weights, parameters_without_memory, prismatic_config
 
 ACT = """
 import sys, time, numpy as np, torch

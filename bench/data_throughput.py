@@ -27,13 +27,13 @@ import psutil
 import tensorflow_datasets as tfds
 from PIL import Image
 
-import oxe
 from action_tokenizer import load_tokenizer
-from config import TrainConfig
 from data import Mixture, TrainBatches
-from frames import find_dataset
-from recipes import standardize
-from rlds import _index_shard, step_features, write_rlds
+from machinery import oxe
+from machinery.config import TrainConfig
+from machinery.frames import find_dataset
+from machinery.recipes import standardize
+from machinery.rlds import _index_shard, step_features, write_rlds
 from train_vla import make_loader
 
 OPENVLA = '''

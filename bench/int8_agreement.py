@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-import int8
 from act import load_vla
-from config import find_input
 from eval_vla import BATCH, choose_frames, open_mixture, recall
-from lora import linear_layers
+from machinery import int8
+from machinery.config import find_input
+from machinery.lora import linear_layers
 
 SHRUNK = {"as they are": None, "8 bits in the language model": "llm_backbone", "8 bits everywhere": ""}
 

@@ -35,10 +35,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from conftest import ROOT, TINY
 
-import config
 import train_vla
-from checkpoint import Checkpoint, list_checkpoints
-from ranks import start_job
+from machinery import config
+from machinery.checkpoint import Checkpoint, list_checkpoints
+from machinery.ranks import start_job
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 

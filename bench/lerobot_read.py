@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 from PIL import Image
 
-from rlds import Steps, read_records, step_features
+from machinery.rlds import Steps, read_records, step_features
 
 
 def lerobot(args, *words) -> str:

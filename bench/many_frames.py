@@ -20,9 +20,9 @@ import psutil
 import tensorflow_datasets as tfds
 
 from action_tokenizer import load_tokenizer
-from config import TrainConfig
 from data import Mixture, TrainBatches
-from rlds import write_rlds
+from machinery.config import TrainConfig
+from machinery.rlds import write_rlds
 
 SHARDS = 8
 F = tfds.features

@@ -24,10 +24,10 @@ from PIL import Image
 
 from act import load_vla
 from action_tokenizer import PROMPTS, load_tokenizer, prompt_ids
-from config import TrainConfig
 from export_vla import description, export
+from machinery.config import TrainConfig
+from machinery.weights import PRISMATIC, prismatic_config
 from model import VLA
-from weights import PRISMATIC, prismatic_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,7 +28,7 @@ import torch
 from data_throughput import write_frames
 from train_throughput import ROOT, gpus, measure, measure_openvla, options, run
 
-from config import read_yaml
+from machinery.config import read_yaml
 
 WAYS = [f"{name}{switches}" for name in ("zero1", "zero2", "zero3")
         for switches in (":compile", ":recompute:compile")]

@@ -90,8 +90,8 @@ def tell(row: dict, out: Path | None) -> None:
 
 def describe_model(args) -> dict:
     """The keys of TrainConfig that say what the model is."""
-    from config import read_yaml
-    from weights import PRISMATIC, SHAPE, prismatic_config
+    from machinery.config import read_yaml
+    from machinery.weights import PRISMATIC, SHAPE, prismatic_config
 
     if args.config:
         return {key: value for key, (value, _) in read_yaml(args.config).items() if key in SHAPE}

@@ -34,9 +34,9 @@ import numpy as np
 import yaml
 from data_throughput import write_frames
 
-from config import read_yaml
-from frames import end_with_parent
-from weights import PRISMATIC, prismatic_config
+from machinery.config import read_yaml
+from machinery.frames import end_with_parent
+from machinery.weights import PRISMATIC, prismatic_config
 
 
 def main() -> None:

@@ -1,69 +1,92 @@
-"""Write the lengths of the files into the documentation, or count what a program of a repository imports.
+"""Write the sizes of the files into the documentation, or count what a program of a repository imports.
 
     python docs/count.py
     python docs/count.py . train_vla.py
     python docs/count.py ../openvla vla-scripts/train.py
+
+Lines flatter dense code, so tokens are counted too: Python's own, without docstrings and comments.
 """
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LESSON = ["action_tokenizer.py", "model.py", "data.py", "train_vla.py"]  # to be read in this order
-ROW = re.compile(r"^(\| `(\w+\.py)` \|) [\d,]+ \|", re.MULTILINE)
+PAGES = ("README.md", "README.zh.md", "docs/files.md")
+LESSON = ["action_tokenizer.py", "model.py", "data.py", "train_vla.py"]  # in reading order
+ROW = re.compile(r"^(\| `((?:machinery/)?\w+\.py)` \|) [\d,]+ \|", re.MULTILINE)
+COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
+HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def lines(names: Iterable[str | Path]) -> int:
-    return sum((ROOT / name).read_text().count("\n") for name in names)
+def count_lines(files: Iterable[Path]) -> int:
+    return sum(file.read_text().count("\n") for file in files)
 
 
-def needed_to_train() -> list[str]:
-    """The files of the first table of docs/files.md."""
-    return [name for _, name in ROW.findall((ROOT / "docs/files.md").read_text().split("## Not needed")[0])]
-
-
-def counted(text: str) -> str:
-    """A page with all its lengths put right: rows of tables, the lesson's, and those of a training run."""
-    text = ROW.sub(lambda match: f"{match[1]} {lines([match[2]])} |", text)
-    text = re.sub(r"\*\*[\d,]+( lines| 行)\*\*", lambda match: f"**{lines(LESSON):,}{match[1]}**", text)
-    core = needed_to_train()
-    return re.sub(r"\d+( files, | 个文件[,\uff0c] ?)[\d,]+( lines| 行)( \|)$",
-                  lambda match: f"{len(core)}{match[1]}{lines(core):,}{match[2]}{match[3]}", text, flags=re.M)
+def count_tokens(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        source = file.read_text()
+        docstring_lines = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, HAS_DOCSTRING) and ast.get_docstring(node) is not None:
+                docstring_lines |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            total += token.type in COUNTED and token.start[0] not in docstring_lines
+    return total
 
 
 def imported(file: Path, root: Path) -> Iterator[Path]:
-    """The repository's files that stand in any import of a file; a package's `__init__.py` is one."""
+    """The files of the repository that any import statement in a file names, and their `__init__.py`."""
     for node in ast.walk(ast.parse(file.read_text())):
-        names = [alias.name for alias in getattr(node, "names", [])]
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
             package = file.relative_to(root).parts[: -node.level] if node.level else ()
             module = ".".join([*package, *([node.module] if node.module else [])])
-            names = [module, *(f"{module}.{name}" for name in names)]
-        elif not isinstance(node, ast.Import):
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
             continue
-        for parts in (name.split(".") for name in names):
-            stems = [root.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
-            found = [stem / "__init__.py" for stem in stems] + [stems[-1].with_suffix(".py")]
-            yield from filter(Path.is_file, found)
+        for name in names:
+            stem = root.joinpath(*name.split("."))
+            packages = [stem, *stem.parents][: len(name.split("."))]
+            candidates = [stem.with_suffix(".py"), *(folder / "__init__.py" for folder in packages)]
+            yield from filter(Path.is_file, candidates)
 
 
 def closure(root: Path, start: str) -> set[Path]:
-    """All files that a program needs of its own repository."""
-    found, todo = set(), [root / start]
+    """All files of its own repository that a program needs."""
+    found = set()
+    todo = [root / start]
     while todo:
-        if (file := todo.pop()) not in found:
+        file = todo.pop()
+        if file not in found:
             found.add(file)
             todo += imported(file, root)
     return found
 
 
+def update(page: str) -> str:
+    """A page with all its sizes corrected: rows of tables, the lesson's, and those of a training run."""
+    page = ROW.sub(lambda row: f"{row[1]} {count_lines([ROOT / row[2]])} |", page)
+    lesson = count_lines(ROOT / name for name in LESSON)
+    page = re.sub(r"\*\*[\d,]+( lines| 行)\*\*", lambda match: f"**{lesson:,}{match[1]}**", page)
+    files = closure(ROOT, "train_vla.py")
+    sizes = (len(files), count_lines(files), count_tokens(files))
+    training = re.compile(r"\d+( files, | 个文件\W)[\d,]+( lines, | 行\W)[\d,]+( tokens| 个 token)(?= \|$)",
+                          re.MULTILINE)
+    return training.sub(lambda found: "".join(f"{size:,}{unit}" for size, unit
+                                              in zip(sizes, found.groups(), strict=True)), page)
+
+
 if __name__ == "__main__":
     if sys.argv[1:]:
         needed = closure(Path(sys.argv[1]).resolve(), sys.argv[2])
-        print(f"{len(needed)} files, {lines(needed):,} lines")
+        print(f"{len(needed)} files, {count_lines(needed):,} lines, {count_tokens(needed):,} tokens")
     else:
-        for page in ("README.md", "README.zh.md", "docs/files.md"):
-            (ROOT / page).write_text(counted((ROOT / page).read_text()))
+        for name in PAGES:
+            (ROOT / name).write_text(update((ROOT / name).read_text()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
-from config import UserError
+from machinery.config import UserError
 
 SIDE = 240  # pixels, of a film's picture
 LOOK = 80  # milliseconds of film for each look at the scene

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError
+from machinery.config import UserError
 
 BLOCK = 25  # episodes per job: making a simulator takes seconds
 

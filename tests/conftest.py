@@ -15,8 +15,8 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from config import TrainConfig
-from rlds import write_rlds
+from machinery.config import TrainConfig
+from machinery.rlds import write_rlds
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests/fixtures"
@@ -110,7 +110,8 @@ def launch_command(config: Path, *arguments, ranks: int = 1, launcher: str = "de
 
 FORKS = """
 import contextlib, json, os, runpy, subprocess, sys, tempfile
-import eval_vla, export_vla, inspect_data, train_vla
+import eval_vla, export_vla, train_vla
+from machinery import inspect_data
 
 PROGRAMS = {"data.py": inspect_data, "eval_vla.py": eval_vla, "export_vla.py": export_vla,
             "train_vla.py": train_vla}

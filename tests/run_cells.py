@@ -17,10 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
-import ranks
 import train_vla
-import zero_speed
+from machinery import config, ranks, zero_speed
 
 COLLECTIVES = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor",
                "reduce_scatter_tensor": "input"}

@@ -9,10 +9,10 @@ import tensorflow_datasets as tfds
 import yaml
 from conftest import RLDS, ROOT, TINY, launch, read_metrics
 
-import oxe
-from config import TrainConfig, load_config
-from fields import CONSTANT, parse_fields
-from rlds import write_rlds
+from machinery import oxe
+from machinery.config import TrainConfig, load_config
+from machinery.fields import CONSTANT, parse_fields
+from machinery.rlds import write_rlds
 
 CONFIGS = ROOT / "configs"
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import data
 from action_tokenizer import load_tokenizer
-from config import TrainConfig
 from data import Mixture, TrainBatches, collate, interleave, permute
-from frames import DataError
-from images import augment, decode_image, draw_augmentation
+from machinery.config import TrainConfig
+from machinery.frames import DataError
+from machinery.images import augment, decode_image, draw_augmentation
 from train_vla import make_loader
 
 TOKENIZER = load_tokenizer(str(LLAMA_TOKENIZER))

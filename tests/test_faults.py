@@ -19,10 +19,10 @@ from conftest import ROOT, TINY, ds_json, launch, launch_command, read_metrics
 
 import data
 from action_tokenizer import load_tokenizer
-from checkpoint import Checkpoint, list_checkpoints
-from config import TrainConfig
-from rlds import write_rlds
-from weights import open_weights
+from machinery.checkpoint import Checkpoint, list_checkpoints
+from machinery.config import TrainConfig
+from machinery.rlds import write_rlds
+from machinery.weights import open_weights
 
 
 class Job:

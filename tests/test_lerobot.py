@@ -21,10 +21,10 @@ from PIL import Image
 
 import act
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
-from config import Recipe, UserError
-from convention import undo
-from recipes import action_masks, read_fields
-from rlds import Steps, read_records, step_features
+from machinery.config import Recipe, UserError
+from machinery.convention import undo
+from machinery.recipes import action_masks, read_fields
+from machinery.rlds import Steps, read_records, step_features
 
 av = pytest.importorskip("av")
 pa = pytest.importorskip("pyarrow")

@@ -18,8 +18,8 @@ sys.path.insert(0, str(EXAMPLE))
 
 from protocol import MAX_STEPS, WAIT, Protocol, command, see, settle  # noqa: E402 (the example's folder)
 
-from config import UserError  # noqa: E402
-from images import center_crop, resize_image  # noqa: E402
+from machinery.config import UserError  # noqa: E402
+from machinery.images import center_crop, resize_image  # noqa: E402
 
 
 def load_rollout():

@@ -16,17 +16,15 @@ from test_zero import JSONS, MODEL, STEPS, agree, cell, read, tensors
 from torch._inductor.utils import run_and_get_code
 
 import export_vla
-import int8
-import ranks
-import run
 from act import load_vla
 from action_tokenizer import load_tokenizer
-from checkpoint import Checkpoint, CheckpointError, list_checkpoints
-from config import TrainConfig, UserError, load_config
 from data import Mixture, TrainBatches
-from lora import ADAPTER, add_adapters, linear_layers
+from machinery import int8, ranks, run
+from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
+from machinery.config import TrainConfig, UserError, load_config
+from machinery.lora import ADAPTER, add_adapters, linear_layers
+from machinery.weights import SHAPE, open_weights, parameters_without_memory
 from model import VLA
-from weights import SHAPE, open_weights, parameters_without_memory
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 5e-3}
 KINDS = {"lora": LORA, "int8": {**LORA, "frozen_weights": "int8"}}

@@ -16,7 +16,7 @@ from conftest import GOLDEN_MODEL, ROOT, TINY
 
 from act import Policy
 from action_tokenizer import load_tokenizer
-from config import TrainConfig
+from machinery.config import TrainConfig
 from model import VLA
 from train_vla import parameter_groups
 
@@ -347,8 +347,8 @@ def test_a_matrix_times_one_vector_in_triton():
     code = """
 import copy
 import torch
-from int8 import shrink
-from matvec import linear, speed_up
+from machinery.int8 import shrink
+from machinery.matvec import linear, speed_up
 torch.manual_seed(0)
 for width, rows, bias, vectors in [(64, 30, True, 1), (4096, 5, False, 1), (11008, 3, True, 1),
                                    (777, 4, False, 1), (64, 30, True, 2)]:

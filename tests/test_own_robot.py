@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import frames as frames_module
 import numpy as np
 import pytest
 import simplejpeg
@@ -19,21 +20,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import frames as frames_module
-import oxe
 from act import Policy, load_vla
 from action_tokenizer import load_tokenizer, unnormalize
-from checks import come_back, table_warnings
-from config import Recipe, TrainConfig, UserError
-from convention import convention, recorded
 from data import Mixture
-from frames import DataError, FrameTable, find_dataset
-from images import decode_native
-from inspect_data import draw, find_subjects
+from machinery import oxe
+from machinery.checks import round_trip, table_warnings
+from machinery.config import Recipe, TrainConfig, UserError
+from machinery.convention import convention, recorded
+from machinery.frames import DataError, FrameTable, find_dataset
+from machinery.images import decode_native
+from machinery.inspect_data import draw, find_subjects
+from machinery.recipes import Feature, action_masks, standardize
+from machinery.rlds import build_frame_table, statistics, write_rlds
+from machinery.wire import RequestError, parse_request
 from model import VLA
-from recipes import Feature, action_masks, standardize
-from rlds import build_frame_table, statistics, write_rlds
-from wire import RequestError, parse_request
 
 F = tfds.features
 PNG, JPEG = (F.Image(shape=(None, None, 3), encoding_format=kind) for kind in ("png", "jpeg"))
@@ -312,7 +312,7 @@ def test_words_that_contradict_each_other(recipe, message):
 # 3. Actions leave in the convention in which they came
 
 
-def round_trip(recipe: str, features: dict[str, np.ndarray]) -> tuple:
+def apply_and_undo(recipe: str, features: dict[str, np.ndarray]) -> tuple:
     """Recorded features {name: (T, k)} -> (standard actions, what the robot gets of them, its labels)."""
 
     recipe = Recipe(action=recipe, state="0")
@@ -344,7 +344,7 @@ TURN = (TURN / np.linalg.norm(TURN, axis=1, keepdims=True)).astype(np.float32)
     ("pose[-2:], pose[:-2] /0.5 invert *3", {"pose": POSE}, [POSE], "pose[5]"),
 ])
 def test_what_a_recipe_does_is_undone(recipe, features, expected, labels):
-    standard, got, names = round_trip(recipe, features)
+    standard, got, names = apply_and_undo(recipe, features)
     np.testing.assert_allclose(got, np.concatenate(expected, axis=1), atol=1e-4)
     assert len(names) == got.shape[1] and set(labels.split()) <= set(names), names
     if "invert" in recipe and "grip" in recipe:
@@ -356,7 +356,7 @@ def test_what_a_recipe_does_is_undone(recipe, features, expected, labels):
     ("pose[:2], turn euler, pose[2:3], grip", [2, 3, 4], ["turn euler[2]", "pose[2]", "grip"]),
 ])
 def test_what_cannot_be_undone_stays_in_standard_form(recipe, standard_ones, labels):
-    standard, got, names = round_trip(recipe, {"pose": POSE, "grip": GRIP, "turn": TURN})
+    standard, got, names = apply_and_undo(recipe, {"pose": POSE, "grip": GRIP, "turn": TURN})
     assert got.shape == standard.shape and set(labels) <= set(names), names
     ones = [*standard_ones]
     np.testing.assert_array_equal(got[:, ones], standard[:, ones])
@@ -1016,7 +1016,7 @@ def test_random_robots(tmp_path_factory, robot, chunk, kind):
     cut = np.abs(np.where(raw, standard, (standard - center) / np.where(reach > 0, reach, 1))) > 1 + 1e-6
     fine = ~cut & ~constant
     assert (np.abs(back - standard) <= half_bin + slack)[fine].all()
-    report = come_back(standard, stats, kind)
+    report = round_trip(standard, stats, kind)
     assert (report["error"] <= half_bin + 2 * slack).all()
     near = np.abs(np.abs(back - standard) - half_bin) < 3 * slack + half_bin * 0.01  # cut off, but by nothing
     wrong = np.abs(back - standard) > half_bin

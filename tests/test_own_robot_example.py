@@ -12,8 +12,8 @@ import yaml
 from conftest import ROOT, TINY
 from test_serve import serving
 
-from config import load_config
-from inspect_data import find_subjects, guess_action
+from machinery.config import load_config
+from machinery.inspect_data import find_subjects, guess_action
 
 EXAMPLE = ROOT / "examples/own_robot"
 STATE = np.array([0.3, 1.5, -0.9, 0])

@@ -9,12 +9,11 @@ from conftest import RLDS
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oxe
-import recipes
 from action_tokenizer import normalize
-from config import UserError
 from data import Mixture, mixture_shares
-from frames import DataError, find_dataset, frame_table
+from machinery import oxe, recipes
+from machinery.config import UserError
+from machinery.frames import DataError, find_dataset, frame_table
 
 GOLDEN = {p.stem: json.loads(p.read_text()) for p in sorted((RLDS / "golden").glob("*.json"))}
 SUPPORTED = [name for name, golden in GOLDEN.items() if "refused" not in golden]

@@ -10,10 +10,10 @@ from test_model import tiny_policy as untrained
 
 from act import Policy, load_vla
 from action_tokenizer import load_tokenizer
-from config import TrainConfig, UserError, load_config
 from data import Mixture, TrainBatches
+from machinery.config import TrainConfig, UserError, load_config
+from machinery.rlds import write_rlds
 from model import take
-from rlds import write_rlds
 
 DRAW = np.random.default_rng(5)
 IMAGES = DRAW.integers(0, 256, (3, 2, 40, 30, 3), dtype=np.uint8)

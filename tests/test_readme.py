@@ -19,12 +19,15 @@ def read(page: str) -> str:
 def test_lengths():
     """Those of files, of the lesson and of a training run; python docs/count.py mends them."""
     listed = {name for _, name in COUNT["ROW"].findall(read("docs/files.md"))}
-    assert listed == {path.name for path in ROOT.glob("*.py")}
+    assert listed == {path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "machinery")
+                      for path in folder.glob("*.py")}
     for page in ("README.md", "README.zh.md", "docs/files.md"):
-        assert read(page) == COUNT["counted"](read(page)), page
-    assert {path.name for path in COUNT["closure"](ROOT, "train_vla.py")} == {*COUNT["needed_to_train"]()}
+        assert read(page) == COUNT["update"](read(page)), page
+    training = {name for _, name in COUNT["ROW"].findall(read("docs/files.md").split("## Not needed")[0])}
+    assert {path.relative_to(ROOT).as_posix() for path in COUNT["closure"](ROOT, "train_vla.py")} == training
     assert [name for _, name in COUNT["ROW"].findall(read("README.md"))] == COUNT["LESSON"]
-    assert COUNT["lines"](COUNT["LESSON"]) <= 1000 and len(read("README.md").splitlines()) <= 140
+    assert COUNT["count_lines"](ROOT / name for name in COUNT["LESSON"]) <= 1000
+    assert len(read("README.md").splitlines()) <= 140
 
 
 def test_files_it_names_exist():

@@ -18,12 +18,12 @@ from conftest import RLDS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oxe
-from config import Recipe
-from frames import DataError, FrameTable, find_dataset, frame_table
-from images import decode_native
-from inspect_data import guess_recipe
-from rlds import Steps, masked_crc, quantile, read_records, step_features, write_rlds
+from machinery import oxe
+from machinery.config import Recipe
+from machinery.frames import DataError, FrameTable, find_dataset, frame_table
+from machinery.images import decode_native
+from machinery.inspect_data import guess_recipe
+from machinery.rlds import Steps, masked_crc, quantile, read_records, step_features, write_rlds
 
 DEMO = ROOT / "datasets/metaworld_demo/1.0.0"
 F = tfds.features

@@ -13,8 +13,8 @@ from conftest import ROOT, TINY, launch_command, read_metrics
 from safetensors import safe_open
 from test_faults import Job, wait_for_steps
 
-import checkpoint
-from checkpoint import Checkpoint, list_checkpoints
+from machinery import checkpoint
+from machinery.checkpoint import Checkpoint, list_checkpoints
 
 SHAPE = ("vision_backbone", "llm_backbone", "tokenizer", "arch_specifier", "image_size", "add_action_tokens")
 
@@ -172,9 +172,9 @@ def test_ctrl_c_saves_and_ends(tmp_path):
 
 WAITING = """
 import time
-from config import settle_place
-from ranks import Preemption, start_job
-settle_place()
+from machinery.config import set_rank_env
+from machinery.ranks import Preemption, start_job
+set_rank_env()
 start_job()
 preemption = Preemption()
 print("ready", flush=True)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, ds_json, launch
 from test_zero import cell, read
 
-from checkpoint import Checkpoint, list_checkpoints
+from machinery.checkpoint import Checkpoint, list_checkpoints
 
 STEPS = 6
 HPZ = 2  # for hpZ, each two of the 8 ranks are a machine: it gathers weights a second time within it alone

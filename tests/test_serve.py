@@ -23,7 +23,7 @@ from PIL import Image
 
 import serve_vla
 from act import load_vla
-from images import decode_native
+from machinery.images import decode_native
 
 # ------------------------------------------------------------------------------------------------------------
 # A server and its clients

@@ -20,9 +20,9 @@ from websockets.sync.client import connect
 
 import serve_vla
 from act import load_vla
-from openpi_wire import parse_observation
+from machinery.openpi_wire import parse_observation
+from machinery.wire import RequestError, parse_array
 from serve_vla import Batcher, Service
-from wire import RequestError, parse_array
 
 # ------------------------------------------------------------------------------------------------------------
 # Servers and clients

@@ -27,18 +27,18 @@ from test_own_robot import random_actions, write_arm
 from test_serve import Client
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import config
 import export_vla
 import serve_vla
 from act import Policy, load_vla
 from action_tokenizer import load_tokenizer, prompt_ids
-from checkpoint import CheckpointError
-from config import TrainConfig, UserError, settle_place
 from data import Mixture
-from frames import take_lock
+from machinery import config
+from machinery.checkpoint import CheckpointError
+from machinery.config import TrainConfig, UserError, set_rank_env
+from machinery.frames import take_lock
+from machinery.towers import build_tower
+from machinery.weights import open_weights
 from model import VLA
-from towers import build_tower
-from weights import open_weights
 
 TOKENIZER = load_tokenizer(TINY["tokenizer"], True)
 IMAGE = np.random.RandomState(0).randint(0, 255, (28, 28, 3)).astype(np.uint8)
@@ -540,7 +540,7 @@ PYTORCH = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node7"}
 ])
 def test_ranks_under_any_launcher(environ, expected):
     environ = dict(environ)
-    settle_place(environ)
+    set_rank_env(environ)
     assert {name: environ[name] for name in expected} == expected
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys()
 
@@ -551,7 +551,7 @@ def test_ranks_under_any_launcher(environ, expected):
 ])
 def test_what_a_launcher_left_unsaid_is_named(environ, missing):
     with pytest.raises(UserError, match=rf"RANK \d but no {missing}: set these, too, or start the job with"):
-        settle_place(dict(environ))
+        set_rank_env(dict(environ))
 
 
 @pytest.mark.parametrize("name, value, least", [
@@ -560,12 +560,12 @@ def test_what_a_launcher_left_unsaid_is_named(environ, missing):
 ])
 def test_a_launcher_that_says_what_cannot_be(name, value, least):
     with pytest.raises(UserError, match=f"says {name} {value}, which must be {least} to"):
-        settle_place({**PYTORCH, name: value})
+        set_rank_env({**PYTORCH, name: value})
 
 
 def test_what_a_launcher_leaves_empty_is_unsaid():
     environ = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "", "MASTER_ADDR": ""}
-    settle_place(environ)
+    set_rank_env(environ)
     assert environ["RANK"] == environ["LOCAL_RANK"] == "0" and environ["WORLD_SIZE"] == "1"
 
 

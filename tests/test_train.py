@@ -14,8 +14,8 @@ import yaml
 from conftest import FIXTURES, ROOT, TINY, ds_json, launch, launch_command, read_metrics
 from safetensors import safe_open
 
-from checkpoint import Checkpoint, CheckpointError, list_checkpoints
-from rlds import write_rlds
+from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
+from machinery.rlds import write_rlds
 
 
 def losses(runs) -> np.ndarray:

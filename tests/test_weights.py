@@ -20,10 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import export_vla
 from act import load_vla
 from action_tokenizer import load_tokenizer
-from checkpoint import CheckpointError, list_checkpoints
-from config import TrainConfig, UserError
-from model import VLA
-from weights import (
+from machinery.checkpoint import CheckpointError, list_checkpoints
+from machinery.config import TrainConfig, UserError
+from machinery.weights import (
     PRISMATIC,
     native_name,
     open_weights,
@@ -31,6 +30,7 @@ from weights import (
     prismatic_config,
     start_from,
 )
+from model import VLA
 
 GOLDEN = {name: json.loads((GOLDEN_MODEL / f"{name}.json").read_text()) for name in (
     "keys_openvla7b_native", "keys_openvla_v01_native", "keys_openvla7b_hf", "keys_openvla_v01_hf",
@@ -399,8 +399,8 @@ MEMORY = """
 import json, os, sys, psutil, deepspeed, torch
 sys.path.insert(0, {root!r})
 deepspeed.init_distributed()
-from config import TrainConfig
-from run import training_flops
+from machinery.config import TrainConfig
+from machinery.run import training_flops
 from train_vla import build_model
 from action_tokenizer import load_tokenizer
 tokenizer = load_tokenizer({tokenizer!r}, True)

@@ -19,11 +19,11 @@ from conftest import ROOT, TINY, launch
 from transformers import get_cosine_schedule_with_warmup
 
 from action_tokenizer import load_tokenizer
-from checkpoint import Checkpoint, list_checkpoints
-from config import TrainConfig, UserError
 from data import Mixture, TrainBatches
+from machinery.checkpoint import Checkpoint, list_checkpoints
+from machinery.config import TrainConfig, UserError
+from machinery.zero_speed import WeightsAhead, replace
 from model import VLA
-from zero_speed import WeightsAhead, replace
 
 STEPS, RESUME_AT = 4, 2
 JSONS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -256,7 +256,7 @@ def test_memory_that_autograd_still_looks_at_is_not_used_again():
 
 
 def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
-    """ZeRO-2 leaves both to AdamW (zero_speed.spare_passes_2); ZeRO-1 is as DeepSpeed has it."""
+    """ZeRO-2 leaves both to AdamW (zero_speed.fuse_grad_passes_2); ZeRO-1 is as DeepSpeed has it."""
     for limit, buckets in ((0.0, ""), (0.5, ""), (0.5, "-small-buckets")):
         ours, theirs = runs / f"clip{limit}-zero2{buckets}", runs / f"clip{limit}-zero1"
         np.testing.assert_allclose(read(ours), read(theirs), rtol=3e-3, err_msg=ours.name)

@@ -79,9 +79,9 @@ def main(checkpoint: str, count: int, trials: int) -> None:
     import torch
 
     from act import load_vla
-    from config import find_input
     from data import Mixture
-    from images import decode_native
+    from machinery.config import find_input
+    from machinery.images import decode_native
 
     policy, films = load_vla(checkpoint), Path(checkpoint) / "break"
     cfg = policy.cfg.model_copy(update={"data_root_dir": find_input(policy.cfg.data_root_dir)})
@@ -106,12 +106,12 @@ def main(checkpoint: str, count: int, trials: int) -> None:
 
 
 if __name__ == "__main__":
-    from config import told_in_one_line
+    from machinery.config import exit_with_one_line
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", default="runs/demo+n1+b32+x7")
     parser.add_argument("--frames", type=int, default=478, help="how many, evenly spread; 478 are all")
     parser.add_argument("--success", type=int, default=0, metavar="N", help="episodes of each of six tasks")
     args = parser.parse_args()
-    with told_in_one_line():
+    with exit_with_one_line():
         main(args.checkpoint, args.frames, args.success)

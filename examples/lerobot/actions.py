@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import checks
-from rlds import EPISODE
+from machinery import checks
+from machinery.rlds import EPISODE
 
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger", re.IGNORECASE)
 VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|\brate\b|\b[vw][xyz]\b", re.IGNORECASE)

@@ -32,10 +32,10 @@ from actions import Dimension, as_recipe, describe, idle_frames, resample
 from lerobot_format import Episode, LeRobotSet, as_array, check_video, open_set, read_numbers, read_pictures
 from tqdm import tqdm
 
-from config import Recipe, UserError, told_in_one_line
-from frames import end_with_parent
-from inspect_data import Subject, as_yaml, guess_recipe, other_warnings
-from rlds import DataError, step_features, write_rlds
+from machinery.config import Recipe, UserError, exit_with_one_line
+from machinery.frames import end_with_parent
+from machinery.inspect_data import Subject, as_yaml, guess_recipe, other_warnings
+from machinery.rlds import DataError, step_features, write_rlds
 
 JPEG_QUALITY = 95
 
@@ -287,7 +287,7 @@ def main() -> None:
                         help="places to go to, or displacements, where what is printed of them is wrong")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    with told_in_one_line():
+    with exit_with_one_line():
         if args.image_size < 0 or args.workers < 1 or not re.fullmatch(r"[^./:][^/:]*", args.name):
             raise UserError(f"--image_size {args.image_size} --workers {args.workers} --name {args.name!r}: "
                             "must be at least 0, at least 1, and a folder's name")

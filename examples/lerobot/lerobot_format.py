@@ -26,8 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from images import decode_native
-from rlds import DataError
+from machinery.images import decode_native
+from machinery.rlds import DataError
 
 LEAVE_OUT = "leave the episode out with --episodes"
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")

@@ -27,9 +27,9 @@ from expert import TASKS, Expert
 from protocol import MAX_STEPS, Protocol, jpeg, settle
 from simulator import Simulator, instructions
 
-from config import UserError, told_in_one_line
 from examples.recording import episodes_from, open_scratch, record_all
-from rlds import write_rlds
+from machinery.config import UserError, exit_with_one_line
+from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 1_000, "val": 100_000}
 JOINT_NOISE = 0.02  # rad: where the arm begins, as in LIBERO's own start states
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     recording, scratch = {"noise": args.noise, "tail": args.tail}, args.out / f".{args.name}.episodes"
-    with told_in_one_line():
+    with exit_with_one_line():
         tasks = task_names(args.tasks)
         if (args.out / args.name / "1.0.0").exists():
             raise UserError(f"{args.out / args.name} exists: remove it, or choose another --name")

@@ -12,7 +12,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from images import center_crop, decode_native, resize_image
+from machinery.images import center_crop, decode_native, resize_image
 
 # steps until an episode has failed: the longest demonstrations, rounded up (OpenVLA's numbers)
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,

@@ -36,9 +36,9 @@ from PIL import Image
 from protocol import MAX_STEPS, Protocol, command, see, settle
 from tqdm import tqdm
 
-from config import UserError, told_in_one_line
-from convention import STANDARD
 from examples import closed_loop
+from machinery.config import UserError, exit_with_one_line
+from machinery.convention import STANDARD
 
 # ------------------------------------------------------------------------------------------------------------
 # The simulators
@@ -305,7 +305,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Command line."""
     args = parse_arguments()
-    with told_in_one_line():
+    with exit_with_one_line():
         player, conditions, out = open_player(args)
         protocol = protocol_of(args, player)
         tasks = args.tasks or range(90 if args.suite == "libero_90" else 10)
@@ -316,13 +316,13 @@ def main() -> None:
     print("protocol " + " ".join(f"{key} {value}" for key, value in said.items()), flush=True)
     from simulator import instructions  # here: an error above needs no simulator
 
-    with told_in_one_line():
+    with exit_with_one_line():
         texts = instructions(args.suite)
         if args.trials > 50 or any(not 0 <= task < len(texts) for task in tasks):
             raise UserError(f"--tasks 0..{len(texts) - 1} and --trials 1..50 are what {args.suite} has")
     jobs = [(task, trial, seed) for seed in args.seeds for task in tasks for trial in range(args.trials)]
     done = read_episodes(out)
-    with told_in_one_line():
+    with exit_with_one_line():
         run(player, args.suite, protocol, [job for job in jobs if job not in done], args.workers, out)
     episodes = [read_episodes(out)[job] for job in jobs]
     summary = summarize(episodes)
@@ -339,7 +339,7 @@ def open_player(args: argparse.Namespace) -> tuple[Player | Remote, dict, Path]:
         return player, known, args.out or Path(f"rollouts-{args.suite}")
     import torch
 
-    from weights import open_weights
+    from machinery.weights import open_weights
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     player = Player(args.checkpoint, device, args.unnorm_key, args.suite, args.execute, args.int8)

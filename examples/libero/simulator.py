@@ -20,7 +20,7 @@ from libero.libero import benchmark
 from libero.libero.envs.env_wrapper import ControlEnv
 from protocol import CAMERAS, MAX_STEPS
 
-from config import UserError
+from machinery.config import UserError
 
 TRIALS = 50  # start states that LIBERO has fixed for each task
 

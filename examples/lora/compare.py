@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import yaml
 
-from config import load_config
 from data import open_tables
-from rlds import write_rlds
+from machinery.config import load_config
+from machinery.rlds import write_rlds
 
 NEW = {  # the tasks that are learned second, and their names in the simulator
     "Slide a plate into a cabinet": "plate-slide-v3", "Push and close a drawer": "drawer-close-v3"}

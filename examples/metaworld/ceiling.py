@@ -29,7 +29,7 @@ from make_dataset import demonstrate
 from simulator import MAX_STEPS, TASKS, Simulator, task_names
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
-from rlds import statistics
+from machinery.rlds import statistics
 
 FIRST_SEED, TAIL = 200_000, 8  # as in rollout.py; steps recorded after success, as in recipe.sh
 WHOLE, TOKENS = mujoco.mjtState.mjSTATE_INTEGRATION, ActionTokenizer(1000)

@@ -26,9 +26,9 @@ import numpy as np
 from experts import expert_of
 from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
 
-from config import told_in_one_line
 from examples.recording import episodes_from, open_scratch, record_all
-from rlds import write_rlds
+from machinery.config import exit_with_one_line
+from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
 
@@ -111,11 +111,11 @@ def main() -> None:
     args = parser.parse_args()
     recording = {key: getattr(args, key) for key in ("cameras", *OPTICS, "noise", "tail", "experts")}
     scratch = args.out / f".{args.name}.episodes"
-    with told_in_one_line():
+    with exit_with_one_line():
         tasks = task_names(args.tasks)
     if (args.out / args.name / "1.0.0").exists():
         sys.exit(f"error: {args.out / args.name} exists: remove it, or choose another --name")
-    with told_in_one_line():
+    with exit_with_one_line():
         open_scratch(scratch, recording)
     counts = {"train": args.episodes, "val": args.val_episodes}
     wanted = {(task, FIRST_SEED[split]): count for split, count in counts.items() if count for task in tasks}

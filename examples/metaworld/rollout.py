@@ -29,9 +29,9 @@ from PIL import Image
 from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Sheet, Simulator, task_names
 from tqdm import tqdm
 
-from config import UserError, told_in_one_line
 from examples import closed_loop
 from examples.closed_loop import SIDE, draw_films, encode_film, open_folder, row
+from machinery.config import UserError, exit_with_one_line
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
 
@@ -79,9 +79,9 @@ class Player:
         how many actions of a predicted chunk are carried out before the next look; default: half of them."""
         import torch
 
-        import oxe
         from act import load_vla
-        from frames import find_dataset
+        from machinery import oxe
+        from machinery.frames import find_dataset
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.policy = load_vla(checkpoint, device, dtype, in_8_bits)
@@ -98,7 +98,7 @@ class Player:
 
     def act(self, task: str, histories: list[deque]) -> np.ndarray:
         """Observations of each trial, oldest first -> the next actions (trials, execute, 4)."""
-        from images import decode_image
+        from machinery.images import decode_image
 
         images = [[decode_image(observation[view], self.cfg.image_size) for observation in history
                    for view in self.views] for history in histories]
@@ -225,9 +225,9 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from weights import open_weights
+    from machinery.weights import open_weights
 
-    with told_in_one_line():
+    with exit_with_one_line():
         tasks = task_names(args.tasks)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         player = Player(args.checkpoint, args.recording, args.execute, device, args.int8)

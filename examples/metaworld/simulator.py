@@ -25,7 +25,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from OpenGL import GL
 from PIL import Image
 
-from config import UserError
+from machinery.config import UserError
 
 # LeRobot's instructions for MT50. Two of its tasks share "Push the puck to a goal"; push-back-v3 therefore
 # reads "Push the puck back to a goal" here, so that the 50 are distinct.

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from robot import Arm
 
-from rlds import write_rlds
+from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # drive.py's begin at 200_000
 HOLD = 3  # steps that a demonstration goes on for when its goal is reached

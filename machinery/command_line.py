@@ -11,7 +11,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import TrainConfig, UserError, find_input, load_config, load_table, nearest, settle_place
+from machinery.config import (
+    TrainConfig,
+    UserError,
+    find_input,
+    load_config,
+    load_table,
+    nearest,
+    set_rank_env,
+)
 
 
 @functools.cache
@@ -26,7 +34,7 @@ def from_command_line(description: str) -> tuple[TrainConfig, dict]:
     # launchers pass it in two spellings; the environment's LOCAL_RANK is what counts
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    settle_place()
+    set_rank_env()
     cfg, ds_config = load_config(find_input(args.config), args.set), load_ds_config(
         find_input(args.deepspeed_config))
     if cfg.frozen_weights and ds_config.get("zero_optimization", {}).get("stage") == 3:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import RECIPES, Recipe, TrainConfig, UserError, load_table, nearest
-from fields import check_recipe
-from frames import DataError, FrameTable, find_dataset
+from machinery.config import RECIPES, Recipe, TrainConfig, UserError, load_table, nearest
+from machinery.fields import check_recipe
+from machinery.frames import DataError, FrameTable, find_dataset
 
 CAMERAS = ("primary", "secondary", "wrist")
 _table = load_table("open_x_embodiment")
@@ -86,7 +86,7 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
             raise UserError(f"datasets: {name}: {error}") from None
     known, mixture = {**DATASETS, **own}, []
     own_name = isinstance(data_mix, str) and data_mix in own
-    for name, weight in ({data_mix: 1.0} if own_name else spelled_out(data_mix)).items():
+    for name, weight in ({data_mix: 1.0} if own_name else expand_mixture(data_mix)).items():
         plain = str(name).partition(":")[0]
         if not (isinstance(weight, int | float) and 0 < weight < 1e9):
             raise UserError(f"data_mix: the weight of {name} must be positive, below 1e9; it is {weight!r}")
@@ -101,14 +101,14 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
     return mixture
 
 
-def spelled_out(data_mix: str | Mapping[str, float]) -> Mapping[str, float]:
+def expand_mixture(data_mix: str | Mapping[str, float]) -> Mapping[str, float]:
     """A mixture by name, or one dataset -> {dataset: weight}."""
     return MIXTURES.get(data_mix, {data_mix: 1.0}) if isinstance(data_mix, str) else data_mix
 
 
 def left_out(data_mix: str | Mapping[str, float]) -> dict[str, str]:
     """The datasets of a mixture that OpenVLA does not train on, and why."""
-    names = [str(name).partition(":")[0] for name in spelled_out(data_mix)]
+    names = [str(name).partition(":")[0] for name in expand_mixture(data_mix)]
     return {name: REFUSED[name] for name in names if name in REFUSED}
 
 

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from config import UserError, told_in_one_line
 from data import TrainBatches
-from frames import DataError, end_with_parent
+from machinery.config import UserError, exit_with_one_line
+from machinery.frames import DataError, end_with_parent
 
 
 @functools.cache
@@ -195,7 +195,7 @@ def run_job(program: Callable[[], None]) -> None:
     """Connect the ranks, run the program on all of them, and end. A rank that fails ends at once: others may
     be waiting for it in a collective, and find that it has gone."""
     try:
-        with told_in_one_line():
+        with exit_with_one_line():
             neighbour = start_job()
             program()
             neighbour.release()
@@ -212,7 +212,7 @@ def run_job(program: Callable[[], None]) -> None:
 
 
 def start_job() -> Neighbour:
-    """Connect the ranks, which know their places (config.settle_place)."""
+    """Connect the ranks, which know their places (config.set_rank_env)."""
     # an extension for CPUs that training has no use for: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock behind at which all later ones wait for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

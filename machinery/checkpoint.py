@@ -32,9 +32,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from config import UserError
-from ranks import patient_group
-from zero import MOMENTS, describe_parameters, local_tensors, set_optimizer_step, set_tensors
+from machinery.config import UserError
+from machinery.ranks import patient_group
+from machinery.zero import MOMENTS, describe_parameters, local_tensors, set_optimizer_step, set_tensors
 
 FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
 NAME = re.compile(r"step-\d+-epoch-\d+-loss=\d+\.\d+")  # as Run.save makes it
@@ -180,12 +180,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return checkpoint
 
     try:
-        return together(lambda: verified(path))
+        return on_all_ranks(lambda: verified(path))
     except CheckpointError as error:
         cure, older = "There is no intact checkpoint before it", list_checkpoints(path.parent)
         for before in reversed(older[: older.index(path)] if path in older else []):
             with contextlib.suppress(CheckpointError):
-                together(functools.partial(verified, before))
+                on_all_ranks(functools.partial(verified, before))
                 aside = path.with_name(f"damaged-{path.name}")
                 cure = (f"{before} is intact: to continue from there, start again after `mv "
                         f"{shlex.quote(str(path))} {shlex.quote(str(aside))}`")
@@ -230,10 +230,10 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
                 remove(old.rename(f"{old}.tmp"))
 
     try:
-        together(make_room)
-        mine = together(lambda: write_local_files(engine, scratch, rank, frozen=not meta.get("base")))
+        on_all_ranks(make_room)
+        mine = on_all_ranks(lambda: write_local_files(engine, scratch, rank, frozen=not meta.get("base")))
         dist.all_gather_object(files, mine, group=patient_group())
-        together(publish)
+        on_all_ranks(publish)
     except CheckpointError as error:
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -241,7 +241,7 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     return final
 
 
-def together(action: Callable[[], object]):
+def on_all_ranks(action: Callable[[], object]):
     """Do something on every rank -> its result. When it fails anywhere (OSError, CheckpointError),
     CheckpointError with the first failure on all, so that nobody waits for a rank that gave up."""
     result, error, errors = None, None, [None] * dist.get_world_size()

@@ -21,9 +21,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import set_z3_leaf_module
 from pydantic import ValidationError
 
-from config import UserError, one_line
+from machinery.config import UserError, first_problem
+from machinery.zero_speed import make_faster, replace
 from model import VLA
-from zero_speed import make_faster, replace
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
 
@@ -34,15 +34,15 @@ def check_json(ds_config: dict) -> None:
         try:
             zero = model(**ds_config.get(section, {}))
         except ValidationError as error:
-            raise UserError(f"--deepspeed_config: {section}: {one_line(error)}") from None
-    refuse_what_comes_late(ds_config, zero)
+            raise UserError(f"--deepspeed_config: {section}: {first_problem(error)}") from None
+    dry_run(ds_config, zero)
     group, ranks = zero.zero_hpz_partition_size, int(os.environ["WORLD_SIZE"])
     if group > 1 and (zero.stage != 3 or ranks % min(group, ranks)):
         raise UserError(f"--deepspeed_config: zero_hpz_partition_size: {group}: that is for stage 3, and "
                         f"for so many ranks (now {ranks}) or a multiple: write a machine's number of GPUs")
 
 
-def refuse_what_comes_late(ds_config: dict, zero: DeepSpeedZeroConfig) -> None:
+def dry_run(ds_config: dict, zero: DeepSpeedZeroConfig) -> None:
     """Raise UserError for what DeepSpeed and AdamW would find wrong only when the weights have been read."""
     params, partial = dict(ds_config["optimizer"].get("params", {})), zero.offload_optimizer
     optimizer, weights = (part and part.device for part in (partial, zero.offload_param))
@@ -221,7 +221,7 @@ def optimizer_step(engine) -> torch.Tensor:
 # ---- What is mended ----------------------------------------------------------------------------------------
 
 
-def born_in_shards(make: Callable[[AbstractContextManager], VLA], ds_config: dict) -> VLA:
+def build_sharded(make: Callable[[AbstractContextManager], VLA], ds_config: dict) -> VLA:
     """A VLA whose language model ZeRO-3 divides layer by layer as it is made, so that it stands whole
     nowhere. make: VLA's constructor, given the context in which the language model is made."""
     vla = make(deepspeed.zero.Init(config_dict_or_path=ds_config))
@@ -232,7 +232,7 @@ def born_in_shards(make: Callable[[AbstractContextManager], VLA], ds_config: dic
     return vla
 
 
-def gather_whole(modules: list[torch.nn.Module]) -> None:
+def gather_per_block(modules: list[torch.nn.Module]) -> None:
     """Let ZeRO-3 bring the weights of each of these at once, and not matrix by matrix: to ask for them costs
     the host as much, however small they are."""
     for module in modules:

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-PROJECT = Path(__file__).resolve().parent  # where relative paths are meant that are not seen from here
+PROJECT = Path(__file__).resolve().parents[1]  # where relative paths are meant that are not seen from here
 
 
 class UserError(ValueError):
@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
+def exit_with_one_line() -> Iterator[None]:
     """End the program with one line instead of a traceback where the user or the machine is at fault."""
     try:
         yield
@@ -234,10 +234,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple = ()) -> TrainCon
                 refuse_missing(value)
     except ValidationError as error:
         _, source = values.get(error.errors()[0]["loc"][0], (None, path))
-        raise UserError(f"{source}: {one_line(error)}") from None
+        raise UserError(f"{source}: {first_problem(error)}") from None
     except UserError as error:
         raise UserError(f"{values.get(key, (None, path))[1]}: {key}: {error}") from None
-    for problem in what_does_not_fit(cfg):
+    for problem in find_conflicts(cfg):
         raise UserError(f"{path}: {problem}")
     return cfg
 
@@ -259,7 +259,7 @@ def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, tuple[objec
     return inherited | {key: (value, str(path)) for key, value in values.items()}
 
 
-def what_does_not_fit(cfg: TrainConfig) -> Iterator[str]:
+def find_conflicts(cfg: TrainConfig) -> Iterator[str]:
     """What cannot work although each value by itself could."""
     begins_with = cfg.base_vlm or cfg.pretrained_checkpoint
     for key in ("vision_backbone", "llm_backbone", "tokenizer"):
@@ -282,7 +282,7 @@ def what_does_not_fit(cfg: TrainConfig) -> Iterator[str]:
         yield f"pretrained_backbones: these are other weights than those of {begins_with}: remove one key"
 
 
-def one_line(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first thing that pydantic found wrong, in a line: key, value, what is expected."""
     found = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the branch nearest to fit
     *place, name = [str(part) for part in found["loc"] if isinstance(part, str)] or [""]
@@ -294,7 +294,7 @@ def one_line(error: ValidationError) -> str:
     return f"{'.'.join(place)}: {found['input']!r}: {message}"
 
 
-def said(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -364,7 +364,7 @@ def out_of_reach(name: str) -> bool:
 
 # ---- The job -----------------------------------------------------------------------------------------------
 
-def settle_place(environ: MutableMapping[str, str] = os.environ) -> None:
+def set_rank_env(environ: MutableMapping[str, str] = os.environ) -> None:
     """Let the environment say in PyTorch's words which rank of which job this process is. deepspeed and
     torchrun say it so, others in words of their own; plain python is a job of one. Raises UserError."""
     for name in {*PLACE, "MASTER_ADDR"} & {name for name, value in environ.items() if not value}:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import PROJECT, Recipe, UserError
+from machinery.config import PROJECT, Recipe, UserError
 
 
 class DataError(UserError):
@@ -119,7 +119,7 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     listing, roots = data_files(directory), index_roots(directory, index_dir)
     job = {"recipe": asdict(recipe), "cameras": cameras, "load_proprio": load_proprio,
            "skip_bad": skip_bad_episodes, "known_bad": known_bad_episodes(roots, listing)}
-    code = "".join((PROJECT / file).read_text().partition("# ---- Writing")[0] for file in CODE)
+    code = "".join((PROJECT / "machinery" / file).read_text().partition("# ---- Writing")[0] for file in CODE)
     name = hashlib.sha256(repr((job, code, listing)).encode()).hexdigest()[:16]
     path = next((root / name for root in roots if (root / name).exists()), None)
     if path is None:
@@ -190,8 +190,9 @@ def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:
 
 def index(job: dict) -> None:
     """Run rlds.py, a process without PyTorch, so that many can be forked cheaply. Raises its DataError."""
-    done = subprocess.run([sys.executable, str(PROJECT / "rlds.py")], input=json.dumps(job), text=True,
-                          stdout=subprocess.PIPE)
+    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    done = subprocess.run([sys.executable, "-P", "-m", "machinery.rlds"], input=json.dumps(job), text=True,
+                          stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         raise DataError(done.stdout.strip() or "rlds.py was ended: see above; was there enough memory?")
 

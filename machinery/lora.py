@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import int8
-from checkpoint import Tensors
+from machinery import int8
+from machinery.checkpoint import Tensors
 from model import VLA
 
 ADAPTER = ("lora_A", "lora_B")

@@ -28,10 +28,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from checks import frame_warnings, table_warnings
-from config import Recipe, UserError
-from frames import DataError, end_with_parent, find_dataset
-from recipes import Feature, action_masks, check_features, standardize
+from machinery.checks import frame_warnings, table_warnings
+from machinery.config import Recipe, UserError
+from machinery.frames import DataError, end_with_parent, find_dataset
+from machinery.recipes import Feature, action_masks, check_features, standardize
 
 __all__ = ["DataError", "find_dataset", "write_rlds"]  # what a program needs that writes a dataset
 

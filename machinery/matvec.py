@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-import int8
+from machinery import int8
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as transformers names such layers
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from config import UserError
+from machinery.config import UserError
 
 
 def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwargs) -> nn.Module:

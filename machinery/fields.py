@@ -22,7 +22,7 @@ relative to the step; the instruction's, too, or it is one of the whole episode 
 import re
 from typing import NamedTuple
 
-from config import Recipe, UserError, nearest
+from machinery.config import Recipe, UserError, nearest
 
 HELPERS = "clip invert delta binarize rel2abs euler unzip".split()
 FIELD = re.compile(r"(?P<key>[^\s\[\],]+)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<words>( +\S+)*)")

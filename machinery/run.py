@@ -28,16 +28,22 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, save_checkpoint
-from command_line import walk
-from config import TrainConfig, UserError, ranks_here, run_directory
 from data import Mixture
-from frames import take_lock
-from images import contact_sheet
-from lora import linear_layers
+from machinery.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    open_checkpoint,
+    save_checkpoint,
+)
+from machinery.command_line import walk
+from machinery.config import TrainConfig, UserError, ranks_here, run_directory
+from machinery.frames import take_lock
+from machinery.images import contact_sheet
+from machinery.lora import linear_layers
+from machinery.ranks import LESS_MEMORY
+from machinery.weights import SHAPE
 from model import VLA
-from ranks import LESS_MEMORY
-from weights import SHAPE
 
 # what a run may change when it continues; everything else would give its weights another meaning
 MAY_CHANGE = """vla_id hf_token max_length data_root_dir index_dir num_workers epochs max_steps

@@ -24,7 +24,7 @@ from transformers import (
     StaticCache,
 )
 
-from config import UserError, nearest, out_of_reach, said
+from machinery.config import UserError, nearest, one_line, out_of_reach
 
 
 def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
@@ -35,7 +35,7 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
         config = (AutoConfig.for_model(**spec) if isinstance(spec, dict)
                   else AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec)))
     except Exception as error:  # transformers has many kinds for a wrong field
-        raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {said(error)}") from error
+        raise UserError(f"llm_backbone: transformers makes no config of {spec!r}: {one_line(error)}") from error
     for key in spec if isinstance(spec, dict) else ():  # transformers keeps unknown ones, without effect
         known = {*vars(type(config)()), *config.attribute_map}
         if key not in known and (close := nearest(key, known, 0.85)):  # others may be of older files
@@ -55,7 +55,7 @@ def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> n
     try:
         llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
-        raise UserError(f"llm_backbone: transformers makes no {config.model_type}: {said(error)}") from error
+        raise UserError(f"llm_backbone: transformers makes no {config.model_type}: {one_line(error)}") from error
     if not len(getattr(llm.base_model, "layers", ())):
         raise UserError(f"llm_backbone: {config.model_type} has no decoder blocks in `layers`, as Llama has")
     return llm
@@ -91,7 +91,7 @@ def check_llm(config: PretrainedConfig, longest: int, cached: bool) -> None:
         except Exception as error:  # each architecture fails in its own way
             if "meta" not in str(error):  # else it asked for numbers, and nothing is known
                 raise UserError(f"llm_backbone: {config.model_type} fails where it is given embeddings, as "
-                                f"images come: {said(error)}: take another, as Qwen3") from error
+                                f"images come: {one_line(error)}: take another, as Qwen3") from error
         if not cached:
             return
         acts = False
@@ -144,7 +144,7 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=offline)
         first = SentencePieceProcessor(model_file=str(file)).encode("In", out_type=str)[0]
     except Exception as error:  # transformers raises many kinds
-        why = "the hub does not answer" if offline else said(error)
+        why = "the hub does not answer" if offline else one_line(error)
         raise UserError(f"tokenizer: {path!r} is none: {why}") from error
     if (begins := tokenizer.tokenize("In")[0])[0] != first[0]:
         raise UserError(f"tokenizer: {path!r}: transformers begins a text with {begins!r}, {file.name} with "

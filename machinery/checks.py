@@ -1,7 +1,7 @@
 """What goes wrong with a dataset without any error, found before anything is trained on it.
 
 An action that is recorded, normalised and turned into tokens should come back, to within half a bin, when the
-tokens are decoded and un-normalised again: a policy can give no better actions than these. `come_back` tries
+tokens are decoded and un-normalised again: a policy can give no better actions than these. `round_trip` tries
 it, for every dimension. Warnings name the dimension, what is lost, and the cure; they are made when a dataset
 is indexed (rlds.py), and a training's log says them at its start.
 """
@@ -15,7 +15,7 @@ from action_tokenizer import ActionTokenizer, normalize, unnormalize
 SAMPLE = 4096  # frames, and episodes, that are looked at
 
 
-def come_back(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.ndarray]:
+def round_trip(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.ndarray]:
     """Actions (N, A) in standard form -> for each of the A dimensions
 
     half_bin    half the width of a bin, in the dataset's units: as near as it can come
@@ -38,7 +38,7 @@ def action_warnings(actions: np.ndarray, stats: Mapping, kind: str) -> list[str]
     """One line for each dimension of a dataset's actions (N, A) that does not come back. stats: "action" of
     its dataset_statistics.json."""
     actions = actions[np.unique(np.linspace(0, len(actions) - 1, SAMPLE).astype(int))]
-    back, found = come_back(actions, stats, kind), []
+    back, found = round_trip(actions, stats, kind), []
     low, high, q01, q99 = (np.array(stats[key]) for key in ("min", "max", "q01", "q99"))
     for d, raw in enumerate(~np.array(stats["mask"])):
         reach, cut = f"goes from {low[d]:.4g} to {high[d]:.4g}", back["cut"][d]

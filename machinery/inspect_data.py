@@ -21,10 +21,10 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-import oxe
-from checks import come_back, looks_like_targets
-from config import Recipe, UserError, find_input, load_config, told_in_one_line
-from frames import (
+from machinery import oxe
+from machinery.checks import looks_like_targets, round_trip
+from machinery.config import Recipe, UserError, exit_with_one_line, find_input, load_config
+from machinery.frames import (
     DataError,
     FrameTable,
     bad_episodes_file,
@@ -35,9 +35,9 @@ from frames import (
     index_roots,
     writable_root,
 )
-from images import contact_sheet, decode_image, decode_native
-from recipes import Feature
-from rlds import step_features
+from machinery.images import contact_sheet, decode_image, decode_native
+from machinery.recipes import Feature
+from machinery.rlds import step_features
 
 
 @dataclass
@@ -165,7 +165,7 @@ def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
         print(f"camera {camera} key {key}")
     print(f"instructions {len(table.instructions)} e.g. {' | '.join(map(repr, table.instructions[:8]))}")
     rows = np.unique(np.linspace(0, len(table.frames) - 1, 1 << 16).astype(int))
-    back = come_back(table.frames["action"][rows], stats, subject.kind)
+    back = round_trip(table.frames["action"][rows], stats, subject.kind)
     titles = "dim       min       q01      mean       q99       max       std"
     print(f"action   {titles}  half_bin     error  cut_off kind")
     for dim in range(len(raw)):
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--index_dir", metavar="DIR", help="where frame tables go; default: with the dataset")
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
     args = parser.parse_args()
-    with told_in_one_line():
+    with exit_with_one_line():
         if args.out.suffix not in (".png", ".jpg"):
             raise UserError(f"--out {args.out}: expected a .png")
         args.out.parent.mkdir(parents=True, exist_ok=True)  # or say now that it cannot be

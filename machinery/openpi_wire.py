@@ -12,7 +12,15 @@ import msgpack
 import numpy as np
 
 from act import Policy
-from wire import Query, RequestError, parse_image, parse_key, parse_prefix, parse_proprio, parse_text
+from machinery.wire import (
+    Query,
+    RequestError,
+    parse_image,
+    parse_key,
+    parse_prefix,
+    parse_proprio,
+    parse_text,
+)
 
 MAX_LENGTH = 1024  # of a list or map; arrays of numbers come as bytes
 MAX_PARTS = 1000  # lists and maps in a message; a good one has about ten

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Recipe
-from fields import CONSTANT, Field, parse_fields
-from frames import DataError
+from machinery.config import Recipe
+from machinery.fields import CONSTANT, Field, parse_fields
+from machinery.frames import DataError
 
 # ------------------------------------------------------------------------------------------------------------
 # Helpers: (T, k) -> (T, m). Comparisons are in float32, as in TensorFlow, because 0.95 and 0.1 are

@@ -30,11 +30,19 @@ from pydantic import ValidationError
 from torch import nn
 
 from action_tokenizer import load_tokenizer
-from checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
-from config import TrainConfig, UserError, load_table, nearest, one_line, out_of_reach, read_secret
-from int8 import shrink
-from llm import llm_config
-from lora import merged
+from machinery.checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
+from machinery.config import (
+    TrainConfig,
+    UserError,
+    first_problem,
+    load_table,
+    nearest,
+    out_of_reach,
+    read_secret,
+)
+from machinery.int8 import shrink
+from machinery.llm import llm_config
+from machinery.lora import merged
 from model import VLA
 
 # ---- What Prismatic calls things ---------------------------------------------------------------------------
@@ -112,7 +120,7 @@ def open_weights(where: str | Path) -> Weights:
         TrainConfig(**weights.config)
         return weights
     except ValidationError as error:  # of another version of this project, perhaps
-        raise CheckpointError(f"{where}: config.json: {one_line(error)}") from error
+        raise CheckpointError(f"{where}: config.json: {first_problem(error)}") from error
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}: not described as a model should be: {error!r}") from error
 

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
 from torch.distributed.distributed_c10d import _coalescing_manager as in_one_call
 
-from config import UserError
+from machinery.config import UserError
 
 AHEAD = 50_000_000  # elements of weights whose gathering should be on its way while the GPU computes
 ALIGNED = 128  # elements: compiled kernels expect tensors to begin at multiples of some bytes
@@ -25,8 +25,8 @@ ALIGNED = 128  # elements: compiled kernels expect tensors to begin at multiples
 
 def make_faster(zero, stage: int) -> list[str]:
     """zero: DeepSpeed's optimizer. Returns what the log should say."""
-    ways = {2: [wait_on_the_gpu_2, spare_passes_2],
-            3: [gather_ahead, scatter_together, wait_on_the_gpu_3, spare_passes_3, stage_weights]}
+    ways = {2: [wait_on_the_gpu_2, fuse_grad_passes_2],
+            3: [gather_ahead, scatter_together, wait_on_the_gpu_3, fuse_grad_passes_3, copy_weights_pinned]}
     return [note for way in ways.get(stage, []) for note in way(zero)]
 
 
@@ -82,7 +82,7 @@ def wait_on_the_gpu_3(zero) -> list[str]:
 # ---- Gradients and AdamW pass over memory less often -------------------------------------------------------
 
 
-def spare_passes_2(zero) -> list[str]:
+def fuse_grad_passes_2(zero) -> list[str]:
     """Pass over gradients less often, where ZeRO-2 keeps a rank's in flat float32 tensors and PyTorch's fused
     AdamW steps on them.
 
@@ -108,7 +108,7 @@ def spare_passes_2(zero) -> list[str]:
         "scaled_global_norm": norm_of_mean, "unscale_and_clip_grads": average_and_clip})
 
 
-def spare_passes_3(zero) -> list[str]:
+def fuse_grad_passes_3(zero) -> list[str]:
     """The same for ZeRO-3, whose sums lie in one row, a group that AdamW steps on after another. DeepSpeed
     copies it to float64 for the norm and once more for AdamW, and clips that."""
     adamw, sums = zero.optimizer, zero.grad_partitions_flat_buffer
@@ -170,7 +170,7 @@ def scatter(params: list, dtype: torch.dtype) -> list[torch.Tensor]:
     return slices
 
 
-def stage_weights(zero) -> list[str]:
+def copy_weights_pinned(zero) -> list[str]:
     """Bring weights that ZeRO-3 stepped on in host memory to the GPU by way of pinned memory. DeepSpeed
     rounds each group into new memory, which the GPU reads slowly: the 60 % of a 7B that
     ds_configs/zero3_partial_offload.json keeps on the host take 2 s, and 0.5 s here."""

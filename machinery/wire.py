@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from act import Policy
-from config import UserError
-from convention import Convention
-from images import decode_native
+from machinery.config import UserError
+from machinery.convention import Convention
+from machinery.images import decode_native
 
 MAX_BODY = 32 << 20  # bytes of a request: as plain lists, images up to about full HD
 MAX_INSTRUCTION = 1000  # bytes; tokens, which a model may allow fewer of, it counts itself

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import Recipe, TrainConfig, UserError
-from fields import CONSTANT, SCALE, Field, parse_fields
-from recipes import apply, feature_name
+from machinery.config import Recipe, TrainConfig, UserError
+from machinery.fields import CONSTANT, SCALE, Field, parse_fields
+from machinery.recipes import apply, feature_name
 
 AS_IT_IS = ("clip", "binarize")
 POINTWISE = ("clip", "invert", "euler")  # helpers that look at one step alone; so does scaling
