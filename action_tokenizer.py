@@ -1,125 +1,145 @@
-"""What the language model reads and says: the prompt, and robot actions as token ids.
+"""What the language model reads and writes: the prompt, and robot actions as token ids.
 
-A VLA says a robot action as it would say words: each action dimension, normalised to [-1, 1], falls into one
-of 256 bins, and each bin is one of the last 256 token ids of the language model's vocabulary. Read this file
-first; it is the whole difference between a vision-language model and a vision-language-action model. A
-training sequence is
+Read this file first: it is the whole difference between a vision-language model and a
+vision-language-action model. A VLA writes an action the way it would write words. Each dimension,
+normalized to [-1, 1], falls into one of 256 bins, and each bin is one of the last 256 ids of the
+language model's vocabulary. A training sequence is
 
     <s> In: What action should the robot take to {instruction}?\nOut:  a1 a2 a3 a4 a5 a6 a7 </s>
 
-The rules, and their quirks, are OpenVLA's (prismatic/vla/action_tokenizer.py), so its checkpoints keep their
-meaning:
+The rules and their quirks are OpenVLA's (prismatic/vla/action_tokenizer.py), so that its
+checkpoints keep their meaning:
 
-    id = vocab_size - bin,   bin in 1..256        -1.0 -> the last id,   +1.0 -> the 256th id from the end
+    id = vocab_size - bin,   bin in 1..256     -1.0 -> the last id,  +1.0 -> the 256th from the end
 
-256 edges enclose only 255 intervals, so bins 255 and 256 (only +1.0 lands in 256) decode to the same centre.
+256 edges enclose only 255 intervals: bin 256, which only +1.0 reaches, decodes like bin 255.
 """
 
-import functools
 from collections.abc import Mapping
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from machinery.backbones import open_tokenizer
 from machinery.config import UserError, load_table
-from machinery.llm import open_tokenizer
 
-PROMPTS = load_table("prismatic")["prompts"]  # how a base model was taught to be asked; `pure` is above
+PROMPTS = load_table("prismatic")["prompts"]  # how each base model is asked; `pure` is above
+SENTENCEPIECE_SPACE = "\u2581"  # Llama's vocabulary writes a space as this character
+MAX_PROMPT = 512  # tokens; Open X-Embodiment's longest prompts have about 100
 
 
 def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedTokenizerBase:
-    """The text tokenizer of a directory or hub id, with `action_vocab_size` for ActionTokenizer.
+    """The text tokenizer in a directory or under a hub id.
 
-    Llama's last 256 ids are rare characters nobody will miss; for vocabularies that do not end so,
-    add_action_tokens appends 256 ids of their own. Then, as in OpenVLA, comes one for padding (there 32000).
+    It gets one attribute that is ours: `action_vocab_size`, the vocab_size for ActionTokenizer.
+    Llama's last 256 ids are rare characters, so actions take them over. If a vocabulary ends in
+    useful words, add_action_tokens appends 256 new ids instead. Raises UserError without </s>.
     """
     tokenizer = open_tokenizer(path)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer: {path!r} has no eos_token, with which every training sequence ends: "
-                        "name one in its tokenizer_config.json")
+    if tokenizer.eos_token_id is None:  # else every label at the end of an action would be None
+        raise UserError(f"tokenizer {path!r}: set its eos_token in tokenizer_config.json")
     tokenizer.action_vocab_size = tokenizer.vocab_size
     if add_action_tokens:
         tokenizer.add_tokens([f"<action_{i}>" for i in range(256)])
         tokenizer.action_vocab_size = tokenizer.convert_tokens_to_ids("<action_255>") + 1
-    tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    tokenizer.add_special_tokens({"pad_token": "<PAD>"})  # after the action ids; 32000 in OpenVLA
     return tokenizer
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt_style: str = "pure") -> list[int]:
-    """Token ids from <s> up to where the action begins: the same for training and acting."""
-    question = f"What action should the robot take to {instruction.lower()}?".replace("<image>", "")
-    ids = tokenizer(PROMPTS[prompt_style].format(question=question), add_special_tokens=True).input_ids
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = ids if ids[0] == bos else [bos, *ids]  # the image patches follow this first token
-    # OpenVLA tokenised "Out: " + action text; with Llama's tokenizer that space is a token of its own
-    space = tokenizer.convert_tokens_to_ids("\u2581")
-    return ids if space in (None, tokenizer.unk_token_id) else [*ids, space]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str,
+               prompt_style: str = "pure") -> list[int]:
+    """Token ids from <s> up to where the action begins, the same for training and acting."""
+    question = f"What action should the robot take to {instruction.lower()}?"
+    question = question.replace("<image>", "")  # as Prismatic does: it marks an image in a chat
+    text = PROMPTS[prompt_style].format(question=question)
+    ids = tokenizer(text, add_special_tokens=True).input_ids
+    first = tokenizer.bos_token_id  # the image patches will follow this token
+    if first is None:  # some vocabularies, such as Qwen's, have no <s>
+        first = tokenizer.eos_token_id
+    if ids[0] != first:
+        ids = [first, *ids]
+    # OpenVLA tokenizes "Out: " + action; Llama's tokenizer makes that last space a token of its own
+    space = tokenizer.convert_tokens_to_ids(SENTENCEPIECE_SPACE)
+    if space not in (None, tokenizer.unk_token_id):
+        ids = [*ids, space]
+    if len(ids) > MAX_PROMPT:
+        raise UserError(f"instruction of {len(ids)} tokens: shorten it: {instruction[:100]!r}")
+    return ids
 
 
 class ActionTokenizer:
     """Turns actions into the last `n_bins` ids below `vocab_size`, and back.
 
-    vocab_size: number of ids the text tokenizer knows, without padding (Llama-2: 32000, not 32001 or 32064)
+    vocab_size: ids that the text tokenizer knows, without padding (Llama-2: 32000, not 32064)
     """
 
     def __init__(self, vocab_size: int, n_bins: int = 256):
-        if vocab_size <= n_bins:
-            raise UserError(f"vocab_size {vocab_size} leaves no room for {n_bins} action tokens")
-        self.vocab_size, self.n_bins = vocab_size, n_bins
+        if vocab_size <= n_bins:  # else ids would be negative, and index from the other end
+            raise UserError(f"vocab_size {vocab_size} is too small for {n_bins} action tokens")
+        self.vocab_size = vocab_size
+        self.n_bins = n_bins
+        self.first_id = vocab_size - n_bins  # the smallest action id; it means +1
         self.bins = np.linspace(-1.0, 1.0, n_bins)  # edges, float64
         self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0  # one fewer than edges
-        self.first_id = vocab_size - n_bins  # the smallest action id; it means +1
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Normalised actions (..., action_dim) float -> token ids of the same shape, int64.
+        """Normalized actions (..., action_dim) float -> token ids of the same shape, int64.
 
-        Values beyond [-1, 1] are clipped, as OpenVLA does. NaN and infinity raise UserError: they are broken
-        data, and clipping would turn them into a confident full-speed command.
+        Clips to [-1, 1], as OpenVLA does. Raises UserError for NaN and infinity, which clipping
+        would turn into a confident command at full speed.
         """
         actions = np.asarray(actions)
         if not np.isfinite(actions).all():
-            raise UserError(f"cannot tokenise a non-finite action: {actions.tolist()}")
-        return self.vocab_size - np.digitize(np.clip(actions, -1.0, 1.0), self.bins)
+            raise UserError(f"cannot tokenize a non-finite action: {actions.tolist()}")
+        bin_numbers = np.digitize(np.clip(actions, -1.0, 1.0), self.bins)  # 1..256
+        return self.vocab_size - bin_numbers
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids of any shape -> normalised actions of the same shape, float64 bin centres in (-1, 1).
+        """Token ids of any shape -> bin centers of the same shape, float64 in (-1, 1).
 
-        Ids that are no action tokens are clipped to the nearest one, exactly as OpenVLA does.
+        Ids that are not action tokens count as the nearest one, as in OpenVLA.
         """
         return self.bin_centers[self.bin_index(np.asarray(ids))]
 
     def bin_index(self, ids):
-        """Token ids (NumPy array, or tensor on any device) -> index of the bin centre, 0..n_bins-2."""
+        """Token ids (NumPy array, or tensor on any device) -> index of the center, 0..n_bins-2."""
         return (self.vocab_size - ids - 1).clip(0, self.n_bins - 2)
 
 
-# ---- Normalisation -----------------------------------------------------------------------------------------
+# ---- Normalization ---------------------------------------------------------------------------
+
+BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}  # what becomes -1 and +1
 
 
 def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
-    """(..., D) float32 -> the same in [-1, 1] (kind "bounds_q99", "bounds") or of unit deviation ("normal").
+    """(..., D) float32 -> the same shape, in [-1, 1] ("bounds_q99", "bounds"), or with mean 0 and
+    deviation 1 ("normal"). Bit for bit as OpenVLA does.
 
-    stats: "action" or "proprio" of dataset_statistics.json. Bit for bit OpenVLA's, which zeroes dimensions
-    that never change, even where mask is false, which else means: left alone (a gripper, always 1, is 0).
+    stats: "action" or "proprio" of dataset_statistics.json. Dimensions whose mask is false, such
+    as a gripper in 0..1, pass unchanged. Constant dimensions become 0 even then (not in "normal").
     """
-    f32 = functools.partial(np.asarray, dtype=np.float32)
     mask = np.array(stats.get("mask", [True] * values.shape[-1]))
     if kind == "normal":
-        return np.where(mask, (values - f32(stats["mean"])) / f32(np.array(stats["std"]) + 1e-8), values)
-    low, high = (np.array(stats[key]) for key in BOUNDS[kind])
-    scaled = np.clip(np.float32(2) * (values - f32(low)) / f32(high - low + 1e-8) - np.float32(1), -1, 1)
+        mean = np.asarray(stats["mean"], np.float32)
+        std = np.asarray(np.array(stats["std"]) + 1e-8, np.float32)
+        return np.where(mask, (values - mean) / std, values)
+    low, high = (np.array(stats[key]) for key in BOUNDS[kind])  # float64
+    width = np.asarray(high - low + 1e-8, np.float32)
+    scaled = np.float32(2) * (values - np.asarray(low, np.float32)) / width - np.float32(1)
+    normalized = np.where(mask, np.clip(scaled, -1, 1), values)
     constant = np.array(stats["min"]) == np.array(stats["max"])
-    return np.where(constant, np.float32(0), np.where(mask, scaled, values))
+    return np.where(constant, np.float32(0), normalized)
 
 
 def unnormalize(actions: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
-    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does: dimensions whose mask is
-    false stay as they are (a gripper in 0..1), so constants among them that became 0 stay 0."""
+    """Undo normalize for actions (..., D) float64, as OpenVLA's predict_action does.
+
+    Dimensions whose mask is false pass unchanged, so a constant one among them stays 0.
+    """
     mask = np.array(stats.get("mask", [True] * actions.shape[-1]))
     if kind == "normal":
-        return np.where(mask, actions * (np.array(stats["std"]) + 1e-8) + np.array(stats["mean"]), actions)
-    low, high = (np.array(stats[key]) for key in BOUNDS[kind])
-    return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
-
-
-BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
+        scaled = actions * (np.array(stats["std"]) + 1e-8) + np.array(stats["mean"])
+    else:
+        low, high = (np.array(stats[key]) for key in BOUNDS[kind])
+        scaled = 0.5 * (actions + 1) * (high - low) + low
+    return np.where(mask, scaled, actions)

@@ -273,3 +273,32 @@ def keep_large_gradients(zero) -> list[str]:
     if not zero.overlap_comm or zero.cpu_offload:
         return []
     return replace(zero, {"_record_gradient_stream": keep}, needed=True)
+
+
+# ---- What DeepSpeed is given ---------------------------------------------------------------------
+
+
+def with_yaml_values(ds_config: dict, cfg: TrainConfig, accumulation: int) -> dict:
+    """The JSON plus the values that the YAML sets."""
+    # the learning rate is set before every step; 0 makes a step of DeepSpeed's own harmless, which
+    # it takes while it initializes
+    params = {**ds_config["optimizer"].get("params", {}), "lr": 0.0,
+              "weight_decay": cfg.weight_decay}
+    return {"steps_per_print": 1 << 60, **ds_config,
+            "optimizer": {**ds_config["optimizer"], "params": params},
+            "train_micro_batch_size_per_gpu": cfg.per_device_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": cfg.max_grad_norm}
+
+
+def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices decay, biases and norms do not."""
+    shapes = {name: shape for name, (shape, _) in describe_parameters(vla).items()}
+    decayed, plain = [], []
+    for name, p in vla.named_parameters():
+        if p.requires_grad:
+            matrix = len(shapes[name]) > 1 and not name.endswith(".bias")
+            (decayed if matrix else plain).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay},
+              {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
