@@ -16,13 +16,12 @@ import time
 import warnings
 from functools import partial
 
-from machinery.command_line import from_command_line
-from machinery.config import FILLED_IN, TrainConfig, UserError, exit_with_one_line
+from machinery.config import FILLED_IN, TrainConfig, UserError, exit_with_one_line, parse_command_line
 from machinery.oxe import find_datasets
 
 if __name__ == "__main__":
     with exit_with_one_line():  # what is wrong with YAML, JSON and data, before PyTorch is imported for seconds
-        find_datasets(from_command_line(__doc__)[0])
+        find_datasets(parse_command_line(__doc__)[0])
 if os.environ.get("RANK", "0") != "0":  # what libraries warn of, rank 0 says for all
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -349,7 +348,7 @@ def most_frequent_tokens(mixture: Mixture, samples: int) -> np.ndarray:
 def main() -> None:
     """Command line."""
     with exit_with_one_line():
-        cfg, ds_config = from_command_line(__doc__)
+        cfg, ds_config = parse_command_line(__doc__)
         check_json(ds_config)
     run_job(partial(train, cfg, ds_config))
 

@@ -36,8 +36,7 @@ from machinery.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from machinery.command_line import walk
-from machinery.config import TrainConfig, UserError, ranks_here, run_directory
+from machinery.config import TrainConfig, UserError, ranks_here, run_directory, walk
 from machinery.frames import take_lock
 from machinery.images import contact_sheet
 from machinery.lora import linear_layers
