@@ -261,7 +261,15 @@ class TrainBatches(torch.utils.data.Dataset):
         names, tables = self.mixture.names, self.mixture.tables
         return [f"{names[d]} {tables[d].where(row)}" for _, d, row, _ in self.draw(i)]
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor] | Exception:
+        """Micro-batch i, or the error in its data, which ranks.next_batch raises."""
+        try:
+            return self.batch(i)
+        except (DataError, OSError) as error:
+            return error
+
+    def batch(self, i: int) -> dict[str, torch.Tensor]:
+        """Micro-batch i."""
         cfg, train, drawn = self.mixture.cfg, self.mixture.train, self.draw(i)
         samples = [self.mixture.sample(d, row, epoch, number if cfg.image_aug and train else None)
                    for number, d, row, epoch in drawn]

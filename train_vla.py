@@ -37,7 +37,7 @@ from data import Mixture, TrainBatches, open_tables
 from machinery.checkpoint import load_checkpoint
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
-from machinery.ranks import Preemption, follow_rank, naming_step, patient_group, run_job, stop_if_not_finite
+from machinery.ranks import Preemption, follow_rank, next_batch, patient_group, run_job, stop_if_not_finite
 from machinery.run import Run, memory_if, memory_needed, utilisation
 from machinery.weights import Weights, describe_base, fill, parameters_without_memory, start_from
 from machinery.zero import (
@@ -81,17 +81,16 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     for step in run.steps(total_steps):
         set_learning_rate(engine, lr := learning_rate(cfg, step, total_steps))
         done, losses = step + 1, []
-        with naming_step(done):
-            for _ in range(accumulation):
-                batch = metrics.timed(batches)
-                if step == run.step and not losses:
-                    run.first_batch(batch, mixture)
-                loss, predicted, true = engine(**to_device(batch, engine.device))
-                engine.backward(loss)  # DeepSpeed divides the loss by the accumulation, and sums gradients up
-                losses.append(loss.detach())
-                metrics.add(loss, predicted, true, batch["dataset"])
-                # only after the last of them: average, clip, AdamW on float32 weights, copy to bf16
-                grad_norm = optimizer_step(engine)
+        for _ in range(accumulation):
+            batch = metrics.timed(batches, done)
+            if step == run.step and not losses:
+                run.first_batch(batch, mixture)
+            loss, predicted, true = engine(**to_device(batch, engine.device))
+            engine.backward(loss)  # DeepSpeed divides the loss by the accumulation, and sums gradients up
+            losses.append(loss.detach())
+            metrics.add(loss, predicted, true, batch["dataset"])
+            # only after the last of them: average, clip, AdamW on float32 weights, copy to bf16
+            grad_norm = optimizer_step(engine)
 
         last, stop = done == total_steps, preemption.requested()
         save = stop or (cfg.save_interval and (last or done % cfg.save_interval == 0))
@@ -106,8 +105,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
         if save:
             run.save(engine, done, values["epoch"], values["loss"], must=last or stop)
         if look:
-            with naming_step(done):
-                run.metrics(done, evaluate(engine, held_out, cfg, baseline))
+            run.metrics(done, evaluate(engine, held_out, cfg, baseline, done))
         if save or look:
             metrics.start_clock()
         if stop and not last:
@@ -275,10 +273,10 @@ class Metrics:
         """Begin timing here: saving and evaluating are no part of a step."""
         self.started, self.data_seconds = time.perf_counter(), 0.0
 
-    def timed(self, batches) -> dict:
+    def timed(self, batches, step: int) -> dict:
         """The next batch; waiting for it is counted."""
         asked = time.perf_counter()
-        batch = next(batches)
+        batch = next_batch(batches, step)
         self.data_seconds += time.perf_counter() - asked
         return batch
 
@@ -316,7 +314,7 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) -> dict:
+def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray, step: int) -> dict:
     """Loss, accuracy and L1 on held-out frames (always the same ones), and the accuracy of always
     answering with the training data's most frequent bin of each action dimension."""
     micro, ranks = cfg.per_device_batch_size, dist.get_world_size()
@@ -326,7 +324,9 @@ def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) 
     constant = torch.from_numpy(baseline).to(engine.device)
     guessed = torch.zeros(2, device=engine.device)
     engine.eval()
-    for batch in make_loader(dataset, cfg.num_workers, micro_batches):
+    batches = make_loader(dataset, cfg.num_workers, micro_batches)
+    for _ in micro_batches:
+        batch = next_batch(batches, step)
         loss, predicted, true = engine(**to_device(batch, engine.device))
         metrics.add(loss, predicted, true, batch["dataset"])
         guessed += torch.stack([(true == constant).sum(), torch.tensor(true.numel(), device=engine.device)])
