@@ -299,7 +299,8 @@ class TrainBatches(torch.utils.data.Dataset):
         return [f"{names[d]} {tables[d].where(row)}" for _, d, row, _ in self.draw(i)]
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor] | DataError:
-        """A batch, or its error: raised in a worker, it would arrive as the text of a traceback."""
+        """Micro-batch i, or the error in its data, which ranks.next_batch raises. If a worker
+        raised it, it would arrive as the text of a traceback."""
         try:
             return self.batch(self.draw(i))
         except DataError as error:

@@ -31,8 +31,7 @@ from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
 from machinery.memory import memory_needed, utilization
 from machinery.metrics import Metrics, evaluate
-from machinery.ranks import (Preemption, batch_or_raise, patient_group, run_job,
-                             stop_if_not_finite)
+from machinery.ranks import Preemption, patient_group, run_job, stop_if_not_finite
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
 from machinery.zero import (adapt, build_sharded, check_json, gather_per_block, gradient_norm,
@@ -74,7 +73,7 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
         set_learning_rate(engine, lr)
         losses = []
         for _ in range(accumulation):
-            batch = batch_or_raise(metrics.timed(loader), step)
+            batch = metrics.timed(loader, step + 1)
             if step == run.step and not losses:
                 run.first_batch(batch, mixture)
             loss, predicted, true = engine(**to_device(batch, engine.device))
@@ -99,7 +98,7 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
         if save_now:
             run.save(engine, done, values["epoch"], values["loss"], must=last or stop)
         if evaluate_now:
-            run.metrics(done, evaluate(engine, held_out, cfg, baseline))
+            run.metrics(done, evaluate(engine, held_out, cfg, baseline, done))
         if save_now or evaluate_now:
             metrics.start_clock()
         if stop and not last:

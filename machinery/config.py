@@ -1,18 +1,19 @@
-"""Every knob, once: the YAML says what is trained; how it is sharded, the JSON does (command_line.py).
+"""Configuration: a YAML file describes the training, a DeepSpeed JSON how it is sharded.
 
-Read Recipe and TrainConfig; the rest reads and checks the YAML. Whatever is wrong with it is found here
-before anything else is opened, and told in one line: at once, for nothing here needs PyTorch.
+Recipe and TrainConfig list every key of the YAML. The functions below them read and check both
+files, find paths, and find this process's rank. Nothing here imports PyTorch, which takes seconds.
 """
 
+import argparse
 import contextlib
 import difflib
-import errno
 import functools
 import os
 import re
 import socket
 import sys
 import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import field, fields
 from pathlib import Path
@@ -22,21 +23,20 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-PROJECT = Path(__file__).resolve().parents[1]  # where relative paths are meant that are not seen from here
+PROJECT = Path(__file__).resolve().parents[1]  # where find_input looks after the current folder
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The message names the value, the file and the cure."""
+    """An error the user can fix. Its message names the value, the file and the cure."""
 
 
 @contextlib.contextmanager
 def exit_with_one_line() -> Iterator[None]:
-    """End the program with one line instead of a traceback where the user or the machine is at fault."""
+    """End the program with one line instead of a traceback for errors of the user or system."""
     try:
         yield
     except (UserError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC  # without saying where it wrote
-        sys.exit(f"error: {error}" + ": make room where runs and tables of data are written (df)" * full)
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -44,169 +44,172 @@ def exit_with_one_line() -> Iterator[None]:
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$")]  # a folder's
+
+
+# ---- Every key of the YAML ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
     """How to read one dataset: an entry of `datasets:`. fields.py explains field lists."""
 
-    primary: str | None = None  # camera keys; "a|b": either, drawn per episode (DROID has two outside).
-    secondary: str | None = None  # A camera may be left out: OpenVLA then shows a black image
+    # observation keys of the cameras. "a|b" draws one of two per episode (DROID has two outside).
+    # A camera without a key is a black image, as in OpenVLA
+    primary: str | None = None
+    secondary: str | None = None
     wrist: str | None = None
-    cameras: dict[str, str] = field(default_factory=dict)  # more of them, {name: key}
+    cameras: dict[str, str] = field(default_factory=dict)  # more cameras: {name: key}
     state: str = "state"  # field list, concatenated to `proprio`
-    action: str = "action"  # field list; `target` and `raw` say what its dimensions are. Or, in numbers:
-    absolute: NotNegative | None = None  # how many trailing ones are `target raw` (default 1: a gripper)
-    targets: NotNegative = 0  # how many trailing ones are `target`, normalised or not (joint positions)
-    instruction: str = "language_instruction"  # key of the text, relative to the step or the episode
-    trim: bool = False  # Bridge: the first step's action is all zero, the last step has none: drop both
-    skip_idle: bool = False  # DROID: drop frames whose normalised action is "no motion" (oxe.is_idle)
+    # field list; the words `target` and `raw` describe its dimensions ...
+    action: str = "action"
+    # ... or these two keys do: how many of the last dimensions are `target raw` (default 1, a
+    # gripper), and how many are `target`, normalised or not (joint positions)
+    absolute: NotNegative | None = None
+    targets: NotNegative = 0
+    instruction: str = "language_instruction"  # key of the text, in the step or in the episode
+    trim: bool = False  # Bridge: drop the first step (action zero) and the last (no action)
+    skip_idle: bool = False  # DROID: drop frames without motion (oxe.is_idle)
 
     @property
     def camera_names(self) -> dict[str, str]:
-        """{camera: key} of all that there are."""
-        named = {"primary": self.primary, "secondary": self.secondary, "wrist": self.wrist, **self.cameras}
-        return {name: key for name, key in named.items() if key}
+        """{camera: key} of all cameras that have a key."""
+        standard = {"primary": self.primary, "secondary": self.secondary, "wrist": self.wrist}
+        return {name: key for name, key in {**standard, **self.cameras}.items() if key}
 
     def camera(self, name: str) -> list[str | None]:
-        """The keys that a camera's images may have, mostly one; [None] where there are none."""
-        return self.camera_names[name].split("|") if name in self.camera_names else [None]
+        """The keys from which a camera's images are drawn, usually one; [None] without a key."""
+        names = self.camera_names
+        return names[name].split("|") if name in names else [None]
 
     def camera_keys(self, names: list[str]) -> list[str | None]:
-        """Observation keys of the named cameras, alternatives flattened in order of first use."""
+        """Observation keys of the named cameras, without repetition, in order of first use."""
         return list(dict.fromkeys(key for name in names for key in self.camera(name)))
 
 
-RECIPES = TypeAdapter(dict[str, Recipe])  # what `datasets:` holds, by the datasets' names
+RECIPES = TypeAdapter(dict[str, Recipe])  # {dataset: recipe}, the value of `datasets:`
 
 
 class TrainConfig(BaseModel):
-    """Every knob. Names are OpenVLA's where it has the knob; defaults are OpenVLA's where it has one."""
+    """Every key of the YAML. Names and defaults are OpenVLA's for all keys that OpenVLA has."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    vla_id: Name = "vla"  # name of the experiment; the run's directory begins with it
+    vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
 
-    # model: begin with a VLM or VLA (see weights.py), which also sets what is left unsaid of its shape ...
+    # model: start from a VLM or VLA (see weights.py), which sets the keys that are missing here ...
     base_vlm: str | None = None  # Prismatic id, directory or hub id
-    hf_token: str | None = None  # file or environment variable with a Hugging Face token; else HF_TOKEN
-    # ... or with weights of this shape, random or, but for the projector, from timm and the hub
-    pretrained_backbones: bool = False
+    hf_token: str | None = None  # file or environment variable with a Hugging Face token
+    # ... or define a new model of this shape
+    pretrained_backbones: bool = False  # weights from timm and the hub; the projector is random
     vision_backbone: dict[str, dict] = {}  # one or two: {name: {model: timm name, ...}}
     llm_backbone: dict | str = {}  # a transformers config, or directory or hub id
     tokenizer: str = ""  # directory or hub id
-    add_action_tokens: bool = False  # append 256 ids instead of taking over the vocabulary's last 256
+    add_action_tokens: bool = False  # append 256 ids instead of reusing the vocabulary's last 256
     arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
-    # how the language model is asked: a key of action_tokenizer.PROMPTS
+    # how the prompt is written: a key of action_tokenizer.PROMPTS
     prompt_style: Literal["pure", "vicuna_v15", "llama2_chat", "mistral_instruct", "phi"] = "pure"
     image_size: Positive = 224  # pixels; images are resized to a square
-    # when acting; OpenVLA's are the last three
-    image_resize_strategy: Literal["lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
+    # when acting; OpenVLA has the last three
+    image_resize_strategy: Literal[
+        "lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
     max_length: Positive = 2048  # most text tokens in a sample, with its action; more are an error
 
-    # what is trained (OpenVLA's four stages; see VLA.freeze)
+    # trained part (OpenVLA's four stages; see VLA.freeze)
     freeze_vision_backbone: bool = False
     freeze_llm_backbone: bool = False
     unfreeze_last_llm_layer: bool = False
-    lora_rank: NotNegative = 0  # train adapters of this rank beside what is not frozen (lora.py); 0: itself
-    lora_alpha: AboveZero = 16.0  # an adapter's share is alpha / rank. OpenVLA: rank 32, and min(rank, 16)
+    lora_rank: NotNegative = 0  # train adapters of this rank instead of matrices (lora.py); 0: off
+    # adapters are scaled by alpha / rank. OpenVLA: rank 32, alpha min(rank, 16)
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     frozen_weights: Literal["int8"] | None = None  # keep frozen matrices in 8 bits (int8.py)
 
     # data
     data_root_dir: str = "datasets/open-x-embodiment"  # the folder with the datasets' folders
-    data_mix: str | dict[str, float] = "bridge"  # mixture or dataset by name, or {dataset: weight}
-    balance_weights: bool = True  # shares are weight x frames, as OpenVLA's; false: weights are the shares
-    datasets: Annotated[dict[str, Recipe], BeforeValidator(RECIPES.validate_python)] = {}  # your own
-    cameras: Annotated[list[str], Field(min_length=1)] = ["primary"]  # names of recipes' cameras, in order
+    data_mix: str | dict[str, float] = "bridge"  # a mixture, a dataset, or {dataset: weight}
+    balance_weights: bool = True  # shares are weight x frames, as in OpenVLA; false: weight only
+    # recipes of your own datasets
+    datasets: Annotated[dict[str, Recipe], BeforeValidator(RECIPES.validate_python)] = {}
+    cameras: Annotated[list[str], Field(min_length=1)] = ["primary"]  # names in the recipes
     use_proprio: bool = False  # show the robot's state to the model
-    window_size: Positive = 1  # how many frames the model sees: this one and the ones before
-    action_chunk: Positive = 1  # how many steps it predicts: this one and the ones after
-    parallel_decoding: bool = False  # predict a chunk's tokens all at once instead of one after the other
-    max_prefix: NotNegative = 0  # parallel_decoding: up to so many steps of a chunk may be given as known
+    window_size: Positive = 1  # frames that the model sees: this one and the ones before
+    action_chunk: Positive = 1  # steps that it predicts: this one and the ones after
+    parallel_decoding: bool = False  # predict all tokens of a chunk at once, not one after another
+    max_prefix: NotNegative = 0  # parallel_decoding: up to this many steps of a chunk may be given
     action_normalization: Literal["bounds_q99", "bounds", "normal"] = "bounds_q99"
-    image_aug: bool = False  # random crop and colours, as OpenVLA
-    skip_bad_episodes: bool = False  # leave out (and count) broken episodes; damaged files always stop
-    index_dir: str | None = None  # where frame tables go; default: beside each dataset
+    image_aug: bool = False  # random crop and colours, as in OpenVLA
+    skip_bad_episodes: bool = False  # skip (and count) broken episodes; damaged files stop
+    index_dir: str | None = None  # folder of the frame tables; default: beside each dataset
     num_workers: NotNegative = 4  # DataLoader processes per rank
 
     # optimisation
-    epochs: Positive = 1000  # ends the run unless max_steps does
+    epochs: Positive = 1000  # length of the run, unless max_steps is set
     max_steps: Positive | None = None  # overrides epochs
-    expected_world_size: int | None = None  # refuse to start on another number of GPUs; default: any
-    global_batch_size: Positive = 256  # samples per optimizer step, whatever the number of GPUs
-    per_device_batch_size: Positive = 32  # samples a GPU takes at a time; accumulation follows from the two
+    expected_world_size: int | None = None  # required number of GPUs; default: any
+    global_batch_size: Positive = 256  # samples per optimizer step, on all GPUs together
+    per_device_batch_size: Positive = 32  # samples per GPU at a time; gradients are accumulated
     learning_rate: Rate = 2e-5
-    weight_decay: Rate = 0.0  # not on biases and norms
+    weight_decay: Rate = 0.0  # not applied to biases and norms
     max_grad_norm: Rate = 1.0
     lr_scheduler_type: Literal["constant", "linear-warmup+cosine-decay"] = "constant"
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 7
-    compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps; needs a schedule
+    seed: int = 7
+    compile: bool = False  # torch.compile each transformer block: takes a minute, then faster
 
-    # run
+    # run. An interval of 0 means: only at the end
     run_root_dir: str = "runs"
-    run_id: Name | None = None  # name of the run's directory; default: made of vla_id, nodes, batch and seed
-    run_id_note: Name | None = None  # appended to it
-    pretrained_checkpoint: str | None = None  # begin with it, unless the run has one of its own
-    is_resume: bool = True  # continue its training (step, optimizer, data); false: take its weights alone
-    resume_step: int | None = None  # refuse to start if it is not of this step
-    resume_epoch: int | None = None  # or epoch
-    save_interval: NotNegative = 2500  # steps between checkpoints; 0: none unless the run is preempted
-    keep_checkpoints: NotNegative = 2  # the newest ones; 0 keeps all
-    on_save_error: Literal["stop", "continue"] = "stop"  # a full disk ends the run, or is a warning
-    log_interval: Positive = 10  # steps between lines of the log
-    eval_interval: NotNegative = 500  # steps between evaluations on held-out episodes; 0: only at the end
-    eval_samples: Positive = 1024  # how many held-out frames to evaluate on
+    run_id: str | None = None  # the run's directory; default: from vla_id, nodes, batch and seed
+    run_id_note: str | None = None  # appended to it
+    pretrained_checkpoint: str | None = None  # start from it, unless the run has its own
+    is_resume: bool = True  # continue its training (step, optimizer, data); false: only its weights
+    resume_step: int | None = None  # required step of that checkpoint
+    resume_epoch: int | None = None  # required epoch of it
+    save_interval: NotNegative = 2500  # steps between checkpoints
+    # number of newest checkpoints to keep; 0: all; none: save no checkpoint, not even the last
+    keep_checkpoints: NotNegative | Literal["none"] = 2
+    on_save_error: Literal["stop", "continue"] = "stop"  # continue: only warn
+    log_interval: NotNegative = 10  # steps between lines of the log
+    eval_interval: NotNegative = 500  # steps between evaluations on held-out episodes
+    eval_samples: Positive = 1024  # held-out frames to evaluate on
 
-    # filled in from the data when training starts, and kept with the run
+    # filled in from the data when training starts, and saved with the run
     action_dim: int = 0
     proprio_dim: int = 0
     features: dict[str, dict[str, int]] = {}  # of your own datasets: {feature: numbers in a step}
 
     @property
     def rests_on_base(self) -> bool:
-        """Do checkpoints hold only what was trained, and need what the training began with?"""
+        """Whether checkpoints hold only the trained part and need the weights it started from."""
         return bool(self.lora_rank or self.frozen_weights)
 
 
-FILLED_IN = ("action_dim", "proprio_dim", "features")  # the last three
+FILLED_IN = ("action_dim", "proprio_dim", "features")  # the last three keys
 
 
-# ---- Reading it --------------------------------------------------------------------------------------------
+# ---- Reading the YAML --------------------------------------------------------------------------
 
 
 class Loader(yaml.CSafeLoader):
-    """YAML in which 2e-5 is a number, and no key may stand twice."""
+    """YAML that reads 2e-5 as a number and rejects duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} stands there twice",
-                                       problem_mark=node.start_mark)
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {name!r}",
+                                           problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
-    def construct_object(self, node, deep=False):
-        if node.tag.endswith((":int", ":float")) and re.match(r"[-+]?0[\d_]|.*:", node.value):
-            raise yaml.MarkedYAMLError(problem=f"{node.value} is another number in YAML (010 is 8, 1:30 is "
-                                       "90): write it without leading zeros and colons",
-                                       problem_mark=node.start_mark)
-        return super().construct_object(node, deep)
 
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-                             list("-+.0123456789"))
+SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
 
 
 def load_yaml(text: str, source: str):
-    """YAML -> its value. Raises UserError."""
+    """YAML -> its value. Raises UserError naming the source."""
     try:
         return yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"{source}: line {error.problem_mark.line + 1}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # characters that YAML, or dates that the calendar has not
-        raise UserError(f"{source}: {str(error).partition(chr(10))[0]}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
+        raise UserError(f"{source}: {one_line(error)}") from error
 
 
 def load_table(name: str) -> dict:
@@ -215,145 +218,183 @@ def load_table(name: str) -> dict:
     return load_yaml(path.read_text(), str(path))
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple = ()) -> TrainConfig:
-    """A YAML file, on top of the one it `inherits` from, with "key=value" overrides. Raises UserError."""
+def read_yaml(path: Path) -> dict[str, object]:
+    """The values of a YAML file, on top of those of the file that it `inherits` from."""
+    values = load_yaml(path.read_text(), str(path)) or {}
+    parent = values.pop("inherits", None)
+    if parent is None:
+        return values
+    return read_yaml(path.parent / expand(parent)) | values
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read a YAML file; overrides are "key=value". Raises UserError."""
     values = read_yaml(Path(path))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected key=value")
-        values[key] = load_yaml(value, f"--set {text}"), "--set"
+        values[key] = load_yaml(value, f"--set {text}")
+    for key, locate in PATHS.items():
+        if isinstance(values.get(key), str):
+            values[key] = locate(values[key])
     try:
-        for key, locate in PATHS.items():
-            if isinstance(values.get(key, (None,))[0], str):
-                values[key] = locate(values[key][0]), values[key][1]
-        cfg = TrainConfig(**{key: value for key, (value, _) in values.items()})
-        begun = any(run_directory(cfg).glob("checkpoints/step-*"))  # then it needs nothing but its data
-        for key in cfg.model_fields_set & ({"data_root_dir"} if begun else PATHS.keys()):
-            if PATHS[key] is find_input and isinstance(value := getattr(cfg, key), str):
-                refuse_missing(value)
+        cfg = TrainConfig.model_validate(values)
     except ValidationError as error:
-        _, source = values.get(error.errors()[0]["loc"][0], (None, path))
-        raise UserError(f"{source}: {first_problem(error)}") from None
-    except UserError as error:
-        raise UserError(f"{values.get(key, (None, path))[1]}: {key}: {error}") from None
+        raise UserError(f"{path}: {first_problem(error)}") from None
     for problem in find_conflicts(cfg):
         raise UserError(f"{path}: {problem}")
     return cfg
 
 
-def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, tuple[object, str]]:
-    """{key: (value, the file it stands in)}, the parent's first. heirs: the files that inherit from this."""
-    if path in heirs:
-        raise UserError(f"{path}: inherits from itself, by way of {', '.join(map(str, heirs))}")
-    try:
-        values = load_yaml(path.read_text(), str(path)) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines")
-    if odd := [key for key in values if not isinstance(key, str)]:  # YAML reads on, no and 1 as values
-        raise UserError(f"{path}: the key {odd[0]!r} is no name of a key")
-    parent = values.pop("inherits", None)
-    inherited = read_yaml(path.parent / expand(str(parent)), (*heirs, path)) if parent else {}
-    return inherited | {key: (value, str(path)) for key, value in values.items()}
-
-
 def find_conflicts(cfg: TrainConfig) -> Iterator[str]:
-    """What cannot work although each value by itself could."""
-    begins_with = cfg.base_vlm or cfg.pretrained_checkpoint
-    for key in ("vision_backbone", "llm_backbone", "tokenizer"):
-        if not (getattr(cfg, key) or begins_with):
-            yield f"{key} is missing: the model needs it, or a base_vlm to take it from"
-    for name, tower in cfg.vision_backbone.items():
-        if "model" not in tower:
-            yield f"vision_backbone: {name}: {tower!r} is not like {{model: name of a timm ViT}}"
-        if not name.isidentifier():
-            yield f"vision_backbone: {name!r}: call the tower by letters, digits and _"
-    if cfg.rests_on_base and not begins_with:
-        yield "lora_rank and frozen_weights: int8 need trained weights to rest on: set base_vlm"
-    if cfg.frozen_weights and not (cfg.lora_rank or cfg.freeze_vision_backbone or cfg.freeze_llm_backbone):
-        yield "frozen_weights: nothing is frozen: set lora_rank, or freeze something"
+    """Combinations of valid values that would fail late or have no effect."""
+    start = cfg.base_vlm or cfg.pretrained_checkpoint
+    new_model = cfg.vision_backbone and cfg.llm_backbone and cfg.tokenizer
+    if not (start or new_model):
+        yield "no model: set base_vlm, or vision_backbone, llm_backbone and tokenizer"
+    if cfg.rests_on_base and not start:
+        yield "lora_rank and frozen_weights need trained weights: set base_vlm"
+    if cfg.frozen_weights and not (
+            cfg.lora_rank or cfg.freeze_vision_backbone or cfg.freeze_llm_backbone):
+        yield "frozen_weights: nothing is frozen: set lora_rank or freeze_llm_backbone"
     if cfg.max_prefix and not (cfg.parallel_decoding and cfg.max_prefix < cfg.action_chunk):
-        yield f"max_prefix: {cfg.max_prefix}: needs parallel_decoding, and an action_chunk that is longer"
-    if cfg.pretrained_backbones and not isinstance(cfg.llm_backbone, str):
-        yield "pretrained_backbones: llm_backbone must be a directory or hub id, to take its weights from"
-    if cfg.pretrained_backbones and (cfg.base_vlm or (begins_with and not cfg.is_resume)):
-        yield f"pretrained_backbones: these are other weights than those of {begins_with}: remove one key"
+        yield f"max_prefix {cfg.max_prefix}: needs parallel_decoding and a longer action_chunk"
+    if cfg.pretrained_backbones and (cfg.base_vlm or (start and not cfg.is_resume)):
+        yield f"pretrained_backbones would replace the weights of {start}: remove one of them"
+    if cfg.warmup_ratio and cfg.lr_scheduler_type == "constant":
+        yield ("warmup_ratio has no effect with a constant learning rate: "
+               "set lr_scheduler_type: linear-warmup+cosine-decay")
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, in a line: key, value, what is expected."""
-    found = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the branch nearest to fit
-    *place, name = [str(part) for part in found["loc"] if isinstance(part, str)] or [""]
-    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = [part.name for part in fields(Recipe)] if place else [*TrainConfig.model_fields]
-        return "".join(f"{part}: " for part in place) + f"unknown key {name!r}{nearest(name, known)}"
-    place = [*place, name][: 3 if place[:1] == ["datasets"] else 1]  # then come branches of its type
-    message = found["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"{'.'.join(place)}: {found['input']!r}: {message}"
+    """One line for pydantic's first problem: key, value and what is expected."""
+    # the deepest: of a union's alternatives the one that fits best
+    problem = max(error.errors(), key=lambda problem: len(problem["loc"]))
+    place = [str(part) for part in problem["loc"] if isinstance(part, str)]
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        *section, name = place
+        known = [part.name for part in fields(Recipe)] if section else TrainConfig.model_fields
+        return f"{'.'.join(place)}: unknown key{nearest(name, known)}"
+    return f"{'.'.join(place)}: {problem['input']!r}: {problem['msg']}"
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
 
 
 def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str:
-    """"; did you mean 'seed'?" for a name that is like a known one."""
-    return "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(name, known, 1, alike))
+    """"; did you mean 'seed'?" if `name` resembles a known name, else ""."""
+    close = difflib.get_close_matches(name, known, 1, alike)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# ---- Paths -------------------------------------------------------------------------------------------------
+# ---- The JSON and the command line -------------------------------------------------------------
+
+
+def load_ds_config(path: str | Path) -> dict:
+    """Read a DeepSpeed JSON (as YAML, which includes JSON and names the line of a mistake).
+
+    Raises UserError for keys that DeepSpeed ignores silently, that the YAML sets, or that make
+    checkpoints wrong (configs/tables/deepspeed_json.yaml), and for optimizers other than AdamW.
+    zero.check_json lets DeepSpeed check the rest.
+    """
+    ds_config = load_yaml(Path(path).read_text(), f"--deepspeed_config {path}")
+    table = load_table("deepspeed_json")
+    for key, value in walk(ds_config):
+        section, _, name = key.rpartition(".")
+        known = table["known"].get(section)
+        if key in table["refused"]:
+            if value is not False:
+                raise UserError(f"{path}: remove {key}: {table['refused'][key]}")
+        elif known is not None and name not in known:
+            raise UserError(f"{path}: {key}: unknown key{nearest(name, known)}")
+        if value == "auto":  # {"enabled": "auto"} would be off
+            raise UserError(f'{path}: {key}: only Hugging Face\'s Trainer fills in "auto": '
+                            "set a value, or remove the key")
+    if str(ds_config.get("optimizer", {}).get("type")).lower() not in ("adam", "adamw"):
+        raise UserError(f'{path}: optimizer: checkpoints hold Adam\'s moments: set "type": "AdamW"')
+    return ds_config
+
+
+def walk(section: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """{"a": {"b": 1}} -> ("a", {"b": 1}), ("a.b", 1)."""
+    for key, value in section.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from walk(value, f"{prefix}{key}.")
+
+
+def parse_command_line(description: str) -> tuple[TrainConfig, dict]:
+    """The files that the command line names, read and checked; also sets this process's rank.
+
+    description: the program's docstring. Raises UserError.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--config", required=True, help="YAML file of the training")
+    parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json",
+                        help="DeepSpeed JSON: how it is sharded")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
+                        help="override keys of the YAML")
+    # launchers pass it in two spellings; we read LOCAL_RANK from the environment
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    set_rank_env()
+    cfg = load_config(find_input(args.config), args.set)
+    ds_config = load_ds_config(find_input(args.deepspeed_config))
+    if cfg.frozen_weights and ds_config.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError("frozen_weights: ZeRO-3 cannot shard 8-bit weights: use zero2.json")
+    return cfg, ds_config
+
+
+# ---- Paths -------------------------------------------------------------------------------------
 
 
 def expand(path: str) -> str:
-    """`~` and `$VARIABLE` as a shell expands them. Raises UserError."""
+    """Expand `~` and `$VARIABLE` as a shell does. Raises UserError for an unset variable."""
     expanded = os.path.expanduser(os.path.expandvars(path))
-    if unset := re.search(r"\$\w+|\$\{\w+\}", expanded):
-        raise UserError(f"{path!r}: the environment has no variable {unset[0]}")
+    unset = re.search(r"\$\w+|\$\{\w+\}", expanded)
+    if unset:  # a folder of this name would be created
+        raise UserError(f"{path!r}: the environment variable {unset[0]} is not set")
     return expanded
 
 
 def find_input(path: str) -> str:
-    """A path that is read: as seen from the current folder or, failing that, from the project's. What is in
-    neither stays as it is. Raises UserError."""
+    """A path to read, relative to the current folder or the project; unchanged if in neither."""
     path = expand(path)
-    here = not path or os.path.exists(path)  # "": none
-    return path if here or not (PROJECT / path).exists() else str(PROJECT / path)
+    in_project = PROJECT / path
+    if not os.path.exists(path) and in_project.exists():
+        return str(in_project)
+    return path
+
+
+PATHS = {"base_vlm": find_input, "llm_backbone": find_input, "tokenizer": find_input,
+         "data_root_dir": find_input, "pretrained_checkpoint": find_input,
+         "run_root_dir": expand, "index_dir": expand, "hf_token": expand}
 
 
 def read_secret(name: str, key: str) -> str:
-    """What a file or an environment variable of this name holds. Raises UserError."""
-    if name not in os.environ and not Path(name).is_file():
-        raise UserError(f"{key}: {name!r} is neither a file nor an environment variable")
+    """The content of an environment variable or file. Raises UserError naming `key`."""
+    if name in os.environ:
+        return os.environ[name].strip()
     try:
-        return (os.environ[name] if name in os.environ else Path(name).read_text()).strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{key}: the file {name!r} holds no text") from None
-
-
-PATHS = {**dict.fromkeys(["base_vlm", "llm_backbone", "tokenizer", "data_root_dir", "pretrained_checkpoint"],
-                         find_input), **dict.fromkeys(["run_root_dir", "index_dir", "hf_token"], expand)}
-
-
-def refuse_missing(path: str) -> None:
-    """Raise UserError for what looks like a path and not like an id (owner/name), and is not there."""
-    no_id = re.search(r"^[./~]|/.*(/|--|[^\w.-])", path)
-    folder = "/" in path and any((root / path).parent.is_dir() for root in (Path(), PROJECT))
-    if not os.path.exists(path) and (no_id or folder):
-        raise UserError(f"{path!r}: there is no such file or folder here or in {PROJECT}")
+        return Path(name).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {name!r} is not an environment variable or text file") from error
 
 
 @functools.cache
 def out_of_reach(name: str) -> bool:
-    """Is `name` an id, and the hub does not answer? (Its client would try for minutes.) Raises UserError for
-    a path that is not there."""
-    from huggingface_hub import constants
+    """Whether `name` is not a path and the hub does not answer (its client retries for minutes)."""
+    from huggingface_hub import constants  # here: importing it takes a moment
 
-    refuse_missing(name)
-    if os.path.exists(name) or constants.HF_HUB_OFFLINE or os.environ.get("HTTPS_PROXY"):
-        return not os.path.exists(name) and constants.HF_HUB_OFFLINE
+    if os.path.exists(name):
+        return False
+    if constants.HF_HUB_OFFLINE:
+        return True
+    if urllib.request.getproxies().keys() - {"no"}:  # only the client can ask through a proxy
+        return False
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((hub.hostname, hub.port or hub.scheme), timeout=3).close()
@@ -362,49 +403,49 @@ def out_of_reach(name: str) -> bool:
     return False
 
 
-# ---- The job -----------------------------------------------------------------------------------------------
+# ---- The job -----------------------------------------------------------------------------------
+
 
 def set_rank_env(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let the environment say in PyTorch's words which rank of which job this process is. deepspeed and
-    torchrun say it so, others in words of their own; plain python is a job of one. Raises UserError."""
-    for name in {*PLACE, "MASTER_ADDR"} & {name for name, value in environ.items() if not value}:
-        del environ[name]  # empty: unsaid
+    """Set PyTorch's variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    deepspeed and torchrun set them already; other launchers use their own names (configs/tables/
+    launchers.yaml); plain python is a job of one rank. Raises UserError.
+    """
     for names in load_table("launchers").values():
-        if "RANK" not in environ and environ.get(names["WORLD_SIZE"], "1") != "1":
-            for ours, name in names.items():
-                if name in environ:  # "8(x2)" is how SLURM says 8 on each of two machines
-                    environ[ours] = environ[name].partition("(")[0]
-            if environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
-                environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "RANK" in environ or environ.get(names["WORLD_SIZE"], "1") == "1":
+            continue
+        for ours, theirs in names.items():
+            if theirs in environ:  # SLURM writes "8(x2)" for 8 on each of two machines
+                environ[ours] = environ[theirs].partition("(")[0]
+        if environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
+            environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "RANK" not in environ:
         environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        environ.setdefault("MASTER_PORT", "0")  # any free one
-    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR") if name not in environ]:
-        raise UserError(f"the environment has RANK {environ['RANK']} but no {' and no '.join(missing)}: set "
-                        "these, too, or start the job with deepspeed or torchrun")
+        environ.setdefault("MASTER_PORT", "0")  # any free port
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        if name not in environ:  # DeepSpeed would only report that mpi4py is missing
+            raise UserError(f"RANK is set, {name} is not: set it, or use deepspeed or torchrun")
     environ.setdefault("MASTER_PORT", "29500")
-    environ.setdefault("LOCAL_RANK", "0")  # one process in each container
-    for name, (least, most) in PLACE.items():
-        most = int(environ["WORLD_SIZE"]) - 1 if most is None else most
-        if name in environ and not (environ[name].isdecimal() and least <= int(environ[name]) <= most):
-            raise UserError(f"the environment says {name} {environ[name]}, which must be {least} to {most}: "
-                            "set it right, or start the job with deepspeed or torchrun")
-
-
-# the least and the most that a launcher can say; None: below WORLD_SIZE
-PLACE = {**dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"], (1, 1 << 20)),
-         **dict.fromkeys(["RANK", "LOCAL_RANK"], (0, None)), "MASTER_PORT": (0, 65535)}
+    environ.setdefault("LOCAL_RANK", "0")  # one process per container
 
 
 def ranks_here() -> int:
-    """How many of the job's ranks this machine runs; torchrun and deepspeed have a word each for it."""
-    environ = os.environ
-    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE") or 1)
+    """Number of the job's ranks on this machine: torchrun and deepspeed have a variable each."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
 
 
 def run_directory(cfg: TrainConfig) -> Path:
-    """Where a run lives; its name is made as OpenVLA makes it."""
-    nodes = -(-int(os.environ.get("WORLD_SIZE") or 1) // ranks_here())
-    name = cfg.run_id or f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
-    name += f"--{cfg.run_id_note}" if cfg.run_id_note else ""
-    return Path(cfg.run_root_dir) / (name + "--image_aug" * cfg.image_aug)
+    """The run's directory, named by OpenVLA's rule."""
+    name = cfg.run_id
+    if not name:
+        nodes = -(-int(os.environ.get("WORLD_SIZE", 1)) // ranks_here())
+        name = f"{cfg.vla_id}+n{nodes}+b{cfg.per_device_batch_size}+x{cfg.seed}"
+    if cfg.run_id_note:
+        name += f"--{cfg.run_id_note}"
+    if cfg.image_aug:
+        name += "--image_aug"
+    return Path(cfg.run_root_dir) / name

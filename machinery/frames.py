@@ -197,6 +197,19 @@ def index(job: dict) -> None:
         raise DataError(done.stdout.strip() or "rlds.py was ended: see above; was there enough memory?")
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # see ranks.Preemption
+
+
 def end_with_parent() -> None:
     """Call it in a child process: it will be killed with its parent, and not wait for work for ever."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def follow_rank(worker: int) -> None:
+    """For DataLoader workers: ignore signals to the job, and end at once with the rank.
+
+    A worker that outlived its rank would keep the rank's connections open.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()

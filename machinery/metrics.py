@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from data import Mixture, TrainBatches, make_loader, to_device
 from machinery.config import TrainConfig
+from machinery.ranks import next_batch
 
 
 class Metrics:
@@ -30,10 +31,10 @@ class Metrics:
         self.started = time.perf_counter()
         self.data_seconds = 0.0
 
-    def timed(self, loader) -> dict:
-        """The next batch; counts how long it took to arrive."""
+    def timed(self, loader, step: int) -> dict:
+        """The next batch, for this step. Counts how long it took to arrive."""
         asked = time.perf_counter()
-        batch = next(loader)
+        batch = next_batch(loader, step)
         self.data_seconds += time.perf_counter() - asked
         return batch
 
@@ -75,7 +76,7 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) -> dict:
+def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray, step: int) -> dict:
     """Loss, accuracy and L1 on held-out frames, always the same ones.
 
     baseline (T,): the most frequent id of each action token in training. Its accuracy comes along:
@@ -91,7 +92,9 @@ def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) 
     constant = torch.from_numpy(baseline).to(engine.device)
     guessed = torch.zeros(2, device=engine.device)  # correct, all
     engine.eval()
-    for batch in make_loader(batches, cfg.num_workers, numbers):
+    loader = make_loader(batches, cfg.num_workers, numbers)
+    for _ in numbers:
+        batch = next_batch(loader, step)
         loss, predicted, true = engine(**to_device(batch, engine.device))
         metrics.add(loss, predicted, true, batch["dataset"])
         guessed[0] += (true == constant).sum()
