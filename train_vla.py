@@ -8,6 +8,7 @@ checkpoint. Also starts under torchrun, or as plain `python train_vla.py ...` on
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -47,7 +48,6 @@ from machinery.zero import (
     check_json,
     describe_parameters,
     gather_per_block,
-    optimizer_step,
     set_learning_rate,
     set_tensors,
 )
@@ -92,7 +92,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
                 losses.append(loss.detach())
                 metrics.add(loss, predicted, true, batch["dataset"])
                 # only after the last of them: average, clip, AdamW on float32 weights, copy to bf16
-                grad_norm = optimizer_step(engine)
+                engine.step()
 
         last, stop = done == total_steps, preemption.requested()
         save = stop or (cfg.save_interval and (last or done % cfg.save_interval == 0))
@@ -100,7 +100,7 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
         # a step is skipped when its gradients are not finite; then training ends below
         if save or look or last or done % cfg.log_interval == 0 or engine.skipped_steps:
             values = {"epoch": done * cfg.global_batch_size // mixture.epoch_length, "learning_rate": lr,
-                      "grad_norm": float(grad_norm), **metrics.read(cfg, total_steps - done)}
+                      "grad_norm": float(engine.get_global_grad_norm()), **metrics.read(cfg, total_steps - done)}
             values |= utilisation(engine.module, batch, values["samples_per_second"])
             run.metrics(done, values)
             stop_if_not_finite(values, losses, done, dataset)
@@ -208,11 +208,16 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         gather_per_block([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
     run.line(memory_needed(vla, ds_config))
     # DeepSpeed makes the optimizer that the JSON names, over float32 copies of what is trained
-    with contextlib.redirect_stdout(None):  # and would print 18 lines on memory: the lines above say it
+    # DeepSpeed would print 18 lines on memory. Building its AdamW for CPUs needs a stdout that flushes
+    with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=vla, config=ds_config,
                                           model_parameters=parameter_groups(vla, cfg.weight_decay))
-    for note in adapt(engine):
-        run.line(note)
+    adapt(engine)
+    if cfg.zero_speed:
+        from machinery import zero_speed  # nothing else imports it
+
+        for note in zero_speed.apply(engine):
+            run.line(note)
     count, trainable = vla.count_parameters()
     run.line(f"model {trained_parts} parameters {count / 1e6:.3f}M trainable {trainable / 1e6:.3f}M "
              f"zero_stage {engine.zero_optimization_stage()} ranks {dist.get_world_size()} "

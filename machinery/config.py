@@ -144,6 +144,7 @@ class TrainConfig(BaseModel):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 7
     compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
+    zero_speed: bool = True  # replace parts of DeepSpeed's ZeRO-2 and 3 by faster ones; false: none
 
     # run
     run_root_dir: str = "runs"

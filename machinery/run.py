@@ -48,7 +48,7 @@ from model import VLA
 # what a run may change when it continues; everything else would give its weights another meaning
 MAY_CHANGE = """vla_id hf_token max_length data_root_dir index_dir num_workers epochs max_steps
     expected_world_size per_device_batch_size learning_rate weight_decay max_grad_norm lr_scheduler_type
-    warmup_ratio compile run_root_dir run_id run_id_note resume_step resume_epoch save_interval
+    warmup_ratio compile zero_speed run_root_dir run_id run_id_note resume_step resume_epoch save_interval
     keep_checkpoints on_save_error log_interval eval_interval eval_samples action_dim proprio_dim
     features""".split()
 MEANING = "lora_alpha add_action_tokens prompt_style action_normalization cameras window_size".split()
