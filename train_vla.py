@@ -34,8 +34,8 @@ from machinery.metrics import Metrics, evaluate
 from machinery.ranks import Preemption, patient_group, run_job, stop_if_not_finite
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
-from machinery.zero import (adapt, build_sharded, check_json, gather_per_block, gradient_norm,
-                            parameter_groups, set_learning_rate, set_tensors, with_yaml_values)
+from machinery.zero import (adapt, build_sharded, check_json, gather_per_block, parameter_groups,
+                            set_learning_rate, set_tensors, with_yaml_values)
 from model import VLA
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
         log_now = save_now or evaluate_now or due(cfg.log_interval, done, last)
         if log_now or engine.skipped_steps:  # DeepSpeed skips a step with infinite gradients
             values = {"epoch": done * cfg.global_batch_size // mixture.epoch_length,
-                      "learning_rate": lr, "grad_norm": float(gradient_norm(engine)),
+                      "learning_rate": lr, "grad_norm": float(engine.get_global_grad_norm()),
                       **metrics.average(cfg, total_steps - done)}  # here the host waits for the GPU
             values |= utilization(engine.module, batch, values["samples_per_second"])
             run.metrics(done, values)
@@ -144,11 +144,15 @@ def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     ds_config = with_yaml_values(ds_config, cfg, accumulation_steps(cfg, dist.get_world_size()))
     vla = build_model(cfg, ds_config, tokenizer, weights, run)
     # AdamW works on float32 copies of the trained parameters; under ZeRO each rank keeps a share
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints 18 lines about memory
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints 18 lines about memory
         engine, *_ = deepspeed.initialize(model=vla, config=ds_config,
                                           model_parameters=parameter_groups(vla, cfg.weight_decay))
-    for note in adapt(engine):
-        run.line(note)
+    adapt(engine)
+    if cfg.zero_speed:
+        from machinery import zero_speed  # faster parts for ZeRO-2 and 3; nothing else imports it
+
+        for note in zero_speed.apply(engine):
+            run.line(note)
     load_weights(engine, cfg, weights, run)
     return engine
 

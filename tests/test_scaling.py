@@ -42,7 +42,6 @@ def counted(root, json_name, steps):
         entry[f"count{steps}-{json_name}"]["ds_config"]["zero_optimization"] |= {
             "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0}
-        entry[f"count{steps}-{json_name}"]["ahead"] = 0
     return entry
 
 
