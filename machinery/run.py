@@ -38,7 +38,7 @@ from machinery.checkpoint import (
 )
 from machinery.command_line import walk
 from machinery.config import TrainConfig, UserError, ranks_here, run_directory
-from machinery.frames import take_lock
+from machinery.files import take_lock
 from machinery.images import contact_sheet
 from machinery.lora import linear_layers
 from machinery.ranks import LESS_MEMORY

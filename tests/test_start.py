@@ -35,7 +35,7 @@ from data import Mixture
 from machinery import config
 from machinery.checkpoint import CheckpointError
 from machinery.config import TrainConfig, UserError, set_rank_env
-from machinery.frames import take_lock
+from machinery.files import take_lock
 from machinery.towers import build_tower
 from machinery.weights import open_weights
 from model import VLA
