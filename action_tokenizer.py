@@ -21,8 +21,8 @@ from collections.abc import Mapping
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from machinery.backbones import open_tokenizer
 from machinery.config import UserError, load_table
-from machinery.llm import open_tokenizer
 
 PROMPTS = load_table("prismatic")["prompts"]  # how a base model was taught to be asked; `pure` is above
 

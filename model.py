@@ -6,7 +6,7 @@
 
 Read VLA.forward first: that is the whole model. Parameters are named as in OpenVLA's native checkpoints
 (`vision_backbone.dino_featurizer...`, `projector.projector.0...`, `llm_backbone.llm.model.layers...`). The
-ViT blocks are timm's (towers.py), the decoder layers transformers' (llm.py). How it acts is in act.py.
+ViT blocks are timm's, the decoder layers transformers' (backbones.py). How it acts is in act.py.
 """
 
 import itertools
@@ -20,9 +20,8 @@ from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 from action_tokenizer import ActionTokenizer
+from machinery.backbones import build_llm, build_tower, llm_config, normalize_pixels, round_up
 from machinery.config import TrainConfig, UserError
-from machinery.llm import build_llm, check_llm, llm_config
-from machinery.towers import build_tower, normalize_pixels
 
 
 class VLA(nn.Module):
@@ -49,7 +48,6 @@ class VLA(nn.Module):
         self.num_patches = patches.pop()
         config = llm_config(cfg.llm_backbone, len(tokenizer))
         self.room = getattr(cfg, "max_length", 64) - self.num_action_tokens - 1  # for a prompt, beside </s>
-        check_llm(config, self.sequence_length(self.room), cached=not cfg.parallel_decoding)
         with llm_context or nullcontext():
             self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
         features, hidden = sum(tower.embed_dim for tower in towers.values()), self.llm.config.hidden_size
@@ -152,7 +150,7 @@ class VLA(nn.Module):
     def sequence_length(self, text: int) -> int:
         """How many tokens the language model sees with `text` tokens of a prompt, rounded up to 64."""
         tokens = text + self.num_images * self.num_patches + self.cfg.use_proprio + self.num_action_tokens
-        return -(-tokens // 64) * 64
+        return round_up(tokens)
 
     @property
     def blocks(self) -> list[nn.Module]:
