@@ -20,11 +20,11 @@ from torch import nn
 from transformers import StaticCache
 
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
+from machinery.backbones import cached_forward, make_cache, round_up
 from machinery.checkpoint import CheckpointError
 from machinery.config import TrainConfig, UserError
 from machinery.convention import Convention, convention
 from machinery.images import center_crop, resize_image
-from machinery.llm import cached_forward, make_cache
 from machinery.lora import linear_layers
 from machinery.weights import fill, open_weights, parameters_without_memory
 from model import VLA, take
@@ -206,7 +206,7 @@ class Policy:
         prompts = [[*prompt, *tokens] for prompt, tokens in zip(prompts, known.tolist(), strict=True)]
         longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
         if self.graphs is not None:  # few different shapes, so that few graphs are recorded
-            longest = -(-longest // 32) * 32
+            longest = round_up(longest, 32)
         input_ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         input_ids, lengths, known = (x.to(images.device) for x in (input_ids, lengths, known))

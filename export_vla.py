@@ -27,11 +27,10 @@ from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 from action_tokenizer import load_tokenizer
+from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError
 from machinery.config import TrainConfig, exit_with_one_line
-from machinery.llm import llm_config
 from machinery.lora import ADAPTER
-from machinery.towers import build_tower
 from machinery.weights import (
     LANGUAGE_MODELS,
     PRISMATIC,

@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from action_tokenizer import ActionTokenizer
-from machinery.backbones import build_llm, build_tower, llm_config, normalize_pixels
+from machinery.backbones import (build_llm, build_tower, check_window, llm_config, normalize_pixels,
+                                 round_up)
 from machinery.config import TrainConfig, UserError
 
 
@@ -46,6 +47,7 @@ class VLA(nn.Module):
         self.num_patches = next(iter(towers.values())).patch_embed.num_patches
 
         config = llm_config(cfg.llm_backbone, len(tokenizer))
+        check_window(config, self.sequence_length(num_text=128))  # rarely is a prompt longer
         with llm_context or nullcontext():
             self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
         hidden = config.hidden_size

@@ -10,7 +10,6 @@ images lie, and holds its standardised action. From then on a training sample is
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import io
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from machinery.config import PROJECT, Recipe, UserError
+from machinery.files import take_lock
 
 
 class DataError(UserError):
@@ -171,21 +171,6 @@ def known_bad_episodes(roots: list[Path], listing: list[tuple]) -> dict[str, dic
 def bad_episodes_file(root: Path, listing: list[tuple]) -> Path:
     """Where `data.py --check` keeps what it finds; an index_dir may hold several versions of a dataset."""
     return root / f"bad_episodes-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.json"
-
-
-def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:
-    """Lock a file until it is closed; the system takes the lock back when this process ends, and forked ones
-    do not inherit it. On file systems without locks, None and a warning. Raises BlockingIOError if another
-    process has it and this one should not wait."""
-    file = open(path, "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (BlockingIOError, PermissionError) as error:
-        raise BlockingIOError(str(error)) from error
-    except OSError as error:
-        print(f"warning: {path}: cannot be locked ({error}): start one job at a time", file=sys.stderr)
-        return None
-    return file
 
 
 def index(job: dict) -> None:

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from action_tokenizer import load_tokenizer
+from machinery.backbones import llm_config, round_up
 from machinery.checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
 from machinery.config import (
     TrainConfig,
@@ -41,7 +42,6 @@ from machinery.config import (
     read_secret,
 )
 from machinery.int8 import shrink
-from machinery.llm import llm_config
 from machinery.lora import merged
 from model import VLA
 
@@ -301,7 +301,7 @@ def safetensors_files(path: Path) -> list[SafetensorsFile]:
 def open_language_model(where: str, num_tokens: int) -> Weights:
     """A plain causal language model's own weights, by directory or hub id, for a vocabulary of num_tokens
     (rounded up to a multiple of 64): new rows are drawn as its initialisation would."""
-    rows, tensors = -(-num_tokens // 64) * 64, Tensors(where)
+    rows, tensors = round_up(num_tokens), Tensors(where)
 
     def extended(file: SafetensorsFile, key: str, start: int, stop: int) -> torch.Tensor:
         shape, fixed = file.shapes[key], torch.Generator().manual_seed(0)

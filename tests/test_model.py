@@ -284,15 +284,6 @@ def test_no_action_from_what_was_never_seen_in_training():
             tiny_policy(use_proprio=True).predict_action(image, "push", proprio=state)
 
 
-def test_parts_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"timm makes no plain ViT of 'vit_nowhere' .*: Unknown model"):
-        tiny_model(vision_backbone={"a": {"model": "vit_nowhere"}})
-    with pytest.raises(ValueError, match="'resnet18'"):
-        tiny_model(vision_backbone={"a": {"model": "resnet18"}})
-    with pytest.raises(ValueError, match="gpt2 has no decoder blocks in `layers`"):
-        tiny_model(llm_backbone={"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2})
-
-
 def test_dropout_is_off_whatever_the_language_models_config_says():
     vla = tiny_model(llm_backbone={**TINY["llm_backbone"], "attention_dropout": 0.5}).train()
     images = torch.randint(0, 256, (1, 1, 28, 28, 3), dtype=torch.uint8)
@@ -326,18 +317,9 @@ def test_decay_spares_biases_and_norms():
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
-def test_other_language_models_fit():
-    for family in ("mistral", "qwen2"):
-        llm = {**TINY["llm_backbone"], "model_type": family, "num_key_value_heads": 2}
-        policy = tiny_policy(llm_backbone=llm)
-        assert policy.predict_action(np.zeros((28, 28, 3), np.uint8), "push").shape == (4,)
-
-
 def test_unknown_projector_is_explained():
     with pytest.raises(ValueError, match="choose linear, gelu-mlp or fused-gelu-mlp"):
         tiny_model(arch_specifier="mlp")
-    with pytest.raises(ValueError, match=r"mistral looks back 100 tokens .* may be 2112: lower max_length"):
-        tiny_model(llm_backbone={**TINY["llm_backbone"], "model_type": "mistral", "sliding_window": 100})
 
 
 def test_a_matrix_times_one_vector_in_triton():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import frames as frames_module
+from machinery import frames as frames_module
 import numpy as np
 import pytest
 import simplejpeg

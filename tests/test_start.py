@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import time
@@ -17,30 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from conftest import ROOT, TINY
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from test_own_robot import random_actions, write_arm
 from test_serve import Client
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import export_vla
 import serve_vla
-from act import Policy, load_vla
-from action_tokenizer import load_tokenizer, prompt_ids
+from act import load_vla
 from data import Mixture
 from machinery import config
 from machinery.checkpoint import CheckpointError
-from machinery.config import TrainConfig, UserError, set_rank_env
-from machinery.frames import take_lock
-from machinery.towers import build_tower
+from machinery.config import UserError, set_rank_env
+from machinery.files import take_lock
 from machinery.weights import open_weights
-from model import VLA
 
-TOKENIZER = load_tokenizer(TINY["tokenizer"], True)
 IMAGE = np.random.RandomState(0).randint(0, 255, (28, 28, 3)).astype(np.uint8)
 ON_CPU = ("--deepspeed_config", "ds_configs/cpu.json")
 
@@ -62,246 +52,6 @@ def exported(run, tmp_path) -> Path:
     """The same as OpenVLA's Hugging Face class has it."""
     export_vla.export(str(run), tmp_path / "hf", "hf")
     return tmp_path / "hf"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 6. Language models and towers: they act, or are refused before training
-
-
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
-         "num_key_value_heads": 1}
-
-
-def tiny_vla(**changes) -> VLA:
-    torch.manual_seed(0)
-    llm = {"model_type": "llama", **SHAPE, **changes.pop("llm", {})}
-    values = {"vision_backbone": TINY["vision_backbone"], "arch_specifier": TINY["arch_specifier"],
-              "tokenizer": TINY["tokenizer"], "image_size": 28, "action_dim": 7, "max_length": 64}
-    return VLA(TrainConfig(**{**values, "llm_backbone": llm, **changes}), TOKENIZER).eval()
-
-
-@pytest.mark.parametrize("kind, more", [
-    ("llama", {}), ("mixtral", {"num_local_experts": 4}), ("qwen2_moe", {"num_experts": 4}), ("qwen3", {}),
-    ("gemma", {}), ("phi3", {}), ("smollm3", {}), ("glm", {}), ("cohere2", {}), ("gemma3_text", {}),
-    ("qwen2", {"sliding_window": 64, "use_sliding_window": False}), ("mistral", {"sliding_window": 128}),
-])
-def test_language_models_that_act(kind, more):
-    """And say what they would without a cache, also to a shorter prompt beside a longer one."""
-    vla = tiny_vla(llm={"model_type": kind, "tie_word_embeddings": False, **more})
-    policy = Policy(vla, TOKENIZER, {})
-    images = torch.from_numpy(np.stack([IMAGE, 255 - IMAGE]))[:, None]
-    prompts = [prompt_ids(TOKENIZER, text) for text in ("open", "put the red cup on the blue plate")]
-    together = policy.generate(images, prompts)
-    assert len({*map(tuple, together.tolist())}) == 2  # they depend on what is seen and asked
-    for i, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt])
-        tokens = []
-        for _ in range(7):
-            inputs = vla.embed(images[i : i + 1], torch.cat([ids, *tokens], dim=1))
-            hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            tokens.append(policy.best_action(hidden[:, -1:]))
-        assert torch.cat(tokens, dim=1)[0].tolist() == together[i].tolist()
-    inputs = torch.tensor([[*prompts[0], *together[0].tolist(), TOKENIZER.eos_token_id]])
-    labels = torch.where(torch.arange(inputs.shape[1]) < len(prompts[0]), -100, inputs)
-    vla(images[:1], inputs, labels)[0].backward()  # a training step
-
-
-LATENT = {"num_key_value_heads": SHAPE["num_attention_heads"]}  # it shares none
-
-
-@pytest.mark.parametrize("kind, more", [
-    ("qwen3_5_text", {}), ("qwen3_next", {}), ("deepseek_v3", LATENT), ("minicpm3", LATENT),
-    ("gemma4_text", {"hidden_size_per_layer_input": 0}), ("falcon_h1", {}), ("jamba", {}),
-    ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
-    ("minimax", {}), ("recurrent_gemma", {}), ("nemotron_h", {}), ("kimi_linear", {}),
-])
-def test_language_models_that_could_train_but_not_act(kind, more):
-    with pytest.raises(UserError, match=f"llm_backbone: {kind} could be trained here, but then not act"):
-        tiny_vla(llm={"model_type": kind, **more})
-    if kind == "lfm2":  # in parallel, all is said in one forward pass, and nothing need be kept
-        tiny_vla(llm={"model_type": kind, **more}, parallel_decoding=True)
-
-
-@pytest.mark.parametrize("kind, window, changes", [
-    ("mistral", 64, {}), ("gemma3_text", 64, {}), ("phi3", 100, {}), ("mistral", 4096, {"max_length": 4096}),
-    ("mistral", 300, {"cameras": ["primary", "wrist"], "image_size": 224}),
-    ("mistral", 256, {"action_chunk": 27, "parallel_decoding": True, "max_length": 256}),
-])
-def test_a_sliding_window_shorter_than_what_is_asked(kind, window, changes):
-    with pytest.raises(UserError, match=f"llm_backbone: {kind} looks back {window} tokens.*lower max_length"):
-        tiny_vla(llm={"model_type": kind, "sliding_window": window}, **changes)
-
-
-@pytest.mark.parametrize("llm, changes, message", [
-    ({"model_type": "llama", "num_key_value_heads": 3, "num_attention_heads": 4},
-     {"parallel_decoding": True, "action_chunk": 2}, "4 num_attention_heads cannot share 3 num_key_value"),
-    ({"model_type": "biogpt", "max_position_embeddings": 16}, {}, "biogpt looks back 16 tokens only"),
-    ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, {}, "no config of .*multiple"),
-    # one is two models, of one the defaults do not work
-    *(({"model_type": kind}, {"parallel_decoding": parallel}, f"{kind} fails where it is given embeddings")
-      for kind in ("emu3", "deepseek_v2") for parallel in (False, True)),
-    ({"model_type": "gemma4_text"}, {"parallel_decoding": True}, "set hidden_size_per_layer_input: 0"),
-])
-def test_shapes_that_cannot_be_trained(llm, changes, message):
-    with pytest.raises(UserError, match=f"llm_backbone: .*{message}") as error:
-        tiny_vla(llm=llm, **changes)
-    assert "\n" not in str(error.value)
-
-
-TOWER = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-
-
-@pytest.mark.parametrize("model, image_size, more", [
-    ("naflexvit_base_patch16_siglip", 64, TOWER), ("hiera_tiny_224", 224, {}), ("mixer_s16_224", 224, {}),
-    ("samvit_base_patch16_224", 64, TOWER), ("swin_tiny_patch4_window7_224", 224, {}),
-    ("convnext_atto", 224, {}), ("resnet18", 224, {}), ("vit_smal_patch14_dinov2", 28, TOWER),
-    ("vit_small_patch14_reg4_dinov2", 28, {**TOWER, "num_heads": 5}),
-    ("vit_small_patch14_reg4_dinov2", 8, TOWER), ("vit_small_patch14_reg4_dinov2", 28, {**TOWER, "heads": 2}),
-    ("vit_small_patch14_reg4_dinov2", 40, TOWER), ("vit_tiny_r_s16_p8_224", 72, TOWER),
-])
-def test_towers_that_are_no_plain_vit(model, image_size, more):
-    message = f"vision_backbone: timm makes no plain ViT of '{model}' at image_size {image_size}: ."
-    with pytest.raises(UserError, match=message):
-        build_tower(image_size, model=model, **more)
-
-
-@given(st.sampled_from([("vit_tiny_patch16_224", 16), ("vit_small_patch14_reg4_dinov2", 14),
-                        ("vit_tiny_r_s16_p8_224", 32)]), st.integers(30, 130))
-@settings(max_examples=25, deadline=None)
-def test_a_tower_sees_all_of_an_image_or_is_refused(tower, image_size):
-    """timm leaves out what is no whole patch on the right and below."""
-    torch.manual_seed(0)
-    model, patch = tower
-    try:
-        vit = build_tower(image_size, model=model, **TOWER)
-    except UserError as error:
-        assert image_size % patch and "multiple" in str(error)
-        return
-    black = torch.zeros(1, 3, image_size, image_size)
-    for place in ((0, 0), (0, image_size - 1), (image_size - 1, 0), (image_size - 1, image_size - 1)):
-        dot = black.clone()
-        dot[0, :, *place] = 9.0
-        assert not torch.equal(vit(dot), vit(black)), place
-
-
-def test_prismatics_towers_of_384_pixels():
-    assert build_tower(384, model="vit_so400m_patch14_siglip_384", **TOWER).patch_embed.num_patches == 27**2
-
-
-def test_a_tower_is_not_random():
-    with pytest.raises(UserError, match="remove drop_path_rate: a step depends on its batch alone"):
-        build_tower(28, model="vit_small_patch14_reg4_dinov2", drop_path_rate=0.1, **TOWER)
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"llm_backbone": {"model_type": "qwen3_next", **SHAPE}}, "llm_backbone: qwen3_next could be trained"),
-    ({"llm_backbone": {"model_type": "mistral", "sliding_window": 64, **SHAPE}}, "lower max_length"),
-    ({"vision_backbone": {"a": {"model": "mixer_s16_224"}}, "image_size": 224}, "no plain ViT of 'mixer_s16"),
-])
-def test_training_refuses_them_in_one_line(changes, message, plain_run, tiny, tmp_path):
-    done = plain_run(tiny(**changes), *ON_CPU)
-    assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
-    assert not list((tmp_path / "runs").rglob("config.yaml"))
-
-
-@pytest.mark.parametrize("kind", ["gemma", "llama", "qwen3"])
-def test_a_tied_language_model_whose_file_has_its_head_too(kind, plain_run, tiny, tmp_path):
-    values = AutoConfig.for_model(kind, **{**SHAPE, "head_dim": 16}, vocab_size=500, tie_word_embeddings=True)
-    llm = AutoModelForCausalLM.from_config(values)
-    llm.save_pretrained(tmp_path / "llm")
-    file = tmp_path / "llm/model.safetensors"
-    state = load_file(file)
-    assert "lm_head.weight" not in state
-    table = state["model.embed_tokens.weight"]
-    save_file({**state, "lm_head.weight": table.clone()}, file, {"format": "pt"})
-    towers = {name: {**tower, "pretrained": False} for name, tower in TINY["vision_backbone"].items()}
-    changes = {"llm_backbone": str(tmp_path / "llm"), "pretrained_backbones": True, "vision_backbone": towers}
-    done = plain_run(tiny(**changes, max_steps=1, save_interval=1, run_id=kind, learning_rate=0.0,
-                          eval_samples=8), *ON_CPU)
-    assert done.returncode == 0, done.text
-    policy = load_vla(tmp_path / f"runs/{kind}")
-    head, embedding = policy.vla.llm.get_output_embeddings(), policy.vla.llm.get_input_embeddings()
-    assert head.weight is embedding.weight and torch.equal(head.weight[:500], table.to(head.weight.dtype))
-    assert policy.predict_action(IMAGE, "open").shape == (4,)
-
-
-# ---- Tokenizers --------------------------------------------------------------------------------------------
-
-
-def byte_level(folder: Path, **settings) -> None:
-    """A tokenizer of 300 pieces."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(["open the drawer"] * 9, trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, show_progress=False,
-        special_tokens=[value for key, value in settings.items() if key.endswith("_token")]))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", **settings}))
-
-
-def sentencepiece_model() -> bytes:
-    """A tokenizer.model as Llama's and Vicuna's: protobuf by hand, pieces and a trainer of type BPE."""
-    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{i:02X}>", 6) for i in range(256)),
-              ("\u2581", 1), ("\u2581o", 1)]
-
-    def field(number: int, data: bytes) -> bytes:
-        size = bytes([len(data)] if len(data) < 128 else [len(data) & 127 | 128, len(data) >> 7])
-        return bytes([number << 3 | 2]) + size + data
-
-    model = b"".join(field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -i) + bytes([0x18, kind]))
-                     for i, (text, kind) in enumerate(pieces))
-    return model + field(2, b"\x18\x02\xe8\x02\x00\xf0\x02\x01\xf8\x02\x02\x98\x02\x01")
-
-
-@pytest.mark.parametrize("settings", [{}, {"bos_token": "<s>"}, {"pad_token": "<pad>", "unk_token": "<unk>"}])
-def test_a_tokenizer_without_an_end_is_refused_by_name(settings, plain_run, tiny, tmp_path):
-    byte_level(tmp_path, **settings)
-    with pytest.raises(UserError, match=f"tokenizer: '{tmp_path}' has no eos_token.*tokenizer_config.json"):
-        load_tokenizer(str(tmp_path), True)
-    if not settings:
-        done = plain_run(tiny(tokenizer=str(tmp_path)), *ON_CPU)
-        assert done.returncode == 1 and "eos" in done.text and "Traceback" not in done.text
-
-
-@pytest.mark.parametrize("settings", [{"eos_token": "</s>"},
-                                      {"eos_token": "<|end|>", "bos_token": "<|begin|>"}])
-def test_a_tokenizer_with_an_end_serves(settings, tmp_path):
-    byte_level(tmp_path, **settings)
-    tokenizer = load_tokenizer(str(tmp_path), True)
-    assert tokenizer.decode([tokenizer.eos_token_id]) == settings["eos_token"]
-    assert prompt_ids(tokenizer, "open")[0] == tokenizer.convert_tokens_to_ids([*settings.values()][-1])
-
-
-def test_tokenizer_model_alone(plain_run, tiny, tmp_path):
-    """lmsys/vicuna-7b-v1.5, which 28 of Prismatic's ids use, has nothing else."""
-    (tmp_path / "vicuna").mkdir()
-    (tmp_path / "vicuna/tokenizer.model").write_bytes(sentencepiece_model())
-    (tmp_path / "vicuna/tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
-    tokenizer = load_tokenizer(str(tmp_path / "vicuna"))
-    assert tokenizer.action_vocab_size == 261 and tokenizer.eos_token_id == 2
-    assert tokenizer("x", add_special_tokens=False).input_ids == [259, ord("x") + 3]
-    done = plain_run(tiny(tokenizer=str(tmp_path / "vicuna"), max_steps=1, save_interval=0, eval_samples=8),
-                     *ON_CPU)
-    assert done.returncode == 0, done.text
-
-
-def test_a_tokenizer_model_that_would_be_read_otherwise(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
-    with pytest.raises(UserError, match=r"begins a text with '<0x49>', tokenizer\.model with '\u2581'"):
-        load_tokenizer(str(tmp_path))
-
-
-@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {"type": "BPE"}}'])
-def test_what_is_no_tokenizer_is_said_to_be_none(content, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=f"tokenizer: '{tmp_path}' is none: "):
-        load_tokenizer(str(tmp_path))
 
 
 # ---- Checkpoints that are more, or other, than what is loaded ----------------------------------------------
@@ -361,14 +111,6 @@ def test_descriptions_of_models_that_are_none(file, content, form, run, exported
     (tmp_path / "copy" / file).write_text(content)
     with pytest.raises(CheckpointError):
         open_weights(tmp_path / "copy")
-
-
-@pytest.mark.parametrize("spec, message", [
-    ({"num_hiden_layers": 7}, "unknown key 'num_hiden_layers'; did you mean 'num_hidden_layers'"),
-    ({"num_hidden_layers": 0}, "llm_backbone")])
-def test_language_models_that_are_misspelt(spec, message):
-    with pytest.raises(UserError, match=message):
-        tiny_vla(llm_backbone={**TINY["llm_backbone"], **spec})
 
 
 @pytest.mark.parametrize("text, message", [

@@ -1,0 +1,182 @@
+"""The pretrained parts: timm's ViTs as vision towers, transformers' language models, tokenizers.
+
+Training needs little of the language model: embeddings in, hidden states out. Acting also needs a
+static cache of keys and values, in which shorter prompts are followed by padding (act.tokens_of).
+tests/test_backbones.py tries both with every kind of language model below.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
+
+from machinery.config import UserError, nearest, one_line, out_of_reach
+
+# `model_type` of a transformers config. Linear, hybrid and latent attention (qwen3_next, jamba,
+# deepseek_v3, ...) would train, but could not act: they have no such cache.
+LANGUAGE_MODELS = """cohere2 gemma gemma3_text glm glm4 granite llama mistral mixtral olmo2 olmo3
+    phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3""".split()
+
+
+def round_up(n: int, multiple: int = 64) -> int:
+    """The smallest multiple that is not below n. Matrices with sides of 64 k multiply faster."""
+    return -(-n // multiple) * multiple
+
+
+# ---- The language model ------------------------------------------------------------------------
+
+
+def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
+    """The language model's transformers config, for a vocabulary of num_tokens, rounded up.
+
+    spec: the config's fields, with model_type, or a directory or hub id to read them from. Dropout
+    is set to 0: a step then depends on its batch only, and recomputed activations are the same.
+    Raises UserError for a kind that was not tested and for misspelt fields.
+    """
+    if isinstance(spec, str):
+        config = AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec))
+    else:
+        config = AutoConfig.for_model(**spec)
+        known = {*vars(type(config)()), *config.attribute_map}
+        for key in spec.keys() - known:  # transformers ignores them: misspelt, or of an old version
+            if suggestion := nearest(key, known, 0.85):
+                raise UserError(f"llm_backbone: unknown key {key!r}{suggestion}")
+    if config.model_type not in LANGUAGE_MODELS:
+        raise UserError(f"llm_backbone: model_type {config.model_type} has not been tested: choose "
+                        f"one of {', '.join(LANGUAGE_MODELS)}")
+    config.vocab_size = round_up(num_tokens)
+    config.pad_token_id = None  # the tokenizer's; here it would freeze a row of the embedding
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal language model with random weights."""
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def check_window(config: PretrainedConfig, length: int) -> None:
+    """Raise UserError if the model's sliding window is shorter than a sequence of `length` tokens.
+
+    It would train without a warning and then act differently: the masks of act.py have no window.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window and length > window:
+        raise UserError(f"llm_backbone: the sliding_window of {window} is shorter than {length} "
+                        "tokens: use smaller images, fewer cameras or another model")
+
+
+def make_cache(llm: nn.Module, batch: int, slots: int) -> StaticCache:
+    """Room for the keys and values of `slots` tokens, on the llm's device and in its dtype."""
+    config = llm.config
+    check_window(config, slots)
+    cache = StaticCache(config, max_cache_len=slots)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(batch, heads, width, llm.dtype, llm.device)
+    return cache
+
+
+def cached_forward(llm: nn.Module) -> Callable:
+    """Returns forward(inputs, mask, positions, cache) -> hidden states (B, S, hidden).
+
+    inputs (B, S, hidden) follow the tokens in the cache; mask (B, 1, S, slots), positions (B, S).
+    """
+    base = llm.base_model
+    parameters = inspect.signature(base.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # depends on the version
+
+    def forward(inputs, mask, positions, cache):
+        return base(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
+                    use_cache=True, **{name: cache}).last_hidden_state
+
+    return forward
+
+
+# ---- Its tokenizer -----------------------------------------------------------------------------
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id.
+
+    Raises UserError if there is none, or if transformers would not begin a text as tokenizer.model
+    does: Llama's puts a space before the first word, and some versions lose it without a warning.
+    """
+    offline = out_of_reach(path)
+    try:
+        # the class that follows tokenizer.json to the letter; AutoTokenizer's rebuild parts of it
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=offline)
+        file = Path(tokenizer.init_kwargs.get("vocab_file") or "")
+        if file.suffix != ".model" or file.with_name("tokenizer.json").exists():
+            return tokenizer
+        # with tokenizer.model only (Vicuna), only the class named beside it knows of that space
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=offline)
+        expected = SentencePieceProcessor(model_file=str(file)).encode("In", out_type=str)
+    except Exception as error:  # transformers raises many kinds
+        reason = "the hub does not answer" if offline else one_line(error)
+        raise UserError(f"tokenizer: cannot load {path!r}: {reason}") from error
+    found = tokenizer.tokenize("In")
+    if found[0][0] != expected[0][0]:
+        raise UserError(f"tokenizer: {path!r}: transformers begins a text with {found[0]!r}, "
+                        f"{file.name} with {expected[0]!r}: correct tokenizer_class in "
+                        "tokenizer_config.json (LlamaTokenizer?)")
+    return tokenizer
+
+
+# ---- Vision towers -----------------------------------------------------------------------------
+
+
+def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    """A timm ViT by name, with any of timm's arguments: pixels (B, 3, H, W) -> (B, patches, width).
+
+    The output is that of the second-to-last block, without the final norm and without class and
+    register tokens. Prismatic chose it (prismatic/.../base_vision.py); checkpoints contain the last
+    block, too. Raises UserError for other architectures, and if patches do not cover the image.
+    """
+    vit = timm.create_model(model, pretrained, num_classes=0, img_size=image_size, **kwargs)
+    plain = isinstance(vit, (timm.models.VisionTransformer, timm.models.Eva))
+    if not plain or any("running_mean" in name for name, _ in vit.named_buffers()):
+        raise UserError(f"vision_backbone: {model} is not a plain ViT without batch norm: choose "
+                        "another, as vit_small_patch14_reg4_dinov2")
+    for key in kwargs:
+        if "drop" in key and kwargs[key]:  # a step depends on its batch only
+            raise UserError(f"vision_backbone: {model}: remove {key}: towers have no dropout")
+    # timm ignores pixels beyond the last full patch. Prismatic's towers of 384 pixels were trained
+    # like that, with patches of 14
+    patch = vit.patch_embed.patch_size[0]
+    if image_size % patch and image_size != 384:
+        raise UserError(f"vision_backbone: {model}: its patches of {patch} do not cover image_size "
+                        f"{image_size}: choose a multiple")
+    # as forward: ZeRO-3 gathers a module's parameters when the module is called
+    # as a tensor: ZeRO-3's hooks do not see inside lists
+    vit.forward = lambda pixels: vit.forward_intermediates(
+        pixels, [len(vit.blocks) - 2], norm=False, stop_early=True, output_fmt="NLC",
+        intermediates_only=True)[0]
+    stats = timm.data.resolve_model_data_config(vit)
+    vit.mean = stats["mean"]  # Python numbers: buffers would be cast to bf16
+    vit.std = stats["std"]
+    return vit
+
+
+def normalize_pixels(pixels: torch.Tensor, tower: nn.Module) -> torch.Tensor:
+    """(B, 3, H, W) float32 in [0, 1] -> with the mean and deviation of the tower's pretraining."""
+    # one channel at a time: Python numbers become kernel arguments, where a tensor of three would
+    # be copied from the host at every step, which a CUDA graph cannot record
+    channels = zip(pixels.unbind(1), tower.mean, tower.std, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
