@@ -300,6 +300,9 @@ def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str:
 # ---- The JSON and the command line -------------------------------------------------------------
 
 
+NOT_TEXT = re.compile(r"auto|true|false|[-+.]*\d[-+.\de]*", re.IGNORECASE)
+
+
 def load_ds_config(path: str | Path) -> dict:
     """Read a DeepSpeed JSON (as YAML, which includes JSON and names the line of a mistake).
 
@@ -317,9 +320,9 @@ def load_ds_config(path: str | Path) -> dict:
                 raise UserError(f"{path}: remove {key}: {table['refused'][key]}")
         elif known is not None and name not in known:
             raise UserError(f"{path}: {key}: unknown key{nearest(name, known)}")
-        if value == "auto":  # {"enabled": "auto"} would be off
-            raise UserError(f'{path}: {key}: only Hugging Face\'s Trainer fills in "auto": '
-                            "set a value, or remove the key")
+        # DeepSpeed ignores "auto" and reads "3" as 3. Our own comparisons (stage == 3) do not
+        if isinstance(value, str) and NOT_TEXT.fullmatch(value):
+            raise UserError(f'{path}: {key}: replace "{value}" by a number, true or false')
     if str(ds_config.get("optimizer", {}).get("type")).lower() not in ("adam", "adamw"):
         raise UserError(f'{path}: optimizer: checkpoints hold Adam\'s moments: set "type": "AdamW"')
     return ds_config
@@ -371,7 +374,7 @@ def find_input(path: str) -> str:
     """A path to read, relative to the current folder or the project; unchanged if in neither."""
     path = expand(path)
     in_project = PROJECT / path
-    if not os.path.exists(path) and in_project.exists():
+    if path and not os.path.exists(path) and in_project.exists():
         return str(in_project)
     return path
 
