@@ -151,16 +151,10 @@ class TrainConfig(BaseModel):
     weight_decay: Rate = 0.0  # not applied to biases and norms
     max_grad_norm: Rate = 1.0
     lr_scheduler_type: Literal["constant", "linear-warmup+cosine-decay"] = "constant"
-<<<<<<< HEAD
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps; needs a schedule
     seed: int = 7
     compile: bool = False  # torch.compile each transformer block: takes a minute, then faster
-=======
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 7
-    compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
-    zero_speed: bool = True  # replace parts of DeepSpeed's ZeRO-2 and 3 by faster ones; false: none
->>>>>>> zero
+    zero_speed: bool = True  # use faster parts in DeepSpeed's ZeRO-2 and 3 (zero_speed.py)
 
     # run. An interval of 0 means: only at the end
     run_root_dir: str = "runs"
