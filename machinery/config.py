@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 PROJECT = Path(__file__).resolve().parents[1]  # where find_input looks after the current folder
@@ -112,7 +120,6 @@ class TrainConfig(BaseModel):
     # when acting; OpenVLA has the last three
     image_resize_strategy: Literal[
         "lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
-    max_length: Positive = 2048  # most text tokens in a sample, with its action; more are an error
 
     # trained part (OpenVLA's four stages; see VLA.freeze)
     freeze_vision_backbone: bool = False
@@ -181,6 +188,12 @@ class TrainConfig(BaseModel):
     def rests_on_base(self) -> bool:
         """Whether checkpoints hold only the trained part and need the weights it started from."""
         return bool(self.lora_rank or self.frozen_weights)
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_old_keys(cls, values: dict) -> dict:
+        """Ignore max_length, which runs of earlier versions have saved. It changed no result."""
+        return {key: value for key, value in values.items() if key != "max_length"}
 
 
 FILLED_IN = ("action_dim", "proprio_dim", "features")  # the last three keys
