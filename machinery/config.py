@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 PROJECT = Path(__file__).resolve().parents[1]  # where find_input looks after the current folder
@@ -112,7 +120,6 @@ class TrainConfig(BaseModel):
     # when acting; OpenVLA has the last three
     image_resize_strategy: Literal[
         "lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
-    max_length: Positive = 2048  # most text tokens in a sample, with its action; more are an error
 
     # trained part (OpenVLA's four stages; see VLA.freeze)
     freeze_vision_backbone: bool = False
@@ -151,16 +158,10 @@ class TrainConfig(BaseModel):
     weight_decay: Rate = 0.0  # not applied to biases and norms
     max_grad_norm: Rate = 1.0
     lr_scheduler_type: Literal["constant", "linear-warmup+cosine-decay"] = "constant"
-<<<<<<< HEAD
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps; needs a schedule
     seed: int = 7
     compile: bool = False  # torch.compile each transformer block: takes a minute, then faster
-=======
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 7
-    compile: bool = False  # torch.compile each transformer block: a minute at the start, then faster
-    zero_speed: bool = True  # replace parts of DeepSpeed's ZeRO-2 and 3 by faster ones; false: none
->>>>>>> zero
+    zero_speed: bool = True  # use faster parts in DeepSpeed's ZeRO-2 and 3 (zero_speed.py)
 
     # run. An interval of 0 means: only at the end
     run_root_dir: str = "runs"
@@ -187,6 +188,12 @@ class TrainConfig(BaseModel):
     def rests_on_base(self) -> bool:
         """Whether checkpoints hold only the trained part and need the weights it started from."""
         return bool(self.lora_rank or self.frozen_weights)
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_old_keys(cls, values: dict) -> dict:
+        """Ignore max_length, which runs of earlier versions have saved. It changed no result."""
+        return {key: value for key, value in values.items() if key != "max_length"}
 
 
 FILLED_IN = ("action_dim", "proprio_dim", "features")  # the last three keys
@@ -300,6 +307,9 @@ def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str:
 # ---- The JSON and the command line -------------------------------------------------------------
 
 
+NOT_TEXT = re.compile(r"auto|true|false|[-+.]*\d[-+.\de]*", re.IGNORECASE)
+
+
 def load_ds_config(path: str | Path) -> dict:
     """Read a DeepSpeed JSON (as YAML, which includes JSON and names the line of a mistake).
 
@@ -317,9 +327,9 @@ def load_ds_config(path: str | Path) -> dict:
                 raise UserError(f"{path}: remove {key}: {table['refused'][key]}")
         elif known is not None and name not in known:
             raise UserError(f"{path}: {key}: unknown key{nearest(name, known)}")
-        if value == "auto":  # {"enabled": "auto"} would be off
-            raise UserError(f'{path}: {key}: only Hugging Face\'s Trainer fills in "auto": '
-                            "set a value, or remove the key")
+        # DeepSpeed ignores "auto" and reads "3" as 3. Our own comparisons (stage == 3) do not
+        if isinstance(value, str) and NOT_TEXT.fullmatch(value):
+            raise UserError(f'{path}: {key}: replace "{value}" by a number, true or false')
     if str(ds_config.get("optimizer", {}).get("type")).lower() not in ("adam", "adamw"):
         raise UserError(f'{path}: optimizer: checkpoints hold Adam\'s moments: set "type": "AdamW"')
     return ds_config
@@ -371,7 +381,7 @@ def find_input(path: str) -> str:
     """A path to read, relative to the current folder or the project; unchanged if in neither."""
     path = expand(path)
     in_project = PROJECT / path
-    if not os.path.exists(path) and in_project.exists():
+    if path and not os.path.exists(path) and in_project.exists():
         return str(in_project)
     return path
 

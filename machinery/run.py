@@ -34,23 +34,12 @@ from machinery.files import atomic, take_lock
 from machinery.images import contact_sheet
 from machinery.weights import describe_base, start_from
 
-<<<<<<< HEAD
 # keys that give the weights their meaning: a checkpoint is useless under another value
 MEANING = """vision_backbone llm_backbone tokenizer add_action_tokens arch_specifier prompt_style
     image_size freeze_vision_backbone freeze_llm_backbone unfreeze_last_llm_layer lora_rank
     lora_alpha frozen_weights cameras use_proprio window_size action_chunk parallel_decoding
     action_normalization""".split()
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them), and those about speed
-=======
-# what a run may change when it continues; everything else would give its weights another meaning
-MAY_CHANGE = """vla_id hf_token max_length data_root_dir index_dir num_workers epochs max_steps
-    expected_world_size per_device_batch_size learning_rate weight_decay max_grad_norm lr_scheduler_type
-    warmup_ratio compile zero_speed run_root_dir run_id run_id_note resume_step resume_epoch save_interval
-    keep_checkpoints on_save_error log_interval eval_interval eval_samples action_dim proprio_dim
-    features""".split()
-MEANING = "lora_alpha add_action_tokens prompt_style action_normalization cameras window_size".split()
-# what a person reads of the numbers, and what is about speed; metrics.jsonl and TensorBoard have all
->>>>>>> zero
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
 SPEED = """step_seconds data_seconds samples_per_second eta_seconds tflops_per_gpu mfu gpu_gb

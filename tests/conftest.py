@@ -70,7 +70,7 @@ def data_config(tmp_path):
             "data_root_dir": str(RLDS / "data"), "datasets": {}, "cameras": ["primary"], "use_proprio": False,
             "window_size": 1, "action_chunk": 1, "action_normalization": "bounds_q99", "image_size": 224,
             "image_aug": False, "seed": 7, "index_dir": str(tmp_path / "index"), "skip_bad_episodes": False,
-            "prompt_style": "pure", "max_length": 2048,
+            "prompt_style": "pure",
         }
         return TrainConfig(**{**values, **changes})
 

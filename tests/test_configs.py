@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import yaml
-from conftest import RLDS, ROOT, TINY, launch, read_metrics
+from conftest import RLDS, ROOT, TINY, ds_json, launch, read_metrics
 
 from machinery import oxe
-from machinery.config import TrainConfig, load_config
+from machinery.config import TrainConfig, UserError, load_config, load_ds_config
 from machinery.fields import CONSTANT, parse_fields
 from machinery.rlds import write_rlds
 
@@ -77,6 +77,128 @@ def test_a_config_states_only_what_differs():
         if parent := values.pop("inherits", None):
             inherited = vars(load_config(path.with_name(parent), []))
             assert not [key for key, value in values.items() if inherited[key] == value], path.name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"learnin_rate": 1e-3}, "learnin_rate.*'learning_rate'"),
+    ({"learning_rate": "fast"}, "learning_rate: 'fast'.*number"),
+    ({"max_steps": 1.5}, "max_steps: 1.5.*integer"),
+    ({"max_steps": "5"}, "max_steps: '5'.*integer"),
+    ({"max_steps": 0}, "max_steps: 0.*1"),
+    ({"image_aug": "always"}, "image_aug: 'always'.*boolean"),
+    ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'cosine'.*'linear-warmup"),
+    ({"learning_rate": float("nan")}, "learning_rate: nan.*finite"),
+    ({"warmup_ratio": 5.0}, "warmup_ratio: 5.0"),
+    ({"warmup_ratio": 0.1}, "warmup_ratio .*lr_scheduler_type"),  # it would be ignored
+    ({"keep_checkpoints": -1}, "keep_checkpoints.*: -1"),
+    ({"save_interval": -1}, "save_interval: -1"),
+    ({"lora_alpha": 0.0}, "lora_alpha: 0.0"),
+    ({"pretrained_backbones": True, "llm_backbone": "some/llm", "base_vlm": "openvla/openvla-7b"},
+     "pretrained_backbones .*openvla/openvla-7b.*remove"),
+    ({"frozen_weights": "int8", "base_vlm": "openvla/openvla-7b"}, "frozen_weights: .*lora_rank"),
+    ({"lora_rank": 8}, "lora_rank .*base_vlm"),
+    ({"tokenizer": ""}, "tokenizer"),
+    ({"max_prefix": 2}, "max_prefix 2: .*parallel_decoding"),
+    ({"datasets": {"metaworld_demo": {"primay": "x"}}}, "metaworld_demo.primay.*'primary'"),
+    ({"datasets": {"metaworld_demo": {"absolute": -1}}}, "metaworld_demo.absolute: -1"),
+    ({"datasets": {"metaworld_demo": {"targets": -1}}}, "metaworld_demo.targets: -1"),
+    ({"data_mix": {"metaworld_demo": "half"}}, "data_mix.*: 'half'.*number"),
+    ({"run_root_dir": "$NOT_SET/runs"}, r"\$NOT_SET.*not set"),  # a folder of this name would be made
+])
+def test_a_mistake_in_the_yaml_is_named(changes, words, tiny):
+    with pytest.raises(UserError, match=words) as error:
+        load_config(tiny(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_in_files_and_overrides(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"--set max_steps: .*key=value"):
+        load_config(tiny(), ["max_steps"])
+    with pytest.raises(UserError, match=r"--set data_mix=\{a: 1: .*line 1"):
+        load_config(tiny(), ["data_mix={a: 1"])
+    with pytest.raises(UserError, match=r"max_stps.*'max_steps'"):
+        load_config(tiny(), ["max_stps=3"])
+    path = tmp_path / "odd.yaml"
+    for text, words in [("seed: 1\nseed: 2\n", "duplicate.*'seed'"), ("on: 1\n", "True"),
+                        ("run_id: 2026-13-45\n", "month"), ("run_id: \x07\n", "character")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"{path}: .*{words}"):
+            load_config(path)
+
+
+def test_values_that_mean_something(tiny):
+    intervals = ["save_interval=0", "log_interval=0", "eval_interval=0"]
+    cfg = load_config(tiny(), ["learning_rate=2e-5", "keep_checkpoints=none", *intervals])
+    assert cfg.learning_rate == 2e-5 and cfg.keep_checkpoints == "none"
+
+
+def test_a_run_of_an_earlier_version_still_opens(tiny):
+    """Its config.json has a key that has gone."""
+    cfg = load_config(tiny())
+    assert TrainConfig(**cfg.model_dump(), max_length=2048) == cfg
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"train_batch_size": 8}, "remove train_batch_size: .*global_batch_size"),
+    ({"train_batch_size": "auto"}, "remove train_batch_size"),
+    ({"gradient_clipping": 1.0}, "remove gradient_clipping: .*max_grad_norm"),
+    ({"scheduler": {"type": "WarmupLR"}}, "remove scheduler: .*lr_scheduler_type"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
+     "remove optimizer.params.lr: .*learning_rate"),
+    ({"fp16": {"enabled": True}}, "remove fp16.enabled"),
+    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+     "remove .*round_robin_gradients: .*wrong"),
+    ({"zero_optimization": {"stage": 2, "cpu_offload": True}},
+     "remove .*cpu_offload: .*offload_optimizer"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+     "remove .*quantized_weights: .*rounds"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+     "remove .*quantized_gradients: .*wrong"),
+    ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}},
+     "remove optimizer.params.amsgrad"),
+    ({"optimizer": {"type": "AdamW", "params": {"beta": 1}}},
+     "optimizer.params.beta: unknown.*'betas'"),
+    ({"optimizer": {"type": "SGD"}}, "optimizer.*AdamW"),
+    ({"optimizer": {}}, "optimizer.*AdamW"),
+    ({"zero_optimisation": {"stage": 3}}, "zero_optimisation: unknown.*'zero_optimization'"),
+    ({"bf_16": {"enabled": True}}, "bf_16: unknown.*'bf16'"),
+    ({"activation_checkpointng": {}},
+     "activation_checkpointng: unknown.*'activation_checkpointing'"),
+    ({"activation_checkpointing": {"cpu_checkpointing": True}}, "cpu_checkpointing: unknown"),
+    ({"data_types": {"grad_acum_dtype": "fp32"}}, "grad_acum_dtype: unknown.*'grad_accum_dtype'"),
+    ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage: .*"auto"'),
+    ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage: .*"3"'),
+    ({"zero_optimization": {"stage": 2, "overlap_comm": "False"}}, 'overlap_comm: .*"False"'),
+    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}},
+     'reduce_bucket_size: .*"5e8"'),
+])
+def test_what_deepspeed_would_ignore_or_the_yaml_sets(change, words, tmp_path):
+    path = ds_json(tmp_path / "ds.json", 2, **change)
+    with pytest.raises(UserError, match=words):
+        load_ds_config(path)
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 1}}',
+     "duplicate.*'zero_optimization'"),
+    ('{"bf16": {"enabled": true}}  // why', "line 1"),
+    ('{"bf16": {"enabled": true}', "line 2"),
+    ('{"bf16": {"bf16_optimizer_states": true}}', "remove bf16.bf16_optimizer_states: .*moments"),
+    ('{"bf16": {"enabled": "False"}}', 'bf16.enabled: .*"False"'),
+])
+def test_a_json_that_cannot_be_read_or_trains_in_another_precision(text, words, tmp_path):
+    (tmp_path / "ds.json").write_text(text + "\n")
+    with pytest.raises(UserError, match=f"ds.json: .*{words}"):
+        load_ds_config(tmp_path / "ds.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_json_loads(path):
+    assert load_ds_config(path) == json.loads(path.read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------

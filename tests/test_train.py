@@ -188,142 +188,55 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, words",
     [
-        ({"learnin_rate": 1e-3}, "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
-        ({"learning_rate": "fast"}, "learning_rate: 'fast': it should be a valid number"),
-        ({"max_steps": 1.5}, "max_steps: 1.5: it should be a valid integer"),
-        ({"max_steps": "5"}, "max_steps: '5': it should be a valid integer"),
-        ({"image_aug": "always"}, "image_aug: 'always': it should be a valid boolean"),
-        ({"global_batch_size": 10},
-         "global_batch_size 10 is not a multiple of per_device_batch_size 4 x 1 ranks = 4"),
-        ({"expected_world_size": 8}, "expected_world_size is 8, but the job has 1 ranks"),
-        ({"lr_scheduler_type": "cosine"}, "'cosine': it should be 'constant' or 'linear-warmup+cosine-deca"),
-        ({"cameras": ["front"]}, "cameras: no dataset has 'front'; metaworld_demo have primary"),
-        ({"data_root_dir": "/nowhere"}, "data_root_dir: '/nowhere': there is no such file or folder"),
-        ({"data_root_dir": str(ROOT)}, f"{ROOT}/metaworld_demo: no TFDS dataset there"),
-        ({"data_root_dir": str(FIXTURES), "data_mix": "model", "datasets": {"model": {}}},
-         "no TFDS dataset there"),
-        ({"data_mix": "metawrld_demo"}, "did you mean 'metaworld_demo'"),
-        ({"data_mix": {}}, "the mixture is empty"),
-        ({"data_mix": "roboset"}, "the mixture is empty"),
-        ({"datasets": {"metaworld_demo": {"primary": "front"}}},
-         "its steps have no 'observation/front', which the recipe names; they have"),
-        ({"arch_specifier": "mlp"}, "arch_specifier 'mlp': choose linear"),
-        ({"freeze_llm_backbone": True}, "set unfreeze_last_llm_layer: true"),
-        ({"keep_checkpoints": -1}, "keep_checkpoints: -1: it should be greater than or equal to 0"),
-        ({"max_steps": 0}, "max_steps: 0: it should be greater than or equal to 1"),
-        ({"learning_rate": float("nan")}, "learning_rate: nan: it should be a finite number"),
-        ({"warmup_ratio": 5.0}, "warmup_ratio: 5.0: it should be less than or equal to 1"),
-        ({"pretrained_backbones": True}, "llm_backbone must be a directory or hub id"),
-        ({"pretrained_backbones": True, "llm_backbone": "some/llm", "base_vlm": "openvla/openvla-7b"},
-         "other weights than those of openvla/openvla-7b: remove one key"),
-        ({"llm_backbone": {"hidden_size": 32}}, "transformers makes no config of {'hidden_size'"),
-        ({"llm_backbone": {"model_type": "llama", "hidden_size": "32"}}, "Field 'hidden_size' expected int"),
-        ({"vision_backbone": {"siglip": {"embed_dim": 32}}}, "siglip: {'embed_dim': 32} is not like {model:"),
-        ({"vision_backbone": {"dino.v2": {"model": "x"}}}, "'dino.v2': call the tower by letters, digits"),
-        ({"frozen_weights": "int8", "base_vlm": "openvla/openvla-7b"}, "nothing is frozen: set lora_rank"),
-        ({"lora_alpha": 0.0}, "lora_alpha: 0.0: it should be greater than 0"),
-        ({"run_id": "a\0b"}, r"run_id: 'a\x00b': String should match"),
-        ({"data_mix": {"metaworld_demo": 1e308}}, "metaworld_demo must be positive, below 1e9; it is 1e+308"),
-        ({"inherits": "tiny.yaml"}, "tiny.yaml: inherits from itself"),
-        ({"datasets": {"metaworld_demo": {"primay": "x"}}},
-         "datasets: metaworld_demo: unknown key 'primay'; did you mean 'primary'?"),
-        ({"datasets": {"metaworld_demo": {"absolute": -1}}}, "metaworld_demo.absolute: -1: it should"),
-        ({"datasets": {"metaworld_demo": {"targets": -1}}}, "metaworld_demo.targets: -1: it should"),
-        ({"base_vlm": "runs_of_old/demo+n1+b32+x7"}, "'runs_of_old/demo+n1+b32+x7': there is no such"),
-        ({"data_mix": {"metaworld_demo": "half"}}, "data_mix: 'half': it should be a valid number"),
-        ({"tokenizer": "configs/demo_tokeniser"}, "'configs/demo_tokeniser': there is no such file or"),
-        ({"base_vlm": "runs/some/where"}, "base_vlm: 'runs/some/where': there is no such file or folder"),
-        ({"run_root_dir": "$NOT_SET/runs"}, "'$NOT_SET/runs': the environment has no variable $NOT"),
-        ({"pretrained_checkpoint": "openvla/openvla-7b"}, "set is_resume: false to begin with its weights"),
+        ({"learnin_rate": 1e-3}, "learnin_rate: .*learning_rate"),
+        ({"global_batch_size": 10}, "global_batch_size 10 .*per_device_batch_size 4 x 1 ranks"),
+        ({"expected_world_size": 8}, "expected_world_size .*8.* 1 ranks"),
+        ({"cameras": ["front"]}, "cameras: .*'front'.* primary"),
+        ({"data_root_dir": "/nowhere"}, "/nowhere/metaworld_demo"),
+        ({"data_root_dir": str(ROOT)}, f"{ROOT}/metaworld_demo: .*TFDS"),
+        ({"data_root_dir": str(FIXTURES), "data_mix": "model", "datasets": {"model": {}}}, "TFDS"),
+        ({"data_mix": "metawrld_demo"}, "data_mix: .*'metaworld_demo'"),
+        ({"data_mix": {}}, "data_mix: .*empty"),
+        ({"data_mix": "roboset"}, "data_mix: .*empty"),
+        ({"datasets": {"metaworld_demo": {"primary": "front"}}}, "observation/front"),
+        ({"arch_specifier": "mlp"}, "arch_specifier 'mlp'.*linear"),
+        ({"freeze_llm_backbone": True}, "unfreeze_last_llm_layer"),
+        ({"llm_backbone": {"hidden_size": 32}}, "'hidden_size'"),
+        ({"llm_backbone": {"model_type": "llama", "hidden_size": "32"}}, "'hidden_size'.* int"),
+        ({"data_mix": {"metaworld_demo": 1e308}}, "data_mix: .*metaworld_demo.*1e\\+308"),
+        ({"pretrained_checkpoint": "openvla/openvla-7b"}, "is_resume: false"),
     ],
 )
-def test_configuration_mistakes(changes, message, tiny, tmp_path, plain_run):
+def test_a_mistake_ends_in_one_line_and_leaves_nothing_behind(changes, words, tiny, tmp_path,
+                                                              plain_run):
+    """tests/test_configs.py has the mistakes that need no data."""
     done = plain_run(tiny(**changes))
-    assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
+    (line,) = [line for line in done.text.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.text
+    assert re.search(words, line), line
+    assert not list((tmp_path / "runs").rglob("config.yaml"))
 
 
-def test_mistakes_in_files_and_overrides(tiny, tmp_path, plain_run):
-    assert "error: --config" in plain_run(tmp_path / "none.yaml").text
-    assert "--set max_steps: expected key=value" in plain_run(tiny(), "--set", "max_steps").text
-    assert "error: --set data_mix={a: 1: " in plain_run(tiny(), "--set", "data_mix={a: 1").text
-    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
-    assert "twice.yaml: line 1: the key 'seed' stands there twice" in plain_run(tmp_path / "twice.yaml").text
-    (tmp_path / "old.yaml").write_text("seed: 1\nmax_steps: 1:30\n")
-    assert "old.yaml: line 2: 1:30 is another number in YAML" in plain_run(tmp_path / "old.yaml").text
-    for number in ("010", "-00", "1:30.5"):  # 8, 0 and 90.5
-        done = plain_run(tiny(), "--set", f"learning_rate={number}")
-        assert f"--set learning_rate={number}: line 1: {number} is another number" in done.text
-    done = plain_run(tiny(), "--set", "max_stps=3")
-    assert "--set: unknown key 'max_stps'; did you mean 'max_steps'?" in done.text
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"train_batch_size": 8}, "remove 'train_batch_size': it is set once, by global_batch_size"),
-        ({"gradient_clipping": 1.0}, "remove 'gradient_clipping': it is set once, by max_grad_norm"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
-         "remove 'optimizer.params.lr': it is set once, by learning_rate"),
-        ({"activation_checkpointing": {"cpu_checkpointing": True}},
-         "unknown key 'activation_checkpointing.cpu_checkpointing'"),
-        ({"zero_optimization": 2}, "zero_optimization must be an object"),
-        ({"data_types": "fp32"}, "data_types must be an object"),
-        ({"fp16": {"enabled": True}}, "remove 'fp16.enabled': its loss scaling is not supported"),
-        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
-         "remove 'zero_optimization.round_robin_gradients': "),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
-         "remove 'zero_optimization.zero_quantized_weights': it rounds the weights"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
-         "remove 'zero_optimization.zero_quantized_gradients': DeepSpeed 0.19's kernel reads bf16"),
-        ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params must be an object"),
-        ({"optimizer": {"type": "AdamW", "params": {"beta": 1}}}, "unknown key 'optimizer.params.beta'"),
-        ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "remove 'optimizer.params.amsgrad'"),
-        ({"optimizer": {"type": "SGD"}}, "optimizer.type must be Adam or AdamW"),
-        ({"optimizer": {}}, "optimizer.type must be Adam or AdamW"),
-        ({"zero_optimisation": {"stage": 3}}, "'zero_optimisation'; did you mean 'zero_optimization'?"),
-        ({"bf_16": {"enabled": True}}, "unknown key 'bf_16'; did you mean 'bf16'?"),
-        ({"activation_checkpointng": {}}, "'activation_checkpointng'; did you mean 'activation_checkp"),
-        ({"data_types": {"grad_acum_dtype": "fp32"}}, "unknown key 'data_types.grad_acum_dtype'; did you"),
-        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage: "auto" is filled in by Hug'),
-        ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}, 'size: "auto" is'),
-        ({"train_batch_size": "auto"}, "remove 'train_batch_size'"),
-        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization: unknown key 'overlap_com'"),
-        ({"zero_optimization": {"stage": 5}}, "zero_optimization: stage: 5: "),
-        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage: "3" is a text: write 3 without'),
-        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'write "offload_optimizer" instead'),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: only "),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device nvme: "),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-         "ratio: PyTorch's AdamW cannot be in two places: remove torch_adam"),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params: "),
-        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "eps": -1}}}, "Invalid epsilon"),
-        ({"optimizer": {"type": "AdamW", "params": {"fused": True}}}, "fused: only PyTorch's AdamW"),
-        ({"data_types": {"grad_accum_dtype": "fp33"}}, "data_types: grad_accum_dtype: fp33: write fp32"),
-        ({"communication_data_type": "float32"}, "Invalid communication_data_type"),
-        ({"steps_per_print": 0}, "steps_per_print: 0: DeepSpeed divides by it"),
-    ],
-)
-def test_the_json_may_not_repeat_the_yaml(change, message, tiny, tmp_path, plain_run):
-    done = plain_run(tiny(), "--deepspeed_config", ds_json(tmp_path / "ds.json", 2, **change))
-    assert done.returncode == 1 and message in done.text, done.text
-
-
-@pytest.mark.parametrize("text, message", [
-    ('{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 1}}',
-     "the key 'zero_optimization' stands there twice"),
-    ('{"bf16": {"enabled": true},}', "JSON has no comments, and no comma before a closing bracket"),
-    ('{"bf16": {"enabled": true}}  // why', "JSON has no comments"),
-    ('{"bf16": {"enabled": "False"}, "optimizer": {"type": "AdamW"}}', 'bf16.enabled: "False" is a text'),
-    ('{"bf16": {"enabled": true, "bf16_optimizer_states": true}, "optimizer": {"type": "AdamW"}}',
-     "AdamW's moments would be rounded to bf16"),
+@pytest.mark.parametrize("change, words", [
+    ({"train_batch_size": 8}, "remove train_batch_size: .*global_batch_size"),  # load_ds_config's
+    ({"zero_optimization": {"overlap_com": True}}, "overlap_com"),  # the others: zero.check_json's
+    ({"zero_optimization": {"stage": 5}}, "stage"),
+    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "nvme"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+     "ratio.*torch_adam"),
+    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params: "),
+    ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "eps": -1}}}, "epsilon"),
+    ({"optimizer": {"type": "AdamW", "params": {"fused": True}}}, "fused.*torch_adam"),
+    ({"data_types": {"grad_accum_dtype": "fp33"}}, "grad_accum_dtype.*fp33"),
+    ({"communication_data_type": "float32"}, "communication_data_type"),
+    ({"steps_per_print": 0}, "steps_per_print"),
 ])
-def test_what_is_no_json_or_says_something_else(text, message, tiny, tmp_path, plain_run):
-    (tmp_path / "ds.json").write_text(text)
-    done = plain_run(tiny(), "--deepspeed_config", tmp_path / "ds.json")
-    assert done.returncode == 1 and message in done.text and "Traceback" not in done.text, done.text
+def test_mistakes_in_the_json(change, words, tiny, tmp_path, plain_run):
+    done = plain_run(tiny(), "--deepspeed_config", ds_json(tmp_path / "ds.json", 2, **change))
+    assert done.returncode == 1 and re.search("error: .*" + words, done.text), done.text
 
 
 def test_nothing_offloaded_may_be_said_in_three_ways(tiny, tmp_path, plain_run):
