@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, ds_json, launch
+from conftest import ROOT, launch
 from test_zero import cell, read
 
 from machinery.checkpoint import Checkpoint, list_checkpoints
@@ -113,13 +113,3 @@ def test_a_step_sends_what_is_reckoned_with(runs):
         _, beside, _, alone, within = stages[name]
         assert everywhere == pytest.approx(beside + alone, abs=0.2), name  # padding
         assert passes[f"all_gather_into_tensor {HPZ}"] == pytest.approx(within, abs=0.2), name
-
-
-@pytest.mark.parametrize(("stage", "ranks"), [(2, 8), (3, 12)])
-def test_hpz_where_it_does_nothing_or_cannot_be(stage, ranks, tiny, tmp_path, commands):
-    place = {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    zero = {"stage": stage, "zero_hpz_partition_size": 8}
-    path = ds_json(tmp_path / "ds.json", 3, zero_optimization=zero)
-    arguments = ["--config", tiny(), "--deepspeed_config", path]
-    ((status, text),) = commands(("", place, "train_vla.py", arguments))
-    assert status == 1 and f"8: that is for stage 3, and for so many ranks (now {ranks}) or a" in text, text

@@ -8,9 +8,10 @@ tests/test_zero.py).
 
 import itertools
 import json
+import re
 import shutil
-from types import SimpleNamespace
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,8 @@ from transformers import get_cosine_schedule_with_warmup
 from action_tokenizer import load_tokenizer
 from data import Mixture, TrainBatches
 from machinery.checkpoint import Checkpoint, list_checkpoints
-from machinery.config import TrainConfig, UserError
-from machinery.zero_speed import WeightsAhead, replace
+from machinery.config import TrainConfig, load_table
+from machinery.zero_speed import WeightsAhead, fingerprint
 from model import VLA
 
 STEPS, RESUME_AT = 4, 2
@@ -60,6 +61,10 @@ def cell(root, name, json_name, ranks=1, freezing="full", recompute=False, accum
     return {name: {"config": config, "ds_config": ds_config}}
 
 
+ALTERED = {  # of each stage, a function of DeepSpeed that a replacement relies on
+    2: "stage_1_and_2:DeepSpeedZeroOptimizer.step",
+    3: "stage3:DeepSpeedZeroOptimizer_Stage3._get_norm_groups",
+}
 BOTH, ONE = [(False, 1), (True, 4)], [(True, 1), (False, 4)]  # recomputation and accumulation
 
 
@@ -110,6 +115,20 @@ def clipping_cells(root):
     return cells
 
 
+def plain_cells(root):
+    """With zero_speed, without, and with one of DeepSpeed's functions altered, which leaves its
+    replacement out: in bf16 with an eps that shows wrong averages, as in clipping_cells."""
+    cells = {}
+    for stage, altered in ALTERED.items():
+        for run, changes in (("speed", {}), ("plain", {"zero_speed": False}), ("altered", {})):
+            run = f"{run}-zero{stage}"
+            cells |= cell(root, run, f"zero{stage}", 2, "frozen_vision", True, 2, learning_rate=1.0, **changes)
+            cells[run]["ds_config"]["optimizer"]["params"]["eps"] = 1.0
+        cells[f"altered-zero{stage}"]["altered"] = altered
+    cells["speed-zero3"]["ds_config"]["zero_optimization"]["stage3_max_live_parameters"] = 1
+    return cells
+
+
 def resumed_cells(root):
     """Those of bf16_cells with checkpoints, continued from one of them, which is named by
     pretrained_checkpoint or, under ZeRO-3, stands in the run's own directory. (A ZeRO-3 model that is to be
@@ -146,7 +165,7 @@ def runs(tmp_path_factory):
     scheduled = cell(root, "scheduled", "zero2", 1, "sandwich", accumulation=4, bf16=False, **SCHEDULED)
     scheduled["scheduled"]["ds_config"]["optimizer"]["params"]["eps"] = EPS
     jobs = [(2, lambda: matrix(root, 2, BOTH) | bf16_cells(root) | clipping_cells(root) | compiled_cells(root)
-             | straight),
+             | plain_cells(root) | straight),
             (1, lambda: matrix(root, 1, BOTH[:1], ["zero0"]) | matrix(root, 1, BOTH[1:]) | scheduled),
             (2, lambda: resumed_cells(root))]
     for number, (ranks, cells) in enumerate(jobs):
@@ -154,6 +173,7 @@ def runs(tmp_path_factory):
         path.write_text(json.dumps(cells() | stages_ranks[number] | back[number]))
         done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
         assert done.returncode == 0, done.text[-5000:]
+        (root / f"job{number}.txt").write_text(done.text)
     return root
 
 
@@ -244,7 +264,7 @@ def test_compiling_and_recomputing_change_nothing(runs):
 
 def test_memory_that_autograd_still_looks_at_is_not_used_again():
     """ZeRO-3 (zero_speed.WeightsAhead) uses the memory of gathered weights again; a view may be kept."""
-    ahead, memory = WeightsAhead(), torch.zeros(256)
+    ahead, memory = WeightsAhead(50_000_000), torch.zeros(256)
     weight = memory[:4].view(2, 2).requires_grad_()
     out = torch.nn.functional.linear(torch.ones(1, 2, requires_grad=True), weight)
     del weight
@@ -264,14 +284,44 @@ def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
     assert abs(read(runs / "clip0.5-zero2") / read(runs / "clip0.0-zero2") - 1).max() > 3e-2
 
 
-def test_a_deepspeed_with_other_names_is_refused():
-    """What is needed; what only saves time is left as it is, and the log says so."""
-    ours = {"stage": 7, "scaled_global_norm": None}
-    theirs = SimpleNamespace(stage=2)
-    with pytest.raises(UserError, match=r"has no scaled_global_norm, .* pip install deepspeed=="):
-        replace(theirs, ours, needed=True)
-    (note,) = replace(theirs, ours, needed=False)
-    assert "has no scaled_global_norm: steps are slower than with 0.19.8" in note and theirs.stage == 2
+@pytest.mark.parametrize("stage", ALTERED)
+def test_deepspeed_as_it_comes_computes_the_same(stage, runs):
+    """With zero_speed, without it, and if a function of DeepSpeed is not the one that was checked."""
+    for other in ("plain", "altered"):
+        ours, theirs = runs / f"speed-zero{stage}", runs / f"{other}-zero{stage}"
+        assert len(read(theirs)) == STEPS
+        np.testing.assert_allclose(read(ours), read(theirs), rtol=3e-3, err_msg=other)
+        np.testing.assert_allclose(read(ours, "grad_norm"), read(theirs, "grad_norm"), rtol=1e-2)
+
+
+def test_the_log_names_what_is_not_replaced(runs):
+    """One line for each altered function, and one for a JSON key that has no effect; else none."""
+    _, *parts = re.split(r"^cell (.+)$", (runs / "job0.txt").read_text(), flags=re.MULTILINE)
+    lines = {name: re.findall("^zero_speed: .*", text, re.MULTILINE)
+             for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    for stage, altered in ALTERED.items():
+        (line,) = lines.pop(f"altered-zero{stage}")
+        assert f"fuse_grad_passes_{stage} " in line and altered in line
+    (line,) = lines.pop("speed-zero3")
+    assert "stage3_max_live_parameters" in line
+    assert not any(lines.values())
+
+
+def test_fingerprints_are_of_code_and_of_the_functions_named():
+    """And hold for this DeepSpeed. DeepSpeed's decorators hide a function behind another one."""
+    known = {path: value for functions in load_table("deepspeed_fingerprints").values()
+             for path, value in functions.items()}
+    assert {path: fingerprint(path) for path in known} == known
+    assert len({*known.values()}) == len(known)
+    assert fingerprint("stage3:DeepSpeedZeroOptimizer_Stage3.no_such_function") is None
+
+
+def test_comments_do_not_change_a_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(deepspeed.runtime.zero, "__path__", [*deepspeed.runtime.zero.__path__, str(tmp_path)])
+    (tmp_path / "with_comments.py").write_text("def f(x):\n    # why\n\n    return x + 1  # how\n")
+    (tmp_path / "without.py").write_text("def f(x):\n    return x + 1\n")
+    (tmp_path / "other.py").write_text("def f(x):\n    return x + 2\n")
+    assert fingerprint("with_comments:f") == fingerprint("without:f") != fingerprint("other:f")
 
 
 def test_what_is_frozen_matters(runs):
