@@ -1,21 +1,24 @@
-"""Many short trainings in one job, for test_zero.py: `deepspeed tests/run_cells.py --config cells.json`.
+"""Many short trainings in one job, for test_zero.py and others: conftest.ranks(2, cells.json, script=this file).
 
-cells.json: {name: {"config": keys of TrainConfig, "ds_config": a DeepSpeed JSON}}. Each runs as if started by
-itself; only the start of Python and of the process group, which take longest, are shared. A "*" in
-pretrained_checkpoint stands for what is not known beforehand, the loss in the checkpoint's name. After each,
-rank 0 prints {"collective ranks": elements that it carried}.
+cells.json: {name: {"config": keys of TrainConfig, "ds_config": a DeepSpeed JSON}}. Each cell runs as if started
+separately, but all share one process group. A "*" in pretrained_checkpoint replaces the loss in a checkpoint's
+name. After each cell rank 0 prints {"collective ranks": elements that it carried}.
+
+Compiled cells use the environment's TORCH_COMPILE_BACKEND. The default captures, partitions and recomputes as
+inductor does, but generates no C++, which takes minutes; `make slow` runs inductor.
 """
 
 import argparse
+import functools
 import gc
 import glob
 import inspect
 import json
-import sys
+import os
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
 import train_vla
 from machinery import config, ranks, zero_speed
@@ -37,16 +40,18 @@ def count(name: str, tensor: str, carried: Counter) -> None:
     setattr(dist, name, counting)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--local_rank")
     cells = json.loads(parser.parse_args().config.read_text())
+    backend = os.environ.get("TORCH_COMPILE_BACKEND", "aot_eager_decomp_partition")
+    torch.compile = functools.partial(torch.compile, backend=backend)
     carried: Counter[str] = Counter()
     for collective, tensor in COLLECTIVES.items():
         count(collective, tensor, carried)  # before DeepSpeed takes hold of them
-    neighbour, ahead = ranks.start_job(), zero_speed.AHEAD
-    gc.freeze()  # DeepSpeed collects garbage whenever it starts: let it not look at all that was imported
+    neighbour = ranks.start_job()
+    ahead = zero_speed.AHEAD
+    gc.freeze()  # DeepSpeed collects garbage whenever it starts: skip everything that was imported
     for name, cell in cells.items():
         print(f"cell {name}", flush=True)
         values = cell["config"]
