@@ -3,12 +3,18 @@
 tests/fixtures holds data made by running the official OpenVLA code (see its README); nothing in it is ours.
 """
 
+import fcntl
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+# before numpy and torch: the tests' tensors are tiny, and further threads would only spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -104,68 +110,109 @@ def launch_command(config: Path, *arguments, ranks: int = 1, launcher: str = "de
                      *script],
         "python": [sys.executable, *script],
     }[launcher]
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
     return {"args": command, "env": env, "cwd": ROOT}
 
 
-FORKS = """
-import contextlib, json, os, runpy, subprocess, sys, tempfile
-import eval_vla, export_vla, train_vla
-from machinery import inspect_data
+class Commands:
+    """The project's commands as forks of one process, which all xdist workers share (see forks.py).
 
-PROGRAMS = {"data.py": inspect_data, "eval_vla.py": eval_vla, "export_vla.py": export_vla,
-            "train_vla.py": train_vla}
+    A job is (shell command to run before, which may mount, environment, script, arguments).
+    """
 
-def start(shell, environ, script, arguments):
-    subprocess.run(shell, shell=True, check=True)
-    output = tempfile.TemporaryFile()
-    if not (child := os.fork()):
-        for stream in (0, 1, 2):
-            os.dup2(output.fileno(), stream)
-        os.environ.update(environ)
-        sys.argv = [script, *arguments]
-        try:
-            PROGRAMS[script].main()
-        except SystemExit as stop:
-            print(stop.code if isinstance(stop.code, str) else "", file=sys.stderr, flush=True)
-            os._exit(1 if isinstance(stop.code, str) else stop.code or 0)
-        sys.stdout.flush()
-        os._exit(0)
-    return child, output
+    def __init__(self, shared: Path, outputs: Path):
+        self.outputs = outputs
+        self.numbers = itertools.count()
+        self.log = shared / "commands.log"
+        self.may_mount = not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+        self.connection = socket.socket(socket.AF_UNIX)
+        path = shared / "commands"
+        with open(shared / "commands.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self.connection.connect(str(path))
+            except OSError:  # nobody has started it, or it has ended
+                path.unlink(missing_ok=True)
+                self.start_server(path)
+                self.connection.connect(str(path))
+        self.lines = self.connection.makefile("rw")
 
-def end(child, output):
-    returncode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    output.seek(0)
-    return returncode, output.read().decode().replace("\\r", "\\n")
+    def start_server(self, path: Path) -> None:
+        private = ["unshare", "-rm"] if self.may_mount else []
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        with socket.socket(socket.AF_UNIX) as listener, open(self.log, "a") as log:
+            listener.bind(str(path))
+            listener.listen()
+            number = listener.fileno()
+            subprocess.Popen([*private, sys.executable, ROOT / "tests/forks.py", str(number)], cwd=ROOT,
+                             env=env, pass_fds=[number], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-for line in sys.stdin:
-    print("reply", json.dumps([end(*job) for job in [start(*job) for job in json.loads(line)]]), flush=True)
-"""
+    def ask(self, request: str, values: list) -> list[int]:
+        print(json.dumps([request, values], default=str), file=self.lines, flush=True)
+        reply = self.lines.readline()
+        assert reply, f"tests/forks.py ended: {self.log.read_text()}"
+        return json.loads(reply)
+
+    def new_output(self) -> Path:
+        return self.outputs / f"output{next(self.numbers)}"
+
+    def start(self, *jobs) -> list[int]:
+        """jobs: as above, with the file that the output is appended to -> their process ids"""
+        if any(shell for shell, *_ in jobs) and not self.may_mount:
+            pytest.skip("may not mount file systems")
+        return self.ask("start", list(jobs))
+
+    def wait(self, pids: list[int]) -> list[int]:
+        """-> the exit statuses; below 0 the signal that killed a process"""
+        return self.ask("wait", pids)
+
+    def __call__(self, *jobs) -> list[tuple[int, str]]:
+        """Run jobs at the same time -> (exit status, all that was printed) of each"""
+        outputs = [self.new_output() for _ in jobs]
+        started = self.start(*([*job, output] for job, output in zip(jobs, outputs, strict=True)))
+        return list(zip(self.wait(started), map(printed, outputs), strict=True))
+
+
+def printed(output: Path) -> str:
+    return output.read_text().replace("\r", "\n")
 
 
 @pytest.fixture(scope="session")
-def commands():
-    """Run the project's commands in a process that has done the seconds of importing, and may mount file
-    systems that nobody else sees: a list of (shell commands to run before, variables, script, arguments), all
-    at once -> [(exit status, all that was printed), ...]."""
-    private = ["unshare", "-rm"]
-    if subprocess.run([*private, "true"], capture_output=True).returncode:
-        private = []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    server = subprocess.Popen([*private, sys.executable, "-c", FORKS], cwd=ROOT, env=env, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def commands(tmp_path_factory):
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    commands = Commands(shared, tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.connection.close()
 
-    def run(*jobs) -> list[tuple[int, str]]:
-        if any(shell for shell, *_ in jobs) and not private:
-            pytest.skip("may not mount file systems")
-        print(json.dumps(jobs, default=str), file=server.stdin, flush=True)
-        while not (line := server.stdout.readline()).startswith("reply "):
-            assert line, "the process ended"
-        return json.loads(line.removeprefix("reply "))
 
-    yield run
-    server.stdin.close()
-    server.wait()
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """The environment of each rank of a job, as a launcher sets it."""
+    job = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(free_port())}
+    return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+@pytest.fixture(scope="session")
+def ranks(commands):
+    """Train on several ranks without a launcher, for every test that is not about one -> the exit status (of
+    the first rank that failed) and the text of all."""
+
+    def run(count: int, config, *arguments, script: str = "train_vla.py") -> SimpleNamespace:
+        output = commands.new_output()
+        arguments = ["--config", config, *arguments]
+        started = commands.start(*(("", place, script, arguments, output) for place in places(count)))
+        failed = [status for status in commands.wait(started) if status]
+        return SimpleNamespace(returncode=failed[0] if failed else 0, text=printed(output))
+
+    return run
 
 
 @pytest.fixture(scope="session")

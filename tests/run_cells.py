@@ -1,26 +1,29 @@
-"""Many short trainings in one job, for test_zero.py: `deepspeed tests/run_cells.py --config cells.json`.
+"""Many short trainings in one job, for test_zero.py and others: conftest.ranks(2, cells.json, script=this file).
 
-cells.json: {name: {"config": keys of TrainConfig, "ds_config": a DeepSpeed JSON}}. Each runs as if started by
-itself; only the start of Python and of the process group, which take longest, are shared. A "*" in
-pretrained_checkpoint stands for what is not known beforehand, the loss in the checkpoint's name. After each,
-rank 0 prints {"collective ranks": elements that it carried}.
+cells.json: {name: {"config": keys of TrainConfig, "ds_config": a DeepSpeed JSON}}. Each cell runs as if started
+separately, but all share one process group. A "*" in pretrained_checkpoint replaces the loss in a checkpoint's
+name. After each cell rank 0 prints {"collective ranks": elements that it carried}.
+
+Compiled cells use the environment's TORCH_COMPILE_BACKEND. The default captures, partitions and recomputes as
+inductor does, but generates no C++, which takes minutes; `make slow` runs inductor.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import glob
 import inspect
 import json
+import os
 import pkgutil
-import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
 import train_vla
-from machinery import config, ranks
+from machinery import config, ranks, run
 
 COLLECTIVES = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor",
                "reduce_scatter_tensor": "input"}
@@ -54,16 +57,17 @@ def altered(path: str):
     setattr(owner, name, function)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--local_rank")
     cells = json.loads(parser.parse_args().config.read_text())
+    backend = os.environ.get("TORCH_COMPILE_BACKEND", "aot_eager_decomp_partition")
+    torch.compile = functools.partial(torch.compile, backend=backend)
     carried: Counter[str] = Counter()
     for collective, tensor in COLLECTIVES.items():
         count(collective, tensor, carried)  # before DeepSpeed takes hold of them
     neighbour = ranks.start_job()
-    gc.freeze()  # DeepSpeed collects garbage whenever it starts: let it not look at all that was imported
+    gc.freeze()  # DeepSpeed collects garbage whenever it starts: skip everything that was imported
     for name, cell in cells.items():
         print(f"cell {name}", flush=True)
         values = cell["config"]
@@ -72,7 +76,7 @@ if __name__ == "__main__":
         cfg = config.TrainConfig(**values)
         carried.clear()
         with altered(cell["altered"]) if "altered" in cell else contextlib.nullcontext():
-            train_vla.train(cfg, cell["ds_config"])
+            train_vla.train(ds_config=cell["ds_config"], **run.settle(cfg))
         if train_vla.dist.get_rank() == 0:
             print(f"carried {name} {json.dumps(carried)}", flush=True)
         gc.collect()  # an engine and its hooks refer to each other

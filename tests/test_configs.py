@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import yaml
-from conftest import RLDS, ROOT, TINY, ds_json, launch, read_metrics
+from conftest import RLDS, ROOT, TINY, ds_json, read_metrics
 
 from machinery import oxe
 from machinery.config import TrainConfig, UserError, load_config, load_ds_config
@@ -246,14 +246,14 @@ def magic_soup(tmp_path_factory):
 
 @pytest.mark.parametrize("data_mix, count", [
     ("oxe_magic_soup_plus", 27), pytest.param("oxe_magic_soup_plus_minus", 25, marks=pytest.mark.slow)])
-def test_magic_soup_trains_and_every_dataset_is_reported(data_mix, count, magic_soup, tmp_path):
+def test_magic_soup_trains_and_every_dataset_is_reported(data_mix, count, magic_soup, tmp_path, ranks):
     """20 steps of 32 samples with configs/oxe.yaml and a tiny model; the rarest dataset is one in 315."""
     values = {"inherits": str(CONFIGS / "oxe.yaml"), "base_vlm": None, **TINY_MODEL, "data_mix": data_mix,
               "data_root_dir": str(magic_soup), "index_dir": str(magic_soup / "index"), "num_workers": 0,
               "skip_bad_episodes": True, "max_steps": 20, "log_interval": 20, "eval_interval": 0,
               "global_batch_size": 32, "per_device_batch_size": 16, "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(values))
-    done = launch(tmp_path / "soup.yaml", "--deepspeed_config", "ds_configs/cpu.json", ranks=2)
+    done = ranks(2, tmp_path / "soup.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
     assert f"warning: {BROKEN}: left out 1 bad episodes, the first: " in done.text
     metrics = read_metrics(tmp_path / "runs")[20]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LLAMA_TOKENIZER, ROOT, ds_json, launch
+from conftest import LLAMA_TOKENIZER, ROOT, ds_json
 from test_weights import released_config
 from test_zero import JSONS, MODEL, STEPS, agree, cell, read, tensors
 from torch._inductor.utils import run_and_get_code
@@ -50,11 +50,17 @@ def cells(root, ranks, json_names):
     return found
 
 
-def train(root, ranks, cells):
-    path = root / f"cells{ranks}.json"
-    path.write_text(json.dumps(cells))
-    done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
-    assert done.returncode == 0, done.text[-5000:]
+@pytest.fixture(scope="session")
+def train(ranks):
+    """Run cells on so many ranks."""
+
+    def train(root, count, cells) -> None:
+        path = root / f"cells{count}.json"
+        path.write_text(json.dumps(cells))
+        done = ranks(count, path, script="tests/run_cells.py")
+        assert done.returncode == 0, done.text[-5000:]
+
+    return train
 
 
 def more_cells(root):
@@ -67,7 +73,7 @@ def more_cells(root):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, train):
     """The folder with all runs: on one rank ZeRO-0, with which ZeRO-2 and 3 on two are compared."""
     root = tmp_path_factory.mktemp("lora")
     resumed = cell(root, "resumed", "zero2", **LORA, base_vlm=str(root / "base"),
@@ -86,7 +92,7 @@ def test_no_way_of_sharding_changes_the_losses(kind, freezing, runs):
 
 
 @pytest.mark.slow
-def test_nor_does_any_other_json(tmp_path_factory):
+def test_nor_does_any_other_json(tmp_path_factory, train):
     root = tmp_path_factory.mktemp("all")
     train(root, 1, {**base_cell(root), **cells(root, 1, JSONS)})
     train(root, 2, cells(root, 2, JSONS))

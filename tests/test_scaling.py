@@ -1,6 +1,6 @@
 """Eight ranks compute what one does, also with hpZ, and a run goes on from 8 ranks to 4 and back to 8.
 
-Very small trainings in float32, in four jobs under the real launcher (see run_cells.py), which take minutes
+Very small trainings in float32, in four jobs (see run_cells.py), which take minutes
 because so many processes start: pytest -m slow tests/test_scaling.py
 """
 
@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, ds_json
 from test_zero import cell, read
 
 from machinery.checkpoint import Checkpoint, list_checkpoints
@@ -46,7 +46,7 @@ def counted(root, json_name, steps):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, ranks):
     """The folder with all runs. Those with hpZ come last in a job: DeepSpeed keeps its groups of ranks until
     the process ends, and gives them to every later engine."""
     root = tmp_path_factory.mktemp("scaling")
@@ -60,10 +60,10 @@ def runs(tmp_path_factory):
         four |= run(root, "chain", name, 4, max_steps=4)
         again |= run(root, "given", name, 8, **given) | run(root, "chain", name, 8)
     jobs = [(1, run(root, "one", "zero0", 1)), (8, eight), (4, four), (8, again)]
-    for number, (ranks, cells) in enumerate(jobs):
+    for number, (count, cells) in enumerate(jobs):
         path = root / f"job{number}.json"
         path.write_text(json.dumps(cells))
-        done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
+        done = ranks(count, path, script="tests/run_cells.py")
         assert done.returncode == 0, done.text[-5000:]
         (root / f"job{number}.txt").write_text(done.text)
     return root

@@ -27,13 +27,13 @@ def losses(runs) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, ranks):
     """A finished run of 12 steps on two ranks with checkpoints every 5, and what it printed."""
     path = tmp_path_factory.mktemp("finished")
     values = {**TINY, "run_root_dir": str(path / "runs"), "max_steps": 12, "save_interval": 5,
               "keep_checkpoints": 0, "eval_interval": 6, "run_id_note": "note", "image_aug": True}
     (path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(path / "tiny.yaml", ranks=2)
+    done = ranks(2, path / "tiny.yaml")
     assert done.returncode == 0, done.text
     return path, done.text
 
@@ -76,8 +76,8 @@ def weights(checkpoint) -> dict[str, torch.Tensor]:
             for name, shape in reader.shapes.items() for kind in ("weight", "exp_avg", "exp_avg_sq")}
 
 
-@pytest.mark.parametrize("stage, ranks", [(2, 2), (3, 1)])
-def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, ranks, finished, tmp_path):
+@pytest.mark.parametrize("stage, count", [(2, 2), (3, 1)])
+def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, count, finished, tmp_path, ranks):
     """From step 5 to 12 again: with the same JSON and ranks bit for bit, with others to bf16's tolerance."""
     path, _ = finished
     (run,) = (path / "runs").iterdir()
@@ -88,8 +88,7 @@ def test_resuming_is_exact_and_may_change_stage_and_ranks(stage, ranks, finished
     killed.mkdir()  # what a save leaves behind that was killed
     values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(tmp_path / "tiny.yaml", "--deepspeed_config", f"ds_configs/zero{stage}.json", ranks=ranks,
-                  launcher="torchrun" if ranks == 1 else "deepspeed")
+    done = ranks(count, tmp_path / "tiny.yaml", "--deepspeed_config", f"ds_configs/zero{stage}.json")
     assert done.returncode == 0 and "resumed" in done.text, done.text
     before, after = losses(path / "runs"), losses(tmp_path / "runs")
     first = weights(list_checkpoints(run / "checkpoints")[-1])
@@ -244,7 +243,7 @@ def test_nothing_offloaded_may_be_said_in_three_ways(tiny, tmp_path, plain_run):
         assert done.returncode == 0 and "host_gb" not in done.text, done.text
 
 
-def test_an_unreadable_checkpoint_ends_all_ranks(finished, tmp_path):
+def test_an_unreadable_checkpoint_ends_all_ranks(finished, tmp_path, ranks):
     path, _ = finished
     (run,) = (path / "runs").iterdir()
     shutil.copytree(run, tmp_path / "runs" / run.name)
@@ -253,7 +252,7 @@ def test_an_unreadable_checkpoint_ends_all_ranks(finished, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     values = {**yaml.safe_load((path / "tiny.yaml").read_text()), "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(tmp_path / "tiny.yaml", ranks=2, timeout=120)
+    done = ranks(2, tmp_path / "tiny.yaml")
     assert done.returncode != 0 and f"{newest}: not a readable checkpoint" in done.text
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import GOLDEN_MODEL, LLAMA_TOKENIZER, ROOT, TINY, ds_json, launch, read_metrics
+from conftest import GOLDEN_MODEL, LLAMA_TOKENIZER, ROOT, TINY, ds_json, read_metrics
 from safetensors.torch import load_file, save_file
 from test_model import official_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -126,12 +126,12 @@ def test_prismatic_ids():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, ranks):
     """A run of three steps with frozen towers, in float32 under ZeRO-3 on two ranks."""
     path = tmp_path_factory.mktemp("run")
     values = {**TINY, "run_root_dir": str(path / "runs"), "max_steps": 3, "freeze_vision_backbone": True}
     (path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    done = launch(path / "tiny.yaml", "--deepspeed_config", ds_json(path / "ds.json", 3, bf16=False), ranks=2)
+    done = ranks(2, path / "tiny.yaml", "--deepspeed_config", ds_json(path / "ds.json", 3, bf16=False))
     assert done.returncode == 0, done.text
     return next((path / "runs").iterdir())
 

@@ -1,6 +1,6 @@
 """How a training is sharded changes what it costs, never what it computes; nor does stopping and resuming.
 
-Some 170 short trainings of a very small model, in three jobs under the real launcher (see run_cells.py):
+Some 170 short trainings of a very small model, in three jobs (see run_cells.py):
 ZeRO stage x ranks x what is frozen x recomputation x accumulation, with the same global batches everywhere;
 where only one of the last two is on, and on one rank neither, they are slow (pytest -m slow
 tests/test_zero.py).
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, launch
+from conftest import ROOT, TINY
 from transformers import get_cosine_schedule_with_warmup
 
 from action_tokenizer import load_tokenizer
@@ -156,7 +156,7 @@ def chain(root, name, first, second):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, ranks):
     """The folder with all runs."""
     root = tmp_path_factory.mktemp("zero")
     straight = cell(root, "chain-straight", "zero2", 2, "frozen_vision", max_steps=6)
@@ -168,10 +168,10 @@ def runs(tmp_path_factory):
              | plain_cells(root) | straight),
             (1, lambda: matrix(root, 1, BOTH[:1], ["zero0"]) | matrix(root, 1, BOTH[1:]) | scheduled),
             (2, lambda: resumed_cells(root))]
-    for number, (ranks, cells) in enumerate(jobs):
+    for number, (count, cells) in enumerate(jobs):
         path = root / f"cells{number}.json"
         path.write_text(json.dumps(cells() | stages_ranks[number] | back[number]))
-        done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
+        done = ranks(count, path, script="tests/run_cells.py")
         assert done.returncode == 0, done.text[-5000:]
         (root / f"job{number}.txt").write_text(done.text)
     return root
@@ -191,12 +191,12 @@ def tensors(checkpoint, kinds=("weight", "exp_avg", "exp_avg_sq")) -> dict[str, 
 
 
 @pytest.mark.parametrize("freezing", FREEZING)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("json_name", JSONS)
-def test_no_way_of_sharding_changes_the_losses_in_float32(json_name, ranks, freezing, runs):
+def test_no_way_of_sharding_changes_the_losses_in_float32(json_name, count, freezing, runs):
     reference = runs / f"zero0-x1-{freezing}-recompute0-accumulation1"
-    found = sorted(runs.glob(f"{json_name}-x{ranks}-{freezing}-*"))
-    assert len(found) == 1 + (json_name == "zero0" or (ranks == 2 and "offload" not in json_name))
+    found = sorted(runs.glob(f"{json_name}-x{count}-{freezing}-*"))
+    assert len(found) == 1 + (json_name == "zero0" or (count == 2 and "offload" not in json_name))
     agree(found, reference)
 
 
@@ -210,12 +210,12 @@ def agree(found, reference):
 
 
 @pytest.mark.slow
-def test_nor_do_recomputation_and_accumulation_alone(tmp_path_factory):
+def test_nor_do_recomputation_and_accumulation_alone(tmp_path_factory, ranks):
     root = tmp_path_factory.mktemp("one")
-    for ranks in (1, 2):
-        path = root / f"cells{ranks}.json"
-        path.write_text(json.dumps(matrix(root, ranks, ONE + BOTH[:1] * (ranks == 1))))
-        done = launch(path, ranks=ranks, script="tests/run_cells.py", timeout=1200)
+    for count in (1, 2):
+        path = root / f"cells{count}.json"
+        path.write_text(json.dumps(matrix(root, count, ONE + BOTH[:1] * (count == 1))))
+        done = ranks(count, path, script="tests/run_cells.py")
         assert done.returncode == 0, done.text[-5000:]
     for freezing in FREEZING:
         found = [run for run in root.glob(f"zero?-x?-{freezing}-*")]

@@ -1,0 +1,106 @@
+"""Runs the project's commands in forks of one process that has imported everything (conftest.commands).
+
+Importing torch, deepspeed and transformers takes some ten CPU seconds, more than most of the tests' trainings.
+Here it is paid once for the whole suite: each xdist worker opens a connection and gets a process of its own,
+with mounts of its own, whose forks are the commands. A request is one line of JSON:
+["start", [[shell command to run before, environment, script, arguments, file for the output], ...]] -> process
+ids, or ["wait", process ids] -> their exit statuses.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = {"data.py": "machinery.inspect_data", "eval_vla.py": "eval_vla", "export_vla.py": "export_vla",
+            "train_vla.py": "train_vla", "tests/run_cells.py": "run_cells"}
+# what a training imports later: DeepSpeed's Muon compiles something and so imports all of inductor
+LATER = ["transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.muon.muon_optimizer",
+         "torch.utils.tensorboard"]
+LONGEST = 1200  # seconds; a command that hangs is killed
+CLONE_NEWNS = 0x20000  # a command's mounts are seen by this process and its children only
+
+
+def main(listener: socket.socket) -> None:
+    """Serve every connection with a fork, until the last one is closed."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")  # as run.py does
+    for module in [*PROGRAMS.values(), *LATER]:
+        importlib.import_module(module)
+    listener.settimeout(1)
+    handlers: set[int] = set()
+    begun = False
+    while handlers or not begun:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            handlers -= {pid for pid in handlers if os.waitpid(pid, os.WNOHANG)[0]}
+            continue
+        begun = True
+        handler = os.fork()
+        if not handler:
+            listener.close()
+            serve(connection)
+            os._exit(0)
+        connection.close()
+        handlers.add(handler)
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer one worker's requests; what it has not waited for ends with the connection."""
+    ctypes.CDLL(None).unshare(CLONE_NEWNS)
+    running: set[int] = set()
+    with connection.makefile("rw") as lines:
+        for line in lines:
+            request, values = json.loads(line)
+            if request == "start":
+                reply = [start(*job) for job in values]
+                running |= {*reply}
+            else:
+                reply = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in values]
+                running -= {*values}
+            print(json.dumps(reply), file=lines, flush=True)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+
+
+def start(shell: str, environ: dict, script: str, arguments: list, output: str) -> int:
+    """Run a program in a fork -> its process id."""
+    if shell:
+        subprocess.run(shell, shell=True, check=True)
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.alarm(LONGEST)
+        os.setsid()
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        os.environ.update(environ)
+        sys.argv = [script, *arguments]
+        sys.modules[PROGRAMS[script]].main()
+        status = 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        else:
+            status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))
