@@ -19,7 +19,7 @@ import torch
 
 from action_tokenizer import ActionTokenizer, normalize, prompt_ids
 from machinery import oxe
-from machinery.config import Recipe, TrainConfig, UserError
+from machinery.config import Recipe, TrainConfig
 from machinery.frames import DataError, FrameTable, follow_rank, frame_table
 from machinery.images import augment, center_crop, decode_image, draw_augmentation
 

@@ -19,8 +19,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from action_tokenizer import ActionTokenizer
-from machinery.backbones import (build_llm, build_tower, check_window, llm_config, normalize_pixels,
-                                 round_up)
+from machinery.backbones import (
+    build_llm,
+    build_tower,
+    check_window,
+    llm_config,
+    normalize_pixels,
+    round_up,
+)
 from machinery.config import TrainConfig, UserError
 
 

@@ -34,8 +34,16 @@ from machinery.metrics import Metrics, evaluate
 from machinery.ranks import Preemption, patient_group, run_job, stop_if_not_finite
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
-from machinery.zero import (adapt, build_sharded, check_json, gather_per_block, parameter_groups,
-                            set_learning_rate, set_tensors, with_yaml_values)
+from machinery.zero import (
+    adapt,
+    build_sharded,
+    check_json,
+    gather_per_block,
+    parameter_groups,
+    set_learning_rate,
+    set_tensors,
+    with_yaml_values,
+)
 from model import VLA
 
 # ---- The program ---------------------------------------------------------------------------------

@@ -39,7 +39,11 @@ def import_openvla(checkout: str):
         module = types.ModuleType(name)
         module.__path__ = [f"{checkout}/{name.replace('.', '/')}"]
         sys.modules[name] = module
-    from prismatic.extern.hf import configuration_prismatic, modeling_prismatic, processing_prismatic
+    from prismatic.extern.hf import (
+        configuration_prismatic,
+        modeling_prismatic,
+        processing_prismatic,
+    )
 
     return configuration_prismatic, modeling_prismatic, processing_prismatic
 

@@ -34,7 +34,13 @@ from safetensors.torch import save as to_safetensors
 
 from machinery.config import UserError
 from machinery.ranks import patient_group
-from machinery.zero import MOMENTS, describe_parameters, local_tensors, set_optimizer_step, set_tensors
+from machinery.zero import (
+    MOMENTS,
+    describe_parameters,
+    local_tensors,
+    set_optimizer_step,
+    set_tensors,
+)
 
 FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
 NAME = re.compile(r"step-\d+-epoch-\d+-loss=\d+\.\d+")  # as Run.save makes it

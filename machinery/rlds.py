@@ -112,7 +112,9 @@ class Steps:
 
     def __getitem__(self, name: str) -> np.ndarray | list[bytes]:
         """(T, *shape) array of the feature's declared dtype, or a list of T byte strings."""
-        from tensorflow_datasets.proto import tf_feature_pb2  # here: importing TFDS takes half a second
+        from tensorflow_datasets.proto import (
+            tf_feature_pb2,  # here: importing TFDS takes half a second
+        )
 
         start, stop = self._find(name)
         feature = tf_feature_pb2.Feature.FromString(self.data[start:stop])

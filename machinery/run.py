@@ -27,8 +27,12 @@ from tqdm import tqdm
 
 from data import Mixture, open_tables
 from machinery import oxe
-from machinery.checkpoint import (Checkpoint, CheckpointError, list_checkpoints, open_checkpoint,
-                                  save_checkpoint)
+from machinery.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    open_checkpoint,
+    save_checkpoint,
+)
 from machinery.config import TrainConfig, UserError, run_directory
 from machinery.files import atomic, take_lock
 from machinery.images import contact_sheet

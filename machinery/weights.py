@@ -31,7 +31,13 @@ from torch import nn
 
 from action_tokenizer import load_tokenizer
 from machinery.backbones import llm_config, round_up
-from machinery.checkpoint import Checkpoint, CheckpointError, SafetensorsFile, Tensors, list_checkpoints
+from machinery.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    SafetensorsFile,
+    Tensors,
+    list_checkpoints,
+)
 from machinery.config import (
     TrainConfig,
     UserError,

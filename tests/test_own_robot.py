@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from machinery import frames as frames_module
 import numpy as np
 import pytest
 import simplejpeg
@@ -23,6 +22,7 @@ from PIL import Image
 from act import Policy, load_vla
 from action_tokenizer import load_tokenizer, unnormalize
 from data import Mixture
+from machinery import frames as frames_module
 from machinery import oxe
 from machinery.checks import round_trip, table_warnings
 from machinery.config import Recipe, TrainConfig, UserError

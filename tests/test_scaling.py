@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, ds_json
+from conftest import ROOT
 from test_zero import cell, read
 
 from machinery.checkpoint import Checkpoint, list_checkpoints

@@ -29,7 +29,15 @@ import numpy as np
 import simplejpeg
 import yaml
 from actions import Dimension, as_recipe, describe, idle_frames, resample
-from lerobot_format import Episode, LeRobotSet, as_array, check_video, open_set, read_numbers, read_pictures
+from lerobot_format import (
+    Episode,
+    LeRobotSet,
+    as_array,
+    check_video,
+    open_set,
+    read_numbers,
+    read_pictures,
+)
 from tqdm import tqdm
 
 from machinery.config import Recipe, UserError, exit_with_one_line

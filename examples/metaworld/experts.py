@@ -37,7 +37,9 @@ class HandlePullSide:
 
 def expert_of(task: str, whose: str):
     """A new expert for a task. whose: "metaworld", or "ours", which are Meta-World's in the other tasks."""
-    from metaworld.policies import ENV_POLICY_MAP  # here: simulator.py chooses OpenGL before MuJoCo is read
+    from metaworld.policies import (
+        ENV_POLICY_MAP,  # here: simulator.py chooses OpenGL before MuJoCo is read
+    )
 
     expert = ENV_POLICY_MAP[task]()
     reach = Reach(expert)
