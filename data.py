@@ -178,13 +178,19 @@ class Mixture:
         """Normalised actions from frames `rows` (R,) of dataset d on: (R, action_chunk, action_dim) float32.
         Past the end of the episode, changes are 0 and targets repeat the last, as in OpenVLA."""
         table, stats = self.tables[d], self.statistics[self.names[d]]["action"]
+        window, past_end = self.window(d, rows)
+        actions = normalize(table.frames["action"][window], stats, self.cfg.action_normalization)
+        actions[past_end[..., None] & ~table.targets] = 0
+        return actions
+
+    def window(self, d: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frames `rows` (R,) of dataset d -> (the rows of their chunks (R, action_chunk), those past the end
+        of the episode replaced by its last; which ones these are, bool)."""
+        table = self.tables[d]
         episode = table.episodes[table.episode_of(rows)]
         wanted = rows[:, None] + np.arange(self.cfg.action_chunk)
-        last = (episode["first"] + episode["count"])[:, None] - 1
-        actions = table.frames["action"][np.minimum(wanted, last)]
-        actions = normalize(actions, stats, self.cfg.action_normalization)
-        actions[(wanted > last)[..., None] & ~table.targets] = 0
-        return actions
+        last = (episode["first"] + episode["count"])[:, None].astype(np.int64) - 1
+        return np.minimum(wanted, last), wanted > last
 
     def sample(self, d: int, row: int, epoch: int = 0, augment_seed: int | None = None) -> dict:
         """One training sample: images (N, H, W, 3) uint8, N = window_size x cameras; input_ids and labels
@@ -231,6 +237,14 @@ class Mixture:
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (lives as long as the run)
     def prompt(self, instruction: str) -> list[int]:
         return prompt_ids(self.tokenizer, instruction, self.cfg.prompt_style)
+
+
+def most_frequent_tokens(mixture: Mixture, dataset: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The most frequent id of each action token (T,) after frames (dataset, row), each (R,): the answer that
+    knows no image."""
+    actions = [mixture.actions(d, rows[dataset == d]) for d in np.unique(dataset)]
+    tokens = mixture.action_tokenizer.encode(np.concatenate(actions).reshape(len(rows), -1))
+    return np.array([np.bincount(column).argmax() for column in tokens.T])
 
 
 def collate(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from data import Mixture, TrainBatches, open_tables
+from data import Mixture, TrainBatches, most_frequent_tokens, open_tables
 from machinery.checkpoint import load_checkpoint
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
@@ -77,7 +77,9 @@ def train(cfg: TrainConfig, ds_config: dict) -> None:
     engine = make_engine(cfg, ds_config, tokenizer, weights, run)
     run.describe(cfg, ds_config, mixture)
     preemption, metrics = Preemption(), Metrics(mixture.names, engine.device, mixture.action_tokenizer)
-    baseline = most_frequent_tokens(mixture, min(cfg.eval_samples, 10**6)) if held_out else None
+    baseline = None
+    if held_out:
+        baseline = most_frequent_tokens(mixture, *mixture.draw(0, min(cfg.eval_samples, 10**6))[:2])
 
     for step in run.steps(total_steps):
         set_learning_rate(engine, lr := learning_rate(cfg, step, total_steps))
@@ -336,14 +338,6 @@ def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray) 
     values = {f"eval/{key}": value for key, value in metrics.read(cfg).items()
               if key.split("/")[0] in ("loss", "accuracy", "l1")}
     return values | {"eval/accuracy_of_most_frequent_bin": float(guessed[0] / guessed[1])}
-
-
-def most_frequent_tokens(mixture: Mixture, samples: int) -> np.ndarray:
-    """The most frequent id of each action token in training samples: the answer that knows no image."""
-    dataset, rows, _ = mixture.draw(0, samples)
-    actions = np.concatenate([mixture.actions(d, rows[dataset == d]) for d in np.unique(dataset)])
-    tokens = mixture.action_tokenizer.encode(actions.reshape(samples, -1))
-    return np.array([np.bincount(column).argmax() for column in tokens.T])
 
 
 def main() -> None:
