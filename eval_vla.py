@@ -1,34 +1,34 @@
-"""Evaluate a model in open loop: let it act on recorded frames, and compare with what was recorded.
+"""Evaluate a model in open loop: let it act on recorded frames and compare with the recording.
 
-    python eval_vla.py --checkpoint runs/demo+n1+b32+x7                      on held-out episodes
-    python eval_vla.py --checkpoint runs/demo+n1+b32+x7 --on-train-frames    on frames it learned from
-    python eval_vla.py --checkpoint openvla/openvla-7b --config my_robot.yaml    any model on a YAML's data
+    python eval_vla.py --checkpoint runs/demo+n1+b32+x7                    on held-out episodes
+    python eval_vla.py --checkpoint runs/demo+n1+b32+x7 --on-train-frames  on frames it learned from
+    python eval_vla.py --checkpoint openvla/openvla-7b --config my_robot.yaml
+                                                                   any model on the data of a YAML
 
-Every frame is answered by Policy.predict_action from the image as it was recorded, exactly as a robot would
-ask. For each dataset and action dimension this prints the accuracy of the action tokens, L1 in normalised
-units (-1..1) and in those of the dataset, and beside each what always answering the most frequent bin of the
-training data would give. eval.json keeps the numbers, eval.png shows some episodes, recorded against
-predicted: both in the run's directory. A low open-loop error does not prove a good policy, but a high one
-proves a bad one. The third command is what a fine-tuning should improve on: a model that does not know the
-data acts by their statistics, or, with --unnorm_key, by those of a dataset that it knows.
+For each dataset and action dimension this prints the accuracy of the action tokens and the L1
+error, normalised (-1..1) and in the dataset's units. Beside each is the value for always answering
+the most frequent bin of the training data. eval.json keeps the numbers and eval.png shows some
+episodes, recorded and predicted; both go into the run's directory. A low open-loop error does not
+prove a good policy, but a high one proves a bad one. The third command gives the baseline for
+fine-tuning: a model that does not know the data acts by their statistics or, with --unnorm_key, by
+those of a dataset that it knows.
 
-Robots fail most often because acting prepares its inputs in another way than training did: red and blue
-swapped, another resize, another prompt, other statistics. So the same frames are answered in three ways:
+Robots fail most often because acting prepares the inputs in another way than training did: swapped
+red and blue, another resize, prompt or statistics. So the same frames are answered in three ways:
 
-    accuracy_teacher_forced   training's inputs (data.py), each token after the recorded ones: as its log
+    accuracy_teacher_forced   training's inputs (data.py), each token after the recorded ones
     accuracy_greedy           training's inputs, each token after the model's own
-    accuracy_inference        Policy.predict_action on the recorded image
+    accuracy_inference        acting's inputs: the recorded image through Policy.prepare
 
-The first reproduces the log (accuracy_logged; while training the weights still moved, and images were
-augmented). The last two agree, token for token (`agreement`), unless preparing the inputs differs: that is a
-warning, and with --on-train-frames an error. Where the model was trained with augmentation, all three see the
-centre crop it acts with.
+The first reproduces the training log (accuracy_logged; there the weights still changed and images
+were augmented). The last two agree token for token (`agreement`) if acting prepares the inputs
+correctly. If they do not, that is a warning, and with --on-train-frames an error. A model trained
+with augmentation gets the same centre crop in all three.
 """
 
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
-from data import IGNORE_INDEX, Mixture, collate
+from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens
 from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
@@ -47,220 +47,313 @@ from machinery.images import decode_native
 from machinery.run import step_of
 from machinery.weights import open_weights
 
-BATCH = 16  # frames the model sees at once
-EPISODES, EPISODE_FRAMES = 3, 300  # drawn in the PNG
-TOLERANCE = 0.03  # "a few points" of accuracy
+BATCH = 16  # frames per call of the model
+EPISODES = 3  # in the PNG
+EPISODE_FRAMES = 300  # of each, at most
+TOLERANCE = 0.03  # of accuracies that should agree
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Three answers to the same frames. A frame is (dataset number, row of its frame table, epoch).
+# ---- Three answers to the same frames ----------------------------------------------------------
+# A frame is (dataset number, row of its frame table, epoch).
 
 
-def act(policy: Policy, mixture: Mixture, frames: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    """What a robot would get, for frames of one dataset: (action tokens (B, T), actions (B, action_chunk,
-    action_dim) in the dataset's units)."""
-    dataset, (table, cfg) = frames[0][0], (mixture.tables[frames[0][0]], mixture.cfg)
-    views, texts = [], []
-    for d, row, epoch in frames:
+def from_camera(
+    policy: Policy, mixture: Mixture, frames: list[tuple]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Answer frames of one dataset as on a robot: -> (action tokens (B, T), actions
+    (B, action_chunk, action_dim) in the dataset's units)."""
+    dataset = frames[0][0]
+    name = mixture.names[dataset]
+    table = mixture.tables[dataset]
+    cfg = mixture.cfg
+    black = np.zeros((cfg.image_size, cfg.image_size, 3), np.uint8)  # for a missing camera
+    views = []
+    texts = []
+    states = []
+    for _, row, epoch in frames:
         first = int(table.first_frames[table.episode_of(row)])
-        images = [table.read_image(max(row - past, first), table.cameras.index(key))
-                  for past in range(cfg.window_size - 1, -1, -1)
-                  for key in mixture.cameras_shown(d, row, epoch)]
-        black = np.zeros((cfg.image_size, cfg.image_size, 3), np.uint8)  # for a camera that is not there
-        views.append([decode_native(image) if image else black for image in images])
+        images = []
+        for past in range(cfg.window_size - 1, -1, -1):
+            for key in mixture.cameras_shown(dataset, row, epoch):
+                image = table.read_image(max(row - past, first), table.cameras.index(key))
+                images.append(decode_native(image) if image else black)
+        views.append(images)
         texts.append(table.instructions[table.frames["instruction"][row]])
-    proprio = np.stack([table.frames["proprio"][row] for _, row, _ in frames]) if cfg.use_proprio else None
-    # predict_action would not tell the tokens, and speak in the robot's terms
-    tokens = policy.generate(*policy.prepare(views, texts, mixture.names[dataset], proprio))
-    actions = policy.actions(tokens, mixture.names[dataset])
+        if cfg.use_proprio:
+            states.append(table.frames["proprio"][row])
+    # not predict_action: it returns no tokens, and actions in the robot's own form
+    inputs = policy.prepare(views, texts, name, np.stack(states) if states else None)
+    tokens = policy.generate(*inputs)
+    actions = policy.actions(tokens, name)
     return tokens.cpu().numpy(), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
 
 
 @torch.inference_mode()
-def recall(policy: Policy, mixture: Mixture, frames: list[tuple]
-           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """From training's own inputs: (teacher-forced, greedy, true) action tokens, each (B, T)."""
+def from_training_inputs(
+    policy: Policy, mixture: Mixture, frames: list[tuple]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Answer training's own inputs: -> (teacher-forced, greedy, true) action tokens (B, T)."""
     samples = [mixture.sample(*frame) for frame in frames]
     prompts = [sample["input_ids"][sample["labels"] == IGNORE_INDEX].tolist() for sample in samples]
     batch = collate(samples, mixture.tokenizer.pad_token_id)
-    batch = {key: value.to(policy.vla.llm.device) for key, value in batch.items() if key != "dataset"}
+    del batch["dataset"]
+    batch = {key: value.to(policy.vla.llm.device) for key, value in batch.items()}
     _, forced, true = policy.vla(**batch)
     greedy = policy.generate(batch["images"], prompts, batch.get("proprio"))
     return forced.cpu().numpy(), greedy.cpu().numpy(), true.cpu().numpy()
 
 
-# ---- Numbers -----------------------------------------------------------------------------------------------
+def collect(policy: Policy, mixture: Mixture, frames: np.ndarray) -> dict[str, np.ndarray]:
+    """All answers to frames (R, 3) of one dataset, as `measure` takes them."""
+    batches = []
+    name = mixture.names[frames[0, 0]]
+    for i in tqdm(range(0, len(frames), BATCH), name, unit="batch", leave=False):
+        batch = [tuple(frame) for frame in frames[i : i + BATCH].tolist()]
+        forced, greedy, true = from_training_inputs(policy, mixture, batch)
+        inference, actions = from_camera(policy, mixture, batch)
+        batches.append({"teacher_forced": forced, "greedy": greedy, "true": true,
+                        "inference": inference, "actions": actions})
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def measure(mixture: Mixture, d: int, rows: np.ndarray, answers: dict[str, np.ndarray], constant: np.ndarray
-            ) -> dict:
-    """How good the answers to frames `rows` (R,) of dataset d are.
+# ---- Numbers -----------------------------------------------------------------------------------
 
-    answers: tokens (R, T) by name: true, inference, ...; and `actions` (R, action_chunk, action_dim).
-    constant: the most frequent token for each of the T. Accuracy and normalised L1 are training's: of tokens,
-    and of their bins' centres. The L1 in the dataset's units is against the recorded action itself, as far as
-    the episode goes.
+
+def measure(
+    mixture: Mixture,
+    dataset: int,
+    rows: np.ndarray,
+    answers: dict[str, np.ndarray],
+    frequent: np.ndarray,
+) -> dict:
+    """Score the answers to frames `rows` (R,) of a dataset.
+
+    answers: tokens (R, T) by name, and `actions` (R, action_chunk, action_dim)
+    frequent: the most frequent token for each of the T
+
+    Accuracy and normalised L1 are training's: of tokens and of their bins' centres. L1 in the
+    dataset's units is against the recorded actions, up to the end of the episode.
     """
-    tokenizer, cfg = mixture.action_tokenizer, mixture.cfg
-    recorded, shape = record(mixture, d, rows), (len(rows), cfg.action_chunk, cfg.action_dim)
-    frequent = np.broadcast_to(constant, answers["true"].shape)
-    kind, stats = cfg.action_normalization, mixture.statistics[mixture.names[d]]["action"]
-    frequent_actions = unnormalize(tokenizer.decode(frequent).reshape(shape), stats, kind)
-    result: dict = {"frames": len(rows)}
-    for name, tokens, actions in (("inference", answers["inference"], answers["actions"]),
-                                  ("most_frequent_bin", frequent, frequent_actions)):
-        correct = (tokens == answers["true"]).reshape(shape)
-        normalised = np.abs(tokenizer.decode(tokens) - tokenizer.decode(answers["true"])).reshape(shape)
-        physical = np.abs(actions - recorded)
-        result[name] = {
-            "accuracy": float(correct.mean()), "accuracy_per_dim": correct.mean((0, 1)).tolist(),
-            "l1": float(normalised.mean()), "l1_per_dim": normalised.mean((0, 1)).tolist(),
-            "l1_units_per_dim": np.nanmean(physical, (0, 1)).tolist()}
-    return result
+    tokenizer = mixture.action_tokenizer
+    cfg = mixture.cfg
+    shape = (len(rows), cfg.action_chunk, cfg.action_dim)
+    true = answers["true"]
+    recorded = recorded_actions(mixture, dataset, rows)
+    stats = mixture.statistics[mixture.names[dataset]]["action"]
+    frequent = np.broadcast_to(frequent, true.shape)
+    normalized = tokenizer.decode(frequent).reshape(shape)
+    frequent_actions = unnormalize(normalized, stats, cfg.action_normalization)
+
+    def score(tokens, actions) -> dict:
+        correct = (tokens == true).reshape(shape)
+        l1 = np.abs(tokenizer.decode(tokens) - tokenizer.decode(true)).reshape(shape)
+        return {"accuracy": float(correct.mean()),
+                "accuracy_per_dim": correct.mean((0, 1)).tolist(),
+                "l1": float(l1.mean()),
+                "l1_per_dim": l1.mean((0, 1)).tolist(),
+                "l1_units_per_dim": np.nanmean(np.abs(actions - recorded), (0, 1)).tolist()}
+
+    return {"frames": len(rows),
+            "inference": score(answers["inference"], answers["actions"]),
+            "most_frequent_bin": score(frequent, frequent_actions)}
 
 
-def record(mixture: Mixture, d: int, rows: np.ndarray) -> np.ndarray:
-    """The recorded actions (R, action_chunk, action_dim) that follow frames `rows`, in the dataset's units;
-    NaN past the end of the episode."""
-    table = mixture.tables[d]
-    episode = table.episodes[table.episode_of(rows)]
-    wanted = rows[:, None] + np.arange(mixture.cfg.action_chunk)
-    last = (episode["first"] + episode["count"])[:, None].astype(np.int64) - 1
-    actions = table.frames["action"][np.minimum(wanted, last)].astype(np.float64)
-    actions[wanted > last] = np.nan
+def recorded_actions(mixture: Mixture, dataset: int, rows: np.ndarray) -> np.ndarray:
+    """The recorded actions (R, action_chunk, action_dim) from frames `rows` on, in the dataset's
+    units; NaN past the end of the episode."""
+    window, past_end = mixture.window(dataset, rows)
+    actions = mixture.tables[dataset].frames["action"][window].astype(np.float64)
+    actions[past_end] = np.nan
     return actions
 
 
-def most_frequent_tokens(mixture: Mixture, d: int, samples: int) -> np.ndarray:
-    """The most frequent id of each action token (T,) in dataset d: the answer that knows no image."""
-    index = np.linspace(0, mixture.sizes[d] - 1, min(samples, mixture.sizes[d])).astype(np.int64)
-    actions = mixture.actions(d, mixture.rows(np.full(len(index), d), index))
-    tokens = mixture.action_tokenizer.encode(actions.reshape(len(index), -1))
-    return np.array([np.bincount(column).argmax() for column in tokens.T])
-
-
-def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int, on_train_frames: bool
-                    ) -> float | None:
-    """What training logged: on held-out frames at this step, or on the last `samples` training frames."""
+def logged_accuracy(
+    run_dir: Path, step: int, samples: int, global_batch: int, on_train_frames: bool
+) -> float | None:
+    """The training log's accuracy: on held-out frames at this step, or on the last `samples`
+    training frames."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.loads(line) for line in lines if step_of(line) < math.inf]  # one may be cut short
+    lines = [json.loads(line) for line in lines if step_of(line) < math.inf]  # not a partial line
     if not on_train_frames:
-        return next((line["eval/accuracy"] for line in lines
-                     if line["step"] == step and "eval/accuracy" in line), None)
+        for line in lines:
+            if line["step"] == step and "eval/accuracy" in line:
+                return line["eval/accuracy"]
+        return None
     lines = [line for line in lines if "accuracy" in line and line["step"] <= step]
-    total = seen = 0.0
-    for line, before in zip(reversed(lines), [*reversed(lines[:-1]), {"step": 0}], strict=False):
-        steps = line["step"] - before["step"]
-        total, seen = total + steps * line["accuracy"], seen + steps
-        if seen * global_batch >= samples:
-            break
+    total = 0.0
+    seen = 0  # steps
+    while lines and seen * global_batch < samples:
+        line = lines.pop()
+        steps = line["step"] - (lines[-1]["step"] if lines else 0)
+        total += steps * line["accuracy"]
+        seen += steps
     return total / seen if seen else None
 
 
-def verdict(accuracy: dict[str, float], agreement: float, frames: int, strategy: str
-            ) -> tuple[str | None, list[str]]:
-    """What the accuracies say: the mismatch between training and acting, if there is one, and what else is
-    worth knowing."""
-    mismatch, remarks = None, []
-    forced, greedy, inference = (accuracy[name] for name in ("teacher_forced", "greedy", "inference"))
+def verdict(
+    accuracy: dict[str, float], agreement: float, frames: int, strategy: str
+) -> tuple[str | None, list[str]]:
+    """-> (the mismatch between training and acting, if there is one, and other remarks)."""
+    mismatch = None
+    remarks = []
+    forced = accuracy["teacher_forced"]
+    greedy = accuracy["greedy"]
+    inference = accuracy["inference"]
     if agreement < 1 - TOLERANCE:
-        mismatch = (f"{1 - agreement:.1%} of the action tokens are others when it acts on the recorded "
-                    f"images (accuracy {inference:.3f}) than on training's inputs ({greedy:.3f}), so acting "
-                    f"prepares them differently: compare image_resize_strategy ({strategy}), the order of "
-                    "colours and cameras, the prompt and the statistics")
+        mismatch = (f"{1 - agreement:.1%} of the action tokens differ between acting on the "
+                    f"recorded images (accuracy {inference:.3f}) and training's inputs "
+                    f"({greedy:.3f}), so acting prepares them differently: compare "
+                    f"image_resize_strategy ({strategy}), the order of colours and cameras, the "
+                    "prompt and the statistics")
     if forced - greedy > TOLERANCE:
-        remarks.append(f"note: {forced:.3f} after the recorded tokens, {greedy:.3f} after its own: a mistake "
-                       "in one token leads to others; no fault of the inputs")
-    if forced < accuracy.get("logged", 0.0) - 2 * TOLERANCE - frames ** -0.5:  # two standard errors
-        remarks.append(f"warning: the saved weights reach {forced:.3f} where training logged "
-                       f"{accuracy['logged']:.3f}: config.json or the data are not those of the training")
+        remarks.append(f"note: accuracy {forced:.3f} after the recorded tokens, {greedy:.3f} after "
+                       "the model's own: one wrong token leads to others")
+    if forced < accuracy.get("logged", 0.0) - 2 * TOLERANCE - frames**-0.5:  # two standard errors
+        remarks.append(f"warning: accuracy {forced:.3f}, but training logged "
+                       f"{accuracy['logged']:.3f}: config.json or the data differ from training's")
     return mismatch, remarks
 
 
-# ---- The picture -------------------------------------------------------------------------------------------
+def report(name: str, result: dict) -> None:
+    """Print a dataset's numbers."""
+    model = result["inference"]
+    frequent = result["most_frequent_bin"]
+    print(f"dataset {name} frames {result['frames']} accuracy {model['accuracy']:.4f} "
+          f"most_frequent_bin {frequent['accuracy']:.4f} l1 {model['l1']:.4f} "
+          f"most_frequent_bin {frequent['l1']:.4f}")
+    for dim in range(len(model["l1_per_dim"])):
+        line = f"dataset {name} dim {dim}"
+        for key in ("accuracy", "l1", "l1_units"):
+            line += f" {key} {model[f'{key}_per_dim'][dim]:.4g}"
+            line += f" most_frequent_bin {frequent[f'{key}_per_dim'][dim]:.4g}"
+        print(line)
 
+
+# ---- The picture -------------------------------------------------------------------------------
 
 COLOURS = {"recorded": "black", "predicted": "darkorange"}
+WIDTH, HEIGHT = 520, 120  # pixels of one curve
+LEFT, TOP = 90, 76  # margins
 
 
 def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
-    """Some episodes side by side, a row for each number of the robot's action, in its own terms."""
-    episodes = [(d, first, count) for d, (firsts, counts, _) in enumerate(mixture.stretches)
-                for first, count in zip(firsts.tolist(), counts.tolist(), strict=True)]
-    chosen = [episodes[i] for i in np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))]
-    rows_needed = max(len(policy.convention(mixture.names[d]).action) for d, *_ in chosen)
-    width, height, left, top = 520, 120, 90, 76
-    sheet = Image.new("RGB", (width * len(chosen), height * rows_needed + top), "white")
-    pen, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(16)
-    for column, (d, first, count) in enumerate(chosen):
-        name, table, x = mixture.names[d], mixture.tables[d], column * width
-        robot, rows = policy.convention(name), first + np.arange(min(count, EPISODE_FRAMES))
-        batches = [[(d, row, 0) for row in rows[i : i + BATCH].tolist()] for i in range(0, len(rows), BATCH)]
-        predicted = np.concatenate([act(policy, mixture, batch)[1][:, 0] for batch in batches])  # (R, A)
-        curves = {"recorded": robot.to_robot(record(mixture, d, rows)[:, 0]),
-                  "predicted": robot.to_robot(predicted)}
+    """Some episodes side by side, a row for each number of the robot's action, in its units."""
+    episodes = []  # (dataset, first row, frames)
+    for dataset, (firsts, counts, _) in enumerate(mixture.stretches):
+        for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+            episodes.append((dataset, first, count))
+    chosen = np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))
+    episodes = [episodes[i] for i in chosen]
+    robots = [policy.convention(mixture.names[dataset]) for dataset, *_ in episodes]
+    height = TOP + HEIGHT * max(len(robot.action) for robot in robots)
+    sheet = Image.new("RGB", (WIDTH * len(episodes), height), "white")
+    pen = ImageDraw.Draw(sheet)
+    small = ImageFont.load_default(13)
+    large = ImageFont.load_default(16)
+    for column, ((dataset, first, count), robot) in enumerate(zip(episodes, robots, strict=True)):
+        table = mixture.tables[dataset]
+        rows = first + np.arange(min(count, EPISODE_FRAMES))
+        predicted = []
+        for i in range(0, len(rows), BATCH):
+            frames = [(dataset, row, 0) for row in rows[i : i + BATCH].tolist()]
+            _, actions = from_camera(policy, mixture, frames)
+            predicted.append(actions[:, 0])  # the first step of each chunk
+        curves = {"recorded": robot.to_robot(recorded_actions(mixture, dataset, rows)[:, 0]),
+                  "predicted": robot.to_robot(np.concatenate(predicted))}  # (R, A) each
+
+        x = column * WIDTH + LEFT
         text = table.instructions[table.frames["instruction"][first]]
-        title = f"{name}, episode {table.episode_of(first)}, {len(rows)} frames"
-        pen.multiline_text((x + left, 6), f"{title}\n{text[:50]}", "black", large)
+        title = f"{mixture.names[dataset]}, episode {table.episode_of(first)}, {len(rows)} frames"
+        pen.multiline_text((x, 6), f"{title}\n{text[:50]}", "black", large)
         for i, (label, colour) in enumerate(COLOURS.items()):
-            pen.line((x + left + 110 * i, 60, x + left + 24 + 110 * i, 60), colour, 3)
-            pen.text((x + left + 30 + 110 * i, 52), label, colour, small)
+            pen.line((x + 110 * i, 60, x + 24 + 110 * i, 60), colour, 3)
+            pen.text((x + 30 + 110 * i, 52), label, colour, small)
         for dim, label in enumerate(robot.action):
-            box = (x + left, top + dim * height + 18, x + width - 16, top + (dim + 1) * height - 4)
-            draw_curves(pen, small, box, label, {key: values[:, dim] for key, values in curves.items()})
+            top = TOP + dim * HEIGHT
+            box = (x, top + 18, x + WIDTH - LEFT - 16, top + HEIGHT - 4)
+            values = {key: curve[:, dim] for key, curve in curves.items()}
+            draw_curves(pen, small, box, label, values)
     sheet.save(path)
 
 
-def draw_curves(pen: ImageDraw.ImageDraw, font, box: tuple, title: str, curves: dict[str, np.ndarray]
-                ) -> None:
-    """Curves (R,) in a frame, with its name above and its range on the left."""
+def draw_curves(
+    pen: ImageDraw.ImageDraw, font, box: tuple, title: str, curves: dict[str, np.ndarray]
+) -> None:
+    """Curves (R,) in a frame, with its title above and its range on the left."""
     left, top, right, bottom = box
-    values = np.concatenate([*curves.values()])
-    low, high = values.min(), max(values.max(), values.min() + 1e-6)
+    values = np.concatenate(list(curves.values()))
+    low = values.min()
+    high = max(values.max(), low + 1e-6)
     pen.rectangle(box, outline="lightgray")
-    for y, text in ((top, f"{high:.3g}"), (bottom - 15, f"{low:.3g}")):
-        pen.text((left - 6, y), text, "gray", font, anchor="ra")
+    pen.text((left - 6, top), f"{high:.3g}", "gray", font, anchor="ra")
+    pen.text((left - 6, bottom - 15), f"{low:.3g}", "gray", font, anchor="ra")
     pen.text((left, top - 17), title, "dimgray", font)
     for label, curve in curves.items():
         x = np.linspace(left, right, len(curve))
         y = bottom - 4 - (curve - low) / (high - low) * (bottom - top - 8)
-        pen.line([*zip(x.tolist(), y.tolist(), strict=True)], COLOURS[label], 2)
+        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), COLOURS[label], 2)
 
 
-# ---- The program -------------------------------------------------------------------------------------------
+# ---- The program -------------------------------------------------------------------------------
 
 
-def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int, on_train_frames: bool,
-             out: Path) -> None:
-    """Do all of it, and raise DataError if training and acting do not match on training frames."""
-    learned, step = open_mixture(policy, cfg, True), 0
-    mixture = learned if on_train_frames else open_mixture(policy, cfg, False)
-    if (Path(checkpoint.where) / "checkpoint.json").exists():
+def evaluate(
+    policy: Policy,
+    checkpoint: Tensors,
+    cfg: TrainConfig,
+    samples: int,
+    on_train_frames: bool,
+    out: Path,
+) -> None:
+    """Print and write everything. Raises DataError if training and acting do not match on training
+    frames."""
+    learned = open_mixture(policy, cfg, train=True)
+    mixture = learned if on_train_frames else open_mixture(policy, cfg, train=False)
+    known = 0  # training samples that the model has seen, if they were drawn from this mixture
+    own = (Path(checkpoint.where) / "checkpoint.json").exists()
+    if own and cfg.data_mix == policy.cfg.data_mix:
         ours = Checkpoint(checkpoint.where)
-        step, run_dir = ours.meta["step"], ours.run_dir
-    known = cfg.global_batch_size * step if step and cfg.data_mix == policy.cfg.data_mix else 0
-    samples = min(samples, (known if on_train_frames else 0) or int(mixture.sizes.sum()))
-    frames = choose_frames(mixture, known - samples if known and on_train_frames else 0, samples)
+        step = ours.meta["step"]
+        known = cfg.global_batch_size * step
+    if on_train_frames and known:
+        samples = min(samples, known)
+        frames = choose_frames(mixture, known - samples, samples)
+    else:
+        samples = min(samples, int(mixture.sizes.sum()))
+        frames = choose_frames(mixture, 0, samples)
 
-    results, every = {}, []
-    for d in np.unique(frames[:, 0]).tolist():
-        chosen = frames[frames[:, 0] == d]
-        answers = ask(policy, mixture, chosen)
-        every.append(answers)
-        results[mixture.names[d]] = measure(mixture, d, chosen[:, 1], answers,
-                                            most_frequent_tokens(learned, d, samples))
-        report(mixture.names[d], results[mixture.names[d]])
-    tokens = {name: np.concatenate([answers[name] for answers in every])
-              for name in ("teacher_forced", "greedy", "inference", "true")}
-    accuracy = {name: float((tokens[name] == tokens["true"]).mean()) for name in [*tokens][:3]}
-    agreement = float((tokens["greedy"] == tokens["inference"]).mean())
-    if known and (logged := logged_accuracy(run_dir, step, samples, cfg.global_batch_size, on_train_frames)):
-        accuracy = {"logged": logged, **accuracy}
-    print(f"{'train' if on_train_frames else 'held-out'} frames {len(frames)} "
-          + " ".join(f"accuracy_{name} {value:.4f}" for name, value in accuracy.items())
-          + f" agreement {agreement:.4f}")
+    results = {}
+    tokens: dict[str, list] = {"teacher_forced": [], "greedy": [], "inference": [], "true": []}
+    for dataset in np.unique(frames[:, 0]).tolist():
+        name = mixture.names[dataset]
+        chosen = frames[frames[:, 0] == dataset]
+        answers = collect(policy, mixture, chosen)
+        for key in tokens:
+            tokens[key].append(answers[key])
+        size = learned.sizes[dataset]
+        index = np.linspace(0, size - 1, min(samples, size)).astype(np.int64)
+        numbers = np.full(len(index), dataset)
+        frequent = most_frequent_tokens(learned, numbers, learned.rows(numbers, index))
+        results[name] = measure(mixture, dataset, chosen[:, 1], answers, frequent)
+        report(name, results[name])
+
+    every = {key: np.concatenate(parts) for key, parts in tokens.items()}
+    accuracy = {}
+    if known:
+        batch = cfg.global_batch_size
+        logged = logged_accuracy(ours.run_dir, step, samples, batch, on_train_frames)
+        if logged:
+            accuracy["logged"] = logged
+    for key in ("teacher_forced", "greedy", "inference"):
+        accuracy[key] = float((every[key] == every["true"]).mean())
+    agreement = float((every["greedy"] == every["inference"]).mean())
+    line = f"{'train' if on_train_frames else 'held-out'} frames {len(frames)}"
+    for key, value in accuracy.items():
+        line += f" accuracy_{key} {value:.4f}"
+    print(f"{line} agreement {agreement:.4f}")
     mismatch, remarks = verdict(accuracy, agreement, len(frames), cfg.image_resize_strategy)
+
     facts = {"checkpoint": str(checkpoint.where), "data_mix": cfg.data_mix,
              "on_train_frames": on_train_frames, "frames": len(frames), "accuracy": accuracy,
              "agreement": agreement, "mismatch": mismatch, "datasets": results}
@@ -276,8 +369,8 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
 
 
 def choose_frames(mixture: Mixture, first: int, samples: int) -> np.ndarray:
-    """The frames of `samples` training samples from number `first` on, (R, 3): dataset, row, epoch. All that
-    there are, if no more than that; none twice while there are others."""
+    """The frames of `samples` training samples from number `first` on, (R, 3): dataset, row, epoch.
+    From 0 on, no frame is chosen twice."""
     if first == 0 and samples >= mixture.sizes.sum():
         dataset = np.repeat(np.arange(len(mixture.sizes)), mixture.sizes)
         index = np.concatenate([np.arange(size) for size in mixture.sizes])
@@ -287,99 +380,80 @@ def choose_frames(mixture: Mixture, first: int, samples: int) -> np.ndarray:
 
 
 def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
-    """The data, normalised by the model's own statistics."""
+    """The data, normalised by the model's own statistics. A dataset that the model does not know
+    gives the policy its statistics."""
     mixture = Mixture(cfg, policy.tokenizer, train)
     if mixture.action_dim != cfg.action_dim:
-        raise DataError(f"data_mix {cfg.data_mix}: its actions have {mixture.action_dim} dimensions, the "
-                        f"model's {cfg.action_dim}")
+        raise DataError(f"data_mix {cfg.data_mix}: its actions have {mixture.action_dim} "
+                        f"dimensions, the model's {cfg.action_dim}")
     mixture.proprio_dim = cfg.proprio_dim
     for name, ours in mixture.statistics.items():
-        theirs = policy.norm_stats.setdefault(name, ours)  # one that it does not know: see `main`
-        if cfg.use_proprio:
-            width, known = (len(stats["proprio"]["mean"]) for stats in (ours, theirs))
-            if width != known or width > cfg.proprio_dim:
-                raise DataError(f"{name}: its state has {width} numbers, the model's "
-                                f"{min(known, cfg.proprio_dim)}: correct `state` in its recipe")
-        if train and not all(np.allclose(ours["action"][key], theirs["action"][key], rtol=1e-3, atol=1e-6)
-                             for key in ("q01", "q99", "mean")):  # the mean: of a gripper, inverted or not
-            print(f"warning: {name}: not the dataset that the model was trained on, or another recipe: its "
-                  "actions have other statistics; the model's are used")
+        theirs = policy.norm_stats.setdefault(name, ours)
+        for key in ("q01", "q99", "mean"):  # the mean notices an inverted gripper
+            same = np.allclose(ours["action"][key], theirs["action"][key], rtol=1e-3, atol=1e-6)
+            if train and not same:
+                print(f"warning: {name}: the {key} of its actions differs from training's: this is "
+                      "another dataset or recipe. The model's statistics are used")
+                break
         mixture.statistics[name] = theirs
     return mixture
 
 
-def ask(policy: Policy, mixture: Mixture, frames: np.ndarray) -> dict[str, np.ndarray]:
-    """All answers to frames (R, 3) of one dataset, as `measure` takes them."""
-    parts = []
-    for i in tqdm(range(0, len(frames), BATCH), mixture.names[frames[0, 0]], unit="batch", leave=False):
-        batch = [tuple(frame) for frame in frames[i : i + BATCH].tolist()]
-        parts.append([*recall(policy, mixture, batch), *act(policy, mixture, batch)])
-    names = ("teacher_forced", "greedy", "true", "inference", "actions")
-    return {name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
-
-
-def report(name: str, result: dict) -> None:
-    """Print a dataset's numbers."""
-    model, constant = result["inference"], result["most_frequent_bin"]
-    print(f"dataset {name} frames {result['frames']} accuracy {model['accuracy']:.4f} most_frequent_bin "
-          f"{constant['accuracy']:.4f} l1 {model['l1']:.4f} most_frequent_bin {constant['l1']:.4f}")
-    for dim in range(len(model["l1_per_dim"])):
-        values = [(key, model[f"{key}_per_dim"][dim], constant[f"{key}_per_dim"][dim])
-                  for key in ("accuracy", "l1", "l1_units")]
-        print(f"dataset {name} dim {dim}",
-              *(f"{key} {ours:.4g} most_frequent_bin {theirs:.4g}" for key, ours, theirs in values))
-
-
-DATA = "data_mix data_root_dir datasets balance_weights index_dir skip_bad_episodes".split()
+DATA_KEYS = "data_mix data_root_dir datasets balance_weights index_dir skip_bad_episodes".split()
 
 
 def data_config(policy: Policy, args: argparse.Namespace) -> TrainConfig:
-    """The model's config, with the data that the command line means. Raises UserError."""
-    given = {key: value for key in ("data_mix", "data_root_dir") if (value := getattr(args, key))}
-    said = policy.cfg.model_fields_set
+    """The model's config with the data that the command line names. Raises UserError."""
+    data = {}
     if args.config:
         theirs = load_config(find_input(args.config))
-        given = {**{key: getattr(theirs, key) for key in DATA}, **given}
-    if missing := [f"--{key}" for key in ("data_mix", "data_root_dir") if key not in {*said, *given}]:
-        raise UserError(f"{args.checkpoint} does not say on what data: give --config, or "
-                        f"{' and '.join(missing)}")
-    cfg = policy.cfg.model_copy(update=given)
+        data = {key: getattr(theirs, key) for key in DATA_KEYS}
+    for key in ("data_mix", "data_root_dir"):
+        if getattr(args, key):
+            data[key] = getattr(args, key)
+        elif key not in data and key not in policy.cfg.model_fields_set:
+            raise UserError(f"{args.checkpoint} does not contain {key}: give --config or --{key}")
+    cfg = policy.cfg.model_copy(update=data)
     cfg = cfg.model_copy(update={"data_root_dir": find_input(cfg.data_root_dir)})
-    unknown = [name for name, *_ in oxe.find_datasets(cfg) if name not in policy.norm_stats]
     if args.unnorm_key:
-        policy.dataset_name(args.unnorm_key)  # raises UserError
-    for name in unknown:
+        known = policy.dataset_statistics(args.unnorm_key)  # raises UserError
+    for name, *_ in oxe.find_datasets(cfg):
+        if name in policy.norm_stats:
+            continue
         if args.unnorm_key:
-            policy.norm_stats[name] = policy.dataset_statistics(args.unnorm_key)
-        print(f"the model does not know {name}: it acts by the statistics of {args.unnorm_key or 'the data'}")
+            policy.norm_stats[name] = known
+        print(f"the model does not know {name}: it acts by the statistics of "
+              f"{args.unnorm_key or 'the data'}")
     return cfg
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, OpenVLA's, or a hub id")
-    parser.add_argument("--config", metavar="YAML", help="on whose data; default: those it was trained on")
-    parser.add_argument("--data_mix", help="mixture or dataset, instead")
-    parser.add_argument("--data_root_dir", help="folder of the datasets, instead")
-    parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on one that it does not")
+    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
+    parser.add_argument("--config", metavar="YAML", help="its data; default: the training's")
+    parser.add_argument("--data_mix", help="another mixture or dataset")
+    parser.add_argument("--data_root_dir", help="another folder of datasets")
+    parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
     parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
-    parser.add_argument("--on-train-frames", action="store_true", help="the last frames it learned from")
-    parser.add_argument("--out", type=Path, help="picture; numbers go beside it; default: with the run")
+    parser.add_argument("--on-train-frames", action="store_true",
+                        help="the last frames it learned from")
+    parser.add_argument("--out", type=Path,
+                        help="PNG; the JSON goes beside it; default: in the run's directory")
     args = parser.parse_args()
-    cuda = torch.cuda.is_available()
     with exit_with_one_line():
-        if args.samples < 1 or (args.out and args.out.suffix not in (".png", ".jpg")):
-            raise UserError(f"--samples {args.samples} --out {args.out}: expected at least 1 and a .png")
-        policy = load_vla(args.checkpoint, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+        if torch.cuda.is_available():
+            policy = load_vla(args.checkpoint, "cuda", torch.bfloat16)
+        else:
+            policy = load_vla(args.checkpoint, "cpu", torch.float32)
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
         own = Path(tensors.where) / "checkpoint.json"
         folder = own.parents[2] if own.exists() else Path()
-        out = args.out or folder / ("eval_train.png" if args.on_train_frames else "eval.png")
+        out = args.out or folder / ("eval_train" if args.on_train_frames else "eval")
+        out = out.with_suffix(".png")
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK) or out.is_dir():  # said before minutes of evaluating
-            raise UserError(f"{out} cannot be written to: say with --out where the picture goes")
+        out.open("ab").close()  # fail before minutes of evaluating
         evaluate(policy, tensors, cfg, args.samples, args.on_train_frames, out)
 
 

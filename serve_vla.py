@@ -1,4 +1,4 @@
-"""Act over HTTP: a robot's computer posts what its camera sees and an instruction, and gets the action.
+"""Act over HTTP: a robot's computer posts camera images and an instruction and gets an action.
 
     python serve_vla.py --checkpoint runs/demo+n1+b32+x7          a run, a checkpoint, OpenVLA's, a hub id
 
@@ -6,339 +6,297 @@
     GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], "cameras": [...], "action": {...}, ...}
     websocket / {"observation/image": ..., "prompt": "open the drawer"}  ->  {"actions": ..., ...}
 
-OpenVLA's clients (its vla-scripts/deploy.py) work unchanged. An image is any of
-    {"__numpy__": base64, "dtype": "|u1", "shape": [H, W, 3]}      what json_numpy makes of an array
-    [[[r, g, b], ...], ...]                                        plain lists of whole numbers, 0..255
+Clients of OpenVLA (its vla-scripts/deploy.py) and of openpi (`openpi_client.websocket_client_policy`) work
+unchanged. An image is any of
+    {"__numpy__": base64, "dtype": "|u1", "shape": [H, W, 3]}      json_numpy's form of an array
+    [[[r, g, b], ...], ...]                                        plain lists of integers 0..255
     "..."                                                          base64 of a JPEG or PNG file
-A model trained with several cameras takes `images`, {camera: image}, or, also where it looks at several
-frames, a list (window_size x cameras, oldest first); one trained with the robot's state takes `proprio`, its
-numbers. unnorm_key may be left out if the model knows one dataset. `prefix`, (k, A), is how the chunk begins,
-where that is settled already (act.py). The reply is the action, (A,) or (action_chunk, A), in the form of the
-request: as json_numpy has it if an array came so, else plain lists; and to a request {"encoded": "<all of
-this as a string>"}, a string. /health names the cameras, and what each number of action and state is
-(convention.py). Mistakes get status 4xx and {"error": what is wrong and what to do}.
+A model trained with several cameras takes `images`: {camera: image}, or a list (window_size x cameras, oldest
+first). A model trained with the robot's state takes `proprio`, a list of numbers. unnorm_key may be left out
+if the model knows one dataset. `prefix`, (k, A), holds the first actions of the chunk if they are settled
+already (act.py). The reply is the action, (A,) or (action_chunk, A): a json_numpy object if the request held
+one, else plain lists. A request {"encoded": "<all of this as a string>"} gets a string. /health names the
+cameras and each number of action and state (machinery/convention.py). Mistakes get status 4xx and {"error":
+the problem and its cure}. Over the websocket the server first sends what /health returns, and answers a
+mistake with text.
 
-openpi's clients (`openpi_client.websocket_client_policy`) work unchanged, too, by websocket: openpi_wire.py
-has the names of what they send. First they are told what /health tells; a mistake is answered by text.
+Read Batcher: requests that arrive while the model computes are answered together, whichever protocol they
+use. machinery/wire.py parses them.
 
-Read Batcher: while the model computes, requests queue, and then go through it together, whichever way they
-came. wire.py reads them.
-The server listens on this machine alone unless --host says otherwise, and then wants a password: --token FILE
-or --token VARIABLE, which clients send as `Authorization: Bearer ...` (openpi's: api_key). Nothing is
-encrypted; for a robot elsewhere, `ssh -L 8000:127.0.0.1:8000 this-machine` needs neither. Nothing that comes
-in is ever unpickled.
+The server listens on 127.0.0.1. Any other --host requires a token: --token FILE or --token VARIABLE, which
+clients send as `Authorization: Bearer ...` (openpi's: api_key). Nothing is encrypted and slow or silent
+clients are not disconnected: on a network that you do not trust put nginx in front, or use
+`ssh -L 8000:127.0.0.1:8000 this-machine`, which needs no token.
 """
 
 import argparse
 import asyncio
 import contextlib
 import hmac
-import ipaddress
-import json
 import queue
 import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
 import torch
 import uvicorn
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from act import Policy, load_vla
 from machinery.checkpoint import CheckpointError
 from machinery.config import UserError, exit_with_one_line, read_secret
-from machinery.openpi_wire import pack, pack_reply, parse_observation
-from machinery.wire import MAX_BODY, Query, RequestError, encode_action, parse_request
+from machinery.wire import MAX_BODY, Query, encode_action, pack, parse_observation, parse_request
 
-BIG_BODY = 1 << 20  # bytes; longer ones are parsed one at a time, so that others get their turn
-MAX_CONNECTIONS = 256  # more get status 503
-HEAD_SECONDS = 10  # to send a request's first lines in, after connecting or after the reply before
-BODY_SECONDS = 60  # to send a request in
-MAX_FRAMES = 1000  # that a message over a websocket may come in; openpi's client sends one
-STOP_SECONDS = 30  # to answer what is under way when told to stop
-TOKEN_WANTED = "send the server's token in a header `Authorization: Bearer ...`"
+BIG_BODY = 1 << 20  # bytes; longer requests are parsed one at a time, so that small ones are not delayed
+MAX_CLIENTS = 256  # requests and websockets at once; more get status 503
+BODY_SECONDS = 60  # for a request's body to arrive
+MAX_FRAMES = 1000  # per websocket message; openpi's client sends one
+STOP_SECONDS = 30  # for open requests to finish after SIGTERM
 
 
 # ---- The model's thread ------------------------------------------------------------------------------------
 
 
 class Batcher(threading.Thread):
-    """Runs the model on all requests that came while it was busy with the ones before."""
+    """Runs the model on all requests that arrived during its previous run."""
 
     def __init__(self, policy: Policy, max_batch: int):
         super().__init__(daemon=True)
-        self.policy, self.max_batch = policy, max_batch
+        self.policy = policy
+        self.max_batch = max_batch
         self.waiting: queue.SimpleQueue[tuple[Query, Future]] = queue.SimpleQueue()
 
     def ask(self, query: Query) -> Future:
-        """Queue a request; the result will be (action, size of the batch it was in)."""
+        """Queue a request. The result will be (action, number of requests in its batch)."""
         future: Future = Future()
         self.waiting.put((query, future))
         return future
 
     def run(self) -> None:
-        """The thread: for ever."""
+        """The thread's loop. It never ends."""
         while True:
             batch = [self.waiting.get()]
             while len(batch) < self.max_batch and not self.waiting.empty():
-                batch.append(self.waiting.get())  # nobody else takes any, so there is one
-            alike: dict[tuple, list] = {}
+                batch.append(self.waiting.get())  # does not block: this is the only reader
+            groups: dict[tuple, list] = {}  # one call of the model each
             for query, future in batch:
                 if future.set_running_or_notify_cancel():
-                    alike.setdefault((query.unnorm_key, len(query.prefix)), []).append((query, future))
-            for asked in alike.values():
-                self.answer(asked)
+                    group = groups.setdefault((query.unnorm_key, len(query.prefix)), [])
+                    group.append((query, future))
+            for requests in groups.values():
+                self.answer(requests)
 
-    def answer(self, asked: list[tuple[Query, Future]]) -> None:
-        """Requests of one unnorm_key and length of prefix. If they fail, each is tried on its own, so that
-        none fails for another's sake."""
-        queries = [query for query, _ in asked]
+    def answer(self, requests: list[tuple[Query, Future]]) -> None:
+        """Run the model on requests of one unnorm_key and prefix length. If that fails, run each by itself,
+        so that only the faulty ones get an error."""
+        queries = [query for query, _ in requests]
         try:
-            proprio = None if queries[0].proprio is None else np.stack([query.proprio for query in queries])
+            proprio = None
+            if queries[0].proprio is not None:
+                proprio = np.stack([query.proprio for query in queries])
             actions = self.policy.predict_action(
-                [query.views for query in queries], [query.instruction for query in queries],
-                queries[0].unnorm_key, proprio, np.stack([query.prefix for query in queries]))
+                [query.views for query in queries],
+                [query.instruction for query in queries],
+                queries[0].unnorm_key,
+                proprio,
+                np.stack([query.prefix for query in queries]))
         except Exception as error:
-            if len(asked) == 1:
-                asked[0][1].set_exception(error)
+            if len(requests) == 1:
+                requests[0][1].set_exception(error)
             else:
-                for one in asked:
-                    self.answer([one])
+                for request in requests:
+                    self.answer([request])
             return
-        for (_, future), action in zip(asked, actions, strict=True):
-            future.set_result((action, len(asked)))
+        for (_, future), action in zip(requests, actions, strict=True):
+            future.set_result((action, len(requests)))
 
 
-# ---- HTTP --------------------------------------------------------------------------------------------------
-
-
-class Connection(H11Protocol):
-    """A connection that is closed when it does not begin a request within HEAD_SECONDS: those that say
-    nothing would take the places of others."""
-
-    def connection_made(self, transport) -> None:
-        super().connection_made(transport)
-        self.deadline = self.loop.call_later(HEAD_SECONDS, transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        upgraded = self.transport.get_protocol() is not self  # it is a Socket now
-        if upgraded or (self.cycle and not self.cycle.response_complete):  # a request is being answered
-            self.deadline.cancel()
-        elif self.deadline.cancelled():
-            self.deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+# ---- HTTP and websockets -----------------------------------------------------------------------------------
 
 
 class Socket(WebSocketsSansIOProtocol):
-    """A websocket. It is closed when it does not answer pings (uvicorn's rule) or a message does not become
-    whole within BODY_SECONDS; when the server stops, after the answer that is under way."""
-
-    deadline, answering, stopping = None, False, False
+    """A websocket that closes if a message has more than MAX_FRAMES frames. uvicorn limits a message's bytes,
+    but memory also grows with every empty frame."""
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if len(self.frames) > MAX_FRAMES:
             self.transport.close()
-        if self.deadline and not self.frames:  # the message is whole
-            self.deadline.cancel()
-            self.deadline = None
-        elif self.frames and not self.deadline:  # one has begun
-            self.deadline = self.loop.call_later(BODY_SECONDS, self.transport.close)
-
-    async def receive(self) -> dict:
-        self.answering = False
-        if self.stopping:
-            super().shutdown()
-        message = await super().receive()
-        self.answering = message["type"] == "websocket.receive"
-        return message
-
-    async def send(self, message: dict) -> None:
-        await super().send(message)
-        if message["type"] == "websocket.http.response.body":
-            self.handshake_complete = True  # it is refused; uvicorn 0.54 would log that no answer was given
-
-    def shutdown(self) -> None:
-        self.stopping = True
-        if not self.answering:
-            super().shutdown()
 
 
 class Service:
-    """What the server does at each of its addresses. token: what clients must send, if anything."""
+    """The server's addresses. token: clients must send it, unless None."""
 
     def __init__(self, batcher: Batcher, model: str, token: str | None):
-        self.batcher, self.policy, self.token = batcher, batcher.policy, token
+        self.batcher = batcher
+        self.policy = batcher.policy
+        self.token = token
         self.facts = describe(self.policy, model)
-        self.one_at_a_time, self.sockets = asyncio.Semaphore(1), asyncio.Semaphore(MAX_CONNECTIONS)
+        self.big_bodies = asyncio.Semaphore(1)
+        self.clients = asyncio.Semaphore(MAX_CLIENTS)
 
     def app(self) -> Starlette:
-        """The addresses."""
-        async def not_found(request: Request, error: HTTPException) -> Response:
-            return refusal(f"{error.detail}: POST /act or GET /health", error.status_code)
-
-        routes = [Route("/act", self.act, methods=["POST"]), Route("/health", self.health),
-                  WebSocketRoute("/", self.talk)]
-        return Starlette(routes=routes, exception_handlers={HTTPException: not_found})
+        return Starlette(routes=[Route("/act", self.act, methods=["POST"]), Route("/health", self.health),
+                                 WebSocketRoute("/", self.websocket)])
 
     def authorized(self, request: HTTPConnection) -> bool:
-        """Did it send the token? Api-Key is how openpi's client says Bearer."""
+        """Did the client send the token? openpi's client calls it Api-Key."""
+        if self.token is None:
+            return True
         kind, _, sent = request.headers.get("authorization", "").partition(" ")
-        return self.token is None or (kind in ("Bearer", "Api-Key")
-                                      and hmac.compare_digest(sent.encode(), self.token.encode()))
+        return kind in ("Bearer", "Api-Key") and hmac.compare_digest(sent.encode(), self.token.encode())
 
-    async def answer(self, arriving: Awaitable, parse: Callable
-                     ) -> tuple[int, np.ndarray | str, Query | None]:
-        """A request whose bytes are arriving -> (status, the action or what is wrong, the request)."""
-        started, facts, query = time.perf_counter(), "", None
-        try:
-            body = await arriving
-            async with self.one_at_a_time if len(body) > BIG_BODY else contextlib.nullcontext():
-                query = await asyncio.to_thread(parse, body, self.policy)
-            reply, size = await asyncio.wrap_future(self.batcher.ask(query))
-            status = 200
-            facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
-        except UserError as error:  # the model's own are about what it was sent, too
-            status, reply, facts = getattr(error, "status", 400), str(error), f"error {str(error)!a}"
-        except (asyncio.TimeoutError, ClientDisconnect):  # noqa: UP041 (another one, in Python 3.10)
-            status, reply, facts = 408, "the request did not arrive", "error 'did not arrive'"
-        except Exception:
-            traceback.print_exc()
-            status, facts = 500, "error 'see above'"
-            reply = "the model failed on this request; the server's log says why"
-        log(f"act status {status} ms {1000 * (time.perf_counter() - started):.0f} {facts}")
-        return status, reply, query
-
-    async def act(self, request: Request) -> Response:
-        """POST /act."""
-        async def arriving() -> bytes:
-            if not self.authorized(request):
-                raise RequestError(TOKEN_WANTED, 401)
-            return await asyncio.wait_for(read_body(request), BODY_SECONDS)
-
-        status, reply, query = await self.answer(arriving(), parse_request)
-        if status != 200:
-            return refusal(reply, status)
-        return Response(encode_action(reply, query.form), media_type="application/json")
+    def refusal(self, request: HTTPConnection) -> Response | None:
+        """The reply to a client that is not authorized, or is one too many."""
+        if not self.authorized(request):
+            return refuse("send the server's token in a header `Authorization: Bearer ...`", 401)
+        if self.clients.locked():
+            return refuse(f"there are {MAX_CLIENTS} clients: close some connections", 503)
+        return None
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        facts = self.facts if self.authorized(request) else {"status": "ok"}
-        return Response(json.dumps(facts), media_type="application/json")
+        return JSONResponse(self.facts if self.authorized(request) else {"status": "ok"})
 
-    async def talk(self, socket: WebSocket) -> None:
-        """openpi's protocol: what the model is, then an action for each observation; a mistake is told as
-        text, and does not end the connection."""
-        wrong = None if self.authorized(socket) else (TOKEN_WANTED, 401)
-        if self.sockets.locked():
-            wrong = (f"there are {MAX_CONNECTIONS} connections: close some", 503)
-        if wrong:
-            log(f"talk status {wrong[1]} error {wrong[0]!a}")
-            return await socket.send_denial_response(refusal(*wrong))
+    async def act(self, request: Request) -> Response:
+        """POST /act."""
+        if refused := self.refusal(request):
+            return refused
+        async with self.clients:
+            try:
+                body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
+            except (asyncio.TimeoutError, ClientDisconnect):  # noqa: UP041 (TimeoutError only from Python 3.11)
+                return refuse("the request did not arrive", 408)
+            if len(body) > MAX_BODY:
+                return refuse(f"the request: longer than {MAX_BODY} bytes: send a smaller image, or a JPEG", 413)
+            status, reply, query = await self.answer(body, parse_request)
+        if status != 200:
+            return JSONResponse({"error": reply}, status)
+        return JSONResponse(encode_action(reply, query.form))
+
+    async def websocket(self, socket: WebSocket) -> None:
+        """openpi's protocol: the facts of /health, then actions for each observation. A mistake is answered
+        with text and does not end the connection."""
+        if refused := self.refusal(socket):
+            return await socket.send_denial_response(refused)
         with contextlib.suppress(WebSocketDisconnect):
-            async with self.sockets:
+            async with self.clients:
                 await socket.accept()
                 await socket.send_bytes(pack(self.facts))
                 while (message := await socket.receive())["type"] == "websocket.receive":
                     started = time.perf_counter()
-                    sent = asyncio.sleep(0, message.get("bytes", message.get("text")))  # it has arrived
-                    status, reply, _ = await self.answer(sent, parse_observation)
-                    if status == 200:
-                        await socket.send_bytes(pack_reply(reply, 1000 * (time.perf_counter() - started)))
-                    else:
+                    body = message.get("bytes", message.get("text"))
+                    status, reply, _ = await self.answer(body, parse_observation)
+                    if status != 200:
                         await socket.send_text(reply)
+                        continue
+                    chunk = reply.reshape(-1, reply.shape[-1])  # (action_chunk, A), also for one step
+                    timing = {"infer_ms": 1000 * (time.perf_counter() - started)}
+                    await socket.send_bytes(pack({"actions": chunk, "server_timing": timing}))
+
+    async def answer(self, body: bytes | str, parse: Callable) -> tuple[int, np.ndarray | str, Query | None]:
+        """A request's bytes -> (status, the action or an error message, the request)."""
+        started = time.perf_counter()
+        query = None
+        try:
+            async with self.big_bodies if len(body) > BIG_BODY else contextlib.nullcontext():
+                query = await asyncio.to_thread(parse, body, self.policy)
+            reply, size = await asyncio.wrap_future(self.batcher.ask(query))
+            status = 200
+            facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
+        except UserError as error:  # from parsing, or from predict_action about its arguments
+            status = 400
+            reply = str(error)[:2000]
+            facts = f"error {reply!a}"
+        except Exception:
+            traceback.print_exc()
+            status = 500
+            reply = "the model failed on this request: see the server's log"
+            facts = "error 'see above'"
+        log(f"act status {status} ms {1000 * (time.perf_counter() - started):.0f} {facts}")
+        return status, reply, query
 
 
 def describe(policy: Policy, model: str) -> dict:
-    """What a client may want to know of the model."""
+    """The model's facts for clients."""
     robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
-    facts = {"status": "ok", "model": model, "unnorm_keys": [*robots], "cameras": policy.cfg.cameras,
-             "images": policy.vla.num_images, "proprio": policy.cfg.use_proprio,
-             "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
-             "max_prefix": policy.max_prefix,
-             "action": {key: robot.action for key, robot in robots.items()}}
+    facts = {
+        "status": "ok",
+        "model": model,
+        "unnorm_keys": list(robots),
+        "cameras": policy.cfg.cameras,
+        "images": policy.vla.num_images,
+        "proprio": policy.cfg.use_proprio,
+        "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
+        "max_prefix": policy.max_prefix,
+        "action": {key: robot.action for key, robot in robots.items()}}
     if policy.cfg.use_proprio:
         facts["state"] = {key: robot.state for key, robot in robots.items()}
     return facts
 
 
-def refusal(message: str, status: int) -> Response:
-    """What is wrong, and what to do, as JSON."""
-    return Response(json.dumps({"error": message}), status, media_type="application/json")
+def refuse(message: str, status: int) -> Response:
+    """Log an error and reply with it."""
+    log(f"act status {status} error {message!a}")
+    return JSONResponse({"error": message}, status)
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request, if it is not too long."""
+    """A request's body, or its beginning if it is longer than MAX_BODY."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY:
-            raise RequestError(f"the request: longer than {MAX_BODY} bytes: send a smaller image, or a JPEG",
-                               413)
+            break
     return bytes(body)
 
 
 def log(text: str) -> None:
-    """One line of key value pairs."""
     print(text, flush=True)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Take the address, before a model is loaded for minutes. Raises UserError."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port}: {error}: name another --port, or 0 for any free one"
-                        ) from error
-    return listener
+# ---- The program -------------------------------------------------------------------------------------------
+
+
+def uvicorn_config(app: Starlette) -> uvicorn.Config:
+    """The settings of uvicorn. It closes idle HTTP connections after 5 seconds, and websockets that do not
+    answer pings."""
+    return uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", http="h11", ws=Socket,
+                          ws_max_size=MAX_BODY, ws_per_message_deflate=False,
+                          timeout_graceful_shutdown=STOP_SECONDS)
 
 
 def serve(policy: Policy, model: str, listener: socket.socket, max_batch: int, token: str | None) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; then finish those under way."""
+    """Answer requests until SIGTERM or Ctrl-C, then finish open ones."""
     batcher = Batcher(policy, max_batch)
-    config = uvicorn.Config(Service(batcher, model, token).app(), log_level="warning",
-                            access_log=False, lifespan="off", limit_concurrency=MAX_CONNECTIONS,
-                            http=Connection, ws=Socket, ws_max_size=MAX_BODY, ws_per_message_deflate=False,
-                            timeout_graceful_shutdown=STOP_SECONDS)
-    # a first action, before any robot asks: kernels are compiled, and a model that cannot act shows it
+    config = uvicorn_config(Service(batcher, model, token).app())
+    # a first action before any robot asks compiles kernels, and fails here if the model cannot act
     key = next(iter(policy.norm_stats))
     state = np.zeros(len(policy.convention(key).state)) if policy.cfg.use_proprio else None
-    policy.predict_action([np.zeros((224, 224, 3), np.uint8)] * policy.vla.num_images, "wait", key, state)
+    black = np.zeros((224, 224, 3), np.uint8)
+    policy.predict_action([black] * policy.vla.num_images, "wait", key, state)
     batcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn sends itself the signal once more after it stopped
-    listener.listen()  # who reads the next line may connect
-    host, port, *_ = listener.getsockname()
+        signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after it has stopped
+    listener.listen()  # before the next line invites clients
     for key in sorted(policy.norm_stats):
         robot = policy.convention(key)
-        log(f"unnorm_key {key} cameras {','.join(policy.cfg.cameras)} action {','.join(robot.action)}"
-            + f" state {','.join(robot.state)}" * policy.cfg.use_proprio)
+        state = f" state {','.join(robot.state)}" if policy.cfg.use_proprio else ""
+        log(f"unnorm_key {key} cameras {','.join(policy.cfg.cameras)} action {','.join(robot.action)}{state}")
+    host, port, *_ = listener.getsockname()
     log(f"serving http://{host}:{port} model {model} unnorm_keys {','.join(sorted(policy.norm_stats))}")
     uvicorn.Server(config).run([listener])
     log("stopped")
-
-
-def on_this_machine(host: str) -> bool:
-    """Can only this machine reach an address to listen at? Raises UserError for one that is not known."""
-    try:
-        addresses = {address[0] for *_, address in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise UserError(f"--host {host}: {error}: name an address of this machine, or 0.0.0.0") from error
-    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
 
 
 def main() -> None:
@@ -346,8 +304,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, OpenVLA's, or a hub id")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: the whole network")
-    parser.add_argument("--token", help="a file or environment variable with the password of the clients")
-    parser.add_argument("--no_token", action="store_true", help="let everybody in who reaches --host")
+    parser.add_argument("--token", help="a file or environment variable that holds the clients' token")
+    parser.add_argument("--no_token", action="store_true", help="answer everyone who reaches --host")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--device", choices=["cuda", "cpu"],
                         default="cuda" if torch.cuda.is_available() else "cpu")
@@ -357,25 +315,28 @@ def main() -> None:
     parser.add_argument("--max_batch", type=int,
                         help="most requests the model sees at once; default: 16, with --speed_up 1")
     parser.add_argument("--speed_up", action="store_true",
-                        help="on a GPU: compile for minutes whenever a size of batch or length of prompt is "
-                        "new, then answer several times as fast")
+                        help="on a GPU: compile for minutes whenever a batch size or prompt length is new, "
+                        "then answer several times as fast")
     args = parser.parse_args()
     if args.speed_up and args.device == "cpu":
-        parser.error("--speed_up records what a GPU does: it needs --device cuda")
+        parser.error("--speed_up records CUDA graphs: it needs --device cuda")
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     with exit_with_one_line():
         token = read_secret(args.token, "--token") if args.token else None
-        if token == "":
+        if token == "":  # which every client would send
             raise UserError(f"--token: {args.token!r} is empty: write a long random text there")
-        if not on_this_machine(args.host) and not (token or args.no_token):
-            raise UserError(f"--host {args.host} lets others in than this machine: give a password with "
-                            "--token FILE or --token VARIABLE, or say --no_token")
-        listener = bind(args.host, args.port)
+        if args.host not in ("127.0.0.1", "::1", "localhost") and not (token or args.no_token):
+            raise UserError(f"--host {args.host} is reachable from other machines: set a token with --token "
+                            "FILE or --token VARIABLE, or pass --no_token")
+        # fail on a bad address before loading the model for minutes
+        listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((args.host, args.port))
         policy = load_vla(args.checkpoint, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32,
                           args.int8)
         if not policy.norm_stats:
-            raise CheckpointError(f"{args.checkpoint}: has no dataset statistics, so it cannot act: a VLA "
-                                  "has them, a plain VLM does not")
+            raise CheckpointError(f"{args.checkpoint}: has no dataset statistics, so it cannot act: give a VLA, "
+                                  "not a plain VLM")
         if args.speed_up:
             policy.speed_up()
         serve(policy, args.checkpoint, listener, args.max_batch or (1 if args.speed_up else 16), token)

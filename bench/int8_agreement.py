@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from act import load_vla
-from eval_vla import BATCH, choose_frames, open_mixture, recall
+from eval_vla import BATCH, choose_frames, from_training_inputs, open_mixture
 from machinery import int8
 from machinery.config import find_input
 from machinery.lora import linear_layers
@@ -43,7 +43,7 @@ def answers(args, dtype: torch.dtype, shrunk: str | None) -> list[np.ndarray]:
     cfg = policy.cfg.model_copy(update={"data_root_dir": find_input(policy.cfg.data_root_dir)})
     mixture = open_mixture(policy, cfg, train=False)
     frames = [tuple(frame) for frame in choose_frames(mixture, 0, args.samples).tolist()]
-    parts = [recall(policy, mixture, frames[i : i + BATCH]) for i in range(0, len(frames), BATCH)]
+    parts = [from_training_inputs(policy, mixture, frames[i : i + BATCH]) for i in range(0, len(frames), BATCH)]
     return [np.concatenate(part) for part in (*zip(*parts, strict=True), leads)]
 
 

@@ -77,7 +77,7 @@ def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
                     folder / "hf", folder / "image.png", folder / "official.npz", "--prompt", prompt],
                    check=True)
     theirs = np.load(folder / "official.npz")
-    seen = torch.from_numpy(policy.see(image))[None, None]
+    seen = torch.from_numpy(policy.prepare_image(image))[None, None]
     ids = prompt_ids(policy.tokenizer, INSTRUCTION, style)[:-1]  # its class appends the last one later
     with torch.no_grad():
         hidden = vla.llm.base_model(inputs_embeds=vla.embed(seen, torch.tensor([ids]))).last_hidden_state

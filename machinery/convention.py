@@ -1,19 +1,20 @@
-"""In whose terms a robot is told what to do, and tells its state.
+"""Converting between the model's standard form and the robot's own actions and states.
 
-Training knows actions and states in the standard form that a dataset's recipe makes of them: other columns
-left out, a gripper turned so that 1 is open, numbers scaled. OpenVLA's own datasets are acted on in that
-form. But whoever described a dataset in a YAML has a robot that speaks as it was recorded: for it, what the
-recipe does to an action is undone on the way out, and done to a state on the way in.
+Training sees actions and states in the standard form that a dataset's recipe makes: unused columns dropped,
+a gripper turned so that 1 is open, numbers scaled. Models of OpenVLA's own datasets act in that form. A
+dataset described in a YAML belongs to a robot that expects the recorded form: the recipe is inverted for an
+action on its way to the robot, and applied to a state on its way in.
 
-    recipe  action: "pose[:6], grip /255 invert target raw"     0..255, 255 = closed, was recorded
-    the model says ... 0.25, the robot gets ... 191.25
+    recipe  action: "pose[:6], grip /255 invert target raw"     recorded: 0..255, 255 = closed
+    the model predicts 0.25, the robot gets 191.25
 
-A helper that has no inverse (delta, rel2abs, ...) leaves its dimensions in standard form; what was clipped is
-clipped again, and what was binarised stays as it is.
+A helper that has no inverse (delta, rel2abs, ...) leaves its dimensions in standard form. Clipped values are
+clipped again; binarized values are returned unchanged.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,18 +22,18 @@ from machinery.config import Recipe, TrainConfig, UserError
 from machinery.fields import CONSTANT, SCALE, Field, parse_fields
 from machinery.recipes import apply, feature_name
 
-AS_IT_IS = ("clip", "binarize")
-POINTWISE = ("clip", "invert", "euler")  # helpers that look at one step alone; so does scaling
+STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
 
 
 @dataclass
 class Convention:
-    """How the robot of one dataset speaks.
+    """The form in which one dataset's robot takes actions and reports states.
 
-    action, state: what each number means, such as "gripper" or "joints[3]" for what was recorded under that
-    name; other words are a recipe's, for what is in standard form. to_robot: actions (..., A) in standard
-    form -> (..., len(action)); actions_from_robot: the inverse; from_robot: states (B, len(state)) -> (B, P)
-    in standard form
+    action, state: the meaning of each number: a recorded feature's name, such as "gripper" or "joints[3]",
+    or the recipe's words for a number in standard form
+    to_robot: standard actions (..., A) -> (..., len(action))
+    actions_from_robot: the inverse of to_robot
+    from_robot: states (B, len(state)) -> standard states (B, P)
     """
 
     action: list[str]
@@ -43,72 +44,41 @@ class Convention:
 
 
 def convention(cfg: TrainConfig, name: str, stats: dict) -> Convention:
-    """Of one of a model's datasets; stats: its entry in dataset_statistics.json."""
-    recipe, features = cfg.datasets.get(name.partition(":")[0]), cfg.features.get(name)
+    """The convention of a model's dataset. stats: its entry in dataset_statistics.json."""
+    recipe = cfg.datasets.get(name.partition(":")[0])
+    features = cfg.features.get(name)
     return recorded(recipe, features, stats) if recipe and features else standard(stats)
 
 
 def standard(stats: dict) -> Convention:
-    """Of a dataset of OpenVLA's: everything stays as it is. stats: of the dataset."""
-    action, state = (len(stats.get(key, {}).get("mean", ())) for key in ("action", "proprio"))
-    actions = STANDARD if action == len(STANDARD) else [f"action[{i}]" for i in range(action)]
-    return Convention(actions, [f"proprio[{i}]" for i in range(state)], *[np.asarray] * 3)
+    """The convention of OpenVLA's own datasets: nothing is converted."""
+    dims = len(stats["action"].get("mean", ()))
+    actions = STANDARD if dims == len(STANDARD) else [f"action[{i}]" for i in range(dims)]
+    return Convention(actions, standard_state(stats), np.asarray, np.asarray, np.asarray)
 
 
-STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
+def standard_state(stats: dict) -> list[str]:
+    return [f"proprio[{i}]" for i in range(len(stats.get("proprio", {}).get("mean", ())))]
 
 
 def recorded(recipe: Recipe, features: dict[str, int], stats: dict) -> Convention:
-    """Of a dataset that was described by a recipe. features: {name: values in a step}; stats: of the
-    dataset."""
+    """The convention of a dataset that a recipe describes. features: {name: numbers in a step}."""
     action, to_robot, actions_from_robot = undo(recipe, features, stats["action"])
     state, from_robot = redo(recipe, features, stats)
     return Convention(action, state, to_robot, actions_from_robot, from_robot)
 
 
-# ---- Actions, on the way out, and in again -----------------------------------------------------------------
+# ---- Helpers and columns of fields -------------------------------------------------------------------------
 
 
-def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable, Callable]:
-    """-> what each number of the robot's action means, the function that makes it of a standard one, and its
-    inverse."""
-    fields, columns, place = parse_fields(recipe.action), [], 0
-    whole = all(CONSTANT.fullmatch(field.key) or invertible(field) for field in fields)
-    for field in fields:
-        names = column_names(field, features)
-        for i, (name, column) in enumerate(names):
-            label = name if invertible(field) else f"{' '.join([field.key, *field.helpers])}[{i}]"
-            columns.append((field.key, column, label, place + i, field.helpers if invertible(field) else []))
-        place += len(names)
-    if whole:  # as it was recorded: no added columns, each in its place, and those taken twice once
-        order = list(dict.fromkeys(field.key for field in fields))
-        columns = [column for column in columns if not CONSTANT.fullmatch(column[0])]
-        columns.sort(key=lambda column: (order.index(column[0]), column[1]))
-    spoken: dict = {}  # {which number: (what it means, [(its place in the standard form, helpers), ...])}
-    for key, at, label, place, helpers in columns:
-        spoken.setdefault((key, at) if whole else place, (label, []))[1].append((place, helpers))
-    constant = np.array(stats["min"]) == np.array(stats["max"])
-
-    def to_robot(actions: np.ndarray) -> np.ndarray:
-        # what never changed while it was recorded was not learned: it stays what it was
-        actions = np.where(constant, stats["min"], actions)
-        first = [places[0] for _, places in spoken.values()]
-        return np.stack([invert_helpers(actions[..., place], helpers) for place, helpers in first], -1)
-
-    def actions_from_robot(actions: np.ndarray) -> np.ndarray:
-        standard = np.zeros((*actions.shape[:-1], len(constant)))  # added columns never change: not learned
-        for number, (_, places) in enumerate(spoken.values()):
-            for place, helpers in places:
-                pointwise = [word for word in helpers if word in POINTWISE or SCALE.fullmatch(word)]
-                standard[..., place] = apply(actions[..., number], pointwise)
-        return standard
-
-    return [label for label, _ in spoken.values()], to_robot, actions_from_robot
+def is_pointwise(word: str) -> bool:
+    """Does this helper look at one step only?"""
+    return word in ("clip", "invert", "euler") or bool(SCALE.fullmatch(word))
 
 
 def invertible(field: Field) -> bool:
-    """Can what a field's helpers do be undone? (A constant's name is a number, and needs nothing.)"""
-    return all(word in (*AS_IT_IS, "invert") or SCALE.fullmatch(word) for word in field.helpers)
+    """Can the field's helpers be undone?"""
+    return all(word in ("clip", "binarize", "invert") or SCALE.fullmatch(word) for word in field.helpers)
 
 
 def invert_helpers(values: np.ndarray, helpers: list[str]) -> np.ndarray:
@@ -116,48 +86,120 @@ def invert_helpers(values: np.ndarray, helpers: list[str]) -> np.ndarray:
     for word in reversed(helpers):
         if word == "invert":
             values = 1 - values
-        elif word == "clip":  # what was recorded lay there; what a model says need not
+        elif word == "clip":  # recorded values were within 0..1; a model's may not be
             values = np.clip(values, 0, 1)
-        elif word not in AS_IT_IS:
-            values = values / float(word[1:]) if word[0] == "*" else values * float(word[1:])
+        elif word[0] == "*":
+            values = values / float(word[1:])
+        elif word[0] == "/":
+            values = values * float(word[1:])
     return values
 
 
 def column_names(field: Field, features: dict[str, int]) -> list[tuple[str, int]]:
-    """(name, column of its feature) of each standard dimension that a field makes."""
+    """(name, column in its feature) of each standard dimension that a field makes."""
     if constant := CONSTANT.fullmatch(field.key):
         return [(field.key, i) for i in range(int(constant[2] or 1))]
     if "euler" in field.helpers:
         return [(field.key, i) for i in range(3)]
     width = features[field.key]
-    return [(field.key if width == 1 else f"{field.key}[{i}]", i) for i in range(width)[field.columns]]
+    names = [field.key] if width == 1 else [f"{field.key}[{i}]" for i in range(width)]
+    return list(zip(names, range(width), strict=True))[field.columns]
 
 
-# ---- States, on the way in ---------------------------------------------------------------------------------
+# ---- Actions -----------------------------------------------------------------------------------------------
+
+
+class Dimension(NamedTuple):
+    """One dimension of the standard action: column `column` of feature `key`, after `helpers`."""
+
+    key: str
+    column: int
+    label: str
+    helpers: list[str]
+
+
+def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable, Callable]:
+    """-> (labels of the robot's numbers, the function from standard to robot actions, its inverse).
+
+    stats: of the dataset's actions."""
+    fields = parse_fields(recipe.action)
+    dimensions = []
+    for field in fields:
+        for i, (name, column) in enumerate(column_names(field, features)):
+            if invertible(field):
+                dimensions.append(Dimension(field.key, column, name, field.helpers))
+            else:
+                label = f"{' '.join([field.key, *field.helpers])}[{i}]"
+                dimensions.append(Dimension(field.key, column, label, []))
+    if all(invertible(field) for field in fields):
+        places = recorded_order(dimensions)
+    else:  # the robot takes the standard form, inverted where that is possible
+        places = [[place] for place in range(len(dimensions))]
+    constant = np.array(stats["min"]) == np.array(stats["max"])
+
+    def to_robot(actions: np.ndarray) -> np.ndarray:
+        actions = np.where(constant, stats["min"], actions)  # what never changed was not learned
+        numbers = []
+        for first, *_ in places:
+            numbers.append(invert_helpers(actions[..., first], dimensions[first].helpers))
+        return np.stack(numbers, axis=-1)
+
+    def actions_from_robot(actions: np.ndarray) -> np.ndarray:
+        standard = np.zeros((*actions.shape[:-1], len(dimensions)))  # the recipe's constants stay 0: not learned
+        for number, copies in enumerate(places):
+            for place in copies:
+                helpers = filter(is_pointwise, dimensions[place].helpers)
+                standard[..., place] = apply(actions[..., number], helpers)
+        return standard
+
+    return [dimensions[first].label for first, *_ in places], to_robot, actions_from_robot
+
+
+def recorded_order(dimensions: list[Dimension]) -> list[list[int]]:
+    """For each recorded number its places in the standard action, several if the recipe takes it several
+    times. Features come in the recipe's order, the columns of a feature in their own."""
+    features = list(dict.fromkeys(dimension.key for dimension in dimensions))
+    places: dict[tuple[int, int], list[int]] = {}
+    for place, dimension in enumerate(dimensions):
+        if not CONSTANT.fullmatch(dimension.key):  # added by the recipe: the robot does not know it
+            number = (features.index(dimension.key), dimension.column)
+            places.setdefault(number, []).append(place)
+    return [places[number] for number in sorted(places)]
+
+
+# ---- States ------------------------------------------------------------------------------------------------
 
 
 def redo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable]:
-    """-> what each number of the robot's state means, and the function that makes a standard one of it."""
-    fields = [field._replace(key=feature_name(field.key, "observation/")) if not CONSTANT.fullmatch(field.key)
-              else field for field in parse_fields(recipe.state)]
-    names = list(dict.fromkeys(field.key for field in fields if not CONSTANT.fullmatch(field.key)))
-    pointwise = all(word in POINTWISE or SCALE.fullmatch(word) for field in fields for word in field.helpers)
-    if not pointwise or not names or any(name not in features for name in names):
-        return standard(stats).state, np.asarray
-    widths = [features[name] for name in names]
-    labels = [label.removeprefix("observation/") for name in names
-              for label, _ in column_names(Field(name, slice(None), [], False, False), features)]
+    """-> (labels of the robot's state, the function from the robot's to standard states). If the recipe needs
+    more than one step, or features that were not recorded as numbers, the robot sends the standard form."""
+    fields = []
+    widths = {}  # {feature: numbers in a step}
+    for field in parse_fields(recipe.state):
+        if not all(map(is_pointwise, field.helpers)):
+            return standard_state(stats), np.asarray
+        if not CONSTANT.fullmatch(field.key):
+            field = field._replace(key=feature_name(field.key, "observation/"))
+            widths[field.key] = features.get(field.key)
+        fields.append(field)
+    if not widths or None in widths.values():
+        return standard_state(stats), np.asarray
+    labels = []
+    for name in widths:
+        every_column = Field(name, slice(None), [], False, False)
+        labels += [label.removeprefix("observation/") for label, _ in column_names(every_column, features)]
 
     def from_robot(states: np.ndarray) -> np.ndarray:
         states = np.asarray(states, np.float32)
         if states.ndim != 2 or states.shape[1] != len(labels):
             raise UserError(f"proprio of shape {states.shape}: expected {len(labels)} numbers, as recorded: "
                             f"{', '.join(labels)}")
-        blocks = dict(zip(names, np.split(states, np.cumsum(widths)[:-1], axis=1), strict=True))
+        starts = np.cumsum([*widths.values()])[:-1]
+        blocks = dict(zip(widths, np.split(states, starts, axis=1), strict=True))
         columns = []
         for field in fields:
             if constant := CONSTANT.fullmatch(field.key):
-                columns.append(np.full((len(states), int(constant[2] or 1)), int(constant[1]), np.float32))
+                columns.append(np.full((len(states), int(constant[2] or 1)), int(constant[1])))
             else:
                 columns.append(apply(blocks[field.key][:, field.columns], field.helpers))
         return np.concatenate(columns, axis=1).astype(np.float32)

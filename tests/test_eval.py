@@ -1,6 +1,7 @@
 """eval_vla.py on real runs: the numbers training logged come back, and broken inputs are noticed."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -46,9 +47,13 @@ def test_held_out_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_pat
 def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
     """The frames are the last ones before the checkpoint: those of steps 96 to 100, which the log's last line
     is about."""
-    asked, ask = [], eval_vla.ask
-    monkeypatch.setattr(eval_vla, "ask", lambda policy, mixture, frames: (asked.append((mixture, frames)),
-                                                                          ask(policy, mixture, frames))[1])
+    asked, collect = [], eval_vla.collect
+
+    def noting(policy, mixture, frames):
+        asked.append((mixture, frames))
+        return collect(policy, mixture, frames)
+
+    monkeypatch.setattr(eval_vla, "collect", noting)
     facts, _ = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 80, "--on-train-frames")
     assert facts["accuracy"]["logged"] == pytest.approx(read_metrics(colours.parent)[100]["accuracy"])
     assert facts["accuracy"]["inference"] == pytest.approx(facts["accuracy"]["logged"], abs=0.05)
@@ -63,11 +68,11 @@ def swapped(see):
 
 
 def test_swapped_colours_are_noticed(colours, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(Policy, "see", swapped(Policy.see))
+    monkeypatch.setattr(Policy, "prepare_image", swapped(Policy.prepare_image))
     facts, printed = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32)
     assert facts["accuracy"]["inference"] < 0.8 < facts["accuracy"]["teacher_forced"]
     assert "warning: " in printed and "the order of colours" in printed
-    with pytest.raises(SystemExit, match=r"error: .* of the action tokens are others when it acts"):
+    with pytest.raises(SystemExit, match=r"error: .* of the action tokens .*order of colours"):
         evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32, "--on-train-frames")
 
 
@@ -81,21 +86,21 @@ def changed_run(run, path, **changes):
 
 def test_another_resize_is_noticed(colours, monkeypatch, capsys, tmp_path):
     run = changed_run(colours, tmp_path / "run", image_resize_strategy="resize-crop")
-    with pytest.raises(SystemExit, match=r"image_resize_strategy \(resize-crop\)"):
+    with pytest.raises(SystemExit, match=r"image_resize_strategy.*resize-crop"):
         evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, "--on-train-frames")
 
 
 def test_few_frames_tell_little():
     said = {"logged": 0.6, "teacher_forced": 0.45, "greedy": 0.45, "inference": 0.45}
     assert not eval_vla.verdict(said, 1.0, 16, "lanczos")[1]
-    assert "training logged 0.600" in eval_vla.verdict(said, 1.0, 1024, "lanczos")[1][0]
+    assert "0.600" in eval_vla.verdict(said, 1.0, 1024, "lanczos")[1][0]
 
 
 def test_a_config_that_is_not_the_training_s_is_noticed(colours, monkeypatch, capsys, tmp_path):
     """Both paths go wrong together then, but not as well as the log says."""
     run = changed_run(colours, tmp_path / "run", prompt_style="phi", action_normalization="normal")
     facts, printed = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 64, "--on-train-frames")
-    assert facts["mismatch"] is None and "config.json or the data are not those of the training" in printed
+    assert facts["mismatch"] is None and "warning" in printed and "config.json" in printed
 
 
 def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tmp_path, plain_run):
@@ -111,8 +116,12 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
     assert done.returncode == 0, done.text
     run = tmp_path / "runs/arm--image_aug"
     given, generate = [], Policy.generate
-    monkeypatch.setattr(Policy, "generate", lambda policy, *inputs: (given.append(inputs),
-                                                                     generate(policy, *inputs))[1])
+
+    def noting(policy, *inputs):
+        given.append(inputs)
+        return generate(policy, *inputs)
+
+    monkeypatch.setattr(Policy, "generate", noting)
     for extra in ([], ["--on-train-frames"]):
         given.clear()
         facts, _ = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, *extra)
@@ -128,15 +137,15 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
 def test_mistakes_name_the_cure(colours, monkeypatch, capsys, tmp_path):
     for arguments, message in (
             (["--data_mix", "nothing_like_it"], "nothing_like_it"),
-            (["--data_root_dir", tmp_path], "has 0 of 2 datasets; there are no cold, warmer: fetch them")):
+            (["--data_root_dir", tmp_path], "0 of 2 datasets.*cold, warmer")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             evaluate(monkeypatch, capsys, colours, tmp_path, *arguments)
     write_colours(tmp_path, "unseen", 1.0)
     run = changed_run(colours, tmp_path / "run", datasets={"unseen": {"primary": "image"}})
     unseen = ["--data_mix", "unseen", "--data_root_dir", tmp_path]
-    with pytest.raises(SystemExit, match=r"unnorm_key 'hot' is not one of .*\['cold', 'warmer'\]"):
+    with pytest.raises(SystemExit, match=r"unnorm_key 'hot'.*'cold', 'warmer'"):
         evaluate(monkeypatch, capsys, run, tmp_path, *unseen, "--unnorm_key", "hot")
-    for key, whose in (([], "the data"), (["--unnorm_key", "warmer"], "warmer")):  # how good untuned?
+    for key, whose in (([], "the data"), (["--unnorm_key", "warmer"], "warmer")):  # before fine-tuning
         facts, printed = evaluate(monkeypatch, capsys, run, tmp_path, *unseen, *key)
-        assert f"the model does not know unseen: it acts by the statistics of {whose}" in printed
+        assert re.search(f"unseen: .*statistics of {whose}", printed)
         assert facts["agreement"] == 1 and [*facts["datasets"]] == ["unseen"]

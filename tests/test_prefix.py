@@ -81,13 +81,13 @@ def test_the_rest_is_what_training_would_predict_after_them(steps, changes):
 
 
 @pytest.mark.parametrize("changes, prefix, message", [
-    ({}, np.zeros((4, 4)), "prefix of 4 steps: this model takes up to 3, one less than its chunk"),
-    ({}, np.zeros((1, 3)), r"prefix of shape \(1, 3\): expected \(k, 4\), finite: steps of action\[0\], "),
-    ({}, np.zeros(4), r"prefix of shape \(4,\): expected"), ({}, np.zeros((1, 1, 1, 4)), "of shape"),
+    ({}, np.zeros((4, 4)), "prefix of 4 steps.*up to 3"),
+    ({}, np.zeros((1, 3)), r"prefix of shape \(1, 3\).*\(k, 4\).*action\[0\]"),
+    ({}, np.zeros(4), r"prefix of shape \(4,\)"), ({}, np.zeros((1, 1, 1, 4)), "of shape"),
     ({}, np.full((1, 4), np.nan), "finite"), ({}, np.full((1, 4), 1e300), "finite"),
-    ({"action_chunk": 1}, np.zeros((1, 4)), "prefix of 1 steps: this model takes up to 0"),
-    ({"parallel_decoding": True}, np.zeros((1, 4)), "takes up to 0, its training's max_prefix"),
-    ({"parallel_decoding": True, "max_prefix": 2}, np.zeros((3, 4)), "takes up to 2, its training's"),
+    ({"action_chunk": 1}, np.zeros((1, 4)), "up to 0"),
+    ({"parallel_decoding": True}, np.zeros((1, 4)), "up to 0.*max_prefix"),
+    ({"parallel_decoding": True, "max_prefix": 2}, np.zeros((3, 4)), "up to 2.*max_prefix"),
 ])
 def test_what_is_no_prefix_is_refused(changes, prefix, message):
     policy = tiny_policy(**{"action_chunk": 4, **changes})
@@ -95,13 +95,10 @@ def test_what_is_no_prefix_is_refused(changes, prefix, message):
         policy.predict_action(IMAGES[0, 0], "push", prefix=prefix)
 
 
-@pytest.mark.parametrize("image, instruction, message", [
-    ([], [], r"instruction \[\]: expected a text"), (IMAGES[0, 0], None, "instruction None: expected a text"),
-    (IMAGES[0, 0], 5, "instruction 5: expected"), (IMAGES[0, 0, :0], "push", r"an image of shape \(0, "),
-])
-def test_what_is_no_question_is_refused(image, instruction, message):
-    with pytest.raises(UserError, match=message):
-        tiny_policy().predict_action(image, instruction)
+@pytest.mark.parametrize("image", [IMAGES[0, 0, :0], IMAGES[0, 0] / 255, IMAGES[0, 0].transpose(2, 0, 1)])
+def test_what_is_no_image_is_refused(image):
+    with pytest.raises(UserError, match=r"image of shape .*uint8"):
+        tiny_policy().predict_action(image, "push")
 
 
 def test_what_is_out_of_reach_is_cut_off_as_in_training():

@@ -148,7 +148,7 @@ def test_the_readme_s_client(server, vla):
     data = file(picture(1, 1), "png")
     expected = vla.predict_action(picture(1, 1), "hold it", "cold").tolist()
     assert names["act"](data, "hold it", "cold") == expected
-    with pytest.raises(ValueError, match=r"'hot' is not one of the model's datasets: \['cold', 'warmer'\]"):
+    with pytest.raises(ValueError, match=r"'hot'.*'cold', 'warmer'"):
         names["act"](data, "hold it", "hot")
 
 
@@ -191,15 +191,6 @@ def test_32_clients_at_once_get_what_one_would(server, vla):
     assert len(sizes) == 640 and max(sizes) > 4
 
 
-def test_a_prompt_longer_than_the_models_is_the_senders_mistake(colours, tmp_path):
-    shutil.copytree(colours, tmp_path / "run")
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    (tmp_path / "run/config.json").write_text(json.dumps({**config, "max_length": 40}))
-    with serving(tmp_path / "run", tmp_path) as (_, port, _):
-        status, reply = Client(port).send(query(picture(1, 0).tolist(), instruction="hold it and wait " * 20))
-    assert status == 400 and "max_length of 40 leaves room for" in str(reply), reply
-
-
 def test_cameras_history_state_and_chunks(tmp_path, plain_run):
     write_colours(tmp_path, "arm", 0.2, cameras=2)
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "use_proprio": True,
@@ -214,21 +205,22 @@ def test_cameras_history_state_and_chunks(tmp_path, plain_run):
     expected = vla.predict_action(views, "hold it", None, state)
     assert expected.shape == (2, 3)
     good = {"images": [view.tolist() for view in views], "instruction": "hold it", "proprio": state.tolist()}
-    bad = [({"images": good["images"][:3]}, "images: must be a list of 4, this is a list of 3"),
-           ({"images": good["images"][0]}, "images: must be a list of 4"),
-           ({"images": [*good["images"][:3], [[1]]]}, "images[3]: has shape [1, 1], must be"),
-           ({"proprio": None}, "proprio: missing: this model needs the robot's state, 2 numbers"),
-           ({"proprio": [1.0]}, "proprio: has shape [1], must be [2]"),
-           ({"proprio": [1.0, float("nan")]}, "proprio: must hold finite"),
-           ({"proprio": [1e300, 0]}, "proprio: must hold finite"),
-           ({"proprio": "12"}, "proprio: must be"), ({"proprio": ["1", 2]}, "proprio: must hold numbers")]
+    bad = [({"images": good["images"][:3]}, "images", "list of 4"),
+           ({"images": good["images"][0]}, "images", "list of 4"),
+           ({"images": [*good["images"][:3], [[1]]]}, "images[3]", "[height, width, 3]"),
+           ({"proprio": None}, "proprio", "robot's state"),
+           ({"proprio": [1.0]}, "proprio", "expected"),
+           ({"proprio": [1.0, float("nan")]}, "proprio", "finite"),
+           ({"proprio": [1e300, 0]}, "proprio", "finite"),
+           ({"proprio": "12"}, "proprio", "Array"),
+           ({"proprio": ["1", 2]}, "proprio", "numbers")]
     with serving(tmp_path / "runs/arm", tmp_path) as (process, port, log):
         client = Client(port)
-        for changes, message in bad:
+        for changes, key, cure in bad:
             status, reply = client.send({**good, **changes})
-            assert status == 400 and reply["error"].startswith(message), reply
+            assert status == 400 and key in reply["error"] and cure in reply["error"], reply
         status, reply = client.send({"image": good["images"][0], "instruction": "hold it"})
-        assert status == 400 and "looks at 4 images" in reply["error"]
+        assert status == 400 and "list of 4" in reply["error"]
         assert client.send(good) == (200, expected.tolist())
         sent = {**good, "proprio": json_numpy(state), "unnorm_key": "arm"}
         assert client.send(sent) == (200, json_numpy(expected))
@@ -270,6 +262,8 @@ GOOD = query(json_numpy(IMAGE))
 def wrong_type(draw):
     field = ("image", "instruction", "unnorm_key", "images")[draw.randint(4)]
     junk = JUNK[draw.randint(len(JUNK))]
+    if field == "images" and junk is None:
+        junk = 5
     if field == "instruction" and isinstance(junk, str) and junk.strip() and junk != "\ud800":
         junk = None
     return {**GOOD, field: junk}
@@ -350,7 +344,7 @@ def wrongly_encoded(draw):
 
 
 def too_long(draw):
-    return {**GOOD, "instruction": "é" * draw.randint(501, 20000)}
+    return {**GOOD, "instruction": "é" * draw.randint(1001, 20000)}
 
 
 def no_object(draw):
@@ -383,12 +377,15 @@ def test_huge_and_broken_connections_and_other_addresses(server, vla):
     huge = Client(port)
     for size in (serve_vla.MAX_BODY + 1, 3 * serve_vla.MAX_BODY):
         status, reply = huge.send(b" " * size)
-        assert status == 413 and reply["error"].startswith("the request: longer than 33554432 bytes: send")
+        assert status == 413 and "33554432 bytes" in reply["error"]
     status, reply = huge.send(query([[[0, 0, 0]] * 40] * 5000))
-    assert (status, reply["error"]) == (400, "image: is 5000 x 40 pixels; each side must be 16..4096")
+    assert status == 400 and "image" in reply["error"] and "5000 x 40" in reply["error"]
+    status, reply = huge.send({str(number): 0 for number in range(100000)})
+    assert status == 400 and "100000 keys" in reply["error"]
     for method, path in (("GET", "/act"), ("PUT", "/act"), ("POST", "/health"), ("GET", "/")):
-        status, reply = Client(port).send(b"{}", path, method)
-        assert status in (404, 405) and reply["error"].endswith("POST /act or GET /health")
+        other = Client(port).http
+        other.request(method, path, b"{}")
+        assert other.getresponse().status in (404, 405)
     for start in (b"\x00\xff" * 500, b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", b"GET",
                   b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n{\"ima"):
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:

@@ -20,8 +20,7 @@ from websockets.sync.client import connect
 
 import serve_vla
 from act import load_vla
-from machinery.openpi_wire import parse_observation
-from machinery.wire import RequestError, parse_array
+from machinery.wire import RequestError, parse_array, parse_observation
 from serve_vla import Batcher, Service
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,15 +47,12 @@ def openpi():
 
 @contextlib.contextmanager
 def running(policy, token=None, started=True):
-    """A server in this process, so that its limits can be other ones -> (port, its Batcher, uvicorn's)."""
+    """A server in this process, so that tests can change its limits -> (port, Batcher, uvicorn's server)."""
     batcher = Batcher(policy, 8)
     if started:
         batcher.start()
-    config = uvicorn.Config(Service(batcher, "some", token).app(), port=0, lifespan="off", log_level="error",
-                            http=serve_vla.Connection, ws=serve_vla.Socket, ws_max_size=serve_vla.MAX_BODY,
-                            ws_per_message_deflate=False, timeout_graceful_shutdown=30)
-    listener = config.bind_socket()
-    listener.listen()
+    config = serve_vla.uvicorn_config(Service(batcher, "some", token).app())
+    listener = socket.create_server(("127.0.0.1", 0))
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, args=([listener],))
     thread.start()
@@ -179,30 +175,29 @@ def test_cameras_state_chunk_and_prefix(changes):
         assert Client(port).send({**body, "prefix": settled.tolist()}) == (200, rest.tolist())
 
         several = {**good, "observation/primary_image": array(front)}
-        for bad, message in [
-                (several, "observation/image: two images of the camera primary: send one"),
-                ({**good, "observation/head": array(front)}, "unknown key 'observation/head': the keys are "
-                 "observation/image, observation/wrist_image, observation/state, prompt, unnorm_key, prefix"),
-                ({"prompt": "push"}, "observation/image: no image of the camera primary: send one"),
-                ({**good, "observation/state": array(state[:3])}, "observation/state: has shape [3], must"),
-                ({**good, "observation/state": None}, "observation/state: missing: this model needs"),
-                ({**good, "prefix": array(np.zeros((4, 4)))}, "prefix of 4 steps: this model takes up to"),
-                ({**good, "prefix": array(np.zeros(4))}, "prefix of shape (4,): expected (k, 4), finite"),
-                ({**good, "prefix": array(np.full((1, 4), np.nan))}, "prefix of shape (1, 4): expected"),
-                ({**good, "prefix": "x"}, "prefix: must be an array")]:
+        for bad, key, cure in [
+                (several, "observation/primary_image", "not permitted"),
+                ({**good, "observation/head": array(front)}, "observation/head", "not permitted"),
+                ({"prompt": "push"}, "observation/image", "required"),
+                ({**good, "observation/state": array(state[:3])}, "proprio", r"expected .*4"),
+                ({**good, "observation/state": None}, "proprio", "robot's state"),
+                ({**good, "prefix": array(np.zeros((4, 4)))}, "prefix of 4 steps", "up to"),
+                ({**good, "prefix": array(np.zeros(4))}, "prefix", r"expected \(k, 4\)"),
+                ({**good, "prefix": array(np.full((1, 4), np.nan))}, "prefix", "finite"),
+                ({**good, "prefix": "x"}, "prefix", "Array")]:
             answer = ask(bad)
-            assert isinstance(answer, str) and answer.startswith(message), answer
+            assert isinstance(answer, str) and key in answer and re.search(cure, answer), answer
             if "prefix" in bad:
                 status, reply = Client(port).send({**body, "prefix": (
                     from_array(bad["prefix"]).tolist() if bad["prefix"] != "x" else "x")})
-                assert status == 400 and reply["error"].startswith(message), reply
+                assert status == 400 and key in reply["error"] and re.search(cure, reply["error"]), reply
         np.testing.assert_array_equal(from_array(ask(good)["actions"]), whole)
 
 
 def test_history_is_for_http():
     policy = tiny_policy(window_size=2)
     with running(policy) as (port, *_), talking(port) as (ask, *_):
-        assert "looks at 2 frames of each camera" in ask(seen(picture(0, 0)))
+        assert "window_size" in ask(seen(picture(0, 0), unnorm_key=None))
 
 
 def test_32_clients_at_once_get_what_one_would(server, vla):
@@ -326,7 +321,7 @@ def wrong_key(draw):
     return [{**GOOD, name: 1}, {**GOOD, "unnorm_key": name}, {**GOOD, b"prompt": 1},
             {**GOOD, "instruction": "x"}, {**GOOD, "observation/wrist_image": array(IMAGE)},
             {**GOOD, "observation/primary": array(IMAGE)},
-            {**GOOD, "prompt": "é" * draw.randint(501, 20000)}, {**GOOD, "prefix": [[0.0, 0.0, 0.0]]},
+            {**GOOD, "prompt": "é" * draw.randint(1001, 20000)}, {**GOOD, "prefix": [[0.0, 0.0, 0.0]]},
             {key: value for key, value in GOOD.items() if key != gone}][draw.randint(9)]
 
 
@@ -392,13 +387,11 @@ def test_huge_and_broken_connections(server):
 
 def test_a_message_in_parts(vla, monkeypatch):
     monkeypatch.setattr(serve_vla, "MAX_FRAMES", 20)
-    monkeypatch.setattr(serve_vla, "BODY_SECONDS", 2)
     whole = msgpack.packb(GOOD)
     with running(vla) as (port, *_):
         with talking(port) as (ask, _, connection):
             connection.send(whole[i : i + 1000] for i in range(0, len(whole), 1000))
             assert "actions" in msgpack.unpackb(connection.recv(60))
-            time.sleep(3)  # its deadline is over, and it was in time
             assert "actions" in ask(GOOD)
 
         def too_many():
@@ -406,47 +399,36 @@ def test_a_message_in_parts(vla, monkeypatch):
                 yield b""
                 time.sleep(0.01)
 
-        def too_slow():
-            yield whole[:10]
-            time.sleep(6)
-            yield whole[10:]
-
-        for parts in (too_many(), too_slow()):
-            with talking(port) as (_, _, connection), pytest.raises(ConnectionClosed):
-                connection.send(parts)
-                connection.recv(60)
+        with talking(port) as (_, _, connection), pytest.raises(ConnectionClosed):
+            connection.send(too_many())
+            connection.recv(60)
 
 
-def test_a_silent_client_keeps_its_connection(vla, monkeypatch):
-    """A robot may rest; it is those that do not even begin who take the places of others."""
-    monkeypatch.setattr(serve_vla, "HEAD_SECONDS", 1)
-    monkeypatch.setattr(serve_vla, "MAX_CONNECTIONS", 2)
-    with running(vla) as (port, *_):
+def test_one_client_too_many(vla, monkeypatch):
+    """Idle websockets keep their places. Connections that send nothing take none."""
+    monkeypatch.setattr(serve_vla, "MAX_CLIENTS", 2)
+    with running(vla) as (port, *_), socket.create_connection(("127.0.0.1", port)):
         with talking(port) as (ask, *_), talking(port) as (other, *_):
             with pytest.raises(InvalidStatus) as refused:
                 connect(f"ws://127.0.0.1:{port}")
             assert refused.value.response.status_code == 503
-            time.sleep(3)
+            assert Client(port).send(query(IMAGE.tolist()))[0] == 503
             assert "actions" in ask(GOOD) and "actions" in other(GOOD)
         with talking(port) as (ask, *_):
             assert "actions" in ask(GOOD)
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as silent:
-            assert silent.recv(1) == b""
+            assert Client(port).send(query(IMAGE.tolist()))[0] == 200
 
 
-def test_stopping_answers_what_is_under_way(vla):
+def test_stopping_closes_websockets(vla):
+    """A robot that waits for an answer learns that none will come."""
     with running(vla, started=False) as (port, batcher, http):
         with talking(port) as (_, _, asking), talking(port) as (_, _, idle):
             asking.send(msgpack.packb(GOOD))
             while batcher.waiting.empty():
                 time.sleep(0.01)
             http.should_exit = True
-            with pytest.raises(ConnectionClosed) as closed:
-                idle.recv(60)
-            assert closed.value.rcvd.code == 1012  # service restart
+            for connection in (idle, asking):
+                with pytest.raises(ConnectionClosed) as closed:
+                    connection.recv(60)
+                assert closed.value.rcvd.code == 1012  # service restart
             batcher.start()
-            answer = from_array(msgpack.unpackb(asking.recv(60))["actions"])
-            assert answer.tolist() == [vla.predict_action(IMAGE, "hold it", "cold").tolist()]
-            with pytest.raises(ConnectionClosed) as closed:
-                asking.recv(60)
-            assert closed.value.rcvd.code == 1012
