@@ -38,13 +38,13 @@ from tqdm import tqdm
 
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
-from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens
+from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables
 from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
 from machinery.frames import DataError
 from machinery.images import decode_native
-from machinery.run import step_of
+from machinery.run import data_facts, step_of
 from machinery.weights import open_weights
 
 BATCH = 16  # frames per call of the model
@@ -382,11 +382,12 @@ def choose_frames(mixture: Mixture, first: int, samples: int) -> np.ndarray:
 def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     """The data, normalised by the model's own statistics. A dataset that the model does not know
     gives the policy its statistics."""
-    mixture = Mixture(cfg, policy.tokenizer, train)
-    if mixture.action_dim != cfg.action_dim:
-        raise DataError(f"data_mix {cfg.data_mix}: its actions have {mixture.action_dim} "
-                        f"dimensions, the model's {cfg.action_dim}")
-    mixture.proprio_dim = cfg.proprio_dim
+    tables = open_tables(cfg)
+    action_dim = data_facts(cfg, tables)["action_dim"]
+    if action_dim != cfg.action_dim:
+        raise DataError(f"data_mix {cfg.data_mix}: its actions have {action_dim} dimensions, the "
+                        f"model's {cfg.action_dim}")
+    mixture = Mixture(cfg, tables, policy.tokenizer, train)
     for name, ours in mixture.statistics.items():
         theirs = policy.norm_stats.setdefault(name, ours)
         for key in ("q01", "q99", "mean"):  # the mean notices an inverted gripper

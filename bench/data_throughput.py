@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches
+from data import Mixture, TrainBatches, open_tables
 from machinery import oxe
 from machinery.config import TrainConfig
 from machinery.frames import find_dataset
@@ -119,7 +119,7 @@ def index_speed(directory: Path, name: str) -> None:
 
 def ours(cfg: TrainConfig, tokenizer, samples: int) -> tuple[float, float, float]:
     """-> frames per second, growth of RSS in MB while loading, RSS in MB in the end. All processes count."""
-    batches = TrainBatches(Mixture(cfg, tokenizer), cfg.global_batch_size, cfg.per_device_batch_size, 0, 1)
+    batches = TrainBatches(Mixture(cfg, open_tables(cfg), tokenizer), cfg.global_batch_size, cfg.per_device_batch_size, 0, 1)
     loader = make_loader(batches, cfg.num_workers, range(1 << 40))
     for _ in range(10):
         next(loader)

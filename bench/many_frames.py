@@ -20,7 +20,7 @@ import psutil
 import tensorflow_datasets as tfds
 
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches
+from data import Mixture, TrainBatches, open_tables
 from machinery.config import TrainConfig
 from machinery.rlds import write_rlds
 
@@ -63,7 +63,7 @@ def main() -> None:
                           datasets={"droid_many": {"primary": "image", "skip_idle": args.skip_idle}})
         for what in ("index_and_open", "open"):
             start = time.perf_counter()
-            mixture = Mixture(cfg, tokenizer)
+            mixture = Mixture(cfg, open_tables(cfg), tokenizer)
             opened = time.perf_counter() - start
             TrainBatches(mixture, 32, 32, 0, 1)[12345]
             print(f"{what} frames {len(mixture.tables[0].frames)} open_s {opened:.2f} "

@@ -83,6 +83,15 @@ def data_config(tmp_path):
     return make
 
 
+def open_mixture(cfg: TrainConfig, tokenizer=None, train: bool = True):
+    """As a training opens its data."""
+    from data import Mixture, open_tables
+    from machinery.run import data_facts
+
+    tables = open_tables(cfg)
+    return Mixture(cfg.model_copy(update=data_facts(cfg, tables)), tables, tokenizer, train)
+
+
 def ds_json(path: Path, stage: int, bf16: bool = True, **changes) -> Path:
     """One of the repository's JSONs, possibly in float32 or with other keys, as a new file."""
     config = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())

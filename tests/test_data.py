@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import psutil
 import pytest
-from conftest import LLAMA_TOKENIZER, RLDS
+from conftest import LLAMA_TOKENIZER, RLDS, open_mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches, collate, interleave, permute
+from data import TrainBatches, collate, interleave, permute
 from machinery.config import TrainConfig
 from machinery.frames import DataError
 from machinery.images import augment, decode_image, draw_augmentation
@@ -76,7 +76,7 @@ def mixture(tmp_path_factory):
         datasets={}, cameras=["primary"], use_proprio=False, window_size=1, action_chunk=1,
         action_normalization="bounds_q99", image_size=32, image_aug=True, seed=7, skip_bad_episodes=False,
         index_dir=str(tmp_path_factory.mktemp("index")), prompt_style="pure", max_length=2048)
-    return Mixture(config, TOKENIZER)
+    return open_mixture(config, TOKENIZER)
 
 
 def test_every_frame_once_per_epoch(mixture):
@@ -116,7 +116,7 @@ def test_the_global_batch_does_not_depend_on_ranks(mixture, ranks, micro):
 
 def test_batch_k_is_a_function_of_seed_and_k(mixture):
     assert global_batch(mixture, 3, 1, 24) == global_batch(mixture, 3, 1, 24)
-    other = Mixture(mixture.cfg.model_copy(update={"seed": 8}), TOKENIZER)
+    other = open_mixture(mixture.cfg.model_copy(update={"seed": 8}), TOKENIZER)
     assert global_batch(mixture, 3, 1, 24) != global_batch(other, 3, 1, 24)
 
 
@@ -166,9 +166,9 @@ def test_windows_and_cameras(data_config):
     golden = np.load(RLDS / "golden/viola.npz")
     config = data_config(data_mix="viola", window_size=3, cameras=["primary", "wrist"], use_proprio=True,
                          image_size=32)
-    mixture = Mixture(config, TOKENIZER)
+    mixture = open_mixture(config, TOKENIZER)
     first = int(mixture.tables[0].first_frames[0])
-    one = Mixture(data_config(data_mix="viola", image_size=32), TOKENIZER)
+    one = open_mixture(data_config(data_mix="viola", image_size=32), TOKENIZER)
     for frame in range(4):
         sample = mixture.sample(0, first + frame)
         assert sample["images"].shape == (6, 32, 32, 3) and sample["proprio"].shape == (mixture.proprio_dim,)
@@ -180,13 +180,13 @@ def test_windows_and_cameras(data_config):
 
 def test_too_long_instructions_are_refused_instead_of_cut(data_config):
     with pytest.raises(DataError, match=r"viola-train.*record 0: .*max_length 20 leaves room for 12: 'clos"):
-        Mixture(data_config(data_mix="viola", max_length=20), TOKENIZER)
+        open_mixture(data_config(data_mix="viola", max_length=20), TOKENIZER)
 
 
 def test_undecodable_images_are_named(data_config, tmp_path):
     """A shard is damaged after it was indexed."""
     shutil.copytree(RLDS / "data/viola", tmp_path / "viola")
-    mixture = Mixture(data_config(data_mix="viola", data_root_dir=str(tmp_path)), TOKENIZER)
+    mixture = open_mixture(data_config(data_mix="viola", data_root_dir=str(tmp_path)), TOKENIZER)
     row = int(mixture.stretches[0][0][0])
     with open(next((tmp_path / "viola").rglob("*-train.tfrecord*")), "r+b") as file:
         file.seek(mixture.tables[0].frames[row]["offset"][0])

@@ -15,9 +15,8 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, TINY, ds_json, launch, launch_command, read_metrics
+from conftest import ROOT, TINY, ds_json, launch, launch_command, open_mixture, read_metrics
 
-import data
 from action_tokenizer import load_tokenizer
 from machinery.checkpoint import Checkpoint, list_checkpoints
 from machinery.config import TrainConfig
@@ -220,7 +219,7 @@ def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
     """One machine finds its index ready, another needs longer for it than a collective may take."""
     config, seconds = tiny(max_steps=1), 6
     cfg = TrainConfig(**{**yaml.safe_load(config.read_text()), "index_dir": str(tmp_path / "rank0")})
-    mixture = data.Mixture(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
+    mixture = open_mixture(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
     ready = mixture.tables[0].path
     waiting = tmp_path / "rank1" / ready.parent.name
     waiting.mkdir(parents=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LLAMA_TOKENIZER, ROOT, ds_json
+from conftest import LLAMA_TOKENIZER, ROOT, ds_json, open_mixture
 from test_weights import released_config
 from test_zero import JSONS, MODEL, STEPS, agree, cell, read, tensors
 from torch._inductor.utils import run_and_get_code
@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 import export_vla
 from act import load_vla
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches
+from data import TrainBatches
 from machinery import int8, ranks, run
 from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from machinery.config import TrainConfig, UserError, load_config
@@ -135,7 +135,7 @@ def test_modules_that_are_not_openvlas_are_trained_whole(runs):
 def batch(runs):
     cfg = TrainConfig(**json.loads((runs / "base/config.json").read_text()))
     tokenizer = load_tokenizer(cfg.tokenizer, True)
-    batch = TrainBatches(Mixture(cfg, tokenizer), 8, 8, rank=0, world_size=1)[0]
+    batch = TrainBatches(open_mixture(cfg, tokenizer), 8, 8, rank=0, world_size=1)[0]
     del batch["dataset"]
     return batch
 
@@ -280,7 +280,7 @@ def test_a_layer_in_8_bits(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_model_in_8_bits_says_the_same(dtype, colours):
     cfg = TrainConfig(**json.loads((colours / "config.json").read_text()))
-    mixture = Mixture(cfg, load_tokenizer(cfg.tokenizer, True), train=False)
+    mixture = open_mixture(cfg, load_tokenizer(cfg.tokenizer, True), train=False)
     batch = TrainBatches(mixture, 64, 64, rank=0, world_size=1)[0]
     del batch["dataset"]
     vla = load_vla(colours, dtype=dtype).vla

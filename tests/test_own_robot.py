@@ -14,7 +14,7 @@ import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
 import yaml
-from conftest import RLDS, ROOT, TINY
+from conftest import RLDS, ROOT, TINY, open_mixture
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -77,12 +77,12 @@ def random_actions(dims: int, episodes: int = 4, steps: int = 8) -> list[np.ndar
 def opened(data_config, tmp_path):
     """Open datasets of tmp_path as a YAML's `datasets:` describes them -> Mixture."""
 
-    def open_mixture(recipe=(), data_mix="arm", datasets=None, tokenizer=TOKENIZER, **changes) -> Mixture:
+    def make(recipe=(), data_mix="arm", datasets=None, tokenizer=TOKENIZER, **changes) -> Mixture:
         own = datasets or {"arm": {"primary": "image", **dict(recipe)}}
-        return Mixture(data_config(data_root_dir=str(tmp_path), data_mix=data_mix, datasets=own,
-                                   image_size=28, **changes), tokenizer)
+        return open_mixture(data_config(data_root_dir=str(tmp_path), data_mix=data_mix, datasets=own,
+                                        image_size=28, **changes), tokenizer)
 
-    return open_mixture
+    return make
 
 
 def index(directory: Path, recipe: Recipe | None = None, load_proprio: bool = False, skip_bad: bool = False
@@ -397,7 +397,7 @@ def test_a_closed_gripper_stays_closed(opened, tmp_path):
 
 
 def test_openvlas_datasets_speak_the_standard_form(data_config):
-    mixture = Mixture(data_config(data_mix="viola"), TOKENIZER)  # whose recipe turns the gripper
+    mixture = open_mixture(data_config(data_mix="viola"), TOKENIZER)  # whose recipe turns the gripper
     assert mixture.features == {}
     robot = convention(mixture.cfg, "viola", mixture.statistics["viola"])
     actions = mixture.tables[0].frames["action"][:5]
@@ -982,7 +982,7 @@ def test_random_robots(tmp_path_factory, robot, chunk, kind):
                       image_size=28, use_proprio=True, action_chunk=chunk, action_normalization=kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames_module, "index", index_here)
-        mixture = Mixture(cfg, TOKENIZER)
+        mixture = open_mixture(cfg, TOKENIZER)
     table, stats = mixture.tables[0], mixture.statistics["arm"]["action"]
     standard = np.array(table.frames["action"])
     assert standard.shape == (sum(lengths), sum(widths))

@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import RLDS
+from conftest import RLDS, open_mixture
 from hypothesis import given
 from hypothesis import strategies as st
 
 from action_tokenizer import normalize
-from data import Mixture, mixture_shares
+from data import mixture_shares
 from machinery import oxe, recipes
 from machinery.config import UserError
 from machinery.frames import DataError, find_dataset, frame_table
@@ -44,7 +44,7 @@ def test_dataset_equals_openvla_bit_for_bit(name, data_config):
     golden, arrays = GOLDEN[name], np.load(RLDS / f"golden/{name}.npz")
     for kind, key in (("bounds_q99", "action_q99"), ("bounds", "action_bounds"), ("normal", "action_normal")):
         config = data_config(data_mix=name, use_proprio=True, action_normalization=kind)
-        mixture = Mixture(config, Tokenizer())
+        mixture = open_mixture(config, Tokenizer())
         table, kept = mixture.tables[0], []
         assert mixture.statistics[name] == golden["statistics_with_proprio"]
         for k in range(len(table.episodes)):  # all splits, in the order the statistics are made
@@ -67,7 +67,7 @@ def test_dataset_equals_openvla_bit_for_bit(name, data_config):
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_statistics_without_proprio(name, data_config):
-    mixture = Mixture(data_config(data_mix=name), Tokenizer())
+    mixture = open_mixture(data_config(data_mix=name), Tokenizer())
     assert mixture.statistics[name] == GOLDEN[name]["statistics_no_proprio"]
 
 
@@ -99,7 +99,7 @@ CHUNKED = [name for name in SUPPORTED if "ep0/chunk8_q99" in np.load(RLDS / f"go
 @pytest.mark.parametrize("name", CHUNKED)
 def test_action_chunks(name, data_config):
     arrays = np.load(RLDS / f"golden/{name}.npz")
-    mixture = Mixture(data_config(data_mix=name, action_chunk=8), Tokenizer())
+    mixture = open_mixture(data_config(data_mix=name, action_chunk=8), Tokenizer())
     checked = 0
     for e, expected in enumerate(GOLDEN[name]["train_episode_data"]):
         if f"ep{e}/chunk8_q99" in arrays.files:
@@ -112,14 +112,14 @@ def test_action_chunks(name, data_config):
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_held_out_episodes(name, data_config):
     config = data_config(data_mix=name)
-    table = Mixture(config, Tokenizer()).tables[0]
+    table = open_mixture(config, Tokenizer()).tables[0]
     rows = [row for source in GOLDEN[name]["val_episodes"] for row in episode_rows(table, *source)
             if table.episodes["labeled"][table.episode_of(row)]]
     if not rows:
         with pytest.raises(DataError, match=f"{name}: no held-out frame"):
-            Mixture(config, Tokenizer(), train=False)
+            open_mixture(config, Tokenizer(), train=False)
         return
-    mixture = Mixture(config, Tokenizer(), train=False)
+    mixture = open_mixture(config, Tokenizer(), train=False)
     assert mixture.rows(np.zeros(mixture.sizes[0], int), np.arange(mixture.sizes[0])).tolist() == rows
 
 
@@ -130,7 +130,7 @@ def test_droid_drops_frames_without_motion(data_config):
     for label, statistics in (("own_statistics", None), ("override", override)):
         for case in (key for key in golden["chunk_filter"] if label in key):
             chunk = 1 + int(case.rsplit("future", 1)[1])
-            mixture = Mixture(data_config(data_mix="droid", action_chunk=chunk), Tokenizer())
+            mixture = open_mixture(data_config(data_mix="droid", action_chunk=chunk), Tokenizer())
             if statistics:
                 mixture.statistics["droid"]["action"] = {**statistics["action"], "mask": [True] * 6 + [False]}
                 mixture.stretches = [mixture._stretches(0)]
@@ -146,7 +146,7 @@ def test_droid_drops_frames_without_motion(data_config):
 
 
 def test_droid_draws_one_of_its_cameras_per_episode(data_config):
-    mixture = Mixture(data_config(data_mix="droid", cameras=["primary", "secondary"]), Tokenizer())
+    mixture = open_mixture(data_config(data_mix="droid", cameras=["primary", "secondary"]), Tokenizer())
     seen = set()
     for row in mixture.tables[0].first_frames:
         for epoch in range(8):
@@ -282,24 +282,24 @@ def test_a_users_dataset_comes_before_a_mixture_of_its_name():
 def test_columns_that_are_not_there_are_named(data_config):
     own = {"bridge_orig": {"primary": "image_0", "action": "action[:6], action[7:8] clip"}}
     with pytest.raises(DataError, match="field 'action': no columns left of its 7"):
-        Mixture(data_config(data_mix="bridge_orig", datasets=own), Tokenizer())
+        open_mixture(data_config(data_mix="bridge_orig", datasets=own), Tokenizer())
     own = {"bridge_orig": {"primary": "image_0", "absolute": 8}}
     with pytest.raises(DataError, match="8 absolute action dimensions of 7"):
-        Mixture(data_config(data_mix="bridge_orig", datasets=own), Tokenizer())
+        open_mixture(data_config(data_mix="bridge_orig", datasets=own), Tokenizer())
 
 
 def test_a_dataset_without_the_camera_is_warned_of(data_config):
-    warnings = Mixture(data_config(data_mix="berkeley_gnm_recon"), Tokenizer()).warnings
+    warnings = open_mixture(data_config(data_mix="berkeley_gnm_recon"), Tokenizer()).warnings
     assert "berkeley_gnm_recon: its recipe has no primary camera: its images are black" in warnings
 
 
 def test_a_registered_dataset_that_lacks_a_key_is_named(data_config):
     message = r"bridge_oxe/.*its steps have no 'observation/image_1', which the recipe names; they have"
     with pytest.raises(DataError, match=message):
-        Mixture(data_config(data_mix="bridge_oxe", cameras=["secondary"]), Tokenizer())
+        open_mixture(data_config(data_mix="bridge_oxe", cameras=["secondary"]), Tokenizer())
 
 
 def test_mixed_action_dimensions_are_refused(data_config):
     own = {"bridge_orig": {"primary": "image_0", "action": "action[:3]"}}
     with pytest.raises(ValueError, match=r"different action dimensions.*'bridge_orig': 3"):
-        Mixture(data_config(data_mix={"bridge_orig": 1.0, "viola": 1.0}, datasets=own), Tokenizer())
+        open_mixture(data_config(data_mix={"bridge_orig": 1.0, "viola": 1.0}, datasets=own), Tokenizer())

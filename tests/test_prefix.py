@@ -5,15 +5,15 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, open_mixture
 from test_model import tiny_policy as untrained
 
 from act import Policy, load_vla
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches
+from data import TrainBatches
 from machinery.config import TrainConfig, UserError, load_config
 from machinery.rlds import write_rlds
-from model import take
+from model import at_positions
 
 DRAW = np.random.default_rng(5)
 IMAGES = DRAW.integers(0, 256, (3, 2, 40, 30, 3), dtype=np.uint8)
@@ -66,9 +66,9 @@ def test_the_rest_is_what_training_would_predict_after_them(steps, changes):
             inputs = vla.embed(images[i : i + 1], ids, None if proprio is None else proprio[i : i + 1])
             places = torch.arange(inputs.shape[1] - count, inputs.shape[1])[None]
             if policy.cfg.parallel_decoding:
-                inputs = vla.ask_in_parallel(inputs, places, torch.tensor([[4 * steps]]))
+                inputs = vla.insert_queries(inputs, places, torch.tensor([[4 * steps]]))
             hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            predicted = policy.best_action(take(hidden, places - 1))
+            predicted = policy.best_action(at_positions(hidden, places - 1))
         assert torch.equal(predicted[0, 4 * steps :], tokens[i, 4 * steps :])
 
     # in the robot's units, alone as in a batch
@@ -118,20 +118,20 @@ def test_how_many_steps_are_given_is_a_function_of_the_sample(tmp_path):
     tokenizer = load_tokenizer(TINY["tokenizer"], add_action_tokens=True)
     values = {key: value for key, value in TINY.items() if key in TrainConfig.model_fields}
     cfg = TrainConfig(**values, action_chunk=8, parallel_decoding=True, max_prefix=3, index_dir=str(tmp_path))
-    mixture = Mixture(cfg, tokenizer)
-    whole = TrainBatches(mixture, 96, 96, 0, 1)[5]["known"]
+    mixture = open_mixture(cfg, tokenizer)
+    whole = TrainBatches(mixture, 96, 96, 0, 1)[5]["prefix_length"]
     assert whole.shape == (96, 1) and sorted(set(whole[:, 0].tolist())) == [0, 4, 8, 12]
     parts = {}
     for rank in range(2):
         batches = TrainBatches(mixture, 96, 12, rank, 2)
         for micro in range(4):
-            parts[micro, rank] = batches[5 * 4 + micro]["known"]
+            parts[micro, rank] = batches[5 * 4 + micro]["prefix_length"]
     assert torch.equal(torch.cat([parts[key] for key in sorted(parts)]), whole)
-    other = Mixture(cfg.model_copy(update={"seed": 8}), tokenizer)
-    assert not torch.equal(TrainBatches(other, 96, 96, 0, 1)[5]["known"], whole)
-    assert "known" not in TrainBatches(Mixture(cfg, tokenizer, train=False), 8, 8, 0, 1)[0]
-    without = Mixture(cfg.model_copy(update={"max_prefix": 0}), tokenizer)
-    assert "known" not in TrainBatches(without, 8, 8, 0, 1)[0]
+    other = open_mixture(cfg.model_copy(update={"seed": 8}), tokenizer)
+    assert not torch.equal(TrainBatches(other, 96, 96, 0, 1)[5]["prefix_length"], whole)
+    assert "prefix_length" not in TrainBatches(open_mixture(cfg, tokenizer, train=False), 8, 8, 0, 1)[0]
+    without = open_mixture(cfg.model_copy(update={"max_prefix": 0}), tokenizer)
+    assert "prefix_length" not in TrainBatches(without, 8, 8, 0, 1)[0]
 
 
 @pytest.mark.parametrize("changes", [

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, open_mixture
 from test_own_robot import random_actions, write_arm
 from test_serve import Client
 
 import export_vla
 import serve_vla
 from act import load_vla
-from data import Mixture
 from machinery import config
 from machinery.checkpoint import CheckpointError
 from machinery.config import UserError, set_rank_env
@@ -192,7 +191,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capfd, data_config):
     assert take_lock(tmp_path / "lock") is None
     assert "cannot be locked" in capfd.readouterr().err
     write_arm(tmp_path, random_actions(7))
-    mixture = Mixture(data_config(data_root_dir=str(tmp_path), data_mix="arm",
+    mixture = open_mixture(data_config(data_root_dir=str(tmp_path), data_mix="arm",
                                   datasets={"arm": {"primary": "image"}}))
     assert len(mixture.tables[0].frames) == 32 and "start one job at a time" in capfd.readouterr().err
 

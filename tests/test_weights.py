@@ -328,7 +328,7 @@ def test_an_export_keeps_the_length_of_prompts(run, tmp_path):
 # Training from them
 
 
-def train_from(path, stage: int, ranks: int, **changes) -> tuple:
+def train_from(ranks, path, stage: int, count: int, **changes) -> tuple:
     """One step; what the YAML leaves unsaid of the model comes from the weights."""
     shape = ("vision_backbone", "llm_backbone", "tokenizer", "add_action_tokens", "arch_specifier",
              "image_size")
@@ -336,28 +336,29 @@ def train_from(path, stage: int, ranks: int, **changes) -> tuple:
     config = path / f"from{stage}.yaml"
     values |= {"run_root_dir": str(path / f"runs{stage}"), "max_steps": 1, **changes}
     config.write_text(yaml.safe_dump(values))
-    done = launch(config, "--deepspeed_config", ds_json(path / "ds.json", stage, bf16=False), ranks=ranks)
+    done = ranks(count, config, "--deepspeed_config",
+                 ds_json(path / "ds.json", stage, bf16=False))
     assert done.returncode == 0, done.text
     return read_metrics(path / f"runs{stage}")[1]["loss"], next((path / f"runs{stage}").iterdir()), done.text
 
 
-def test_training_from_weights_is_the_same_for_every_stage(run, tmp_path):
+def test_training_from_weights_is_the_same_for_every_stage(run, tmp_path, ranks):
     export_vla.export(str(run), tmp_path / "hf", "hf")
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     first = []
-    for stage, ranks, changes in ((0, 1, {"base_vlm": str(tmp_path / "hf")}), (3, 2, {"base_vlm": str(run)}),
+    for stage, count, changes in ((0, 1, {"base_vlm": str(tmp_path / "hf")}), (3, 2, {"base_vlm": str(run)}),
                                   (2, 2, {"pretrained_checkpoint": str(checkpoint), "is_resume": False})):
         # another seed than the run's, whose frozen tower is as it was drawn; part frozen, part trained
-        loss, _, text = train_from(tmp_path, stage, ranks, seed=8, freeze_vision_backbone=True, **changes)
+        loss, _, text = train_from(ranks, tmp_path, stage, count, seed=8, freeze_vision_backbone=True, **changes)
         assert "weights_from" in text
         first.append(loss)
     np.testing.assert_allclose(first, first[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_frozen_weights_survive_training_saving_and_export(stage, run, tmp_path):
+def test_frozen_weights_survive_training_saving_and_export(stage, run, tmp_path, ranks):
     """DeepSpeed's own ZeRO-1 checkpoints have lost them (DeepSpeed#5439)."""
-    _, trained, _ = train_from(tmp_path, stage, 2, base_vlm=str(run), freeze_vision_backbone=True, seed=8)
+    _, trained, _ = train_from(ranks, tmp_path, stage, 2, base_vlm=str(run), freeze_vision_backbone=True, seed=8)
     export_vla.export(str(trained), tmp_path / "native", "native")
     before, after = tensors(run), tensors(tmp_path / "native")
     assert before.keys() == after.keys()
@@ -366,7 +367,7 @@ def test_frozen_weights_survive_training_saving_and_export(stage, run, tmp_path)
         assert torch.equal(before[name], after[name]) == frozen, name
 
 
-def test_beginning_with_a_language_models_own_weights(tmp_path):
+def test_beginning_with_a_language_models_own_weights(tmp_path, ranks):
     """Llama's weights from a directory, a larger vocabulary, towers from timm's files, a fresh projector."""
     import timm
 
@@ -381,7 +382,7 @@ def test_beginning_with_a_language_models_own_weights(tmp_path):
     changes = {"pretrained_backbones": True, "llm_backbone": str(tmp_path / "llm"), "image_size": 28,
                "vision_backbone": towers, "tokenizer": TINY["tokenizer"], "add_action_tokens": True,
                "learning_rate": 0.0}
-    _, run, text = train_from(tmp_path, 3, 2, **changes)
+    _, run, text = train_from(ranks, tmp_path, 3, 2, **changes)
     assert "weights_from" in text and "except projector, vision_backbone" in text
     shutil.rmtree(tmp_path / "llm")  # the run describes it
     assert load_vla(run).vla.llm.config.hidden_size == 32

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, open_mixture
 from transformers import get_cosine_schedule_with_warmup
 
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches
+from data import TrainBatches
 from machinery.checkpoint import Checkpoint, list_checkpoints
 from machinery.config import TrainConfig, load_table
 from machinery.zero_speed import WeightsAhead, fingerprint
@@ -227,7 +227,7 @@ def test_a_run_computes_what_a_plain_loop_does(runs):
     """The same batches without DeepSpeed, with PyTorch's AdamW and clipping and transformers' schedule."""
     cfg = TrainConfig(**yaml.safe_load((runs / "scheduled/config.yaml").read_text()))
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
-    batches = TrainBatches(Mixture(cfg, tokenizer), 8, 8, rank=0, world_size=1)
+    batches = TrainBatches(open_mixture(cfg, tokenizer), 8, 8, rank=0, world_size=1)
     torch.manual_seed(cfg.seed)
     vla = VLA(cfg, tokenizer)
     vla.freeze(**FREEZING["sandwich"], freeze_vision_backbone=False)

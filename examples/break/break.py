@@ -79,13 +79,13 @@ def main(checkpoint: str, count: int, trials: int) -> None:
     import torch
 
     from act import load_vla
-    from data import Mixture
+    from data import Mixture, open_tables
     from machinery.config import find_input
     from machinery.images import decode_native
 
     policy, films = load_vla(checkpoint), Path(checkpoint) / "break"
     cfg = policy.cfg.model_copy(update={"data_root_dir": find_input(policy.cfg.data_root_dir)})
-    mixture = Mixture(cfg, policy.tokenizer, train=False)
+    mixture = Mixture(cfg, open_tables(cfg), policy.tokenizer, train=False)
     table, index = mixture.tables[0], np.linspace(0, mixture.sizes[0] - 1, count).astype(int)
     rows = mixture.rows(np.zeros(count, int), index)
     images = [decode_native(table.read_image(row, 0)) for row in rows]
