@@ -1,22 +1,25 @@
-"""The language of recipes: what a dataset's actions and states are, said in lists of fields.
+"""Recipes: field lists describe which columns of a dataset are its actions and states.
 
-OpenVLA's action is 7-D: change of end-effector position (3), change of orientation as roll-pitch-yaw (3),
-gripper (absolute, 1 = open, 0 = closed). Datasets disagree on names, gripper sign, rotation format and more.
-A recipe (config.Recipe) says what one of them has. It gives state and action as *field lists*:
-comma-separated columns to be concatenated,
+OpenVLA's action is 7-D: change of end-effector position (3), change of orientation as
+roll-pitch-yaw (3), gripper (absolute, 1 = open, 0 = closed). Datasets disagree on names, sign of
+the gripper, rotation format and more. A recipe (config.Recipe) describes one of them. Its state and
+action are *field lists*, comma-separated columns to be concatenated:
 
-    "action[:6], action[-1:] clip invert"        key, slice of its columns, helpers applied from left to right
-    "world_vector, 0*3, gripper rel2abs"         0*3: three columns of zeros (1*2: two of ones)
+    "action[:6], action[-1:] clip invert"   key, slice of its columns, helpers from left to right
+    "world_vector, 0*3, gripper rel2abs"    0*3: three columns of zeros (1*2: two of ones)
     "joints target, gripper /255 target raw"     scaled by a number (/255, *0.001), and two words
 
-where a helper is one of the small functions of recipes.py, and the words say what OpenVLA's two masks say:
+A helper is one of the small functions of recipes.py. The two words of an action are OpenVLA's two
+masks:
 
-    target   a place to go to: past the end of an episode, the last one repeats. Without it: a change, zero
-             past the end
-    raw      taken as it is, in -1..1 (a gripper in 0..1). Without it: normalised by the dataset's quantiles
+    target   a place to go to: past the end of an episode, the last one repeats. Without it, a
+             change: zero past the end
+    raw      already in -1..1 (a gripper in 0..1). Without it: normalized by the dataset's
+             quantiles
 
-State and camera keys are relative to `observation/`; those that start with "/" and all action keys are
-relative to the step; the instruction's, too, or it is one of the whole episode (episode_metadata/...).
+Keys of states and cameras are relative to `observation/`. Keys that start with "/" and all keys of
+actions are relative to the step. So is the instruction's, or it belongs to the episode
+(episode_metadata/...).
 """
 
 import re
@@ -24,9 +27,9 @@ from typing import NamedTuple
 
 from machinery.config import Recipe, UserError, nearest
 
-HELPERS = "clip invert delta binarize rel2abs euler unzip".split()
+HELPERS = ["clip", "invert", "delta", "binarize", "rel2abs", "euler", "unzip"]
 FIELD = re.compile(r"(?P<key>[^\s\[\],]+)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<words>( +\S+)*)")
-SCALE = re.compile(r"[*/]-?(?=[\d.]*[1-9])(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # "*0.001", "/255"; never 0
+SCALE = re.compile(r"[*/]-?(?=[\d.]*[1-9])(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # *0.001, /255; never 0
 CONSTANT = re.compile(r"([01])(?:\*(\d+))?")  # "0", "0*3", "1*2"
 
 
@@ -41,33 +44,39 @@ class Field(NamedTuple):
 
 
 def parse_fields(fields: str) -> list[Field]:
-    """A field list, read. Raises UserError naming what it cannot read."""
+    """Parse a field list. Raises UserError for an entry that is not one."""
     parsed = []
     for text in fields.split(","):
         match = FIELD.fullmatch(text.strip())
-        words = match["words"].split() if match else []
+        if not match:
+            raise UserError(f"field {text.strip()!r}: expected 'key[a:b] helper ...'")
+        start = int(match["start"]) if match["start"] else None
+        stop = int(match["stop"]) if match["stop"] else None
+        words = match["words"].split()
         helpers = [word for word in words if word not in ("target", "raw")]
-        unknown = [word for word in helpers if word not in HELPERS and not SCALE.fullmatch(word)]
-        if not match or unknown:
-            close = nearest(unknown[0], [*HELPERS, "target", "raw"]) if unknown else ""
-            what = f"unknown helper {unknown[0]!r}{close}" if match else "expected 'key[a:b] helper ...'"
-            raise UserError(f"field {text.strip()!r}: {what}; helpers are {', '.join(HELPERS)}, *NUMBER and "
-                            "/NUMBER; then come target and raw")
-        start, stop = (int(match[end]) if match[end] else None for end in ("start", "stop"))
-        parsed.append(Field(match["key"], slice(start, stop), helpers, "target" in words, "raw" in words))
+        for word in helpers:
+            if word not in HELPERS and not SCALE.fullmatch(word):
+                close = nearest(word, [*HELPERS, "target", "raw"])
+                raise UserError(f"field {text.strip()!r}: unknown helper {word!r}{close}; helpers "
+                                f"are {', '.join(HELPERS)}, *NUMBER and /NUMBER")
+        parsed.append(Field(match["key"], slice(start, stop), helpers,
+                            "target" in words, "raw" in words))
     return parsed
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise UserError for field lists that cannot be read, and words that have no meaning there."""
-    action, state = parse_fields(recipe.action), parse_fields(recipe.state)
-    if all(CONSTANT.fullmatch(field.key) for field in action):
-        raise UserError(f"action: {recipe.action!r} names no feature: a robot does not learn from constants")
-    marked = any(field.target or field.raw for field in action)
+def check_recipe(name: str, recipe: Recipe) -> None:
+    """Raise UserError for a part of the recipe of dataset `name` that would silently do nothing."""
+    standard = {"primary": recipe.primary, "secondary": recipe.secondary, "wrist": recipe.wrist}
+    twice = [camera for camera in recipe.cameras if standard.get(camera)]
+    problem = None
+    marked = any(field.target or field.raw for field in parse_fields(recipe.action))
     if marked and (recipe.absolute or recipe.targets):
-        raise UserError("the words target and raw say all: remove `absolute` and `targets`")
-    for name in {"primary", "secondary", "wrist"} & recipe.cameras.keys():
-        if getattr(recipe, name):
-            raise UserError(f"the camera {name} stands there twice, also under `cameras`: remove one")
-    if any(field.target or field.raw for field in state):
-        raise UserError("state: target and raw are said of actions only")
+        problem = "remove absolute and targets: its action has the words target or raw"
+    elif any(field.target or field.raw for field in parse_fields(recipe.state)):
+        problem = "state: remove target and raw, which are for actions"
+    elif twice:
+        problem = f"the camera {twice[0]} is also in `cameras`: remove one"
+    elif recipe.skip_idle and "droid" not in name:  # see oxe.is_idle
+        problem = "skip_idle: remove it, it only recognizes DROID's pauses"
+    if problem:
+        raise UserError(f"datasets: {name}: {problem}")

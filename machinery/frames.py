@@ -1,11 +1,13 @@
-"""Where a dataset's frames are: a small row for each, and images read straight from the dataset's files.
+"""The frame table of a dataset: a small row for each frame, and images read straight from its files.
 
-Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories in the RLDS format: shards of
-TFRecords hold an episode per record, and an image lies encoded (JPEG or PNG) inside its episode. So an
-episode is big, and a training sample is a small piece of it. rlds.py reads each dataset once and writes a
-*frame table*: a row per frame (44 bytes with one camera and a 7-D action) that says where in which file its
-images lie, and holds its standardised action. From then on a training sample is one row of the table and one
-`pread` of one JPEG, in any order, in constant memory.
+Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories in the RLDS format. Shards
+of TFRecords hold one episode per record, with each image encoded (JPEG or PNG) inside its episode.
+So an episode is big, and a training sample is a small part of it. rlds.py reads each dataset once
+and writes a *frame table*: a row per frame (44 bytes with one camera and a 7-D action) with the
+place of its images in the files and its standardized action. From then on, a training sample is
+one row of the table and one `pread` of one JPEG, in any order, in constant memory.
+
+Read FrameTable, then frame_table.
 """
 
 import contextlib
@@ -28,51 +30,58 @@ import numpy as np
 from machinery.config import PROJECT, Recipe, UserError
 from machinery.files import take_lock
 
+TABLE_VERSION = 1  # change it when a table would hold other numbers (tests/fixtures/frame_tables)
+
 
 class DataError(UserError):
-    """Broken or unsuitable data. The message names the file, and the record where there is one."""
+    """Broken or unsuitable data. The message names the file, and the record if there is one."""
 
 
 def find_dataset(data_root_dir: str | Path, name: str) -> Path:
-    """The directory with the newest version of dataset `name` ("name" or "name:version"), or data_root_dir
-    itself if it is one. Raises DataError when there is none."""
+    """The directory of dataset `name` ("name": its newest version, or "name:version"), or
+    data_root_dir if that is one itself. Raises DataError if there is none."""
     root = Path(data_root_dir)
     if (root / "features.json").exists():
         return root
     name, _, version = name.partition(":")
-    root /= name
-    folders = [d for d in (root.iterdir() if root.is_dir() else ()) if (d / "features.json").exists()]
-    found = [d for d in folders if (d.name == version if version else VERSION.fullmatch(d.name))]
-    if not found:
-        others = f"; there are {', '.join(sorted(d.name for d in folders))}" if folders else ""
-        raise DataError(f"{root}: no TFDS dataset there: expected {root}/{version or '1.0.0 (say)'}/"
-                        f"features.json{others}: set data_root_dir to the folder that holds the folder "
-                        f"{name!r}")
-    return max(found, key=lambda d: [int(part) for part in d.name.split(".") if part.isdigit()])
-
-
-VERSION = re.compile(r"\d+\.\d+\.\d+")  # copies (1.0.0.bak) and what TFDS is still writing are none
+    found = {}  # {version numbers: directory}
+    for path in (root / name).glob("*/features.json"):
+        directory = path.parent
+        if directory.name == version:
+            return directory
+        if re.fullmatch(r"\d+\.\d+\.\d+", directory.name):  # no copies, and nothing half written
+            found[tuple(map(int, directory.name.split(".")))] = directory
+    if version or not found:
+        expected = root / name / (version or "1.0.0") / "features.json"
+        raise DataError(f"{root / name}: no TFDS dataset there: expected {expected}: set "
+                        f"data_root_dir to the folder that holds {name!r}")
+    return found[max(found)]
 
 
 class FrameTable:
-    """A dataset's index, memory-mapped: opening it costs nothing, and all processes share one copy.
+    """A dataset's index, memory-mapped: it opens at once, and all processes share one copy.
 
-    frames: per frame  `offset`, `length` (one each per camera; length 0 = no image), `instruction` (number),
-            `action` (float32, standardised but not normalised) and, if asked for, `proprio`
-    episodes: per episode  `split`, `shard`, `record` (numbers), `first`, `count` (its frames), `labeled`
+    frames: per frame  `offset`, `length` (one each per camera; length 0: no image), `instruction`
+            (number), `action` (float32, standardized but not normalized), `proprio` if asked for
+    episodes: per episode  `split`, `shard`, `record` (numbers), `first`, `count` (its frames),
+            `labeled` (has it an instruction?)
     """
 
     def __init__(self, path: Path, directory: Path):
         """path: the table; directory: the dataset, which may have moved since it was indexed."""
         meta = json.loads((path / "table.json").read_text())
-        self.path, self.directory = path, directory
-        self.splits, self.shards, self.cameras = meta["splits"], meta["shards"], meta["cameras"]
-        self.instructions, self.statistics = meta["instructions"], meta["statistics"]
-        self.bad, self.warnings = meta["bad_episodes"], meta["warnings"]  # see checks.table_warnings
-        self.targets = np.array(meta["targets"])  # which of an action's dimensions are targets, (A,) bool
-        self.features = meta["features"]  # {feature: numbers in a step} of those that the recipe names
-        frame = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
-        self.frames = np.memmap(path / "frames.bin", frame, "r")
+        self.path = path
+        self.directory = directory
+        self.splits = meta["splits"]
+        self.shards = meta["shards"]
+        self.cameras = meta["cameras"]  # keys of the images
+        self.instructions = meta["instructions"]
+        self.statistics = meta["statistics"]  # see rlds.statistics
+        self.bad = meta["bad_episodes"]  # which were left out, and why
+        self.targets = np.array(meta["targets"])  # (A,) bool: is the action's dimension a target?
+        self.features = meta["features"]  # {feature of the recipe: its numbers per step}
+        row = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
+        self.frames = np.memmap(path / "frames.bin", row, "r")
         self.episodes = np.load(path / "episodes.npy")
         self.first_frames = np.ascontiguousarray(self.episodes["first"], np.int64)
 
@@ -81,14 +90,15 @@ class FrameTable:
         return np.searchsorted(self.first_frames, rows, side="right") - 1
 
     def read_image(self, row: int, camera: int) -> bytes:
-        """The encoded image of one frame, read straight from its shard; b"" where the camera has none."""
+        """The encoded image of one frame, read from its shard. b"" if there is none."""
         frame = self.frames[row]
         length = int(frame["length"][camera])
         if length == 0:
             return b""
-        shard = self.directory / self.shards[self.episodes["shard"][self.episode_of(row)]]
-        data = os.pread(_open_shard(shard).fileno(), length, int(frame["offset"][camera]))
-        if len(data) < length:
+        shard = self.shards[self.episodes["shard"][self.episode_of(row)]]
+        file = _open_shard(self.directory / shard)
+        data = os.pread(file.fileno(), length, int(frame["offset"][camera]))
+        if len(data) < length:  # or a frame without data would be black
             raise DataError("the file is shorter than it was when it was indexed")
         return data
 
@@ -103,90 +113,89 @@ def _open_shard(path: Path) -> io.FileIO:
     return open(path, "rb", buffering=0)
 
 
+# ---- Making a table, once ------------------------------------------------------------------------
+
+
 def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load_proprio: bool, *,
                 index_dir: str | None = None, skip_bad_episodes: bool = False) -> FrameTable:
-    """Open the frame table of the TFDS dataset in `directory`, and let rlds.py make it where there is none.
+    """Open the frame table of the TFDS dataset in `directory`, which rlds.py makes if there is none.
 
-    cameras: keys of the images, see Recipe.camera_keys; index_dir: where tables are kept, by default in the
-    dataset's directory, or ~/.cache/zerovla if that is read-only and has none.
+    cameras: keys of the images, see Recipe.camera_keys; index_dir: folder for the tables of all
+    datasets. By default they are in each dataset's directory. Raises DataError.
 
-    The table's name is a hash of all that goes into it, of the code that makes it, and of the names, sizes
-    and modification times of the data files, so a stale table is never used. It appears by one rename. Safe
-    when many processes call it at once: one builds, the others wait for its lock (not inside a collective, so
-    nothing times out however long it takes).
+    A table's name is a hash of TABLE_VERSION, of everything that was asked for, and of the names,
+    sizes and modification times of the data files, so a stale table is never used. It appears by
+    one rename. Many processes may call this at once: one indexes, and the others wait for its lock
+    (not in a collective, so nothing times out however long it takes).
     """
     directory = directory.resolve()
-    listing, roots = data_files(directory), index_roots(directory, index_dir)
+    bad_episodes = bad_episodes_file(directory, index_dir)
+    known_bad = json.loads(bad_episodes.read_text()) if bad_episodes.exists() else {}
     job = {"recipe": asdict(recipe), "cameras": cameras, "load_proprio": load_proprio,
-           "skip_bad": skip_bad_episodes, "known_bad": known_bad_episodes(roots, listing)}
-    code = "".join((PROJECT / "machinery" / file).read_text().partition("# ---- Writing")[0] for file in CODE)
-    name = hashlib.sha256(repr((job, code, listing)).encode()).hexdigest()[:16]
-    path = next((root / name for root in roots if (root / name).exists()), None)
-    if path is None:
-        path = writable_root(directory, roots) / name
-        with (lock := take_lock(path.with_suffix(".lock"))) or contextlib.nullcontext():
+           "skip_bad": skip_bad_episodes, "known_bad": known_bad}
+    name = digest((TABLE_VERSION, job, data_files(directory)))
+    path = table_folder(directory, index_dir) / name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(path.with_suffix(".lock"))
+        except OSError as error:
+            raise DataError(f"{directory}: no frame table can be written to {path.parent}: set "
+                            f"index_dir to a folder that is writable ({error})") from error
+        with lock or contextlib.nullcontext():
             if not path.exists():
-                for leftover in path.parent.glob(f"{name}.*.tmp") if lock else ():  # of one that was killed
-                    shutil.rmtree(leftover)
+                if lock:  # so what is there belongs to a process that was killed
+                    for leftover in path.parent.glob(f"{name}.*.tmp"):
+                        shutil.rmtree(leftover)
                 index(job | {"directory": str(directory), "path": str(path)})
     return FrameTable(path, directory)
 
 
-CODE = ("rlds.py", "fields.py", "recipes.py", "checks.py")  # what makes a frame table
-
-
 def data_files(directory: Path) -> list[tuple[str, int, int]]:
     """A dataset's files: (name, size, time of the last change)."""
-    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir()
-                  if "record" in p.name or p.name in ("features.json", "dataset_info.json"))
+    listing = []
+    for path in directory.iterdir():
+        if "record" in path.name or path.name in ("features.json", "dataset_info.json"):
+            listing.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return sorted(listing)
 
 
-def index_roots(directory: Path, index_dir: str | None) -> list[Path]:
-    """The folders in which a dataset's frame tables may be, the first that is writable for new ones."""
-    if index_dir:
-        return [Path(index_dir) / directory.parent.name]
-    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    return [directory / ".frame_table", Path(os.path.expanduser("~/.cache/zerovla")) / name]
+def table_folder(directory: Path, index_dir: str | None) -> Path:
+    """Where the tables of a dataset are. In an index_dir, all versions share the folder."""
+    return Path(index_dir) / directory.parent.name if index_dir else directory / ".frame_table"
 
 
-def writable_root(directory: Path, roots: list[Path]) -> Path:
-    """The first of the folders that can be written to, made. Raises DataError when none can."""
-    for root in roots:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(root, os.W_OK):
-            return root
-    raise DataError(f"{directory}: no frame table can be written to {' or '.join(map(str, roots))}: set "
-                    "index_dir to a folder that is writable")
+def bad_episodes_file(directory: Path, index_dir: str | None) -> Path:
+    """Where `data.py --check` lists the bad episodes of these files: {file: {record: reason}}."""
+    name = f"bad_episodes-{digest(data_files(directory))}.json"
+    return table_folder(directory, index_dir) / name
 
 
-def known_bad_episodes(roots: list[Path], listing: list[tuple]) -> dict[str, dict[str, str]]:
-    """What `data.py --check` found of just these files, {file: {record: reason}}."""
-    found = (bad_episodes_file(root, listing) for root in roots)
-    return next((json.loads(file.read_text()) for file in found if file.exists()), {})
-
-
-def bad_episodes_file(root: Path, listing: list[tuple]) -> Path:
-    """Where `data.py --check` keeps what it finds; an index_dir may hold several versions of a dataset."""
-    return root / f"bad_episodes-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.json"
+def digest(values) -> str:
+    """A name for values with a meaningful repr: 16 hex digits."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def index(job: dict) -> None:
-    """Run rlds.py, a process without PyTorch, so that many can be forked cheaply. Raises its DataError."""
-    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    done = subprocess.run([sys.executable, "-P", "-m", "machinery.rlds"], input=json.dumps(job), text=True,
-                          stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
+    """Run rlds.py in its own process, which has no PyTorch and so can fork many cheaply. Raises its
+    DataError."""
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-P", "-m", "machinery.rlds"], input=json.dumps(job),
+                          text=True, stdout=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
-        raise DataError(done.stdout.strip() or "rlds.py was ended: see above; was there enough memory?")
+        error = done.stdout.strip()
+        raise DataError(error or "indexing failed: see above, or was it killed for its memory?")
+
+
+# ---- Processes that end with their parent --------------------------------------------------------
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # see ranks.Preemption
 
 
 def end_with_parent() -> None:
-    """Call it in a child process: it will be killed with its parent, and not wait for work for ever."""
+    """In a child process: be killed when the parent ends, instead of waiting forever for work."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

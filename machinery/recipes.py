@@ -1,8 +1,8 @@
-"""Carrying a recipe out: from an episode of a dataset to its standard form.
+"""Applying a recipe: from an episode of a dataset to its standard form.
 
-fields.py explains recipes and reads their field lists; here are the helpers that they name, and
-`standardize`, which applies one to an episode. It is done once for each episode, by the program that indexes
-(rlds.py), and for a single action or state when a robot asks for one in its own convention (convention.py).
+fields.py explains recipes and parses their field lists. Here are the helpers that these name, and
+`standardize`, which applies a recipe to an episode. The program that indexes (rlds.py) does this
+once per episode, and convention.py for single actions and states of a robot that acts.
 """
 
 import ctypes.util
@@ -18,16 +18,18 @@ from machinery.config import Recipe
 from machinery.fields import CONSTANT, Field, parse_fields
 from machinery.frames import DataError
 
-# ------------------------------------------------------------------------------------------------------------
-# Helpers: (T, k) -> (T, m). Comparisons are in float32, as in TensorFlow, because 0.95 and 0.1 are
-# thresholds.
+# ---- Helpers: (T, k) -> (T, m) -------------------------------------------------------------------
+
+# 0.95 and 0.1 are thresholds: comparisons are in float32, as in TensorFlow
 
 
 def near_one(x, word: str):
-    """x, for helpers that are made for grippers in 0..1 or -1..1: of per cent or 0..255 little would be left.
-    Raises DataError for such."""
-    if (far := abs(x).max(initial=0)) > 10:
-        raise DataError(f"{word}: would make 1 of values up to {far:.4g}: divide first, as in '/255 {word}'")
+    """x, for helpers that are for grippers in 0..1 or -1..1. Raises DataError for others (percent,
+    0..255), of which little would remain."""
+    largest = abs(x).max(initial=0)
+    if largest > 10:
+        raise DataError(f"{word}: the values go up to {largest:.4g}: divide first, as in '/255 "
+                        f"{word}'")
     return x
 
 
@@ -37,91 +39,105 @@ def clip(x):
 
 
 def invert(x):
-    """0 <-> 1: makes "1 = open" of "1 = closed"."""
+    """0 <-> 1: from "1 = closed" to "1 = open"."""
     return 1 - x
 
 
 def scale(x, word: str):
-    """`*2` or `/255`: multiplied by the number, or divided."""
+    """Multiply or divide by the number in the word: `*2` or `/255`."""
     number = np.float32(float(word[1:]))
     return x * number if word[0] == "*" else x / number
 
 
 def delta(x):
-    """Difference to the next step (the last row has none; it is trimmed)."""
+    """Difference to the next step (0 for the last, which has none and is trimmed)."""
     return np.diff(x, axis=0, append=x[-1:])
 
 
 def binarize(x):
-    """Gripper openings to 0 or 1: values in between take the value reached next; those at the end take the
-    very last one as it is."""
+    """Gripper openings to 0 or 1. Values in between take the next value that is decided; after the
+    last decided one, they take the very last value unchanged."""
     x = near_one(x, "binarize").astype(np.float32)
-    decided = (x > np.float32(0.95)) | (x < np.float32(0.05))
-    value = np.where(decided, x > np.float32(0.95), x[-1:]).astype(np.float32)
-    rows = np.where(decided, np.arange(len(x))[:, None], len(x) - 1)
-    return np.take_along_axis(value, np.minimum.accumulate(rows[::-1], axis=0)[::-1], axis=0)
+    is_open = x > np.float32(0.95)
+    decided = is_open | (x < np.float32(0.05))
+    value = np.where(decided, is_open, x[-1:]).astype(np.float32)
+    row = np.where(decided, np.arange(len(x))[:, None], len(x) - 1)
+    next_decided = np.minimum.accumulate(row[::-1], axis=0)[::-1]
+    return np.take_along_axis(value, next_decided, axis=0)
 
 
 def rel2abs(x):
-    """Relative gripper commands (+ closes, - opens, within 0.1 of zero: no change) to absolute: 1 = open,
-    0 = closed. Before the first command the gripper is in the opposite state; without any command it is
-    open."""
+    """Relative gripper commands (+ closes, - opens, within 0.1 of zero: no change) to absolute
+    ones: 1 = open, 0 = closed. Before the first command, the gripper is in the opposite state.
+    Without any command, it is open."""
     x = near_one(x, "rel2abs").astype(np.float32)
     command = np.where(x < np.float32(-0.1), 1, np.where(x > np.float32(0.1), -1, 0))
     first = np.take_along_axis(command, (command != 0).argmax(0)[None], axis=0)  # (1, k)
-    command = np.concatenate([np.where(first == 0, 1, -first), command])
-    last = np.maximum.accumulate(np.where(command != 0, np.arange(len(command))[:, None], 0), axis=0)
-    return np.take_along_axis(command, last, axis=0)[1:].astype(np.float32) / 2 + np.float32(0.5)
+    before = np.where(first == 0, 1, -first)
+    command = np.concatenate([before, command])
+    row = np.where(command != 0, np.arange(len(command))[:, None], 0)
+    last = np.maximum.accumulate(row, axis=0)
+    state = np.take_along_axis(command, last, axis=0)[1:]
+    return state.astype(np.float32) / 2 + np.float32(0.5)
+
+
+# TensorFlow 2.15 on x86 computes arcs of 8 floats at once by Eigen's polynomials, and of the rest
+# by the C library. They differ in the last bit, and OpenVLA's actions have these bits. One bit we
+# cannot have: Eigen starts 1/r with the processor's estimate (rcpps), which AMD and Intel round
+# differently, and we divide. On one EPYC, a tenth of the angles beyond 45 degrees differ from
+# ours, by 2.4e-7 at most.
+
+
+def _as_tensorflow(polynomial, c_name: str, *arrays: np.ndarray) -> np.ndarray:
+    eights = len(arrays[0]) // 8 * 8
+    rest = _c_function(c_name, *(a[eights:] for a in arrays))
+    return np.append(polynomial(*(a[:eights] for a in arrays)), rest)
 
 
 def _c_function(name: str, *arrays: np.ndarray) -> np.ndarray:
     function = getattr(ctypes.CDLL(ctypes.util.find_library("m")), name)
-    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float] * len(arrays)
-    rows = zip(*map(np.ndarray.tolist, arrays), strict=True)
-    return np.array([function(*values) for values in rows], np.float32)
+    function.restype = ctypes.c_float
+    function.argtypes = [ctypes.c_float] * len(arrays)
+    return np.array([function(*map(float, values)) for values in zip(*arrays, strict=True)],
+                    np.float32)
 
 
 def _asin(x):
     large = abs(x) > np.float32(0.5)  # there, asin(x) = pi/2 - 2 asin(sqrt((1 - x) / 2))
     v = np.where(large, np.sqrt(np.float32(0.5) - np.float32(0.5) * abs(x)), abs(x))
     p = np.float32(0.0508838854730129)
-    for coefficient in (0.0395139865577221, 0.0755022019147873, 0.166649177670479, 1.0000001192092896):
+    for coefficient in (0.0395139865577221, 0.0755022019147873, 0.166649177670479,
+                        1.0000001192092896):
         p = p * (v * v) + np.float32(coefficient)
     return np.copysign(np.where(large, np.float32(np.pi / 2) - 2 * (p * v), p * v), x)
 
 
 def _atan2(y, x):
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = np.where(y == 0, np.copysign(np.float32(0), y) * np.copysign(np.float32(1), x), y / x)
+        zero = np.copysign(np.float32(0), y) * np.copysign(np.float32(1), x)
+        ratio = np.where(y == 0, zero, y / x)
         large = abs(ratio) > 1  # there, atan(r) = pi/2 - atan(1/r)
         v = np.where(large, 1 / abs(ratio), abs(ratio))
-    odd, even = np.float32(0.00290188402868807), np.float32(-0.0162907354533672)
-    for o, e in ((0.0430826172232628, -0.0754088833928108), (0.10660472512245178, -0.14209578931331635),
+    odd = np.float32(0.00290188402868807)
+    even = np.float32(-0.0162907354533672)
+    for o, e in ((0.0430826172232628, -0.0754088833928108),
+                 (0.10660472512245178, -0.14209578931331635),
                  (0.19993579387664795, -0.33333143591880798)):
-        odd, even = odd * (v * v * (v * v)) + np.float32(o), even * (v * v * (v * v)) + np.float32(e)
+        odd = odd * (v * v * (v * v)) + np.float32(o)
+        even = even * (v * v * (v * v)) + np.float32(e)
     p = (odd * (v * v) + even) * (v * (v * v)) + v
     atan = np.copysign(np.where(large, np.float32(np.pi / 2) - p, p), ratio)
     return atan + np.where(np.signbit(x), np.copysign(np.float32(np.pi), y), np.float32(0))
 
 
-def _as_tensorflow(polynomial, c_name: str, *arrays: np.ndarray) -> np.ndarray:
-    """TensorFlow 2.15 on x86 takes whole packets of 8 floats through Eigen's polynomials and the rest through
-    the C library. They differ in the last bit, and OpenVLA's actions have those bits. One bit is out of
-    reach: Eigen begins 1/r with the processor's own estimate (rcpps), which AMD and Intel round differently;
-    we divide. On one EPYC a tenth of the angles beyond 45 degrees differ so, by 2.4e-7 at most."""
-    packets = len(arrays[0]) // 8 * 8
-    rest = _c_function(c_name, *(a[packets:] for a in arrays))
-    return np.append(polynomial(*(a[:packets] for a in arrays)), rest)
-
-
 def euler(q):
-    """Unit quaternion x, y, z, w -> roll, pitch, yaw in radians, bit for bit as tensorflow_graphics does
-    it for OpenVLA (geometry/transformation/euler.py: products are shrunk by two epsilons so that asin
-    stays defined)."""
-    if q.shape[1] != 4:
-        raise DataError(f"euler: needs the columns x, y, z, w of a quaternion, and is given {q.shape[1]}")
-    eps = np.float32(2 * np.finfo(np.float32).eps)
+    """Unit quaternion x, y, z, w -> roll, pitch, yaw in radians.
+
+    Bit for bit as in OpenVLA, by tensorflow_graphics (geometry/transformation/euler.py: products
+    are shrunk by two epsilons so that asin is defined).
+    """
     one = np.float32(1)
+    eps = np.float32(2 * np.finfo(np.float32).eps)
     asin = functools.partial(_as_tensorflow, _asin, "asinf")
     atan2 = functools.partial(_as_tensorflow, _atan2, "atan2f")
 
@@ -132,103 +148,155 @@ def euler(q):
         return np.where(v >= 0, one, -one)
 
     x, y, z, w = q.astype(np.float32).T
-    tx, ty, tz = shrink(2 * x), shrink(2 * y), shrink(2 * z)
-    r00, r10 = shrink(one - (ty * y + tz * z)), shrink(ty * x + tz * w)
-    r21, r22 = shrink(tz * y + tx * w), shrink(one - (tx * x + ty * y))
-    r20, r01, r02 = shrink(tz * x - ty * w), shrink(ty * x - tz * w), shrink(tz * x + ty * w)
+    tx = shrink(2 * x)
+    ty = shrink(2 * y)
+    tz = shrink(2 * z)
+    r00 = shrink(one - (ty * y + tz * z))
+    r01 = shrink(ty * x - tz * w)
+    r02 = shrink(tz * x + ty * w)
+    r10 = shrink(ty * x + tz * w)
+    r20 = shrink(tz * x - ty * w)
+    r21 = shrink(tz * y + tx * w)
+    r22 = shrink(one - (tx * x + ty * y))
+
     pitch = -asin(r20)
     cos = sign(np.cos(pitch))
     roll = atan2(r21 * cos, (sign(r22) * eps + r22) * cos)
     yaw = atan2(r10 * cos, (sign(r00) * eps + r00) * cos)
-    up = sign(r20)  # pointing straight up or down, roll and yaw are one: give all of it to roll
+    angles = np.stack([roll, pitch, yaw], axis=-1)
+
+    up = sign(r20)  # straight up or down, roll and yaw are one: roll gets all of it
     locked_roll = atan2(-up * r01, -up * (sign(r02) * eps + r02))
     locked = np.stack([locked_roll, -up * np.float32(np.pi / 2), np.zeros_like(up)], axis=-1)
-    gimbal = np.abs(np.abs(r20) - one) < np.float32(1e-6)
-    return np.where(gimbal[:, None], locked, np.stack([roll, pitch, yaw], axis=-1))
+    is_locked = np.abs(np.abs(r20) - one) < np.float32(1e-6)
+    return np.where(is_locked[:, None], locked, angles)
 
 
 def unzip(strings):
     """zlib-compressed little-endian float32 (Kuka's observations)."""
-    try:
-        return np.stack([np.frombuffer(zlib.decompress(s), "<f4") for s in strings[:, 0]])
-    except zlib.error as error:
-        raise DataError(f"damaged zlib data: {error}") from error
+    return np.stack([np.frombuffer(zlib.decompress(s), "<f4") for s in strings[:, 0]])
 
 
-FUNCTIONS = {f.__name__: f for f in (clip, invert, delta, binarize, rel2abs, euler, unzip)}  # oxe.HELPERS
+FUNCTIONS = {f.__name__: f for f in (clip, invert, delta, binarize, rel2abs, euler, unzip)}
 
 
 def apply(values: np.ndarray, helpers: list[str]) -> np.ndarray:
-    """The helpers of a field, from left to right."""
+    """Apply the helpers of a field, from left to right."""
     for word in helpers:
         values = FUNCTIONS[word](values) if word in FUNCTIONS else scale(values, word)
     return values
 
 
-class Feature(NamedTuple):
-    """What a dataset declares of a feature: the shape and dtype of one step's value as it is stored (object:
-    bytes), TFDS' name for its kind, and whether steps have it, or their episode."""
+# ---- From an episode to standard form ------------------------------------------------------------
 
-    shape: tuple[int | None, ...]
-    dtype: np.dtype
-    kind: str
-    of_step: bool = True
+
+class Feature(NamedTuple):
+    """A feature that a dataset declares."""
+
+    shape: tuple[int | None, ...]  # of one step's value, as it is stored
+    dtype: np.dtype  # object: bytes
+    kind: str  # TFDS' name of its type
+    of_step: bool = True  # or of the episode
 
     def __str__(self) -> str:
-        stored = "bytes" if self.dtype.kind == "O" else self.dtype.name
-        return f"{self.kind} of shape {self.shape} {stored}" + ("" if self.of_step else " of the episode")
+        dtype = "bytes" if self.dtype.kind == "O" else self.dtype.name
+        owner = "step" if self.of_step else "episode"
+        return f"{self.kind} of shape {self.shape} {dtype} per {owner}"
 
 
-# ---- From an episode to standard form ----------------------------------------------------------------------
+def standardize(steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:
+    """One episode (rlds.Steps) in standard form, T frames after trimming.
+
+    -> action (T, A) float32; widths, of the A dimensions by field; proprio (T, P) float32 or None;
+    images (T, len(cameras), 2) int64, offset and length of each encoded image (0 without a camera);
+    instructions: T byte strings
+
+    Raises DataError if a feature does not have one value per step.
+    """
+    keys = [field.key for field in parse_fields(recipe.action)]
+    key = next(key for key in keys if not CONSTANT.fullmatch(key))
+    length = len(steps[feature_name(key, "")])
+    trimmed = int(recipe.trim)  # steps at both ends
+    frames = slice(trimmed, length - trimmed)
+    count = max(length - 2 * trimmed, 0)
+
+    columns = read_fields(recipe.action, steps, "", trimmed, length)
+    proprio = None
+    if load_proprio:
+        state = read_fields(recipe.state, steps, "observation/", trimmed, length)
+        proprio = np.concatenate(state, axis=1)[:count]
+    instructions = read_instructions(steps[recipe.instruction])
+    if not steps.features[recipe.instruction].of_step:
+        instructions = instructions * length
+    per_step(recipe.instruction, instructions, length)
+    images = np.zeros((count, len(cameras), 2), np.int64)
+    for camera, key in enumerate(cameras):
+        if key is not None:
+            spans = per_step(key, steps.spans(feature_name(key, "observation/")), length)
+            images[:, camera] = spans[frames]
+    return {"action": np.concatenate(columns, axis=1)[:count],
+            "widths": [column.shape[1] for column in columns], "proprio": proprio,
+            "images": images, "instructions": instructions[frames]}
 
 
-def read_fields(fields: str, steps, prefix: str, first: int, length: int | None = None) -> list[np.ndarray]:
-    """Evaluate a field list on the steps from `first` on -> for each field (T - first, columns) float32.
-    `length` is T - first, needed where the list may hold nothing but constants."""
+def read_fields(fields: str, steps, prefix: str, first: int, length: int) -> list[np.ndarray]:
+    """Evaluate a field list on the steps first .. length - 1 -> the columns of each field,
+    (length - first, width) float32."""
     columns = []
     for field in parse_fields(fields):
-        if constant := CONSTANT.fullmatch(field.key):
-            columns.append((int(constant[1]), int(constant[2] or 1)))
+        constant = CONSTANT.fullmatch(field.key)
+        if constant:
+            value, width = int(constant[1]), int(constant[2] or 1)
+            columns.append(np.full((length - first, width), value, np.float32))
             continue
-        values = steps[feature_name(field.key, prefix)]
-        values = (values if isinstance(values, np.ndarray) else np.array(values, object))[first:]
-        if values.dtype.kind in "bui":  # 3 - 5 is -2 in recipes, not 65534, and 100 + 100 is not -56
+        values = per_step(field.key, steps[feature_name(field.key, prefix)], length)[first:]
+        if isinstance(values, list):
+            values = np.array(values, object)
+        elif values.dtype.kind in "bui":  # 3 - 5 is -2 in recipes, not 65534
             values = values.astype(np.int64)
-        if length not in (None, len(values)):
-            raise DataError(f"{field.key!r} has {first + len(values)} values, others {first + length}: "
-                            "a feature must have one value for each step")
-        length, width = len(values), int(np.prod(values.shape[1:]))
-        columns.append(apply(take_columns(values.reshape(length, width), field), field.helpers))
-    return [column.astype(np.float32) if isinstance(column, np.ndarray)
-            else np.full((length, column[1]), column[0], np.float32) for column in columns]
+        values = values.reshape(len(values), math.prod(values.shape[1:]))
+        columns.append(apply(take_columns(values, field), field.helpers).astype(np.float32))
+    return columns
+
+
+def per_step(name: str, values, length: int):
+    """The values of a feature, if there is one for each step. Raises DataError otherwise."""
+    if len(values) != length:
+        raise DataError(f"{name!r} has {len(values)} values in {length} steps: a feature must have "
+                        "one value for each step")
+    return values
 
 
 def take_columns(values: np.ndarray, field: Field) -> np.ndarray:
-    """(T, all columns) -> (T, those of the field). Raises DataError where that leaves none, or some of them
-    are not there: NumPy would take what there is."""
-    start, stop, width = field.columns.start, field.columns.stop, values.shape[1]
-    if not values[:, field.columns].shape[1]:
-        raise DataError(f"field {field.key!r}: no columns left of its {width}")
-    if max(abs(start or 0), abs(stop or 0)) > width:
-        raise DataError(f"field {field.key!r}: has {width} columns, and the recipe says "
-                        f"[{'' if start is None else start}:{'' if stop is None else stop}]")
-    return values[:, field.columns]
+    """(T, all columns) -> (T, those of the field). Raises DataError for columns that are not there,
+    which NumPy would leave out."""
+    width = values.shape[1]
+    bounds = (field.columns.start or 0, field.columns.stop or 0)
+    taken = values[:, field.columns]
+    if not taken.shape[1] or max(map(abs, bounds)) > width:
+        raise DataError(f"field {field.key!r}: has {width} columns, and the recipe takes "
+                        f"[{bounds[0]}:{bounds[1] or ''}]")
+    return taken
 
 
 def read_instructions(values: np.ndarray | list[bytes]) -> list[bytes]:
-    """Instructions per step as UTF-8. Language-Table stores code points, padded with zeros to 512."""
+    """Instructions per step, in UTF-8. Language-Table has code points, padded to 512 with zeros."""
     if isinstance(values, list):
         return values
-    decoded = functools.lru_cache(decode_code_points)
-    return [decoded(row.tobytes()) for row in values.astype(np.int64)]
+    decode = functools.lru_cache(decode_code_points)
+    return [decode(row.tobytes()) for row in values.astype(np.int64)]
 
 
 def decode_code_points(row: bytes) -> bytes:
-    """int64 code points up to the first zero -> UTF-8; what is no character becomes U+FFFD, as in
-    TensorFlow."""
-    points = np.frombuffer(row, np.int64)
-    points = points[: np.argmax(np.append(points, 0) == 0)]
-    return "".join(chr(p) if 0 <= p < 0xD800 or 0xDFFF < p < 0x110000 else "\ufffd" for p in points).encode()
+    """int64 code points up to the first zero -> UTF-8. What is not a character becomes U+FFFD, as
+    in TensorFlow."""
+    text = ""
+    for point in np.frombuffer(row, np.int64).tolist():
+        if point == 0:
+            break
+        is_character = 0 <= point < 0xD800 or 0xDFFF < point < 0x110000
+        text += chr(point) if is_character else "\ufffd"
+    return text.encode()
 
 
 def feature_name(key: str, prefix: str) -> str:
@@ -237,82 +305,71 @@ def feature_name(key: str, prefix: str) -> str:
 
 
 def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which dimensions of a dataset's actions are targets, and which are raw: each (A,) bool. widths: how
-    many of the A dimensions each field has. OpenVLA's absolute_action_mask, and the opposite of its
-    action_normalization_mask."""
+    """Which dimensions of the action are targets, and which are raw: each (A,) bool.
+
+    widths: of the A dimensions, by field. These are OpenVLA's absolute_action_mask, and the
+    opposite of its action_normalization_mask.
+    """
     fields = parse_fields(recipe.action)
     target = np.repeat([field.target for field in fields], widths)
     raw = np.repeat([field.raw for field in fields], widths)
-    if not (target | raw).any():
-        absolute = 1 if recipe.absolute is None and not recipe.targets else recipe.absolute or 0
-        if max(absolute, recipe.targets) > len(raw):
-            raise DataError(f"{max(absolute, recipe.targets)} absolute action dimensions of {len(raw)}: "
-                            "lower `absolute` or `targets` in its recipe")
-        raw = np.arange(len(raw)) >= len(raw) - absolute
-        target = np.arange(len(raw)) >= len(raw) - max(absolute, recipe.targets)
-    return target, raw
+    if target.any() or raw.any():
+        return target, raw
+    absolute = recipe.absolute or 0
+    if recipe.absolute is None and not recipe.targets:
+        absolute = 1
+    targets = max(absolute, recipe.targets)
+    from_end = np.arange(len(raw), 0, -1)
+    if targets > len(raw):
+        raise DataError(f"{targets} absolute action dimensions of {len(raw)}: lower `absolute` or "
+                        "`targets` in its recipe")
+    return from_end <= targets, from_end <= absolute
 
 
-def standardize(steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:
-    """One episode (rlds.Steps) in standard form, T frames after trimming. Raises DataError when a feature has
-    not exactly one value for each step.
-
-    -> action (T, A) float32, and `widths`, how many of the A come from each of its fields; proprio (T, P)
-    float32 or None; images (T, len(cameras), 2) int64, where each encoded image lies (zeros for a camera that
-    is None); instructions: T byte strings.
-    """
-    trim = int(recipe.trim)
-    columns = read_fields(recipe.action, steps, "", trim)
-    action, proprio = np.concatenate(columns, axis=1), None
-    length = trim + len(action)
-    if load_proprio:
-        proprio = np.concatenate(read_fields(recipe.state, steps, "observation/", trim, len(action)), axis=1)
-    instructions = read_instructions(steps[recipe.instruction])
-    if not steps.features[recipe.instruction].of_step:  # one text for all of them
-        instructions = instructions * length
-    spans = {key: steps.spans(feature_name(key, "observation/")) for key in cameras if key is not None}
-    for name, values in {recipe.instruction: instructions, **spans}.items():
-        if len(values) != length:
-            raise DataError(f"{name!r} has {len(values)} values in {length} steps: a feature must have one "
-                            "value for each step")
-    if trim:
-        action, proprio, length = action[:-1], proprio[:-1] if load_proprio else None, length - 1
-    images = np.zeros((len(action), len(cameras), 2), np.int64)
-    for c, key in enumerate(cameras):
-        if key is not None:
-            images[:, c] = spans[key][trim:length]
-    return {"action": action, "widths": [column.shape[1] for column in columns], "proprio": proprio,
-            "images": images, "instructions": instructions[trim:length]}
-
-
-# ---- Does a recipe fit a dataset? --------------------------------------------------------------------------
+# ---- Does a recipe fit a dataset? ----------------------------------------------------------------
 
 
 def check_features(features: Mapping[str, Feature], recipe: Recipe, cameras: list[str | None],
                    load_proprio: bool) -> dict[str, int]:
-    """-> {feature: numbers in a step} of actions and states that a recipe names. Raises DataError for what it
-    names and a dataset does not have, or has in a form that does not give one value for each step."""
+    """-> {feature: numbers per step} of the actions and states in a recipe.
+
+    Raises DataError for a feature that the dataset does not have, or not in a form that gives one
+    value per step: most other forms would be read as something else.
+    """
     fields = [(field, "") for field in parse_fields(recipe.action)]
-    fields += [(field, "observation/") for field in parse_fields(recipe.state)] if load_proprio else []
-    wanted = [(feature_name(field.key, prefix), "zlib" if "unzip" in field.helpers else "number")
-              for field, prefix in fields if not CONSTANT.fullmatch(field.key)]
-    wanted += [(feature_name(key, "observation/"), "image") for key in cameras if key is not None]
-    for name, use in [*wanted, (recipe.instruction, "text")]:
-        if (feature := features.get(name)) is None:
+    if load_proprio:
+        fields += [(field, "observation/") for field in parse_fields(recipe.state)]
+    uses = []
+    for field, prefix in fields:
+        if not CONSTANT.fullmatch(field.key):
+            use = "zlib" if "unzip" in field.helpers else "number"
+            uses.append((feature_name(field.key, prefix), use))
+    for key in cameras:
+        if key is not None:
+            uses.append((feature_name(key, "observation/"), "image"))
+    uses.append((recipe.instruction, "text"))
+
+    widths = {}
+    for name, use in uses:
+        if name not in features:
             raise DataError(f"its steps have no {name!r}, which the recipe names; they have "
                             f"{sorted(features)}")
-        single = feature.shape == () and feature.dtype.kind == "O"  # of a declared type, once for each step
-        code_points = len(feature.shape) == 1 and feature.dtype.kind in "iu"
-        fits = {"number": feature.dtype.kind in "biuf" and None not in feature.shape,
-                "zlib": single, "image": single and feature.kind == "Image",
-                "text": ((single and not feature.kind.startswith("Image"))
-                         or (code_points and None not in feature.shape))}
+        feature = features[name]
+        one_string = feature.dtype.kind == "O" and feature.shape == ()
+        fixed = None not in feature.shape
+        code_points = feature.dtype.kind in "iu" and len(feature.shape) == 1 and fixed
+        fits = {"number": feature.dtype.kind in "biuf" and fixed, "zlib": one_string,
+                "image": one_string and feature.kind == "Image", "text": one_string or code_points}
         if not fits[use] or not (feature.of_step or use == "text"):
             raise DataError(f"the feature {name!r} is {feature}: {ACCEPTED[use]}")
-    return {name: math.prod(features[name].shape) for name, use in wanted if use == "number"}
+        if use == "number":
+            widths[name] = math.prod(feature.shape)
+    return widths
 
 
-ACCEPTED = {"number": "actions and states must be Tensors of numbers, of one shape, in every step",
-            "zlib": "unzip needs one compressed string for each step",
-            "image": "a camera needs an Image feature (JPEG or PNG, of uint8), one picture for each step",
-            "text": "an instruction must be one Text for each step, or one of the episode"}
+ACCEPTED = {
+    "number": "actions and states must be Tensors of numbers, of one shape, in every step",
+    "zlib": "unzip needs one compressed string per step",
+    "image": "a camera must be an Image feature (JPEG or PNG of uint8), one per step",
+    "text": "an instruction must be one Text per step, or one per episode",
+}

@@ -577,7 +577,7 @@ def test_actions_come_back_in_the_robots_own_units(robot):
     dimensions = describe("action", names, recorded, None, None)
     assert as_recipe(dimensions) == expected
     recipe, every = Recipe(**as_recipe(dimensions)), np.concatenate(recorded)
-    columns = read_fields(recipe.action, {"action": every}, "", 0)
+    columns = read_fields(recipe.action, {"action": every}, "", 0, len(every))
     standard = np.concatenate(columns, axis=1)
     _, raw = action_masks(recipe, [column.shape[1] for column in columns])
     stats = {"min": standard.min(0), "max": standard.max(0), "mask": ~raw}
