@@ -7,7 +7,6 @@ tests/test_backbones.py tries both with every kind of language model below.
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import timm
