@@ -36,9 +36,9 @@ from machinery.weights import (
     PRISMATIC,
     VISION_BACKBONES,
     Weights,
-    hugging_face_prefixes,
     open_weights,
     parameters_without_memory,
+    rename,
 )
 
 SHARD_BYTES = 1 << 30
@@ -116,7 +116,7 @@ def write_hugging_face(weights: Weights, cfg: TrainConfig, out: Path, dtype: tor
         if size + tensor.nbytes > SHARD_BYTES and shard:
             shards.append(write_shard(shard, out, len(shards)))
             shard, size = {}, 0
-        shard[hugging_face_name(name, towers)] = tensor
+        shard[rename(name, towers, to_hugging_face=True)] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
         dtypes.add(tensor.dtype)
     shards.append(write_shard(shard, out, len(shards)))
@@ -131,17 +131,6 @@ def write_hugging_face(weights: Weights, cfg: TrainConfig, out: Path, dtype: tor
     config = hugging_face_config(cfg, weights.norm_stats, str(widest).removeprefix("torch."))
     (out / "config.json").write_text(json.dumps(config, indent=2))
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(cfg), indent=2))
-
-
-def hugging_face_name(name: str, towers: tuple[str, ...]) -> str:
-    """The inverse of weights.native_name."""
-    for ours, theirs in hugging_face_prefixes(towers).items():
-        if name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-            break
-    if name.startswith("vision_backbone.") and name.endswith(".gamma"):  # transformers used to rename "gamma"
-        name = name.removesuffix("gamma") + "scale_factor"
-    return name
 
 
 def write_shard(shard: dict[str, torch.Tensor], out: Path, number: int) -> list[str]:
@@ -293,7 +282,7 @@ def write_peft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype
         raise CheckpointError(f"{own.where}: {more[0]} was trained, too, and peft's files have no place "
                               "for it: export it as hf or native")
     for name in own.shapes:
-        layer, _, part = hugging_face_name(name, towers).rpartition(".")
+        layer, _, part = rename(name, towers, to_hugging_face=True).rpartition(".")
         tensors[f"base_model.model.{layer}.{part}.weight"] = own.whole(name).to(dtype).contiguous()
         layers.append(layer)
     (out / "adapter_model.safetensors").write_bytes(to_safetensors(tensors, metadata={"format": "pt"}))

@@ -1,13 +1,13 @@
-"""What stands at a path or id: Prismatic VLMs, OpenVLA in both its formats, Hugging Face parts, our own runs.
+"""Opens the weights at a path or id: Prismatic VLMs, OpenVLA in both its formats, our own runs.
 
     base_vlm: prism-dinosiglip-224px+7b          a Prismatic VLM, from the hub
     base_vlm: openvla/openvla-7b                 OpenVLA, from the hub; or the path of a copy
     base_vlm: runs/bridge+n1+b32+x7              a run of this project, or one of its checkpoints
 
-`open_weights` recognises it and returns Weights: what the model is, and its tensors under this project's
-names (which are those of OpenVLA's native checkpoints), not yet read. act.load_vla makes a model for acting
-from them; train_vla.py shards its model first, and each GPU then reads what it owns. Nothing is unpickled but
-tensors: torch.load(weights_only=True).
+Read open_weights. It returns Weights: the config that describes the model, and its tensors, not yet
+read, under this project's names (those of OpenVLA's native checkpoints). To act, act.load_vla fills
+a model with them. To train, the model is sharded first, and each GPU reads the elements it owns.
+Nothing is unpickled but tensors: torch.load(weights_only=True).
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import fnmatch
 import json
 import math
 import os
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +24,7 @@ from pathlib import Path
 import google_crc32c
 import torch
 from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from pydantic import ValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
 from action_tokenizer import load_tokenizer
@@ -41,9 +39,9 @@ from machinery.checkpoint import (
 from machinery.config import (
     TrainConfig,
     UserError,
-    first_problem,
     load_table,
     nearest,
+    one_line,
     out_of_reach,
     read_secret,
 )
@@ -51,37 +49,45 @@ from machinery.int8 import shrink
 from machinery.lora import merged
 from model import VLA
 
-# ---- What Prismatic calls things ---------------------------------------------------------------------------
+# ---- Prismatic's names -------------------------------------------------------------------------
 
-# keys of TrainConfig that come from the weights where the config leaves them unsaid
+# keys of TrainConfig that are taken from the weights if the config does not set them
 SHAPE = """vision_backbone llm_backbone tokenizer add_action_tokens arch_specifier prompt_style
     image_size""".split()
 _table = load_table("prismatic")
-VISION_BACKBONES, LANGUAGE_MODELS = _table["vision_backbones"], _table["language_models"]
-PRISMATIC: dict[str, list[str]] = _table["models"]  # id: vision backbone, language model, resize strategy
-PRISMATIC_HUB = "TRI-ML/prismatic-vlms"  # a folder for each id
+VISION_BACKBONES = _table["vision_backbones"]
+LANGUAGE_MODELS = _table["language_models"]
+PRISMATIC: dict[str, list[str]] = _table["models"]  # id: vision, language model, resize strategy
+PRISMATIC_HUB = "TRI-ML/prismatic-vlms"  # has a folder for each id
 
 
-def prismatic_config(vision_backbone_id: str, llm_backbone_id: str, image_resize_strategy: str) -> dict:
-    """Prismatic's names -> this project's keys of TrainConfig."""
-    for name, known in ((vision_backbone_id, VISION_BACKBONES), (llm_backbone_id, LANGUAGE_MODELS)):
-        if name not in known:
-            raise CheckpointError(f"{name!r} is none of Prismatic's backbones: {', '.join(known)}")
-    vision, llm = copy.deepcopy((VISION_BACKBONES[vision_backbone_id], LANGUAGE_MODELS[llm_backbone_id]))
-    return {"vision_backbone": vision["towers"], "image_size": vision["image_size"],
-            "llm_backbone": llm["shape"], "tokenizer": llm["hub"], "prompt_style": llm["prompt_style"],
-            "arch_specifier": "no-align+fused-gelu-mlp" if len(vision["towers"]) > 1 else "no-align+gelu-mlp",
-            "image_resize_strategy": image_resize_strategy}
+def prismatic_config(vision_id: str, llm_id: str, image_resize_strategy: str) -> dict:
+    """Prismatic's ids of a vision backbone and a language model -> this project's config keys."""
+    vision = copy.deepcopy(VISION_BACKBONES[vision_id])
+    llm = copy.deepcopy(LANGUAGE_MODELS[llm_id])
+    fused = len(vision["towers"]) > 1
+    return {
+        "vision_backbone": vision["towers"],
+        "image_size": vision["image_size"],
+        "llm_backbone": llm["shape"],
+        "tokenizer": llm["hub"],
+        "prompt_style": llm["prompt_style"],
+        "arch_specifier": "no-align+fused-gelu-mlp" if fused else "no-align+gelu-mlp",
+        "image_resize_strategy": image_resize_strategy,
+    }
 
 
-# ---- Opening -----------------------------------------------------------------------------------------------
+# ---- Opening -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Weights:
-    """A model on disk: its tensors; `config`, the keys of TrainConfig that describe it; and `norm_stats`, the
-    content of dataset_statistics.json. base: the tensors of what a run rests on that keeps only what it
-    trained; in `tensors`, both are merged."""
+    """A model on disk.
+
+    config: the keys of TrainConfig that describe it; norm_stats: its dataset_statistics.json
+    base: for a run that saves only what it trained, the tensors it started from. `tensors` then has
+    the two merged.
+    """
 
     tensors: Tensors
     config: dict
@@ -90,104 +96,122 @@ class Weights:
 
 
 def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
-    """Open what training begins with: a checkpoint to continue, else what the config names, if anything.
+    """Open what training starts from: a checkpoint to resume, or the weights the config names.
 
-    -> (the config, in which the weights fill in what it leaves unsaid of the model's shape, and which
-    describes the language model itself; the tokenizer; Weights or None)
+    Returns (config, tokenizer, Weights or None). In the config, keys of SHAPE that were not set
+    come from the weights, and llm_backbone is a complete description.
     """
     if cfg.hf_token:
         os.environ["HF_TOKEN"] = read_secret(cfg.hf_token, "hf_token")
-    weights, where = None, cfg.pretrained_checkpoint or cfg.base_vlm
-    if checkpoint or where:
-        weights = _open_ours(checkpoint) if checkpoint else open_weights(where)
-        unsaid = {key for key in SHAPE if key in weights.config} - cfg.model_fields_set
-        cfg = cfg.model_copy(update={key: weights.config[key] for key in unsaid})
-        if checkpoint and weights.base:
-            weights.tensors = weights.base  # its training goes on beside the base, not in it
-    # a run has its own tokenizer, and stays whole when what it began with is gone
+    weights, source = None, cfg.pretrained_checkpoint or cfg.base_vlm
+    if checkpoint:
+        weights = _open_ours(checkpoint)
+    elif source:
+        weights = open_weights(source)
+    if weights:
+        unset = {key for key in SHAPE if key in weights.config} - cfg.model_fields_set
+        cfg = cfg.model_copy(update={key: weights.config[key] for key in unset})
+    if checkpoint and weights.base:
+        weights.tensors = weights.base  # resumed adapters are trained beside the base, not merged
+    # a run keeps a copy of its tokenizer: the one it started with may be gone
     tokenizer = load_tokenizer(weights.config["tokenizer"] if checkpoint else cfg.tokenizer,
                                cfg.add_action_tokens)
     if cfg.pretrained_backbones and not checkpoint:
         weights = open_language_model(cfg.llm_backbone, len(tokenizer))
-    whole = json.loads(llm_config(cfg.llm_backbone, len(tokenizer)).to_json_string())
+    llm = json.loads(llm_config(cfg.llm_backbone, len(tokenizer)).to_json_string())
     if isinstance(cfg.llm_backbone, str):
-        whole["_name_or_path"] = cfg.llm_backbone
-    return cfg.model_copy(update={"llm_backbone": whole}), tokenizer, weights
+        llm["_name_or_path"] = cfg.llm_backbone
+    return cfg.model_copy(update={"llm_backbone": llm}), tokenizer, weights
 
 
 def open_weights(where: str | Path) -> Weights:
-    """Find out what `where` is and open it: a run or checkpoint of this project, a directory or hub id of
-    OpenVLA (either format), a native .pt file, or the id of a Prismatic VLM. Raises CheckpointError."""
-    try:
-        weights = _open(where)
-        actions = [stats["action"] for stats in weights.norm_stats.values() if "action" in stats]
-        widths = [7, *(len(action["q01"]) for action in actions if "q01" in action)]
-        weights.config.setdefault("action_dim", widths[-1])  # OpenVLA's files leave it unsaid
-        TrainConfig(**weights.config)
-        return weights
-    except ValidationError as error:  # of another version of this project, perhaps
-        raise CheckpointError(f"{where}: config.json: {first_problem(error)}") from error
-    except (LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: not described as a model should be: {error!r}") from error
+    """Open a run or checkpoint of this project, OpenVLA in either format, or a Prismatic VLM.
 
-
-def _open(where: str | Path) -> Weights:
+    where: a directory, a native .pt file, a hub id, or the id of a Prismatic VLM. Raises
+    CheckpointError.
+    """
     path = Path(os.path.abspath(where))
-    if not path.exists():
+    downloaded = not path.exists()
+    if downloaded:
         path = download(str(where))
-    refuse_parts_left_out(str(where), [file.name for file in path.iterdir()] if path.is_dir() else [])
+    try:
+        weights = _open(path)
+        actions = [stats["action"] for stats in weights.norm_stats.values() if "action" in stats]
+        widths = [len(action["q01"]) for action in actions if "q01" in action]
+        weights.config.setdefault("action_dim", widths[-1] if widths else 7)  # not in OpenVLA's
+        TrainConfig(**weights.config)
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: its config.json does not describe a model: "
+                              f"{type(error).__name__}: {one_line(error)}") from error
+    if downloaded:
+        refuse_files(str(where), weights.config["vision_backbone"])
+    return weights
+
+
+def _open(path: Path) -> Weights:
+    refuse_parts(str(path), [file.name for file in path.iterdir()] if path.is_dir() else [])
     if (path / "checkpoint.json").exists():
         return _open_ours(Checkpoint(path))
     if path.suffix == ".pt":
         return _open_native(path, path.parents[1])
-    if native := sorted((path / "checkpoints").glob("*.pt")):  # "latest-checkpoint" comes before "step-..."
+    native = sorted((path / "checkpoints").glob("*.pt"))  # "latest-checkpoint" sorts before "step-"
+    if native:
         return _open_native(native[-1], path)
-    if checkpoints := list_checkpoints(path / "checkpoints"):
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if checkpoints:
         return _open_ours(Checkpoint(checkpoints[-1]))
     config = path / "config.json"
     if config.exists() and _read_json(config).get("model_type") == "openvla":
         return _open_hugging_face(path)
-    raise CheckpointError(f"{where}: neither a run of this project (checkpoints/step-*), nor OpenVLA's "
-                          "native format (config.json, checkpoints/*.pt), nor its Hugging Face format "
-                          "(config.json with model_type openvla)")
+    raise CheckpointError(f"{path}: expected a run of this project (checkpoints/step-*), "
+                          "OpenVLA's native format (config.json, checkpoints/*.pt) or its Hugging "
+                          "Face format (config.json with model_type openvla)")
 
 
-def refuse_parts_left_out(where: str, names: Iterable[str]) -> None:
-    """Raise CheckpointError when a model's files hold more than OpenVLA's model: it would act nonsense."""
+def refuse_parts(where: str, names: Iterable[str]) -> None:
+    """Raise CheckpointError for files of parts that this project would leave out."""
     for pattern, part in _table["parts_left_out"].items():
-        if found := fnmatch.filter(names, pattern):
-            raise CheckpointError(f"{where}: has {found[0]}, {part}: this project does not load such a part, "
-                                  "and without it the model would act nonsense")
+        for name in fnmatch.filter(names, pattern):
+            raise CheckpointError(f"{where}: {name} is {part}. This project cannot load it, and "
+                                  "without it the model would act nonsense")
+
+
+def refuse_files(where: str, towers: dict[str, dict]) -> None:
+    """Raise CheckpointError if a downloaded config makes timm open a file or address."""
+    for name, tower in towers.items():
+        keys = tower.keys() & {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+        if keys or ":" in tower["model"]:
+            raise CheckpointError(f"{where}: vision_backbone: {name}: {tower} names a file or an "
+                                  "address, which a downloaded model must not")
 
 
 def download(name: str) -> Path:
-    """Fetch a Prismatic VLM or a hub repository into the cache (once per node) and return its directory."""
-    if name not in PRISMATIC and name.count("/") != 1:
-        raise CheckpointError(f"{name!r} is no path here, no hub id (owner/name) and no Prismatic id"
-                              + nearest(name, PRISMATIC))
-    repository, patterns = name, ["*.json", "*.safetensors", "checkpoints/*.pt"]
+    """Fetch a Prismatic VLM or a hub repository (once per node) and return its directory."""
+    repository = name
+    patterns = ["*.json", "*.safetensors", "checkpoints/*.pt"]
     if name in PRISMATIC:
         repository = PRISMATIC_HUB
         patterns = [f"{name}/config.json", f"{name}/checkpoints/latest-checkpoint.pt"]
+    offline = out_of_reach(name)
     try:
-        if not out_of_reach(name):  # said before gigabytes are fetched
-            refuse_parts_left_out(name, list_repo_files(repository))
-        folder = snapshot_download(repository, allow_patterns=patterns, local_files_only=out_of_reach(name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if not offline:  # before gigabytes are fetched
+            refuse_parts(name, list_repo_files(repository))
+        folder = snapshot_download(repository, allow_patterns=patterns, local_files_only=offline)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"could not download {name} from {repository}: {reason} (for gated models set "
-                              "HF_TOKEN or hf_token; or give a local path)") from error
+        raise CheckpointError(f"{name!r} is not a path here and could not be downloaded: {reason} "
+                              f"(gated models need HF_TOKEN or hf_token){nearest(name, PRISMATIC)}"
+                              ) from error
     return Path(folder) / name if name in PRISMATIC else Path(folder)
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, {{...}}, not {value!r:.40}")
-        return value
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    return json.loads(path.read_text())
+
+
+# ---- The formats -------------------------------------------------------------------------------
 
 
 def _open_ours(checkpoint: Checkpoint) -> Weights:
@@ -195,7 +219,7 @@ def _open_ours(checkpoint: Checkpoint) -> Weights:
     config = _read_json(run_dir / "config.json")
     config["tokenizer"] = str(run_dir / "tokenizer")
     for tower in config["vision_backbone"].values():
-        tower.pop("pretrained", None)  # their weights are here
+        tower.pop("pretrained", None)  # the checkpoint has their weights
     weights = Weights(checkpoint, config, _read_json(run_dir / "dataset_statistics.json"))
     if checkpoint.base:
         weights.base = open_base(checkpoint)
@@ -205,139 +229,155 @@ def _open_ours(checkpoint: Checkpoint) -> Weights:
 
 
 def open_base(checkpoint: Checkpoint) -> Tensors:
-    """What a checkpoint that keeps only what was trained rests on. Raises CheckpointError when it is gone or
-    has changed."""
+    """The weights that a checkpoint of adapters is based on.
+
+    Raises CheckpointError if they are gone or have changed.
+    """
     where = checkpoint.base["where"]
-    cure = f"put it back, or write where it is now into {checkpoint.path / 'checkpoint.json'} (\"base\")"
+    file = checkpoint.path / "checkpoint.json"
+    cure = f"put it back, or write its new place into {file} (\"base\")"
     try:
         tensors = open_weights(where).tensors
     except UserError as error:
-        raise CheckpointError(f"{checkpoint.path} rests on {where}, which cannot be opened: {cure} ({error})"
-                              ) from error
+        raise CheckpointError(f"{checkpoint.path} is based on {where}: {cure}: {error}") from error
     if fingerprint(tensors) != checkpoint.base["fingerprint"]:
-        raise CheckpointError(f"{checkpoint.path} rests on {where}, whose weights are others now: {cure}")
+        raise CheckpointError(f"{checkpoint.path} is based on {where}, whose weights have changed: "
+                              f"{cure}")
     return tensors
 
 
 def describe_base(where: str, tensors: Tensors) -> dict:
-    """What a checkpoint notes of the base it rests on: its path, or its id on the hub, and a fingerprint."""
-    where = os.path.abspath(tensors.where) if Path(where).exists() else where
+    """The entry "base" of checkpoint.json: the base's path or hub id, and its fingerprint."""
+    if Path(where).exists():
+        where = os.path.abspath(tensors.where)
     return {"where": where, "fingerprint": fingerprint(tensors)}
 
 
 def fingerprint(tensors: Tensors) -> int:
-    """A checksum by which to know a model again: of our checkpoints, that of all their files' checksums; of
-    others, that of names, shapes and the beginning of each tensor, for which no gigabytes are read."""
+    """A checksum that changes with the weights, without reading gigabytes."""
     own = Path(tensors.where) / "checkpoint.json"
-    parts = [own.read_bytes()] if own.exists() else []
-    for name, shape in sorted(tensors.shapes.items()) if not parts else ():
+    if own.exists():  # it contains the checksums of all files
+        return google_crc32c.value(own.read_bytes())
+    content = bytearray()
+    for name, shape in sorted(tensors.shapes.items()):
         beginning = tensors.read(name, 0, min(math.prod(shape), 1024)).contiguous()
-        parts += [f"{name} {shape}".encode(), beginning.view(torch.uint8).numpy().tobytes()]
-    return google_crc32c.value(b"".join(parts))
+        content += f"{name} {shape}".encode() + beginning.view(torch.uint8).numpy().tobytes()
+    return google_crc32c.value(bytes(content))
 
 
 def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
-    description, stats = _read_json(run_dir / "config.json"), run_dir / "dataset_statistics.json"
-    try:
-        modules = torch.load(checkpoint, mmap=True, weights_only=True)["model"]
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{checkpoint}: refused: it holds more than tensors, and loading it could run "
-                              f"code ({str(error).partition('.')[0]})") from error
-    except (RuntimeError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: not a native OpenVLA checkpoint: {error}") from error
+    description = _read_json(run_dir / "config.json")
+    modules = torch.load(checkpoint, mmap=True, weights_only=True)["model"]
     base = description.get("model") or description.get("vla", {}).get("base_vlm")
-    if "zerovla" in description:  # exported from here
+    if "zerovla" in description:  # exported by this project
         config = description["zerovla"]
     elif isinstance(base, dict):
-        keys = ("vision_backbone_id", "llm_backbone_id", "image_resize_strategy")
-        config = prismatic_config(*(base[key] for key in keys))
-    elif base in PRISMATIC:
-        config = prismatic_config(*PRISMATIC[base])
+        config = prismatic_config(base["vision_backbone_id"], base["llm_backbone_id"],
+                                  base["image_resize_strategy"])
     else:
-        raise CheckpointError(f"{run_dir / 'config.json'}: base_vlm {base!r} is no Prismatic id")
+        config = prismatic_config(*PRISMATIC[base])
     if (run_dir / "tokenizer.json").exists():
         config["tokenizer"] = str(run_dir)
-    if "vision_backbone" not in modules:  # frozen while this VLM was trained, so left out: timm has them
-        towers = config["vision_backbone"].items()
-        config["vision_backbone"] = {name: tower | {"pretrained": True} for name, tower in towers}
+    if "vision_backbone" not in modules:  # it was frozen, so it was not saved: take timm's
+        for tower in config["vision_backbone"].values():
+            tower["pretrained"] = True
     tensors = Tensors(checkpoint)
     for module, state in modules.items():
         for name, tensor in state.items():
             flat = tensor.reshape(-1)
-            tensors.add(f"{module}.{name}", tensor.shape, lambda start, stop, flat=flat: flat[start:stop])
+            tensors.add(f"{module}.{name}", tensor.shape,
+                        lambda start, stop, flat=flat: flat[start:stop])
+    stats = run_dir / "dataset_statistics.json"
     return Weights(tensors, config, _read_json(stats) if stats.exists() else {})
 
 
 def _open_hugging_face(path: Path) -> Weights:
-    facts = _read_json(path / "config.json")
-    config = facts.get("zerovla")  # exported from here
-    if config is None:
-        config = prismatic_config(*(facts[key] for key in (
-            "vision_backbone_id", "llm_backbone_id", "image_resize_strategy")))
-        config["image_size"] = facts.get("image_sizes", [config["image_size"]])[0]
-        names, models = [*config["vision_backbone"]], facts.get("timm_model_ids")
-        acts = facts.get("timm_override_act_layers") or [None] * len(names)
-        if models:
-            config["vision_backbone"] = {
-                name: {"model": model} | ({"act_layer": act} if act else {})
-                for name, model, act in zip(names, models, acts, strict=True)}
-        llm = {"model_type": config["llm_backbone"]["model_type"], **facts.get("text_config", {})}
-        config["llm_backbone"] = {key: llm[key] for key in llm if key not in ("torch_dtype", "dtype")}
+    description = _read_json(path / "config.json")
+    config = description.get("zerovla") or hugging_face_to_ours(description)
     config["tokenizer"] = str(path)
-    towers, tensors = tuple(config["vision_backbone"]), Tensors(path)
+    towers = tuple(config["vision_backbone"])
+    tensors = Tensors(path)
     for file in safetensors_files(path):
         for key, shape in file.shapes.items():
-            tensors.add(native_name(key, towers), shape, partial(file.read, key))
-    # OpenVLA's finetune.py leaves the statistics of its data beside the base model's config; acting goes by
-    # them first (experiments/robot/openvla_utils.py)
-    own, known = path / "dataset_statistics.json", facts.get("norm_stats") or {}
-    return Weights(tensors, config, known | (_read_json(own) if own.exists() else {}))
+            tensors.add(rename(key, towers, to_hugging_face=False), shape, partial(file.read, key))
+    norm_stats = description.get("norm_stats") or {}
+    own = path / "dataset_statistics.json"
+    if own.exists():  # written by OpenVLA's finetune.py; these win (its openvla_utils.py)
+        norm_stats = {**norm_stats, **_read_json(own)}
+    return Weights(tensors, config, norm_stats)
+
+
+def hugging_face_to_ours(description: dict) -> dict:
+    """The config.json of OpenVLA's Hugging Face class -> this project's config keys."""
+    config = prismatic_config(description["vision_backbone_id"], description["llm_backbone_id"],
+                              description["image_resize_strategy"])
+    config["image_size"] = description.get("image_sizes", [config["image_size"]])[0]
+    names = [*config["vision_backbone"]]
+    models = description.get("timm_model_ids")
+    activations = description.get("timm_override_act_layers") or [None] * len(names)
+    if models:
+        config["vision_backbone"] = {name: {"model": model}
+                                     for name, model in zip(names, models, strict=True)}
+        for name, activation in zip(names, activations, strict=True):
+            if activation:
+                config["vision_backbone"][name]["act_layer"] = activation
+    llm = {"model_type": config["llm_backbone"]["model_type"], **description.get("text_config", {})}
+    llm.pop("torch_dtype", None)
+    llm.pop("dtype", None)
+    config["llm_backbone"] = llm
+    return config
 
 
 def safetensors_files(path: Path) -> list[SafetensorsFile]:
-    """The files of a directory of safetensors, which an index lists when they are several."""
-    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
-    if index.exists():
-        files = sorted({path / name for name in _read_json(index)["weight_map"].values()})
-    if missing := [file.name for file in files if not file.exists()]:
-        raise CheckpointError(f"{path}: {', '.join(missing)} missing")
-    return [SafetensorsFile(file) for file in files]
+    """The files of a directory of safetensors. If there are several, an index lists them."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return [SafetensorsFile(path / "model.safetensors")]
+    names = set(_read_json(index)["weight_map"].values())
+    return [SafetensorsFile(path / name) for name in sorted(names)]
 
 
 def open_language_model(where: str, num_tokens: int) -> Weights:
-    """A plain causal language model's own weights, by directory or hub id, for a vocabulary of num_tokens
-    (rounded up to a multiple of 64): new rows are drawn as its initialisation would."""
-    rows, tensors = round_up(num_tokens), Tensors(where)
+    """A plain causal language model, by directory or hub id, for a vocabulary of num_tokens.
 
-    def extended(file: SafetensorsFile, key: str, start: int, stop: int) -> torch.Tensor:
-        shape, fixed = file.shapes[key], torch.Generator().manual_seed(0)
-        known = file.read(key, 0, min(shape[0], rows) * torch.Size(shape[1:]).numel())
-        new = torch.empty(max(rows - shape[0], 0), *shape[1:]).normal_(0, 0.02, generator=fixed)
+    The vocabulary is rounded up to a multiple of 64. New rows are drawn as at initialisation.
+    """
+    rows = round_up(num_tokens)
+    tensors = Tensors(where)
+
+    def resized(file: SafetensorsFile, key: str, start: int, stop: int) -> torch.Tensor:
+        old_rows, *width = file.shapes[key]
+        known = file.read(key, 0, min(old_rows, rows) * math.prod(width))
+        generator = torch.Generator().manual_seed(0)
+        new = torch.empty(max(rows - old_rows, 0), *width).normal_(0, 0.02, generator=generator)
         return torch.cat([known, new.to(known.dtype).reshape(-1)])[start:stop]
 
     for file in safetensors_files(Path(where) if Path(where).exists() else download(where)):
         for key, shape in file.shapes.items():
-            if key.endswith("rotary_emb.inv_freq"):  # a constant that old files have
-                continue
+            name = f"llm_backbone.llm.{key}"
             if key.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.bias")):
-                tensors.add(f"llm_backbone.llm.{key}", [rows, *shape[1:]], partial(extended, file, key))
-            else:
-                tensors.add(f"llm_backbone.llm.{key}", shape, partial(file.read, key))
+                tensors.add(name, [rows, *shape[1:]], partial(resized, file, key))
+            elif not key.endswith("rotary_emb.inv_freq"):  # a constant that old files contain
+                tensors.add(name, shape, partial(file.read, key))
     return Weights(tensors, {})
 
 
-# ---- Filling a model ---------------------------------------------------------------------------------------
+# ---- Filling a model ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def parameters_without_memory() -> Iterator[None]:
-    """Modules made in here have matrices without values (on the meta device), but real buffers, vectors and
-    convolutions: timm's hybrid towers try theirs out as they are made."""
+    """Modules made in this context have matrices on the meta device, without values.
+
+    Buffers, vectors and convolutions are real: timm runs its hybrid towers' stems once to learn the
+    shape of their output.
+    """
     register = nn.Module.register_parameter
 
     def register_on_meta(module, name, param):
-        matrix = param is not None and param.ndim == 2
-        register(module, name, nn.Parameter(param.to("meta"), param.requires_grad) if matrix else param)
+        if param is not None and param.ndim == 2:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(module, name, param)
 
     nn.Module.register_parameter = register_on_meta
     try:
@@ -346,36 +386,48 @@ def parameters_without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def fill(vla: VLA, tensors: Tensors, device, dtype: torch.dtype, in_8_bits: dict[str, nn.Linear]) -> None:
-    """Give a model that was made without memory its weights, a tensor at a time; what `tensors` lacks stays.
-    in_8_bits: {name: layer}; those that are frozen shrink when they come, so that none is whole for long."""
+def fill(vla: VLA, tensors: Tensors, device, dtype: torch.dtype,
+         in_8_bits: dict[str, nn.Linear]) -> None:
+    """Give a model made without memory its weights, one tensor at a time.
+
+    Parameters that `tensors` lacks stay. in_8_bits: {name: layer}; frozen ones shrink at once, so
+    that only one of them is in memory at full size.
+    """
     for name, param in [*vla.named_parameters()]:
-        place, _, leaf = name.rpartition(".")
-        if name in tensors.shapes:
-            value = nn.Parameter(tensors.whole(name).to(device, dtype, copy=True), param.requires_grad)
-            vla.get_submodule(place).register_parameter(leaf, value)
-            if place in in_8_bits and leaf == "weight" and not param.requires_grad:
-                shrink(in_8_bits[place])
+        if name not in tensors.shapes:
+            continue
+        layer, _, leaf = name.rpartition(".")
+        value = tensors.whole(name).to(device, dtype, copy=True)
+        vla.get_submodule(layer).register_parameter(leaf, nn.Parameter(value, param.requires_grad))
+        if layer in in_8_bits and leaf == "weight" and not param.requires_grad:
+            shrink(in_8_bits[layer])
     vla.llm.tie_weights()
 
 
-# ---- Names: ours are those of OpenVLA's native checkpoints; its Hugging Face class has others --------------
+# ---- Names -------------------------------------------------------------------------------------
 
 
-def hugging_face_prefixes(towers: tuple[str, ...]) -> dict[str, str]:
-    """{how parameters' names begin: and how they do in OpenVLA's Hugging Face class}. towers: their names."""
-    fused = {f"vision_backbone.{tower}_featurizer.": f"vision_backbone.{theirs}."
-             for tower, theirs in zip(towers, ("featurizer", "fused_featurizer"), strict=False)}
-    return {"llm_backbone.llm.": "language_model.", **(fused if len(towers) > 1 else {}),
-            **{f"projector.projector.{2 * i}.": f"projector.fc{i + 1}." for i in range(3)}}
+def rename(name: str, towers: tuple[str, ...], to_hugging_face: bool) -> str:
+    """A parameter's name here -> its name in OpenVLA's Hugging Face class, or the reverse.
 
-
-def native_name(name: str, towers: tuple[str, ...]) -> str:
-    """A name of OpenVLA's Hugging Face class -> ours."""
-    for ours, theirs in hugging_face_prefixes(towers).items():
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-            break
-    if name.startswith("vision_backbone.") and name.endswith(".scale_factor"):
-        name = name.removesuffix("scale_factor") + "gamma"
+    Our names are those of OpenVLA's native checkpoints. towers: the names of the vision towers.
+    """
+    prefixes = [("llm_backbone.llm.", "language_model."),
+                ("projector.projector.0.", "projector.fc1."),
+                ("projector.projector.2.", "projector.fc2."),
+                ("projector.projector.4.", "projector.fc3.")]
+    if len(towers) > 1:
+        prefixes += [(f"vision_backbone.{tower}_featurizer.", f"vision_backbone.{theirs}.")
+                     for tower, theirs in zip(towers, ("featurizer", "fused_featurizer"),
+                                              strict=True)]
+    suffixes = [(".gamma", ".scale_factor")]  # of LayerScale: old transformers rename "gamma"
+    if not to_hugging_face:
+        prefixes = [(new, old) for old, new in prefixes]
+        suffixes = [(new, old) for old, new in suffixes]
+    for old, new in suffixes:
+        if name.startswith("vision_backbone.") and name.endswith(old):
+            name = name.removesuffix(old) + new
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     return name

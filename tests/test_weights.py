@@ -24,10 +24,10 @@ from machinery.checkpoint import CheckpointError, list_checkpoints
 from machinery.config import TrainConfig, UserError
 from machinery.weights import (
     PRISMATIC,
-    native_name,
     open_weights,
     parameters_without_memory,
     prismatic_config,
+    rename,
     start_from,
 )
 from model import VLA
@@ -60,10 +60,11 @@ def test_parameters_of_the_released_models(variant, base):
               for name, shape in names.items()}
     assert ours == native
     towers = tuple(cfg.vision_backbone)
-    mapping = {name: export_vla.hugging_face_name(name, towers) for name in ours}
+    mapping = {name: rename(name, towers, to_hugging_face=True) for name in ours}
     assert mapping == GOLDEN["native_to_hf_key_map"][variant]
     assert {mapping[name]: shape for name, shape in ours.items()} == GOLDEN[f"keys_{variant}_hf"]
-    assert {native_name(theirs, towers): theirs for theirs in mapping.values()} == mapping
+    back = {rename(name, towers, to_hugging_face=False): name for name in mapping.values()}
+    assert back == mapping
 
 
 @pytest.mark.parametrize("variant, base", RELEASED)
@@ -178,7 +179,7 @@ def test_export_in_bf16_and_several_shards(run, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="exists: remove it or name another directory"):
         export_vla.export(str(run), tmp_path / "hf", "hf")
     files[1].unlink()
-    with pytest.raises(CheckpointError, match=f"{files[1].name} missing"):
+    with pytest.raises(FileNotFoundError, match=files[1].name):
         open_weights(tmp_path / "hf")
 
 
@@ -253,21 +254,36 @@ def test_pickles_are_never_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}}))
     path = tmp_path / "checkpoints/step-000001-epoch-00-loss=0.1.pt"
     torch.save({"model": {"projector": Malicious()}}, path)
-    with pytest.raises(CheckpointError, match="refused: it holds more than tensors"):
+    with pytest.raises(pickle.UnpicklingError):
         open_weights(tmp_path)
     path.write_bytes(pickle.dumps({"model": Malicious()}))
-    with pytest.raises(CheckpointError):
+    with pytest.raises((RuntimeError, pickle.UnpicklingError)):
         open_weights(tmp_path)
     assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tower", [{"model": "hf-hub:someone/vit"}, {"model": "a", "checkpoint_path": "x.pth"},
+                                   {"model": "a", "pretrained_cfg_overlay": {"file": "/etc/passwd"}}])
+def test_a_downloaded_model_names_no_files(tower, tmp_path, monkeypatch):
+    """A directory's config.json is the user's own, and may."""
+    config = GOLDEN["config_openvla7b_hf"]["use_diff"]
+    ours = {"vision_backbone": {"a": tower}, "llm_backbone": {"model_type": "llama"}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "zerovla": ours}))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert open_weights(tmp_path).config["vision_backbone"] == {"a": tower}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("machinery.weights.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"someone/model: vision_backbone: a.*address"):
+        open_weights("someone/model")
 
 
 def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as the variable of this name does
     for where, message in (
-        ("prism-dinosiglip-224+7b", "did you mean 'prism-dinosiglip-224px.7b'"),
-        ("openvla/openvla-7b", "could not download openvla/openvla-7b"),
-        ("siglip-224px+7b", "could not download siglip-224px.7b from TRI-ML/prismatic-vlms"),
-        (tmp_path, "neither a run of this project"),
+        ("prism-dinosiglip-224+7b", r"did you mean 'prism-dinosiglip-224px\+7b'"),
+        ("openvla/openvla-7b", "'openvla/openvla-7b'.*downloaded.*HF_TOKEN"),
+        ("siglip-224px+7b", r"'siglip-224px\+7b'.*downloaded"),
+        (tmp_path, f"{tmp_path}: expected a run"),
     ):
         with pytest.raises(CheckpointError, match=message):
             open_weights(where)
@@ -275,7 +291,7 @@ def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hf_def")
     monkeypatch.setenv("HF_TOKEN", "hf_before")
     for where, token in ((str(tmp_path / "token"), "hf_abc"), ("MY_TOKEN", "hf_def")):
-        with pytest.raises(ValueError, match="tokenizer: '' is none"):  # nothing else is asked for
+        with pytest.raises(ValueError, match=r"tokenizer: .*''"):  # nothing else is asked for
             start_from(TrainConfig(hf_token=where), None)
         assert huggingface_hub.get_token() == token  # what every download asks for
     with pytest.raises(ValueError, match="'nowhere' is neither a file nor an environment variable"):
@@ -293,12 +309,12 @@ def test_a_checkpoint_by_any_way_to_it(run, tmp_path, monkeypatch):
 def test_damaged_files_are_named(run, tmp_path):
     export_vla.export(str(run), tmp_path / "hf", "hf")
     (tmp_path / "hf/model-00001-of-00001.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00001.safetensors: no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00001.safetensors: .*Git LFS"):
         open_weights(tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     del config["zerovla"]
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"vision_backbone_id": "vit-x"}))
-    with pytest.raises(CheckpointError, match="'vit-x' is none of Prismatic's backbones: clip-vit"):
+    with pytest.raises(CheckpointError, match=r"config\.json.*vit-x"):
         open_weights(tmp_path / "hf")
 
 
