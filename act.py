@@ -108,7 +108,7 @@ class Policy:
         tokens = self.generate(*inputs, known)
         return robot.to_robot(self.actions(tokens, unnorm_key))
 
-    # ---- Before and after the model ------------------------------------------------------------
+    # ---- Before and after the model -------------------------------------------------------------
 
     def prepare(
         self,
@@ -136,8 +136,8 @@ class Policy:
             states = np.asarray(proprio, np.float32)
         expected = (len(images), len(stats["proprio"]["min"]))
         if states.shape != expected or not np.isfinite(states).all():
-            raise UserError(f"proprio of shape {states.shape}: expected the robot's state, of shape "
-                            f"{expected} and finite")
+            raise UserError(f"proprio of shape {states.shape}: expected the robot's state, finite "
+                            f"and of shape {expected}")
         states = normalize(states, stats["proprio"], cfg.action_normalization)
         states = np.pad(states, ((0, 0), (0, cfg.proprio_dim - states.shape[1])))
         return pixels, prompts, torch.from_numpy(states).to(device)
@@ -191,8 +191,8 @@ class Policy:
                             f"(k, {len(robot.action)}), finite: steps of {', '.join(robot.action)}")
         if prefix.shape[1] > self.max_prefix:
             raise UserError(f"prefix of {prefix.shape[1]} steps: this model takes up to "
-                            f"{self.max_prefix} (with parallel_decoding, its training's max_prefix; "
-                            "otherwise its action_chunk - 1)")
+                            f"{self.max_prefix} (its max_prefix with parallel_decoding, else "
+                            "action_chunk - 1)")
         actions = robot.actions_from_robot(prefix).astype(np.float32)
         stats = self.dataset_statistics(unnorm_key)["action"]
         normalized = normalize(actions, stats, self.cfg.action_normalization)
@@ -231,7 +231,7 @@ class Policy:
                             f"model's {self.cfg.action_dim}")
         return stats
 
-    # ---- The model -----------------------------------------------------------------------------
+    # ---- The model ------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
@@ -304,7 +304,7 @@ class Policy:
         bias = None if head.bias is None else head.bias[first:stop]
         return F.linear(hidden, head.weight[first:stop], bias).argmax(-1) + first
 
-    # ---- The same, faster ----------------------------------------------------------------------
+    # ---- The same, faster -----------------------------------------------------------------------
 
     def speed_up(self) -> None:
         """Fuse kernels, and replay them as one CUDA graph for each batch size and each 32 tokens

@@ -1,15 +1,15 @@
 """Converting between the model's standard form and the robot's own actions and states.
 
-Training sees actions and states in the standard form that a dataset's recipe makes: unused columns dropped,
-a gripper turned so that 1 is open, numbers scaled. Models of OpenVLA's own datasets act in that form. A
-dataset described in a YAML belongs to a robot that expects the recorded form: the recipe is inverted for an
-action on its way to the robot, and applied to a state on its way in.
+Training sees actions and states in the standard form that a dataset's recipe makes: unused columns
+dropped, a gripper turned so that 1 is open, numbers scaled. Models of OpenVLA's own datasets act in
+that form. A dataset described in a YAML belongs to a robot that expects the recorded form: the
+recipe is inverted for an action on its way to the robot, and applied to a state on its way in.
 
     recipe  action: "pose[:6], grip /255 invert target raw"     recorded: 0..255, 255 = closed
     the model predicts 0.25, the robot gets 191.25
 
-A helper that has no inverse (delta, rel2abs, ...) leaves its dimensions in standard form. Clipped values are
-clipped again; binarized values are returned unchanged.
+A helper that has no inverse (delta, rel2abs, ...) leaves its dimensions in standard form. Clipped
+values are clipped again; binarized values are returned unchanged.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
 class Convention:
     """The form in which one dataset's robot takes actions and reports states.
 
-    action, state: the meaning of each number: a recorded feature's name, such as "gripper" or "joints[3]",
-    or the recipe's words for a number in standard form
+    action, state: a label for each number: the name of a recorded feature, such as "gripper" or
+        "joints[3]", or the recipe's words for a number in standard form
     to_robot: standard actions (..., A) -> (..., len(action))
     actions_from_robot: the inverse of to_robot
     from_robot: states (B, len(state)) -> standard states (B, P)
@@ -68,7 +68,7 @@ def recorded(recipe: Recipe, features: dict[str, int], stats: dict) -> Conventio
     return Convention(action, state, to_robot, actions_from_robot, from_robot)
 
 
-# ---- Helpers and columns of fields -------------------------------------------------------------------------
+# ---- Helpers and columns of fields -------------------------------------------------------------
 
 
 def is_pointwise(word: str) -> bool:
@@ -78,7 +78,8 @@ def is_pointwise(word: str) -> bool:
 
 def invertible(field: Field) -> bool:
     """Can the field's helpers be undone?"""
-    return all(word in ("clip", "binarize", "invert") or SCALE.fullmatch(word) for word in field.helpers)
+    return all(word in ("clip", "binarize", "invert") or SCALE.fullmatch(word)
+               for word in field.helpers)
 
 
 def invert_helpers(values: np.ndarray, helpers: list[str]) -> np.ndarray:
@@ -106,7 +107,7 @@ def column_names(field: Field, features: dict[str, int]) -> list[tuple[str, int]
     return list(zip(names, range(width), strict=True))[field.columns]
 
 
-# ---- Actions -----------------------------------------------------------------------------------------------
+# ---- Actions -----------------------------------------------------------------------------------
 
 
 class Dimension(NamedTuple):
@@ -118,7 +119,9 @@ class Dimension(NamedTuple):
     helpers: list[str]
 
 
-def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable, Callable]:
+def undo(
+    recipe: Recipe, features: dict[str, int], stats: dict
+) -> tuple[list[str], Callable, Callable]:
     """-> (labels of the robot's numbers, the function from standard to robot actions, its inverse).
 
     stats: of the dataset's actions."""
@@ -145,7 +148,8 @@ def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[st
         return np.stack(numbers, axis=-1)
 
     def actions_from_robot(actions: np.ndarray) -> np.ndarray:
-        standard = np.zeros((*actions.shape[:-1], len(dimensions)))  # the recipe's constants stay 0: not learned
+        # the recipe's own constants stay 0: they were not learned
+        standard = np.zeros((*actions.shape[:-1], len(dimensions)))
         for number, copies in enumerate(places):
             for place in copies:
                 helpers = filter(is_pointwise, dimensions[place].helpers)
@@ -156,23 +160,23 @@ def undo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[st
 
 
 def recorded_order(dimensions: list[Dimension]) -> list[list[int]]:
-    """For each recorded number its places in the standard action, several if the recipe takes it several
-    times. Features come in the recipe's order, the columns of a feature in their own."""
+    """For each recorded number, its places in the standard action: several if the recipe takes it
+    several times. Features come in the recipe's order, the columns of a feature in their own."""
     features = list(dict.fromkeys(dimension.key for dimension in dimensions))
     places: dict[tuple[int, int], list[int]] = {}
     for place, dimension in enumerate(dimensions):
-        if not CONSTANT.fullmatch(dimension.key):  # added by the recipe: the robot does not know it
+        if not CONSTANT.fullmatch(dimension.key):  # the recipe adds constants; the robot has none
             number = (features.index(dimension.key), dimension.column)
             places.setdefault(number, []).append(place)
     return [places[number] for number in sorted(places)]
 
 
-# ---- States ------------------------------------------------------------------------------------------------
+# ---- States ------------------------------------------------------------------------------------
 
 
 def redo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable]:
-    """-> (labels of the robot's state, the function from the robot's to standard states). If the recipe needs
-    more than one step, or features that were not recorded as numbers, the robot sends the standard form."""
+    """-> (labels of the robot's state, the function from the robot's to standard states). If the
+    recipe needs several steps or unrecorded features, the robot must send the standard form."""
     fields = []
     widths = {}  # {feature: numbers in a step}
     for field in parse_fields(recipe.state):
@@ -187,13 +191,14 @@ def redo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[st
     labels = []
     for name in widths:
         every_column = Field(name, slice(None), [], False, False)
-        labels += [label.removeprefix("observation/") for label, _ in column_names(every_column, features)]
+        for label, _ in column_names(every_column, features):
+            labels.append(label.removeprefix("observation/"))
 
     def from_robot(states: np.ndarray) -> np.ndarray:
         states = np.asarray(states, np.float32)
         if states.ndim != 2 or states.shape[1] != len(labels):
-            raise UserError(f"proprio of shape {states.shape}: expected {len(labels)} numbers, as recorded: "
-                            f"{', '.join(labels)}")
+            raise UserError(f"proprio of shape {states.shape}: expected {len(labels)} numbers, as "
+                            f"recorded: {', '.join(labels)}")
         starts = np.cumsum([*widths.values()])[:-1]
         blocks = dict(zip(widths, np.split(states, starts, axis=1), strict=True))
         columns = []

@@ -1,9 +1,9 @@
-"""A matrix times one vector, in Triton: what acting spends most of its time on.
+"""A matrix times one vector, in Triton: the product that takes most of acting's time.
 
-A robot acts token by token, and every token multiplies all matrices of the language model with one vector:
-each weight is read once (13 GB for the 7B in bf16, half of it in 8 bits) and hardly anything is computed. Of
-an H100's 3.35 TB/s, this reaches 3.0 where cuBLAS reaches 2.6 (bench/act_latency.py). Small matrices
-reach less than large ones, so layers with the same input become one (`join`).
+A model acts token by token, and every token multiplies all matrices of the language model with one
+vector. Each weight is read once (13 GB for the 7B in bf16, half of that in 8 bits) and little is
+computed. Of an H100's 3.35 TB/s this reaches 3.0 and cuBLAS 2.6 (bench/act_latency.py). Large
+matrices reach more than small ones, so layers with the same input become one (`join`).
 """
 
 import copy
@@ -16,18 +16,20 @@ from torch import nn
 
 from machinery import int8
 
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as transformers names such layers
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names in transformers
 
 
 @triton.jit
 def row_times_vector(matrix, scale, vector, out, width: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row] = the row's dot product with vector, summed in float32; one program for each row."""
-    row, total = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    """out[row] = the row's dot product with vector, summed in float32. One program per row."""
+    row = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
-        # nobody reads a weight again before the next token: let it not drive other things out of the cache
-        a = tl.load(matrix + row * width + column, mask=inside, other=0, eviction_policy="evict_first")
+        # a weight is not read again before the next token: do not keep it in the cache
+        a = tl.load(matrix + row * width + column, mask=inside, other=0,
+                    eviction_policy="evict_first")
         b = tl.load(vector + column, mask=inside, other=0.0)
         total += a.to(tl.float32) * b.to(tl.float32)
     factor = 1.0 if scale is None else tl.load(scale + row).to(tl.float32)
@@ -35,9 +37,10 @@ def row_times_vector(matrix, scale, vector, out, width: tl.constexpr, BLOCK: tl.
 
 
 @torch.library.custom_op("zerovla::matrix_times_vector", mutates_args=())  # opaque to torch.compile
-def matrix_times_vector(matrix: torch.Tensor, scale: torch.Tensor | None, vector: torch.Tensor
-                        ) -> torch.Tensor:
-    """matrix (out, in), its rows' scales (out,) if it is in 8 bits, one vector (..., in) -> (..., out)."""
+def matrix_times_vector(
+    matrix: torch.Tensor, scale: torch.Tensor | None, vector: torch.Tensor
+) -> torch.Tensor:
+    """matrix (out, in), row scales (out,) if it is in 8 bits, vector (..., in) -> (..., out)."""
     rows, width = matrix.shape
     out = vector.new_empty(*vector.shape[:-1], rows)
     row_times_vector[(rows,)](matrix, scale, vector.contiguous(), out, width, BLOCK=4096)
@@ -51,14 +54,14 @@ def _(matrix, scale, vector):
 
 def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """layer(x), (..., in) -> (..., out)."""
-    if x.numel() != layer.in_features:  # several vectors: a matrix product, which cuBLAS does best
+    if x.numel() != layer.in_features:  # several vectors: cuBLAS is faster
         return int8.linear(layer, x)
     y = matrix_times_vector(layer.weight, getattr(layer, "row_scale", None), x)
     return y if layer.bias is None else y + layer.bias
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let all linear layers of a model compute as `linear` does, and those of the same input at once."""
+    """Make all linear layers of a model compute as `linear`, those of the same input together."""
     for module in model.modules():
         for names in SAME_INPUT:
             layers = [getattr(module, name, None) for name in names]
@@ -71,25 +74,27 @@ def speed_up(model: nn.Module) -> None:
 
 
 def join(first: nn.Linear, *others: nn.Linear) -> None:
-    """Make one matrix of layers that get the same input. The first to be called computes what all of them are
-    about to be asked for, the others hand out their part; one that gets another input computes for itself."""
-    layers, whole, waiting = (first, *others), copy.deepcopy(first), {}
+    """Make one matrix of layers that get the same input. The first layer to be called computes the
+    outputs of all; the others return their part, or compute it themselves for another input."""
+    layers = (first, *others)
+    joint = copy.deepcopy(first)
+    waiting = {}  # {layer: (input, output)}
     rows = [layer.out_features for layer in layers]
     for name in ("weight", "bias", "row_scale"):
         if getattr(first, name, None) is not None:
             joined = torch.cat([getattr(layer, name).data for layer in layers])
-            getattr(whole, name).data = joined
+            getattr(joint, name).data = joined
             for layer, part in zip(layers, joined.split(rows), strict=True):
                 getattr(layer, name).data = part  # the same memory
 
     def compute(x):
-        mine, *parts = linear(whole, x).split(rows, dim=-1)
+        mine, *parts = linear(joint, x).split(rows, dim=-1)
         waiting.update((i, (x, part)) for i, part in enumerate(parts))
         return mine
 
     def hand_out(i, x):
-        meant_for, part = waiting.pop(i, (None, None))
-        return part if meant_for is x else linear(others[i], x)
+        computed_for, part = waiting.pop(i, (None, None))
+        return part if computed_for is x else linear(others[i], x)
 
     first.forward = compute
     for i, layer in enumerate(others):

@@ -1,15 +1,16 @@
-"""Reading requests to a model and writing replies, for both protocols that serve_vla.py offers.
+"""Reading requests and writing replies, in both protocols of serve_vla.py.
 
-    HTTP, as OpenVLA's clients send it: JSON, where an array is json_numpy's object or plain lists
-    a websocket, as openpi's clients send it: msgpack, where an array is a map of b"__ndarray__", b"data",
-    b"dtype" and b"shape"
+OpenVLA's clients send JSON over HTTP, with arrays as json_numpy objects or plain lists. openpi's
+clients send msgpack over a websocket, with an array as a map of four keys: b"__ndarray__", b"data",
+b"dtype" and b"shape".
 
-    {"observation/image": array, "observation/wrist_image": array, "observation/state": array, "prompt": text}
-    ->  {"actions": array (action_chunk, A), "server_timing": {"infer_ms": ...}}
+    {"observation/image": array, "observation/wrist_image": array, "observation/state": array,
+     "prompt": text}
+    -> {"actions": array (action_chunk, A), "server_timing": {"infer_ms": ...}}
 
-Read parse_request and parse_observation: both turn bytes into a Query. The bytes are untrusted: sizes are
-checked before an array or a picture is made, and nothing is ever unpickled. Shapes that depend on the model
-(images, state, prefix) are checked by Policy.predict_action.
+Read parse_request and parse_observation: both turn bytes into a Query. The bytes are untrusted:
+sizes are checked before an array or a picture is made, and nothing is unpickled. Policy checks the
+shapes of state and prefix.
 """
 
 import base64
@@ -36,6 +37,7 @@ MAX_KEYS = 100  # in an object: pydantic would describe every unknown key
 MAX_LENGTH = 1024  # items in a msgpack list or map; arrays of numbers arrive as bytes
 MAX_PARTS = 1000  # lists and maps in a msgpack message; an honest one has about ten
 SIDES = (16, 4096)  # smallest and largest height or width in pixels
+MAX_SCANS = 32  # of a progressive JPEG; cameras and encoders write about ten
 
 
 class RequestError(UserError):
@@ -44,18 +46,17 @@ class RequestError(UserError):
 
 @dataclass
 class Query:
-    """A request, read. views: N images (H, W, 3) uint8 in the order of training; proprio: numbers, if the
-    model uses the robot's state; prefix: (k, A) float64, usually k = 0."""
+    """A request to the model."""
 
-    views: list[np.ndarray]
+    views: list[np.ndarray]  # N images (H, W, 3) uint8, in the order of training
     instruction: str
     unnorm_key: str
-    proprio: np.ndarray | None
-    prefix: np.ndarray
-    form: str = "openpi"  # of the reply; over HTTP: numpy, encoded or list
+    proprio: np.ndarray | None  # if the model uses the robot's state
+    prefix: np.ndarray  # (k, A) float64; usually k = 0
+    form: str = "openpi"  # of the reply; over HTTP "numpy", "encoded" or "list"
 
 
-# ---- OpenVLA's JSON ----------------------------------------------------------------------------------------
+# ---- OpenVLA's JSON ----------------------------------------------------------------------------
 
 Text = Annotated[str, Field(pattern=r"\S", max_length=1000)]
 
@@ -82,13 +83,13 @@ def parse_request(body: bytes, policy: Policy) -> Query:
     if (request.image is None) == (request.images is None):
         raise RequestError("image: send either image or images")
     if request.proprio is not None and not policy.cfg.use_proprio:
-        raise RequestError("proprio: this model was trained without the robot's state: leave it out")
+        raise RequestError("proprio: the model was trained without the robot's state: leave it out")
     images = [request.image] if request.images is None else request.images
     views = policy.views(images)
     count = policy.vla.num_images
     if len(views) != count:  # before any is decoded
-        raise RequestError(f"images: {len(views)} images: this model needs a list of {count} (window_size x "
-                           f"cameras {', '.join(policy.cfg.cameras)}, oldest first)")
+        raise RequestError(f"images: {len(views)} images: this model needs a list of {count} "
+                           f"(window_size x cameras {', '.join(policy.cfg.cameras)}, oldest first)")
 
     sends_arrays = any(isinstance(value, dict) for value in [*views, request.proprio])
     unnorm_key = policy.dataset_name(request.unnorm_key)
@@ -119,7 +120,7 @@ def encode_action(action: np.ndarray, form: str):
     return array if form == "numpy" else json.dumps(array)
 
 
-# ---- openpi's msgpack --------------------------------------------------------------------------------------
+# ---- openpi's msgpack --------------------------------------------------------------------------
 
 
 class Observation(BaseModel, extra="forbid", strict=True):
@@ -133,8 +134,9 @@ class Observation(BaseModel, extra="forbid", strict=True):
 
 @functools.cache
 def observation_model(cameras: tuple[str, ...]) -> type[Observation]:
-    """Observation with fields camera_0, camera_1, ... for the images. A camera's key is observation/NAME_image
-    or observation/NAME; the first camera's is also observation/image. Two images of one camera are an error."""
+    """Observation with fields camera_0, camera_1, ... for the images. A camera's key is
+    observation/NAME_image or observation/NAME, or for the first camera observation/image. Two
+    images of one camera are an error."""
     owner = {"observation/image": cameras[0]}
     for camera in cameras:
         owner.setdefault(f"observation/{camera}_image", camera)
@@ -147,14 +149,16 @@ def observation_model(cameras: tuple[str, ...]) -> type[Observation]:
 
 
 def parse_observation(message: bytes | str, policy: Policy) -> Query:
-    """Read an openpi observation. A state that the model does not use is ignored: openpi's clients always
-    send one. Raises UserError."""
-    cameras = policy.cfg.cameras
-    observation = validate(observation_model(tuple(cameras)), unpack(message))
-    images = [getattr(observation, f"camera_{i}") for i in range(len(cameras))]
+    """Read an openpi observation. Raises UserError.
+
+    A state that the model does not use is ignored, because openpi's clients always send one."""
+    observation = validate(observation_model(tuple(policy.cfg.cameras)), unpack(message))
+    views = []
+    for i, camera in enumerate(policy.cfg.cameras):
+        views.append(parse_image(getattr(observation, f"camera_{i}"), f"camera {camera}"))
     unnorm_key = policy.dataset_name(observation.unnorm_key)
     return Query(
-        [parse_image(image, f"camera {camera}") for image, camera in zip(images, cameras, strict=True)],
+        views,
         observation.prompt,
         unnorm_key,
         parse_proprio(observation.state, "observation/state", policy),
@@ -173,19 +177,22 @@ def unpack(message: bytes | str):
         return part
 
     try:
-        return msgpack.unpackb(message, object_hook=measure, list_hook=measure, max_array_len=MAX_LENGTH,
-                               max_map_len=MAX_LENGTH, max_ext_len=0)
+        return msgpack.unpackb(message, object_hook=measure, list_hook=measure, max_ext_len=0,
+                               max_array_len=MAX_LENGTH, max_map_len=MAX_LENGTH)
     except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"the message is not msgpack in a binary frame: {str(error)[:200]}") from error
+        raise RequestError(f"the message is not msgpack in a binary frame: {error}") from error
 
 
 def pack(value: dict) -> bytes:
     """A map that may hold arrays -> msgpack."""
-    return msgpack.packb(value, default=lambda array: {
-        b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape})
+    def write(array: np.ndarray) -> dict:
+        return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str,
+                b"shape": array.shape}
+
+    return msgpack.packb(value, default=write)
 
 
-# ---- Parts of both -----------------------------------------------------------------------------------------
+# ---- Parts of both -----------------------------------------------------------------------------
 
 
 def read_base64(value: str | bytes) -> bytes:
@@ -219,19 +226,20 @@ def parse_array(value, name: str) -> np.ndarray:
         sent = validate(Array, value, name)
         dtype = np.dtype(sent.dtype)
         if len(sent.data) != math.prod(sent.shape) * dtype.itemsize:
-            raise RequestError(f"{name}: {len(sent.data)} bytes do not fit shape {sent.shape} of {dtype}")
+            raise RequestError(f"{name}: {len(sent.data)} bytes do not fit shape {sent.shape} of "
+                               f"{dtype}")
         return np.frombuffer(sent.data, dtype).reshape(sent.shape)
     numbers = value
     while (kinds := set(map(type, numbers))) == {list}:
         numbers = list(itertools.chain.from_iterable(numbers))
     try:
-        if not kinds <= {int, float}:  # NumPy would give every text as much memory as the longest takes
+        if not kinds <= {int, float}:  # NumPy would give each text the memory of the longest
             raise ValueError("not numbers")
         array = np.array(value)
         if array.dtype == object:
             raise ValueError("integers beyond 64 bits")
     except (ValueError, OverflowError) as error:
-        raise RequestError(f"{name}: must hold numbers, in lists of equal length: {error}") from error
+        raise RequestError(f"{name}: needs numbers, in lists of equal length: {error}") from error
     return array
 
 
@@ -241,31 +249,33 @@ def parse_image(value, name: str) -> np.ndarray:
         return decode_picture(value, name)
     image = parse_array(value, name)
     if image.ndim != 3 or image.shape[2] != 3:
-        raise RequestError(f"{name}: shape {list(image.shape)}: must be [height, width, 3], red first")
+        raise RequestError(f"{name}: shape {list(image.shape)}: must be [height, width, 3], RGB")
     check_sides(*image.shape[:2], name)
     if image.dtype.kind not in "iu" or image.min() < 0 or image.max() > 255:
-        raise RequestError(f"{name}: must hold integers 0..255: multiply an image in 0..1 by 255, round it and "
-                           "send uint8")
+        raise RequestError(f"{name}: must hold integers 0..255: send uint8 (multiply an image in "
+                           "0..1 by 255)")
     return image.astype(np.uint8)
 
 
 def decode_picture(data: str | bytes, name: str) -> np.ndarray:
-    """A JPEG or PNG file, or base64 of one -> (H, W, 3) uint8, decoded as the training images are."""
+    """A JPEG or PNG file, or its base64 -> (H, W, 3) uint8, decoded as training images are."""
     try:
         data = read_base64(data)
         picture = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])  # reads only the header
         check_sides(picture.height, picture.width, name)
         if picture.mode not in ("RGB", "RGBA", "L", "P"):
             raise ValueError(f"its mode is {picture.mode}: send 8-bit RGB")
+        if data.count(b"\xff\xda") > MAX_SCANS:  # a byte each can cost a pass over all pixels
+            raise ValueError(f"more than {MAX_SCANS} scans: send a baseline JPEG")
         return decode_native(data)
     except RequestError:
         raise
     except Exception as error:  # Pillow raises many kinds
-        raise RequestError(f"{name}: not a readable JPEG or PNG in base64: {str(error)[:200]}") from error
+        raise RequestError(f"{name}: not a JPEG or PNG (in JSON: in base64): {error}") from error
 
 
 def check_sides(height: int, width: int, name: str) -> None:
-    """Raise RequestError for an image that is too small to be one, or would take too much memory."""
+    """Raise RequestError for an image too small to be one, or too large for memory."""
     low, high = SIDES
     if not (low <= height <= high and low <= width <= high):
         raise RequestError(f"{name}: {height} x {width} pixels: each side must be {low}..{high}")

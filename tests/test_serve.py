@@ -23,6 +23,7 @@ from PIL import Image
 import serve_vla
 from act import load_vla
 from machinery.images import decode_native
+from machinery.wire import RequestError, decode_picture
 
 # ------------------------------------------------------------------------------------------------------------
 # A server and its clients
@@ -390,6 +391,18 @@ def test_huge_and_broken_connections_and_other_addresses(server, vla):
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(start)  # and hang up in the middle
     assert Client(port).send(GOOD)[0] == 200
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
+    """A scan may be a few bytes, and take libjpeg a pass over all pixels."""
+    out = io.BytesIO()
+    Image.fromarray(IMAGE).save(out, "jpeg", progressive=True)
+    data = out.getvalue()
+    assert data.count(b"\xff\xda") > 5  # an honest one
+    decode_picture(data, "image")
+    start = data.rindex(b"\xff\xda")
+    with pytest.raises(RequestError, match=r"image.* scans.*baseline"):
+        decode_picture(data[:start] + 50 * data[start:-2] + data[-2:], "image")
 
 
 def test_one_failing_request_does_not_fail_its_batch(vla):

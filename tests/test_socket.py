@@ -404,6 +404,18 @@ def test_a_message_in_parts(vla, monkeypatch):
             connection.recv(60)
 
 
+def test_websites_are_refused(vla):
+    """A browser lets any website open a websocket to 127.0.0.1, and names the site."""
+    with running(vla) as (port, *_):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(f"ws://127.0.0.1:{port}", origin="https://evil.example")
+        assert refused.value.response.status_code == 403
+        client = Client(port)
+        client.http.request("POST", "/act", b"{}", {"Origin": "https://evil.example"})
+        assert client.http.getresponse().status == 403
+        assert Client(port).send(query(IMAGE.tolist()))[0] == 200
+
+
 def test_one_client_too_many(vla, monkeypatch):
     """Idle websockets keep their places. Connections that send nothing take none."""
     monkeypatch.setattr(serve_vla, "MAX_CLIENTS", 2)

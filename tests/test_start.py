@@ -321,55 +321,42 @@ def test_a_port_in_use_ends_the_job_and_is_named(variables, tiny, commands):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--host", "0.0.0.0"], "lets others in than this machine: give a password with --token .*--no_token"),
-    (["--host", "::"], "lets others in than this machine"),
-    (["--host", socket.gethostname()], "lets others in than this machine|error"),
-    (["--token", "NOT_SET_ANYWHERE"], "--token: 'NOT_SET_ANYWHERE' .*environment variable"),
+    (["--host", "0.0.0.0"], "--host 0.0.0.0.*--token"),
+    (["--host", "::"], "--host ::.*--token"),
+    (["--host", "nosuch.invalid"], "--host nosuch.invalid.*--token"),
+    (["--token", "NOT_SET_ANYWHERE"], "--token: 'NOT_SET_ANYWHERE'.*environment variable"),
     (["--host", "0.0.0.0", "--token", "EMPTY"], "--token: 'EMPTY' is empty"),
-    (["--token", "{tmp}/blank"], "is empty: write a long random text"),
-    (["--token", "{tmp}/binary"], "--token: '.*binary' .*text"),
-    (["--host", "nosuch.invalid"], "--host nosuch.invalid: .*: name an address of this machine"),
-    (["--host", "nosuch.invalid", "--token", "{tmp}/word"], "nosuch.invalid: .*: name an address of"),
+    (["--token", "{tmp}/blank"], "--token.*empty"),
 ])
 def test_a_server_without_a_password_stays_on_this_machine(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setenv("EMPTY", "")
     (tmp_path / "blank").write_text("\n")
-    (tmp_path / "word").write_text("sesame")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
     arguments = [word.format(tmp=tmp_path) for word in arguments]
     monkeypatch.setattr(sys, "argv", ["serve_vla.py", "--checkpoint", str(tmp_path / "no model"), *arguments])
-    if socket.gethostname() in arguments and serve_vla.on_this_machine(socket.gethostname()):
-        pytest.skip("this machine is known to itself alone")
     with pytest.raises(SystemExit, match=message):
         serve_vla.main()
 
 
-@pytest.mark.parametrize("port, message", [
-    ("in use", "--host 127.0.0.1 --port {port}: .*Address already in use: name another --port"),
-    ("99999", "--port 99999: .*name another"), ("-1", "--port -1: .*name another")])
-def test_an_address_is_taken_before_a_model_is_loaded(port, message, tmp_path, monkeypatch):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = str(other.getsockname()[1]) if port == "in use" else port
-        words = ["serve_vla.py", "--checkpoint", str(tmp_path / "no model"), "--port", port]
+def test_an_address_is_taken_before_a_model_is_loaded(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        words = ["serve_vla.py", "--checkpoint", str(tmp_path / "no model"), "--port",
+                 str(other.getsockname()[1])]
         monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit, match=message.format(port=port)):
+        with pytest.raises(SystemExit, match="Address already in use"):
             serve_vla.main()
 
 
 @pytest.fixture(scope="module")
 def server(run, tmp_path_factory):
-    """A server on all addresses with the password of a file, which closes silent connections after 2 seconds
-    -> its port."""
+    """A server on all addresses with the token of a file -> its port."""
     path = tmp_path_factory.mktemp("server")
     (path / "password").write_text("open sesame\n")
-    code = "import serve_vla; serve_vla.HEAD_SECONDS = 2; serve_vla.main()"
     log = path / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, "--checkpoint", run, "--host", "0.0.0.0", "--port", "0", "--device",
-             "cpu", "--token", path / "password"], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+            [sys.executable, "serve_vla.py", "--checkpoint", run, "--host", "0.0.0.0", "--port", "0",
+             "--device", "cpu", "--token", path / "password"],
+            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while not (found := re.search(r"serving http://0\.0\.0\.0:(\d+) model ", log.read_text())):
@@ -412,46 +399,11 @@ def test_who_has_it_is(server, run):
     assert facts["action"] == {"metaworld_demo": [f"action[{i}]" for i in range(4)]}
 
 
-def read_all(connection: socket.socket) -> bytes:
-    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
-
-
-@pytest.mark.parametrize("sent", [b"", b"POST /act HTTP/1.1\r\nHost: x\r\n", b"GET "])
-def test_a_connection_without_a_request_is_closed(sent, server):
-    with socket.create_connection(("127.0.0.1", server), timeout=30) as connection:
-        begun = time.monotonic()
-        connection.sendall(sent)
-        read_all(connection)
-        assert 1 < time.monotonic() - begun < 10
-
-
-def test_a_trickle_is_closed_too_and_so_is_silence_after_a_reply(server):
-    with (socket.create_connection(("127.0.0.1", server), timeout=30) as slow,
-          socket.create_connection(("127.0.0.1", server), timeout=30) as served):
-        served.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert served.recv(1000).startswith(b"HTTP/1.1 200")
-        with pytest.raises(OSError):
-            for letter in b"POST /act HTTP/1.1\r\nHost: a-name-of-very-many-letters" * 10:
-                slow.sendall(bytes([letter]))
-                time.sleep(0.2)
-        assert b"200" not in read_all(served)
-
-
 def test_many_silent_connections_keep_nobody_out(server):
     silent = [socket.create_connection(("127.0.0.1", server), timeout=30)
-              for _ in range(serve_vla.MAX_CONNECTIONS)]
+              for _ in range(serve_vla.MAX_CLIENTS + 1)]
     try:
-        time.sleep(3)
         assert ask(server, Authorization="Bearer open sesame")[0] == 200
     finally:
         for connection in silent:
             connection.close()
-
-
-def test_a_request_may_take_longer_than_its_head(server):
-    head = b"POST /act HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer open sesame\r\nContent-Length: %d\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server), timeout=30) as connection:
-        connection.sendall(head % len(BODY) + BODY[:1000])
-        time.sleep(3)
-        connection.sendall(BODY[1000:])
-        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
