@@ -1,16 +1,18 @@
-r"""How fast a 7B model acts on one GPU: an image and an instruction to an action.
+r"""How fast a 7B model acts on one GPU: from an image and an instruction to an action.
 
     python bench/act_latency.py
     python bench/act_latency.py --openvla ../openvla --oft ../openvla-oft \
         --openvla_python ../openvla-env/bin/python
 
-Weights are random, the shape is OpenVLA-7B's. Measured is predict_action as a user calls it, from a 256 px
-image in host memory to numbers. The cases: bf16 with kernels as they come (plain), and fused and recorded
-(fast: Policy.speed_up); the same with the language model's matrices in 8 bits (int8); and a model that
-decodes 8 steps' actions in parallel (chunk). OpenVLA's class (transformers 4.40.1) is timed in its own
-environment on the same GPU, one image at a time: it cannot batch. So is OpenVLA-OFT's, which decodes the
-actions of 8 steps in parallel (its fork of transformers changes the attention's mask, not the arithmetic).
-The floor: each of 7 tokens reads the language model's weights once, of its head the actions' rows.
+The weights are random, in OpenVLA-7B's shape. It times predict_action as users call it, from a 256
+px image in host memory to numbers. The cases: bf16 with unmodified kernels (plain); fused and
+recorded (fast: Policy.speed_up); the same with the language model's matrices in 8 bits (int8); a
+model that decodes the actions of 8 steps in parallel (chunk).
+
+OpenVLA's class (transformers 4.40.1) is timed in its own environment on the same GPU, one image at
+a time, because it cannot batch. So is OpenVLA-OFT's, which decodes the actions of 8 steps in
+parallel (its fork of transformers changes the attention's mask, not the arithmetic). The lower
+bound: each of 7 tokens reads the language model's weights once, and the actions' rows of its head.
 """
 
 import argparse
@@ -38,7 +40,7 @@ CASES = {"plain": {}, "fast": {}, "int8": {}, "chunk": {"action_chunk": 8, "para
 
 
 def random_model(base: str, in_8_bits: bool, **keys) -> Policy:
-    """A Prismatic VLM's shape with random bf16 weights, made on the GPU."""
+    """The shape of a Prismatic VLM, with random bf16 weights allocated on the GPU."""
     cfg = TrainConfig(**prismatic_config(*PRISMATIC[base]), action_dim=7, **keys)
     tokenizer = load_tokenizer(str(ROOT / "tests/fixtures/model/tokenizer_llama"))
     with parameters_without_memory():
@@ -51,12 +53,12 @@ def random_model(base: str, in_8_bits: bool, **keys) -> Policy:
 
 
 def random_numbers(start: int, stop: int) -> torch.Tensor:
-    """As large as a language model's weights are."""
+    """Random weights at the scale of a language model's."""
     return torch.randn(stop - start, device="cuda", dtype=torch.bfloat16) * 0.02
 
 
 def measure(policy: Policy, batch: int, repeats: int = 20) -> tuple[float, float]:
-    """Median seconds of predict_action for a batch, and of the first call."""
+    """Median seconds of predict_action for a batch, and seconds of the first call."""
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     times = []
     for _ in range(repeats + 3):
@@ -68,7 +70,7 @@ def measure(policy: Policy, batch: int, repeats: int = 20) -> tuple[float, float
 
 @torch.inference_mode()
 def parts(policy: Policy) -> str:
-    """Milliseconds of a recorded action's parts: the image; then the prompt (and the chunk); one token."""
+    """Milliseconds of each part of a recorded action: image; prompt (and chunk); one token."""
     vla, (_, inputs, *_) = policy.vla, next(iter(policy.graphs.values()))
     images, input_ids = inputs[:2]
     cache, count = policy.make_cache(images, input_ids.shape[1]), vla.num_action_tokens
@@ -103,10 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
-    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, to be timed too")
-    parser.add_argument("--oft", type=Path, help="a checkout of OpenVLA-OFT, whose chunks are timed too")
-    parser.add_argument("--openvla_python", default=sys.executable, help="their environment's interpreter")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="Prismatic id that sets the shape")
+    parser.add_argument("--openvla", type=Path, help="also time this checkout of OpenVLA")
+    parser.add_argument("--oft", type=Path, help="also time this checkout of OpenVLA-OFT, in chunks")
+    parser.add_argument("--openvla_python", default=sys.executable, help="Python of their environment")
     args = parser.parse_args()
     print(f"gpu {torch.cuda.get_device_name()} torch {torch.__version__} model {args.base}", flush=True)
     theirs = {}
@@ -121,7 +123,7 @@ def main() -> None:
             print(f"{name} batch 1 ms {1000 * seconds:.1f} actions_per_second {theirs[steps]:.1f}",
                   flush=True)
     for case in args.cases:
-        gc.collect()  # the policy before: what is compiled refers to itself
+        gc.collect()  # free the previous policy: compiled code has reference cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         policy = random_model(args.base, case == "int8", **CASES[case])

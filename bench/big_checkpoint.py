@@ -1,10 +1,11 @@
-"""A 7.5-billion-parameter model through its whole life: load, train a step, save, export, act.
+"""The life cycle of a model with 7.5 billion parameters: load, train a step, save, export, act.
 
     python bench/big_checkpoint.py --folder /tmp/big
 
-Writes a checkpoint in OpenVLA's Hugging Face layout with random bf16 weights (15 GB), then runs the project's
-own commands on it, one process each, and prints seconds and peak host memory of each. Only the language
-model's two ends and last layer are trained ("last layer"), so that weights and moments fit a disk of 64 GB.
+Writes a checkpoint with random bf16 weights (15 GB) in OpenVLA's Hugging Face layout. Then runs the
+project's own commands on it, one process each, and prints the seconds and peak host memory of each.
+Only the language model's embeddings, head, and last layer are trained ("last layer"), so that
+weights and moments fit a disk of 64 GB.
 """
 
 import argparse
@@ -45,7 +46,8 @@ print("action", vla.predict_action(image, "put the carrot on the plate").round(3
 
 
 def write_random_model(folder: Path, model: dict) -> None:
-    """Random bf16 weights in OpenVLA's Hugging Face layout. model: keys of TrainConfig that describe it."""
+    """Random bf16 weights in OpenVLA's Hugging Face layout. model: the keys of TrainConfig that
+    describe it."""
     cfg, device = TrainConfig(**model, action_dim=7), "cuda" if torch.cuda.is_available() else "cpu"
     with parameters_without_memory():
         vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
@@ -60,7 +62,7 @@ def write_random_model(folder: Path, model: dict) -> None:
     save_tokenizer(cfg, folder)
     write_hugging_face(Weights(tensors, model, STATS), cfg, folder, None)
     if device == "cuda":
-        torch.cuda.empty_cache()  # for the processes that come
+        torch.cuda.empty_cache()  # for the following processes
 
 
 def timed(name: str, command: list) -> str:
@@ -78,7 +80,7 @@ def timed(name: str, command: list) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="on a disk with 50 GB free; emptied")
+    parser.add_argument("--folder", type=Path, required=True, help="on a disk with 50 GB free; its contents are deleted")
     parser.add_argument("--base", default="prism-dinosiglip-224px+7b")
     args = parser.parse_args()
     folder = args.folder

@@ -1,14 +1,16 @@
-"""Speed of indexing, and frames per second and memory of the data loader, alone and against OpenVLA's.
+"""Speed of indexing, and frames per second and memory of the data loader, compared with OpenVLA's.
 
     python bench/data_throughput.py --workers 2 [--image_aug] [--samples 50000]
     python bench/data_throughput.py --openvla ../openvla --openvla_python ../openvla-env/bin/python
 
 Without --data_root_dir it first writes 3,000 photo-like 256 px JPEG frames under the name
-libero_spatial_no_noops. Files are read once before anything is timed, so that they are in the page cache.
-OpenVLA's loader runs on the same files, in a process of its own, in an environment with its pinned versions
-(tensorflow 2.15, tensorflow-datasets 4.9.3, tensorflow-graphics 2021.12.3, dlimp, numpy 1.26), with its own
-settings but a shuffle buffer of 2,000 frames; its frames are counted as they leave tf.data, before tokenising
-and batching, which it does in the training process and we do in the workers.
+libero_spatial_no_noops. Files are read once before timing, so that they are in the page cache.
+
+OpenVLA's loader runs on the same files in its own process and environment, with its pinned versions
+(tensorflow 2.15, tensorflow-datasets 4.9.3, tensorflow-graphics 2021.12.3, dlimp, numpy 1.26) and
+its own settings, except a shuffle buffer of 2,000 frames. Its frames are counted as they leave
+tf.data, before tokenizing and batching. OpenVLA does these in the training process, we do them in
+the workers.
 """
 
 import argparse
@@ -99,7 +101,7 @@ def write_frames(directory: Path, frames: int) -> None:
 
 
 def index_speed(directory: Path, name: str) -> None:
-    """Print how fast one process reads, checks and standardises the shards of a dataset."""
+    """Print how fast one process reads, checks, and standardizes the shards of a dataset."""
     path, recipe = find_dataset(directory, name), oxe.DATASETS[name]
     keys = recipe.camera_keys(["primary"])
     read = functools.partial(
@@ -109,7 +111,7 @@ def index_speed(directory: Path, name: str) -> None:
     shards = [(Path(file), count) for split in splits
               for file, count in zip(split.filepaths, split.shard_lengths, strict=True)]
     size = sum(len(shard.read_bytes()) for shard, _ in shards)
-    read(*shards[0])  # imports
+    read(*shards[0])  # warm up: imports
     start = time.perf_counter()
     for shard, count in shards:
         read(shard, count)
@@ -118,8 +120,10 @@ def index_speed(directory: Path, name: str) -> None:
 
 
 def ours(cfg: TrainConfig, tokenizer, samples: int) -> tuple[float, float, float]:
-    """-> frames per second, growth of RSS in MB while loading, RSS in MB in the end. All processes count."""
-    batches = TrainBatches(Mixture(cfg, open_tables(cfg), tokenizer), cfg.global_batch_size, cfg.per_device_batch_size, 0, 1)
+    """-> frames per second, growth of RSS in MB while loading, final RSS in MB. Includes all
+    processes."""
+    mixture = Mixture(cfg, open_tables(cfg), tokenizer)
+    batches = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size, 0, 1)
     loader = make_loader(batches, cfg.num_workers, range(1 << 40))
     for _ in range(10):
         next(loader)
@@ -136,7 +140,7 @@ def ours(cfg: TrainConfig, tokenizer, samples: int) -> tuple[float, float, float
 
 
 def openvla(args, data_root_dir: str, augment: bool) -> tuple[float, float, float]:
-    """The same three numbers of OpenVLA's loader."""
+    """The same three numbers for OpenVLA's loader."""
     done = subprocess.run(
         [args.openvla_python, "-c", OPENVLA, args.openvla, data_root_dir, args.data_mix, str(args.image_size),
          str(int(augment)), str(args.samples)], capture_output=True, text=True)
@@ -147,7 +151,7 @@ def openvla(args, data_root_dir: str, augment: bool) -> tuple[float, float, floa
 
 
 def report(name: str, augment: bool, samples: int, speed: float, growth: float, rss: float) -> None:
-    """One line of figures."""
+    """Print one line of figures."""
     print(f"loader {name} image_aug {augment} samples {samples} frames_per_s {speed:.0f} "
           f"rss_growth_mb {growth:.0f} rss_mb {rss:.0f}", flush=True)
 
@@ -162,8 +166,8 @@ def main() -> None:
     parser.add_argument("--image_aug", action="store_true")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--tokenizer", default="tests/fixtures/model/tokenizer_llama")
-    parser.add_argument("--openvla", metavar="PATH", help="a checkout of openvla/openvla to compare with")
-    parser.add_argument("--openvla_python", default=sys.executable, help="a Python that has its requirements")
+    parser.add_argument("--openvla", metavar="PATH", help="compare with this checkout of openvla/openvla")
+    parser.add_argument("--openvla_python", default=sys.executable, help="a Python with its requirements")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.data_root_dir is None:

@@ -1,19 +1,21 @@
-"""Kill a training again and again, at any moment, and see that it ends as if nothing had happened.
+"""Kill a training run repeatedly, at random moments, and check that the result is the same.
 
     python bench/kill_resume.py --cycles 100
     python bench/kill_resume.py --cycles 100 --ranks 2 --as_is
 
-Each run of --steps steps is killed with SIGKILL, all ranks at once, after a random time: while it starts,
-trains, saves or resumes. It is then started again, until it is through, at every start with a ZeRO stage
-drawn anew. That the stages agree to the last bit takes one rank, float32 and no clipping: each sums the
-gradients' norm in an order of its own, and cuts parameters into slices whose last elements the CPU's AdamW
-rounds differently. With --as_is the JSONs are used as they are, with clipping and on any number of ranks, and
-the stage is drawn once per run: each stage repeats itself bit for bit.
+Each run of --steps steps is killed with SIGKILL, all ranks at once, after a random time: during
+startup, training, saving, or resuming. It is restarted until it finishes, at every start with a
+newly drawn ZeRO stage.
 
-A run passes if losses, accuracies and learning rates of all its steps, and all weights and moments of its
-last checkpoint, are bit for bit those of the same run left alone. Runs follow one another until there were
---cycles kills. The processes are forked from one that has imported everything, or starting would take
-nearly all of the time.
+The stages agree to the last bit only with one rank, float32, and no clipping: each sums the
+gradients' norm in its own order, and divides parameters into slices whose last elements the CPU's
+AdamW rounds differently. With --as_is, the JSONs are used unmodified, with clipping and on any
+number of ranks, and the stage is drawn once per run, because each stage repeats itself bit for bit.
+
+A run passes if the losses, accuracies, and learning rates of all its steps, and all weights and
+moments of its last checkpoint, are bit for bit those of the same run without kills. Runs continue
+until there were --cycles kills. The processes are forked from one that has imported everything;
+otherwise startup would take nearly all of the time.
 """
 
 import argparse
@@ -71,7 +73,7 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
 
 
 def run_for(pids: list[int], seconds: float) -> bool:
-    """Let a job run, and kill it after so many seconds -> did it end before, and well?"""
+    """Let a job run, and kill it after so many seconds -> True if it finished before that."""
     deadline, statuses = time.time() + seconds, {}
     while len(statuses) < len(pids) and time.time() < deadline:
         time.sleep(0.002)
@@ -84,12 +86,12 @@ def run_for(pids: list[int], seconds: float) -> bool:
     for pid in left:
         os.waitpid(pid, 0)
     if any(statuses.values()):
-        raise RuntimeError(f"a rank failed by itself: {statuses}")
+        raise RuntimeError(f"a rank failed without being killed: {statuses}")
     return not left
 
 
 def result(run: Path) -> tuple[list, dict]:
-    """What must be the same: the curves, and the last checkpoint's tensors."""
+    """The values to compare: the curves, and the last checkpoint's tensors."""
     keys = ("step", "loss", "accuracy", "learning_rate")
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     curves = [[values[key] for key in keys] for values in lines if "loss" in values]
@@ -100,7 +102,7 @@ def result(run: Path) -> tuple[list, dict]:
 
 
 def same(first: tuple, second: tuple) -> bool:
-    """Bit for bit?"""
+    """True if both results are equal bit for bit."""
     (curves, tensors), (curves2, tensors2) = first, second
     return (curves == curves2 and tensors.keys() == tensors2.keys()
             and all(torch.equal(tensors[name], tensors2[name]) for name in tensors))
@@ -108,15 +110,15 @@ def same(first: tuple, second: tuple) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cycles", type=int, default=100, help="how many kills")
+    parser.add_argument("--cycles", type=int, default=100, help="number of kills")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--longest", type=float, default=8.0, help="seconds until the latest kill")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--as_is", action="store_true", help="the JSONs unchanged, and one stage per run")
+    parser.add_argument("--as_is", action="store_true", help="unmodified JSONs, one stage per run")
     args = parser.parse_args()
     if args.ranks > 1 and not args.as_is:
-        parser.error("only one rank adds up alike on every stage: with --ranks say --as_is")
+        parser.error("stages only agree bit for bit on one rank: use --as_is with --ranks")
     draw, root = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="kill_resume"))
     configs = {stage: json.loads((ROOT / f"ds_configs/{stage}.json").read_text()) for stage in STAGES}
     cfg = {**TINY, "run_root_dir": str(root), "max_steps": args.steps, "save_interval": 2, "image_aug": True,
@@ -139,7 +141,7 @@ def main() -> None:
         while True:
             if not args.as_is:
                 stage = draw.choice(STAGES)
-            # the last ones, once there were enough kills, may end in peace
+            # after enough kills, let the last runs finish
             seconds = draw.uniform(0, args.longest) if kills < args.cycles else 3600
             before = len(list_checkpoints(run / "checkpoints"))
             job = start({**cfg, "run_id": name}, configs[stage], args.ranks, root / f"{name}.log")

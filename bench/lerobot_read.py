@@ -1,16 +1,19 @@
-"""Datasets written by LeRobot's own package: are they converted exactly, and how fast beside its own reading?
+"""Convert datasets written by LeRobot's own package: exactness, and speed compared with its reader.
 
     python bench/lerobot_read.py --lerobot_python ../lerobot-env/bin/python [--check] [--workers 2]
 
-LeRobot runs in an environment of its own: lerobot 0.3.3 writes v2.1, 0.4.4 writes v3.0; each needs datasets,
-av and torchcodec (datasets < 4 for 0.3.3). --check: sets in H.264 and AV1, of videos and images, 6-D and
-14-D; every number and text must be equal, every picture where it belongs, and where SVT-AV1 has encoded
-another picture than it was given, both readers must see the same one. It exits with 1 where they do not.
+LeRobot runs in its own environment: lerobot 0.3.3 writes v2.1, 0.4.4 writes v3.0. Each needs
+datasets, av, and torchcodec (datasets < 4 for 0.3.3).
 
-Without --check: one set of episodes of 100 frames of two videos; a frame is both pictures. LeRobot's reader
-decodes to float tensors and keeps nothing, its workers' start not counted; the converter decodes, resizes to
-256, writes JPEGs and indexes them, once. frames_per_s is all of it, with the seconds of imports;
-more_frames_per_s counts what further frames take, beyond a conversion of two episodes.
+With --check: sets in H.264 and AV1, with videos and images, 6-D and 14-D. Every number and text
+must be equal, and every image at its place. Where SVT-AV1 encoded a different image than it was
+given, both readers must see the same one. Exits with 1 if not.
+
+Without --check: one set with episodes of 100 frames of two videos; a frame is both images.
+LeRobot's reader decodes to float tensors and stores nothing; the startup of its workers is not
+counted. The converter decodes, resizes to 256, writes JPEGs, and indexes them, once. frames_per_s
+includes the seconds of imports. more_frames_per_s counts only the frames beyond a conversion of two
+episodes.
 """
 
 import argparse
@@ -34,7 +37,7 @@ from machinery.rlds import Steps, read_records, step_features
 
 
 def lerobot(args, *words) -> str:
-    """Run tests/with_lerobot.py in LeRobot's environment -> what it printed."""
+    """Run tests/with_lerobot.py in LeRobot's environment -> its output."""
     done = subprocess.run([args.lerobot_python, str(ROOT / "tests/with_lerobot.py"), *map(str, words)],
                           text=True, capture_output=True,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "SVT_LOG": "1"})
@@ -44,7 +47,7 @@ def lerobot(args, *words) -> str:
 
 
 def convert(source: Path, out: Path, *words) -> str:
-    """Run the converter."""
+    """Run the converter -> its output."""
     words = ["--source", source, "--out", out, "--name", "my_robot", *words]
     done = subprocess.run([sys.executable, str(ROOT / "examples/lerobot/convert.py"), *map(str, words)],
                           text=True, capture_output=True)
@@ -54,7 +57,7 @@ def convert(source: Path, out: Path, *words) -> str:
 
 
 def read_pattern(image: np.ndarray) -> list[int]:
-    """As in tests/with_lerobot.py."""
+    """The same as in tests/with_lerobot.py."""
     centres = [[(2 * i + 1) * side // 8 for i in range(4)] for side in image.shape[:2]]
     bits = "".join("01"[int(image[y - 2 : y + 3, x - 2 : x + 3, 0].mean() > 125)]
                    for y in centres[0] for x in centres[1])
@@ -62,7 +65,8 @@ def read_pattern(image: np.ndarray) -> list[int]:
 
 
 def read_back(directory: Path, cameras: list[str]) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """A converted dataset -> (N, 2, A) states and actions, texts, (N, cameras, 3) what its pictures say."""
+    """A converted dataset -> (N, 2, A) states and actions, texts, (N, cameras, 3) the images'
+    patterns."""
     features, numbers, texts, seen = step_features(directory), [], [], []
     for path in sorted(directory.glob("*.tfrecord*")):
         whole = path.read_bytes()
@@ -77,7 +81,7 @@ def read_back(directory: Path, cameras: list[str]) -> tuple[np.ndarray, list[str
 
 
 def check(args, folder: Path) -> None:
-    """Compare sets of several kinds."""
+    """Compare several kinds of sets."""
     kinds = [{"front": "video", "wrist": "video"}, {"front": "video", "wrist": "image", "top": "image"}]
     bad = 0
     every = itertools.product(["h264", "libsvtav1"], kinds, [6, 14])
@@ -136,7 +140,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--codec", choices=("h264", "libsvtav1"), default="libsvtav1")
     parser.add_argument("--episodes", type=int, default=8)
-    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], help="height and width of pictures")
+    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], help="height and width of images")
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
-"""How fast a dataset of millions of frames opens once it is indexed, and how big its index is.
+"""How fast an indexed dataset of millions of frames opens, and the size of its index.
 
     python bench/many_frames.py [--frames 2000000] [--skip_idle]
 
-Writes frames with the smallest of images by repeating one episode of 1,000, indexes them, opens them again as
-training does and loads a batch. --skip_idle: also look at every action for idle frames, as for DROID.
+Writes frames with tiny images by repeating one episode of 1,000 frames, indexes them, opens them
+again as training does, and loads a batch. --skip_idle also checks every action for idle frames, as
+for DROID.
 """
 
 import argparse
@@ -32,7 +33,8 @@ FEATURES = {"steps": F.Dataset({
 
 
 def write_frames(root: Path, frames: int) -> Path:
-    """The dataset `droid_many`: its one record is repeated in the files, and dataset_info.json says so."""
+    """The dataset `droid_many`: one record repeated in each file, with a matching
+    dataset_info.json."""
     rng = np.random.default_rng(0)
     steps = [{"observation": {"image": np.zeros((8, 8, 3), np.uint8)}, "language_instruction": "lift the cup",
               "action": np.float32(rng.uniform(-1, 1, 7))} for _ in range(1000)]

@@ -1,11 +1,12 @@
-"""Does OpenVLA's own Hugging Face class load our export and behave the same?
+"""Load our export into OpenVLA's own Hugging Face class and compare the two models' outputs.
 
     python bench/openvla_class.py --openvla ../openvla --openvla_python ../openvla-env/bin/python
 
-Makes two models as OpenVLA-7B and OpenVLA-v01 but with a small Llama (DINOv2 + SigLIP, and SigLIP alone with
-letterboxed images and Vicuna's prompt), random weights, exports them, and lets OpenVLA's class in its own
-environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; without this project) process an image and a
-prompt. Prints the largest difference in pixels and logits, and both actions.
+Makes two models with random weights: OpenVLA-7B and OpenVLA-v01, but with a small Llama (DINOv2 +
+SigLIP; and only SigLIP, with letterboxed images and Vicuna's prompt). Exports them. OpenVLA's
+class, in its own environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; without this
+project), processes an image and a prompt. Prints the largest difference in pixels and logits, and
+both actions.
 """
 
 import argparse
@@ -33,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_model(base: str, folder: Path) -> None:
-    """A native run directory: a Prismatic VLM but with a Llama of 10 M parameters, and random weights."""
+    """A native run directory: a Prismatic VLM with random weights, and a Llama of 10 M
+    parameters."""
     torch.manual_seed(0)
     config = prismatic_config(*PRISMATIC[base])
     config["llm_backbone"] |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
@@ -42,7 +44,7 @@ def make_model(base: str, folder: Path) -> None:
     cfg = TrainConfig(**config, action_dim=7)
     tokenizer = load_tokenizer(cfg.tokenizer)
     vla, modules = VLA(cfg, tokenizer), {}
-    with torch.no_grad():  # so that action tokens win: OpenVLA's class may choose any token
+    with torch.no_grad():  # make action tokens win: OpenVLA's class may choose any token
         vla.llm.lm_head.weight[: tokenizer.vocab_size - 256] *= 0.1
     for name, value in vla.state_dict().items():
         modules.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
@@ -66,7 +68,7 @@ def main() -> None:
 
 
 def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
-    """Ask the same of an export in OpenVLA's class and here."""
+    """Ask an export the same question in OpenVLA's class and here, and print the differences."""
     make_model(base, folder / "native")
     export(str(folder / "native"), folder / "hf", "hf")
     policy = load_vla(folder / "hf")
@@ -78,7 +80,7 @@ def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
                    check=True)
     theirs = np.load(folder / "official.npz")
     seen = torch.from_numpy(policy.prepare_image(image))[None, None]
-    ids = prompt_ids(policy.tokenizer, INSTRUCTION, style)[:-1]  # its class appends the last one later
+    ids = prompt_ids(policy.tokenizer, INSTRUCTION, style)[:-1]  # OpenVLA's class appends the last id
     with torch.no_grad():
         hidden = vla.llm.base_model(inputs_embeds=vla.embed(seen, torch.tensor([ids]))).last_hidden_state
         logits = vla.llm.lm_head(hidden).numpy()

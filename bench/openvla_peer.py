@@ -1,18 +1,22 @@
-"""OpenVLA's own model class, timed on this machine with random weights: what our figures are compared with.
+"""OpenVLA's own model class, timed on this machine with random weights: the baseline of our
+figures.
 
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA act                  # or a checkout of OpenVLA-OFT
     OPENVLA_ENV/bin/torchrun --nproc-per-node 2 bench/openvla_peer.py OPENVLA train --micro 32 --recompute
     OPENVLA_ENV/bin/torchrun --nproc-per-node 1 bench/openvla_peer.py OPENVLA finetune --micro 4
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA answer EXPORT IMAGE OUT.npz
 
-OPENVLA is a checkout of it, the environment has transformers 4.40.1, timm 0.9.10 and tokenizers 0.19.1, and
-for `finetune` peft 0.11.1. act_latency.py, train_throughput.py, small_cards.py and openvla_class.py run this;
-it imports nothing of this project. `answer` asks an exported model about an image and keeps what the class
-saw and said. A step of `train` is that of prismatic/training/strategies: FSDP around each ViT, ViT block,
-decoder layer and the projector, sharding gradients and optimizer (and, --full_shard, weights), float32
-masters, bf16 arithmetic, AdamW, clipping, and the accuracy and L1 it computes. One of `finetune` is that of
-vla-scripts/finetune.py: peft's adapters of rank 32 beside all linear layers of bf16 weights, DDP, autocast,
-AdamW, accuracy and L1; it neither recomputes nor clips. Loading data is not timed.
+OPENVLA is a checkout of it. The environment has transformers 4.40.1, timm 0.9.10, and tokenizers
+0.19.1, and for `finetune` peft 0.11.1. act_latency.py, train_throughput.py, small_cards.py, and
+openvla_class.py run this file, which imports nothing from this project.
+
+`answer` asks an exported model about an image and stores the class's inputs and outputs. A step of
+`train` is the one of prismatic/training/strategies: FSDP around each ViT, ViT block, decoder layer,
+and the projector, sharding gradients and optimizer (and, with --full_shard, weights), float32
+master weights, bf16 arithmetic, AdamW, clipping, and its accuracy and L1. A step of `finetune` is
+the one of vla-scripts/finetune.py: peft's adapters of rank 32 beside all linear layers of bf16
+weights, DDP, autocast, AdamW, accuracy, and L1. It neither recomputes nor clips. Data loading is
+not timed.
 """
 
 import argparse
@@ -33,9 +37,10 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "tests/fixtures/model/tokenize
 
 
 def import_openvla(checkout: str):
-    """Its three modules: configuration, model and processor. OpenVLA-OFT's model needs two folders more."""
+    """Its three modules: configuration, model, and processor. OpenVLA-OFT's model needs two more
+    folders."""
     for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf", "prismatic.training",
-                 "prismatic.vla"):  # not their __init__ files
+                 "prismatic.vla"):  # skip their __init__ files
         module = types.ModuleType(name)
         module.__path__ = [f"{checkout}/{name.replace('.', '/')}"]
         sys.modules[name] = module
@@ -49,7 +54,7 @@ def import_openvla(checkout: str):
 
 
 def make_model(configuration, modeling, layers: int, dtype: torch.dtype, device: str):
-    """OpenVLAForActionPrediction of the 7B's shape."""
+    """OpenVLAForActionPrediction in the 7B's shape."""
     text = {"vocab_size": 32064, "pad_token_id": 32000, "num_hidden_layers": layers}
     config = configuration.OpenVLAConfig(
         vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure",
@@ -90,7 +95,7 @@ def act(args) -> None:
 
 
 def join() -> str:
-    """Connect the ranks that torchrun started -> this one's device."""
+    """Connect the ranks started by torchrun -> the device of this rank."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     device, backend = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
     dist.init_process_group(backend, rank=int(os.environ.get("RANK", 0)),
@@ -101,7 +106,8 @@ def join() -> str:
 
 
 def make_batch(args, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random pixels (B, 6, 224, 224) float32; ids (B, tokens), which end in an action and stop; labels."""
+    """Random pixels (B, 6, 224, 224) float32; ids (B, tokens), which end in an action and stop;
+    labels."""
     pixels = torch.randn(args.micro, 6, 224, 224, device=device)
     ids = torch.randint(1000, 31000, (args.micro, args.tokens), device=device)
     ids[:, -8:-1] = torch.randint(31744, 32000, (args.micro, 7), device=device)
@@ -111,7 +117,7 @@ def make_batch(args, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def action_metrics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Accuracy and L1 as its training computes them; both wait for the device."""
+    """Accuracy and L1 as computed in its training; both wait for the device."""
     predicted, true = logits[:, 256:-1].argmax(dim=2), labels[:, 1:].to(logits.device)
     mask = true > 31743
     accuracy = ((predicted == true) & mask).sum().float() / mask.sum().float()
@@ -139,7 +145,7 @@ def train(args) -> None:
     device = join()
     configuration, modeling, _ = import_openvla(args.checkout)
     vla = make_model(configuration, modeling, args.layers, torch.float32, device)
-    vla.language_model.config.use_cache = False  # as prismatic/models/backbones/llm/base_llm.py
+    vla.language_model.config.use_cache = False  # as in prismatic/models/backbones/llm/base_llm.py
     sharding = ShardingStrategy.FULL_SHARD if args.full_shard else ShardingStrategy.SHARD_GRAD_OP
     vla = FullyShardedDataParallel(
         vla, sharding_strategy=sharding, use_orig_params=True, limit_all_gathers=True,
@@ -164,13 +170,13 @@ def train(args) -> None:
         vla.clip_grad_norm_(max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss = output.loss.item()  # its progress bar shows it at every step
+        loss = output.loss.item()  # its progress bar prints the loss at every step
         times.append(time.perf_counter() - started)
     report(loss, metrics, times, device)
 
 
 def finetune(args) -> None:
-    """Time the training of peft's adapters. The batch comes from host memory, as its loader leaves it."""
+    """Time the training of peft's adapters. Batches start in host memory, as from its loader."""
     from peft import LoraConfig, get_peft_model
 
     device = join()
@@ -199,7 +205,8 @@ def finetune(args) -> None:
 
 
 def answer(args) -> None:
-    """Let an exported model look at an image; write pixels, token ids, logits and the action to a file."""
+    """Show an exported model an image; write pixels, token ids, logits, and the action to a
+    file."""
     from PIL import Image
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForVision2Seq, AutoProcessor
 
@@ -223,11 +230,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout")
     parser.add_argument("what", choices=["act", "train", "finetune", "answer"])
-    parser.add_argument("files", nargs="*", help="answer: the export, an image, and where to write")
+    parser.add_argument("files", nargs="*", help="for answer: the export, an image, and the output file")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--layers", type=int, default=32, help="decoder layers of the language model")
-    parser.add_argument("--micro", type=int, default=32, help="samples a GPU takes")
-    parser.add_argument("--tokens", type=int, default=32, help="of text, with action and stop")
+    parser.add_argument("--micro", type=int, default=32, help="samples per GPU")
+    parser.add_argument("--tokens", type=int, default=32, help="text tokens, with action and stop")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--full_shard", action="store_true")

@@ -1,10 +1,11 @@
-"""train_vla.py with a look at what the GPU does during a few steps: train_throughput.py --profile runs it.
+"""Profile the GPU during two steps of train_vla.py. Run by train_throughput.py --profile.
 
     python bench/profile_step.py --config CONFIG.yaml --deepspeed_config JSON
 
-Takes train_vla.py's own arguments. The profiler watches the third and fourth optimizer step; rank 0 prints
-milliseconds a step by kind of kernel and for each of the longest kernels, how long the GPU computed nothing,
-and what it then went on with (the profiler slows the host down, so that is an upper bound).
+Takes the arguments of train_vla.py. The profiler records the third and fourth optimizer step. Rank
+0 prints the milliseconds per step by kind of kernel and for each of the longest kernels, the time
+in which the GPU computed nothing, and the kernel that followed. The profiler slows the host down,
+so the idle time is an upper bound.
 """
 
 import functools
@@ -23,16 +24,16 @@ from tqdm import tqdm
 import train_vla
 
 WARMUP, STEPS = 2, 2  # optimizer steps before the profile, and in it
-KINDS = {  # the first that fits counts
+KINDS = {  # the first match counts
     "attention": "flash|fmha|sdpa|attention", "matmul": "nvjet|gemm|cutlass|xmma|cublas",
     "compiled": "^triton", "optimizer": "adam|multi_tensor", "communication": "nccl",
     "copies": "Memcpy|Memset|copy", "sums and norms": "reduce", "elementwise": "elementwise|vectorized"}
 
 
 def main() -> None:
-    """Train, and profile in passing."""
+    """Train, with a profiler around two steps."""
     if not torch.cuda.is_available():
-        sys.exit("profile_step.py looks at a GPU's kernels, and there is no GPU")
+        sys.exit("profile_step.py needs a GPU")
     profiler = profile(activities=[ProfilerActivity.CUDA])
     optimizer_step, started = train_vla.optimizer_step, 0.0
 
@@ -58,13 +59,13 @@ def main() -> None:
 
 @functools.cache
 def kind_of(kernel: str) -> str:
-    """The key of KINDS that a kernel's name fits."""
+    """The first key of KINDS that matches a kernel's name."""
     return next((kind for kind, words in KINDS.items() if re.search(words, kernel)), "other")
 
 
 def report(profiler, seconds: float) -> None:
-    """Print what the kernels took. Communication runs beside computation: only while nothing is computed does
-    it count as waiting."""
+    """Print the kernels' times. Communication runs beside computation: it counts as waiting only
+    while nothing is computed."""
     milliseconds, calls, kinds, waits = Counter(), Counter(), Counter(), Counter()
     spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in profiler.events()
                    if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)
@@ -82,7 +83,7 @@ def report(profiler, seconds: float) -> None:
     lines += [f"profile kernel {name[:100]!r} calls {calls[name] // STEPS} ms {ms:.1f}"
               for name, ms in milliseconds.most_common(20)]
     lines += [f"profile waiting_before {name[:100]!r} ms {ms:.1f}" for name, ms in waits.most_common(8)]
-    tqdm.write("\n".join(lines))  # clear of the progress bar
+    tqdm.write("\n".join(lines))  # does not break the progress bar
 
 
 if __name__ == "__main__":

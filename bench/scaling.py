@@ -1,4 +1,5 @@
-"""How speed grows with the number of GPUs of one host: a table, a figure, and how many cores loading takes.
+"""How speed grows with the number of GPUs of one host: a table, a figure, and the cores that
+loading takes.
 
     python bench/scaling.py --out scaling.jsonl --figure scaling.png
     python bench/scaling.py --ranks 2 --ways zero2:recompute:compile openvla:full_shard:recompute \\
@@ -6,14 +7,16 @@
     python bench/scaling.py --config configs/demo.yaml --own_data --num_workers 0 --global_batch 64 \\
         --ranks 1 2 4 8 --micro 8 --ways zero1 zero2 zero3 zero3_hpz           # no GPU: are losses equal?
 
-A way is a case of train_throughput.py, which measures it, without its micro-batch: that is the largest of
---micro that fits, found by trying. Each GPU takes one micro-batch a step, so twice the GPUs do twice the
-work; with --global_batch the work is the same for any number of them, and so must the losses be: how far they
-differ is printed. `of fewest` is samples/s/GPU as a share of that on the fewest GPUs where the way ran.
+A way is a case of train_throughput.py, which measures it, without the micro-batch. The micro-batch
+is the largest of --micro that fits, found by trial. Each GPU takes one micro-batch per step, so
+twice the GPUs do twice the work. With --global_batch the work is the same for any number of GPUs,
+and so should the losses be; the largest difference is printed. `of fewest` is samples/s/GPU as a
+share of the value on the fewest GPUs that ran this way.
 
-OpenVLA's FSDP runs on the most GPUs only. Both of its strategies are hybrid (prismatic/training/strategies/
-fsdp.py): sharded in a host, replicated over hosts. On one host nothing is left to replicate, so they are the
-plain ones that openvla_peer.py has: full_shard is OpenVLA's default, without it its shard-grad-op.
+OpenVLA's FSDP runs on the largest number of GPUs only. Both of its strategies are hybrid
+(prismatic/training/strategies/fsdp.py): sharded within a host, replicated over hosts. On one host
+nothing is left to replicate, so they equal the plain strategies of openvla_peer.py: full_shard is
+OpenVLA's default, and without it its shard-grad-op.
 """
 
 import argparse
@@ -34,22 +37,22 @@ WAYS = [f"{name}{switches}" for name in ("zero1", "zero2", "zero3")
         for switches in (":compile", ":recompute:compile")]
 OPENVLA = ["openvla:full_shard", "openvla:full_shard:recompute", "openvla:recompute"]
 NO_ROOM = ("memory is full", "out of memory")  # a smaller micro-batch may help
-NEVER = "weights, gradients and optimizer take"  # and here none does
+NEVER = "weights, gradients and optimizer take"  # no micro-batch fits
 
 
 def main() -> None:
     """Command line."""
     parser, there = options(__doc__), torch.cuda.device_count() or 8
     parser.add_argument("--ranks", type=int, nargs="+", default=[n for n in (1, 2, 4, 8) if n <= there],
-                        help="how many GPUs, or processes where there is none")
-    parser.add_argument("--ways", nargs="+", help="default: ZeRO-1, 2, 3, and OpenVLA if it is there")
-    parser.add_argument("--micro", type=int, nargs="+", default=[64, 32, 16, 8, 4], help="what may be tried")
+                        help="numbers of GPUs, or of processes without a GPU")
+    parser.add_argument("--ways", nargs="+", help="default: ZeRO-1, 2, 3, and OpenVLA with --openvla")
+    parser.add_argument("--micro", type=int, nargs="+", default=[64, 32, 16, 8, 4], help="micro-batches to try")
     parser.add_argument("--global_batch", type=int, help="the same on any number of GPUs, to compare losses")
     parser.add_argument("--figure", type=Path, help="draw all rows in --out as this picture")
     args = parser.parse_args()
     args.ways = args.ways or WAYS + OPENVLA * bool(args.openvla)
     if any(way.startswith("openvla") for way in args.ways) and (not args.openvla or args.config):
-        parser.error("a way `openvla` needs --openvla, and has the shape of the 7B only")
+        parser.error("the way `openvla` needs --openvla, and only has the 7B's shape")
     names = {way.partition(":")[0] for way in args.ways} - {"openvla"}
     if missing := [name for name in sorted(names) if not (ROOT / f"ds_configs/{name}.json").exists()]:
         parser.error(f"there is no ds_configs/{missing[0]}.json")
@@ -68,7 +71,8 @@ def main() -> None:
 
 
 def scale(args, folder: Path) -> list[dict]:
-    """All ways on all numbers of GPUs. The most GPUs come first: what has no room there has none on fewer."""
+    """All ways on all numbers of GPUs, the most GPUs first: a way that does not fit there does not
+    fit on fewer."""
     per_core = frames_per_core(args, folder)
     print("loader", *(f"{key} {value:.0f}" for key, value in per_core.items()), flush=True)
     rows, may_fit = [], {way: sorted(args.micro, reverse=True) for way in args.ways}
@@ -92,8 +96,8 @@ def scale(args, folder: Path) -> list[dict]:
 
 
 def largest(way: str, ranks: int, micros: list[int], args, folder: Path) -> dict:
-    """The row of the largest micro-batch that fits or, if none does, of the smallest one; `tried` says what
-    became of those before it."""
+    """-> the row of the largest micro-batch that fits or, if none does, of the smallest; `tried`
+    lists the outcomes of the larger ones."""
     name, *switches = way.split(":")
     measured, tried = measure_openvla if name == "openvla" else measure, {}
     for micro in micros:
@@ -108,12 +112,13 @@ def largest(way: str, ranks: int, micros: list[int], args, folder: Path) -> dict
 
 
 def no_room(row: dict) -> bool:
-    """Did it fail for want of GPU memory?"""
+    """True if it failed for lack of GPU memory."""
     return any(words in row.get("log", "") for words in (*NO_ROOM, NEVER))
 
 
 def frames_per_core(args, folder: Path) -> dict[str, float]:
-    """{"plain": frames a second that one core loads at the model's image size, "augmented": the same}"""
+    """-> {"plain": frames per second that one core loads at the model's image size, "augmented":
+    the same}"""
     size = read_yaml(args.config).get("image_size", (224,))[0] if args.config else 224
     text, _ = run([sys.executable, str(ROOT / "bench/data_throughput.py"), "--workers", "2", "--image_aug",
                    "--samples", "3000", "--data_root_dir", str(folder), "--image_size", str(size)],
@@ -123,9 +128,9 @@ def frames_per_core(args, folder: Path) -> dict[str, float]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, the ways in the order of the rows and the fewest GPUs first."""
-    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | of fewest, % "
-             "| MFU, % | GB | waits for data, s of a step | cores a GPU to load, and to augment |",
+    """Markdown, the ways in the order of the rows, the fewest GPUs first."""
+    lines = ["| GPUs | JSON | recompute | compile | samples per GPU at a time | samples/s/GPU | of fewest, % "
+             "| MFU, % | GB | waits for data, s per step | cores per GPU to load, and to augment |",
              "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     order = list(dict.fromkeys(row["way"] for row in rows))
     for row in sorted(rows, key=lambda row: (order.index(row["way"]), row["ranks"])):
@@ -146,15 +151,16 @@ def table(rows: list[dict]) -> str:
 
 
 def agreement(rows: list[dict]) -> str:
-    """With the same global batch: a line for each row, of how far its losses are from the first one's."""
+    """For runs with the same global batch: one line per row with its difference from the first
+    row's losses."""
     curves = [(f"{row['gpus']} {row['case']}", np.array(row["losses"])) for row in rows if row.get("losses")]
     return "\n".join(f"losses {name} last {losses[-1]:.4f} largest_difference "
                      f"{np.abs(losses - curves[0][1]).max():.2g}" for name, losses in curves)
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """samples/s/GPU over the number of GPUs; a level line is what one hopes for."""
-    import matplotlib.pyplot as plt  # here: the table can be had without it
+    """Plot samples/s/GPU over the number of GPUs. A horizontal line is ideal."""
+    import matplotlib.pyplot as plt  # imported here: the table does not need it
 
     figure, axes = plt.subplots(figsize=(7, 4))
     done = [row for row in rows if "failed" not in row]

@@ -1,12 +1,13 @@
-"""Load on a running serve_vla.py: many clients at once, every answer compared with the one given alone.
+"""Load a running serve_vla.py with many clients, and compare every answer with the one given
+without load.
 
     python serve_vla.py --checkpoint runs/demo+n1+b32+x7 --dtype fp32 &
     python bench/serve_load.py --url http://127.0.0.1:8000 --clients 32 --seconds 60
 
-First each of 24 requests (images of random colours, instructions, all of the model's datasets) is made alone;
-then the clients repeat them in random order until the time is over. In float32 no answer may change; in bf16
-a batch rounds otherwise than a single request, so that some answers fall into a neighbouring bin: those are
-counted as different, too.
+First makes 24 requests one at a time (images of random colors, instructions, all of the model's
+datasets). Then the clients repeat them in random order until the time is up. In float32 no answer
+may change. In bf16 a batch rounds differently from a single request, so some answers move to a
+neighboring bin and also count as different.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def ask(connection: http.client.HTTPConnection, path: str, body: bytes | None = 
 
 
 def requests(health: dict, count: int) -> list[bytes]:
-    """Bodies of different requests for the model that /health describes."""
+    """Bodies of different requests for the model described by /health."""
     draw, keys = np.random.RandomState(0), itertools.cycle(health["unnorm_keys"])
     images = [np.clip(draw.randint(0, 256, 3) + draw.randint(-20, 21, (96, 128, 3)), 0, 255).tolist()
               for _ in range(count * health["images"])]
@@ -53,7 +54,7 @@ def main() -> None:
     bodies = requests(ask(alone, "/health")[1], 24)
     answers = [ask(alone, "/act", body) for body in bodies]
     if bad := [reply for status, reply in answers if status != 200]:
-        sys.exit(f"error: the server refuses a good request: {bad[0]}")
+        sys.exit(f"error: the server rejected a valid request: {bad[0]}")
     different = len({json.dumps(reply) for _, reply in answers})
 
     def client(seed: int) -> list[tuple[float, str]]:

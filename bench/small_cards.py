@@ -1,16 +1,19 @@
-"""What a GPU of 16, 24, 48 or 80 GB can train of OpenVLA-7B, through train_vla.py: a row for each case.
+"""What GPUs of 16, 24, 48, and 80 GB can train of OpenVLA-7B, through train_vla.py: one row per
+case.
 
     python bench/small_cards.py --out rows.jsonl                                # on a GPU, 7B's shape
     python bench/small_cards.py --config configs/demo.yaml --gb 16 --micro 1 4  # a try on the CPU
     python bench/small_cards.py --gb 24 --cases lora_bf16 --micro 1 4 --openvla ../openvla \\
         --openvla_python ../openvla-env/bin/python                              # and OpenVLA's finetune.py
 
-The model begins with random bf16 weights, which are written first, in OpenVLA's Hugging Face layout (15 GB;
---folder says where, and keeps them). The GPU is one large one, of which PyTorch may use only so many GB
-(torch.cuda.set_per_process_memory_fraction); so the speed is that of the large one. Blocks are
-compiled and recomputed. Every case is a run of its own; samples/s are medians over the steps after the first
-two. A case that does not fit says so. OpenVLA's step (openvla_peer.py finetune) may use the whole GPU; it has
-random weights of the same shape, images of the same size and prompts of the same length.
+The model begins with random bf16 weights, written first in OpenVLA's Hugging Face layout (15 GB;
+--folder sets the place, and keeps them). The GPU is a large one of which PyTorch may use only so
+many GB (torch.cuda.set_per_process_memory_fraction), so the speed is the large GPU's. Blocks are
+compiled and recomputed. Every case is its own run. samples/s are medians over the steps after the
+first two. The table shows cases that do not fit.
+
+OpenVLA's step (openvla_peer.py finetune) may use all of the GPU. It has random weights of the same
+shape, images of the same size, and prompts of the same length.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from data_throughput import write_frames
 from train_throughput import failure, gpus, openvla_step, run
 
 LAST_LAYER = {"freeze_llm_backbone": True, "unfreeze_last_llm_layer": True}
-CASES = {  # what is trained: keys of the YAML, and the JSON
+CASES = {  # the trained weights: keys of the YAML, and the JSON
     "lora_bf16": ({"lora_rank": 32}, "one_small_gpu"),
     "lora_int8": ({"lora_rank": 32, "frozen_weights": "int8"}, "one_small_gpu"),
     "last_layer": ({**LAST_LAYER, "freeze_vision_backbone": True}, "one_small_gpu"),
@@ -41,13 +44,13 @@ CASES = {  # what is trained: keys of the YAML, and the JSON
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gb", type=int, nargs="+", default=[16, 24, 48, 80], help="sizes of the card")
+    parser.add_argument("--gb", type=int, nargs="+", default=[16, 24, 48, 80], help="GPU sizes")
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8], help="samples at a time")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
-    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="Prismatic id that sets the shape")
+    parser.add_argument("--config", type=Path, help="use the model of this YAML instead")
     parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
-    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, to time its finetune.py, too")
+    parser.add_argument("--openvla", type=Path, help="also time finetune.py of this checkout of OpenVLA")
     parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--no_compile", action="store_true")
@@ -56,14 +59,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also append the rows to this file, as JSON lines")
     args = parser.parse_args()
     if args.openvla and args.config:
-        parser.error("--openvla has the shape of the 7B only: leave --config out")
+        parser.error("--openvla only has the 7B's shape: omit --config")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         model = describe_model(args)
         if not (folder / "hf").exists():
             write_random_model(folder / "hf", model)
             write_frames(folder / "data", 400)
-        print("| GPU | of it GB | trained | samples at a time | samples/s | GB at the peak |")
+        print("| GPU | GB allowed | trained | samples at a time | samples/s | GB at the peak |")
         print("|---|---:|---|---:|---:|---:|")
         for gb in args.gb:
             for case in args.cases:
@@ -71,7 +74,7 @@ def main() -> None:
                     figures = measure(gb, case, micro, args, folder)
                     tell({"gb": gb, "case": case, "micro": micro, **figures}, args.out)
                     if "memory" in figures.get("failed", ""):
-                        break  # nor will more samples fit
+                        break  # more samples will not fit either
         for micro in args.micro if args.openvla else ():
             more = ["--tokens", str(text_tokens(model)), "--layers", str(args.num_layers or 32)]
             figures = openvla_step("finetune", micro, 1, args, folder, *more)
@@ -79,7 +82,7 @@ def main() -> None:
 
 
 def tell(row: dict, out: Path | None) -> None:
-    """Print a row of the table, and keep it."""
+    """Print a row of the table and store it."""
     row = {"gpu": gpus(1), **row}
     figures = row.get("failed") or f"{row['samples_per_second']:.2f} | {row['gpu_gb']:.1f}"
     print(f"| {row['gpu']} | {row['gb']} | {row['case']} | {row['micro']} | {figures} |", flush=True)
@@ -89,7 +92,7 @@ def tell(row: dict, out: Path | None) -> None:
 
 
 def describe_model(args) -> dict:
-    """The keys of TrainConfig that say what the model is."""
+    """The keys of TrainConfig that describe the model."""
     from machinery.config import read_yaml
     from machinery.weights import PRISMATIC, SHAPE, prismatic_config
 
@@ -103,14 +106,14 @@ def describe_model(args) -> dict:
 
 
 def text_tokens(model: dict) -> int:
-    """Of a sample of write_frames: prompt, action and stop."""
+    """Text tokens of a sample of write_frames: prompt, action, and stop."""
     from action_tokenizer import load_tokenizer, prompt_ids
 
     return len(prompt_ids(load_tokenizer(model["tokenizer"]), "task 0", model["prompt_style"])) + 7 + 1
 
 
 def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:
-    """Train a few steps -> samples/s and GB at the peak, or why it failed."""
+    """Train a few steps -> samples/s and GB at the peak, or the reason for a failure."""
     keys, json_name = CASES[case]
     runs = Path(tempfile.mkdtemp(dir=folder))
     config = {
@@ -136,7 +139,7 @@ def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:
 
 
 def train_inside(gb: float, arguments: list[str]) -> None:
-    """train_vla.py, in a process that may use only so many GB of the GPU."""
+    """train_vla.py in a process that may use only so many GB of the GPU."""
     import torch
 
     import train_vla

@@ -1,4 +1,5 @@
-"""Training speed through train_vla.py itself: a table of samples/s, MFU and memory, and loss curves.
+"""Training speed through train_vla.py itself: a table of samples/s, MFU, and memory, and loss
+curves.
 
     python bench/train_throughput.py --num_gpus 1 --cases zero3_partial_offload:64:compile zero2:8
     python bench/train_throughput.py --num_gpus 2 --global_batch 64 --out rows.jsonl --table \\
@@ -7,12 +8,15 @@
     python bench/train_throughput.py --config configs/demo.yaml --own_data --global_batch 64 --steps 200 \\
         --cases zero1:64 zero1:64:compile zero3:64:recompute --out rows.jsonl --figure curves.png
 
-A case is JSON:micro-batch[:recompute][:compile]; JSONs are those of ds_configs/, and `openvla` stands for
-OpenVLA's class under FSDP (openvla_peer.py), with --openvla; :full_shard:recompute is how OpenVLA trains. It
-cannot accumulate: to compare, let --global_batch be micro-batch x GPUs. The model has OpenVLA-7B's shape, or
-that of --config, and random weights; the data are synthetic (photo-like 256 px JPEGs, written first), unless
-they are the config's own. The path is the real one: loader, engine, step, log. Every case is a run of its
-own; its figures are medians over the lines of the log after the warm-up.
+A case is JSON:micro-batch[:recompute][:compile]. The JSONs are those of ds_configs/. `openvla`,
+which needs --openvla, is OpenVLA's class under FSDP (openvla_peer.py); OpenVLA trains with
+:full_shard:recompute. It cannot accumulate, so to compare, set --global_batch to micro-batch x
+GPUs.
+
+The model has OpenVLA-7B's shape, or that of --config, and random weights. The data are synthetic
+(photo-like 256 px JPEGs, written first), or with --own_data the config's own. The code path is the
+real one: loader, engine, step, log. Every case is its own run. Its figures are medians over the log
+lines after the warm-up.
 """
 
 import argparse
@@ -51,7 +55,7 @@ def main() -> None:
     if (args.own_data and not args.config) or ((args.figure or args.table) and not args.out):
         parser.error("--own_data needs --config, and --figure and --table need --out")
     if any(case.startswith("openvla") for case in args.cases) and (not args.openvla or args.config):
-        parser.error("the case `openvla` needs --openvla, and has the shape of the 7B only")
+        parser.error("the case `openvla` needs --openvla, and only has the 7B's shape")
     with tempfile.TemporaryDirectory() as folder:
         if not args.own_data:
             write_frames(Path(folder), 2000)
@@ -71,27 +75,27 @@ def main() -> None:
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """What one can ask of `measure` and `measure_openvla`; scaling.py asks the same."""
+    """Options of `measure` and `measure_openvla`; scaling.py has the same."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before measuring")
     parser.add_argument("--log_interval", type=int, default=1, help="steps between lines of the log")
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="a Prismatic id, for its shape")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="Prismatic id that sets the shape")
     parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
-    parser.add_argument("--config", type=Path, help="a YAML file instead, for its model")
-    parser.add_argument("--own_data", action="store_true", help="and for its data")
+    parser.add_argument("--config", type=Path, help="use the model of this YAML instead")
+    parser.add_argument("--own_data", action="store_true", help="also use its data")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
     parser.add_argument("--num_workers", type=int, default=8)
     parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
-    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the cases `openvla`")
+    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the `openvla` cases")
     parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
-    parser.add_argument("--profile", action="store_true", help="also say what the GPU does (profile_step.py)")
+    parser.add_argument("--profile", action="store_true", help="also profile the GPU (profile_step.py)")
     parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
     return parser
 
 
 def measure(case: str, args, folder: Path) -> dict:
-    """Train a few steps -> medians over those after the warm-up."""
+    """Train a few steps -> medians over the steps after the warm-up."""
     name, micro, *switches = case.split(":")
     if args.config:
         config = {key: value for key, (value, _) in read_yaml(args.config).items()}
@@ -140,14 +144,15 @@ def measure(case: str, args, folder: Path) -> dict:
 
 
 def measure_openvla(case: str, args, folder: Path) -> dict:
-    """OpenVLA's training step; `compile` is nothing that it has."""
+    """OpenVLA's training step; it has no `compile`."""
     _, micro, *switches = case.split(":")
     return openvla_step("train", int(micro), args.num_gpus, args, folder, "--layers",
                         str(args.num_layers or 32), *(f"--{switch}" for switch in switches))
 
 
 def openvla_step(what: str, micro: int, num_gpus: int, args, folder: Path, *more: str) -> dict:
-    """The speed of openvla_peer.py's "train" or "finetune", and GB at the peak, or why it failed."""
+    """The speed of openvla_peer.py's "train" or "finetune", and GB at the peak, or the reason for a
+    failure."""
     command = [args.openvla_python, "-m", "torch.distributed.run", "--nproc-per-node", str(num_gpus),
                str(ROOT / "bench/openvla_peer.py"), str(args.openvla), what, "--micro", str(micro),
                "--steps", str(args.steps + 2), *more]
@@ -160,7 +165,7 @@ def openvla_step(what: str, micro: int, num_gpus: int, args, folder: Path, *more
 
 
 def run(command: list[str], timeout: int, folder: Path) -> tuple[str, bool]:
-    """Run a command until it ends or its time is up -> what it printed, and whether it ended well."""
+    """Run a command until it ends or times out -> (its output, True if it succeeded)."""
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(
             command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, cwd=ROOT,
@@ -168,9 +173,9 @@ def run(command: list[str], timeout: int, folder: Path) -> tuple[str, bool]:
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would keep the GPU's memory
+            os.killpg(process.pid, signal.SIGKILL)  # including its workers, which would keep the GPU's memory
             process.wait()
-            log.write(f"\nerror: its {timeout} seconds were up\n")
+            log.write(f"\nerror: timed out after {timeout} seconds\n")
         log.seek(0)
         return log.read(), process.returncode == 0
 
@@ -182,7 +187,8 @@ def failure(text: str) -> dict:
 
 
 def gpus(count: int) -> str:
-    """Their number and name, without making a CUDA context here, which would take memory from the cases."""
+    """Their number and name, without creating a CUDA context here, which would take memory from the
+    cases."""
     name = "CPU"
     with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -191,13 +197,13 @@ def gpus(count: int) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown. GB: the peak on a GPU and, where it is much, of a rank's host memory."""
-    lines = ["| GPUs | JSON | recompute | compile | samples a GPU at a time | samples/s/GPU | MFU, % | GB |",
+    """Markdown. GB: the peak on a GPU and, if it is large, of a rank's host memory."""
+    lines = ["| GPUs | JSON | recompute | compile | samples per GPU at a time | samples/s/GPU | MFU, % | GB |",
              "|---|---|---|---|---:|---:|---:|---:|"]
     for row in rows:
         name, micro, *switches = row["case"].split(":")
         name += " (full_shard)" if "full_shard" in switches else ""
-        recompute = row.get("recompute") or "recompute" in switches  # some JSONs say so themselves
+        recompute = row.get("recompute") or "recompute" in switches  # some JSONs set it themselves
         yes = ["yes" if on else "" for on in (recompute, "compile" in switches)]
         host = f" + {row['host_gb']:.0f} host" if row.get("host_gb", 0) > 20 else ""
         figures = [row["failed"], "", ""] if "failed" in row else [
@@ -215,8 +221,9 @@ def in_words(case: str) -> str:
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
-    """A PNG of each case's loss over the steps, and below it the difference from the first case's."""
-    import matplotlib.pyplot as plt  # here: the table can be had without it
+    """Draw each case's loss over the steps as a PNG, and below it the difference from the first
+    case's."""
+    import matplotlib.pyplot as plt  # imported here: the table does not need it
 
     figure, (curves, differences) = plt.subplots(2, sharex=True, height_ratios=[2, 1], figsize=(8, 6))
     rows = [row for row in rows if row.get("losses")]

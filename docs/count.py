@@ -1,4 +1,4 @@
-"""Write the sizes of the files into the documentation, or count what a program of a repository imports.
+"""Write the files' sizes into the documentation, or count a program and the files it imports.
 
     python docs/count.py
     python docs/count.py . train_vla.py
@@ -41,7 +41,7 @@ def count_tokens(files: Iterable[Path]) -> int:
 
 
 def imported(file: Path, root: Path) -> Iterator[Path]:
-    """The files of the repository that any import statement in a file names, and their `__init__.py`."""
+    """The repository's files named by any import statement in a file, and their `__init__.py`."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -59,7 +59,7 @@ def imported(file: Path, root: Path) -> Iterator[Path]:
 
 
 def closure(root: Path, start: str) -> set[Path]:
-    """All files of its own repository that a program needs."""
+    """All files of its own repository that a program imports, directly or indirectly."""
     found = set()
     todo = [root / start]
     while todo:
@@ -71,7 +71,7 @@ def closure(root: Path, start: str) -> set[Path]:
 
 
 def update(page: str) -> str:
-    """A page with all its sizes corrected: rows of tables, the lesson's, and those of a training run."""
+    """A page with its sizes updated: table rows, the lesson's, and a training run's."""
     page = ROW.sub(lambda row: f"{row[1]} {count_lines([ROOT / row[2]])} |", page)
     lesson = count_lines(ROOT / name for name in LESSON)
     page = re.sub(r"\*\*[\d,]+( lines| 行)\*\*", lambda match: f"**{lesson:,}{match[1]}**", page)

@@ -1,6 +1,6 @@
-"""Draw the pictures of README and tour as SVG: python docs/draw.py
+"""Draw the diagrams of README and tour as SVG: python docs/draw.py
 
-Plain SVG, written here line by line. The numbers in them are computed by the project's own code.
+The SVG is written line by line, without a library. The project's own code computes the numbers in it.
 """
 
 import sys
@@ -18,33 +18,33 @@ INK, GREY, LIGHT = "#222222", "#777777", "#f0f0f0"
 BLUE, GREEN, ORANGE, RED = "#cfe2f7", "#d5ecd2", "#ffe0b5", "#f6cfcf"
 WORDS = {
     "en": {"image": "256 patches", "prompt": "In: What action should the robot ...? Out:",
-           "input": "input", "says": "what is said", "label": "label", "none": "no label",
-           "loss": "Of all that the model says, the loss compares 8 tokens with their labels",
-           "one": "One number of one action, there and back", "robot": "the robot moved",
-           "norm": "normalised", "bin": "bin of 256", "id": "token id", "centre": "bin's centre",
-           "back": "the robot is told",
-           "lost": "lost on the way: {:.3f} mm; half a bin is {:.3f} mm",
+           "input": "input", "predicted": "prediction", "label": "label", "none": "no label",
+           "loss": "The model predicts a token at every position; the loss compares 8 of them with labels",
+           "one": "One number of an action, to its token and back", "robot": "the robot moved",
+           "norm": "normalized", "bin": "bin of 256", "id": "token id", "centre": "bin center",
+           "back": "sent to the robot",
+           "lost": "rounding error: {:.3f} mm (half a bin: {:.3f} mm)",
            "file": "file", "table": "frame table", "sample": "sample", "batch": "batch k", "rank": "rank r",
            "stage": "ZeRO-{}", "weight": "weight", "gradient": "gradient", "copy": "float32 copy",
-           "moments": "two moments", "each": "GPU {}: {} bytes", "zero": "Bytes that each of 4 GPUs keeps "
-           "for a trained parameter; N GPUs divide by N"},
+           "moments": "two moments", "each": "GPU {}: {} bytes", "zero": "Bytes per trained parameter on "
+           "each of 4 GPUs (N GPUs divide by N)"},
     "zh": {"image": "256 个图像块", "prompt": "In: What action should the robot ...? Out:",
-           "input": "输入", "says": "模型说出", "label": "标签", "none": "无标签",
+           "input": "输入", "predicted": "预测", "label": "标签", "none": "无标签",
            "loss": "模型在每个位置都预测下一个词元, 损失只比较其中 8 个",
-           "one": "一个动作中的一个数: 去与回", "robot": "机器人移动了", "norm": "归一化",
+           "one": "动作中的一个数: 编码与还原", "robot": "机器人移动了", "norm": "归一化",
            "bin": "256 个区间之一", "id": "词元 id", "centre": "区间中心", "back": "发给机器人",
-           "lost": "途中损失: {:.3f} mm; 半个区间是 {:.3f} mm",
+           "lost": "舍入误差: {:.3f} mm (半个区间: {:.3f} mm)",
            "file": "文件", "table": "帧表", "sample": "样本", "batch": "第 k 批", "rank": "第 r 个进程",
            "stage": "ZeRO-{}", "weight": "权重", "gradient": "梯度", "copy": "float32 副本",
            "moments": "一阶矩和二阶矩", "each": "GPU {}: {} 字节",
            "zero": "每个可训练参数在 4 块 GPU 上各占的字节数; N 块 GPU 时除以 N"},
 }
-CHAIN = {  # the second picture: what stands in each box
+CHAIN = {  # the boxes of the data diagram
     "en": {"file": ["an episode is a record", "of a TFRecord shard;", "images stay JPEG"],
-           "table": ["made once, a row a frame:", "which file, where its", "JPEG starts, the action"],
+           "table": ["built once, one row per", "frame: its file, JPEG", "offset, and action"],
            "sample": ["one read, decode, resize;", "prompt ids, then 7 action", "ids and </s>"],
-           "batch": ["256 samples, drawn by", "(seed, k) alone: nothing", "to shuffle or to save"],
-           "rank": ["its part of batch k, in", "micro-batches whose", "gradients are added up"]},
+           "batch": ["256 samples, a function", "of (seed, k): no shuffle", "buffer, no state to save"],
+           "rank": ["its part of batch k, in", "micro-batches; gradients", "are accumulated"]},
     "zh": {"file": ["一个回合是 TFRecord", "分片里的一条记录;", "图像保持 JPEG"],
            "table": ["只建一次索引, 每帧一行:", "在哪个文件, JPEG 从", "哪里开始, 动作是什么"],
            "sample": ["读一次, 解码, 缩放;", "提示词 id, 然后 7 个", "动作 id 和 </s>"],
@@ -56,7 +56,7 @@ PLACES = {"file": "rlds.py", "table": "frames.py", "sample": "data.py, Mixture.s
 
 
 class Picture:
-    """Boxes, words and arrows on white."""
+    """Boxes, text, and arrows on white."""
 
     def __init__(self, width: int, height: int):
         self.size, self.parts = (width, height), []
@@ -85,7 +85,7 @@ class Picture:
 
 
 def follow(metres: float, low: float, high: float) -> tuple[float, int, int, float, float]:
-    """A move in metres -> normalised, bin, token id, centre, metres again, by the project's own rules."""
+    """A move in meters -> normalized, bin, token id, bin center, meters again, with the project's code."""
     stats = {"q01": [low], "q99": [high], "min": [low - 1], "max": [high + 1]}
     tokenizer = ActionTokenizer(32000)  # Llama-2's vocabulary
     normalised = normalize(np.float32([metres]), stats, "bounds_q99")
@@ -96,17 +96,17 @@ def follow(metres: float, low: float, high: float) -> tuple[float, int, int, flo
 
 
 def sequence(words: dict, name: str) -> None:
-    """What stands where, what is predicted, and one number followed."""
+    """Inputs, predictions, and labels of a sequence; below, one number from meters to token and back."""
     picture, tokens = Picture(940, 396), [f"a{i}" for i in range(1, 8)] + ["</s>"]
     columns = [("<s>", 40, BLUE), (words["image"], 140, GREEN), (words["prompt"], 300, BLUE)]
     columns += [(token, 38, ORANGE) for token in tokens[:-1]] + [("</s>", 42, BLUE)]
     x = 104
-    for row, y in (("input", 52), ("says", 108), ("label", 164)):
+    for row, y in (("input", 52), ("predicted", 108), ("label", 164)):
         picture.text(8, y + 22, words[row], 13, "start", GREY)
     for i, (label, width, fill) in enumerate(columns):
         picture.box(x, 52, width, 34, fill)
         picture.text(x + width / 2, 74, label, 12.5 if i == 2 else 14)
-        if i >= 3:  # its label, said one place earlier
+        if i >= 3:  # its label, and the prediction one position earlier
             token = tokens[i - 3]
             picture.box(x, 164, width, 34, ORANGE)
             picture.text(x + width / 2, 186, token, 14)
@@ -138,7 +138,7 @@ def sequence(words: dict, name: str) -> None:
 
 
 def data(words: dict, chain: dict, name: str) -> None:
-    """From files to ranks."""
+    """The path of data from files to ranks."""
     picture = Picture(940, 160)
     for i, (key, lines) in enumerate(chain.items()):
         x = 8 + 187 * i
@@ -153,7 +153,7 @@ def data(words: dict, chain: dict, name: str) -> None:
 
 
 def zero(words: dict, name: str) -> None:
-    """What each stage divides: for every GPU a row, as long as the bytes are many."""
+    """What each ZeRO stage divides: one row per GPU, with lengths proportional to bytes."""
     picture, ranks, byte = Picture(940, 378), 4, 17
     picture.text(16, 26, words["zero"], 16, "start", bold=True)
     parts = {"weight": (2, BLUE), "gradient": (4, GREEN), "copy": (4, ORANGE), "moments": (8, RED)}
@@ -183,7 +183,7 @@ def zero(words: dict, name: str) -> None:
 
 
 def sum_of_bytes(stage: int, ranks: int) -> float:
-    """Bytes that a GPU keeps per trained parameter; ds_configs/README.md has the same table."""
+    """Bytes per trained parameter on one GPU. ds_configs/README.md has the same table."""
     weight, gradient = 2 / (ranks if stage == 3 else 1), (2, 6, 4 / ranks, 4 / ranks)[stage]
     return weight + gradient + 12 / (ranks if stage else 1)
 

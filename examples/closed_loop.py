@@ -1,4 +1,4 @@
-"""What the closed loops of the examples share: counting successes, with intervals, and showing them."""
+"""Shared by the examples' closed loops: count successes, compute intervals, and draw them."""
 
 import io
 import json
@@ -10,44 +10,44 @@ from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 from machinery.config import UserError
 
-SIDE = 240  # pixels, of a film's picture
+SIDE = 240  # side of a film's image in pixels
 LOOK = 80  # milliseconds of film for each look at the scene
 
 
 def open_folder(path: Path, conditions: dict) -> None:
-    """Make a folder of results, or go on with it if they were made under the same conditions. Raises
-    UserError if not."""
+    """Make a folder of results, or continue with it if the conditions are the same. Raises
+    UserError if they are not."""
     path.mkdir(parents=True, exist_ok=True)
     known = path / "conditions.json"
     if known.exists() and json.loads(known.read_text()) != conditions:
-        raise UserError(f"{path} holds results made under other conditions, {known.read_text()}: choose "
+        raise UserError(f"{path} holds results of other conditions, {known.read_text()}: choose "
                         "another --out, or remove it")
     known.write_text(json.dumps(conditions))
 
 
 def wilson(successes: int, trials: int) -> list[float]:
-    """The 95 % interval of a success rate (Wilson, 1927)."""
+    """The 95% interval of a success rate (Wilson, 1927)."""
     z, p = 1.96, successes / trials
     centre, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
     return [round(min(1.0, max(0.0, (centre + sign * half) / (1 + z * z / trials))), 4) for sign in (-1, 1)]
 
 
 def rate(outcomes: list[bool]) -> dict:
-    """Did each episode succeed? -> {successes, trials, rate, interval}."""
+    """Whether each episode succeeded -> {successes, trials, rate, interval}."""
     successes, trials = sum(outcomes), len(outcomes)
     return {"successes": successes, "trials": trials, "rate": successes / trials,
             "interval": wilson(successes, trials)}
 
 
 def row(name: str, entry: dict, width: int = 32) -> str:
-    """A line of a table: a rate's name, the rate, its interval, the counts."""
+    """A table row: a rate's name, the rate, its interval, the counts."""
     low, high = entry["interval"]
     counts = f"{entry['successes']}/{entry['trials']}"
     return f"{name:{width}s} {entry['rate']:6.1%}  [{low:.1%}, {high:.1%}]  {counts}"
 
 
 def draw_chart(title: str, bars: list[tuple[str, dict, str]], path: Path, left: int = 220) -> None:
-    """Rates with their intervals as a picture. bars: (name, rate, colour); left: pixels for the names."""
+    """Draw rates with their intervals. bars: (name, rate, color); left: pixels for the names."""
     font, line, width = ImageFont.load_default(12), 16, 400
     chart = Image.new("RGB", (left + width + 70, line * (len(bars) + 2)), "white")
     pen = ImageDraw.Draw(chart)
@@ -63,7 +63,8 @@ def draw_chart(title: str, bars: list[tuple[str, dict, str]], path: Path, left: 
 
 
 def encode_film(pictures: list[Image.Image], last: int = LOOK, pace: int = 1, quality: int = 90) -> bytes:
-    """Pictures -> an animated WebP that shows each for `pace` looks, and the last for `last` milliseconds."""
+    """Images -> an animated WebP that shows each image for `pace` looks, and the last for `last`
+    ms."""
     encoded, durations = io.BytesIO(), [LOOK * pace] * (len(pictures) - 1) + [last]
     pictures[0].save(encoded, "webp", save_all=True, append_images=pictures[1:], duration=durations, loop=0,
                      quality=quality, minimize_size=True)
@@ -71,21 +72,22 @@ def encode_film(pictures: list[Image.Image], last: int = LOOK, pace: int = 1, qu
 
 
 def read_film(path: Path, side: int) -> list[Image.Image]:
-    """A trial's film -> a picture for each look. (WebP keeps pictures that are the same only once.)"""
+    """A trial's film -> an image for each look. (WebP stores repeated images only once.)"""
     return [picture for frame in ImageSequence.Iterator(Image.open(path))
             for picture in [frame.convert("RGB").resize((side, side))] * (frame.info["duration"] // LOOK)]
 
 
 def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80) -> None:
-    """Films side by side, as an animation: a green frame once the episode has succeeded, a red one where it
-    never does. Failures are long; they are cut at one and a half times the longest success.
+    """Films side by side, as an animation: a green frame after success, a red one at the end of a
+    failure. Failures are long, and are cut at one and a half times the longest success.
 
-    films: (instruction, what encode_film has written, did it succeed?)."""
+    films: (instruction, output of encode_film, success).
+    """
     few = len(films) <= 12
     columns, side = (min(3, len(films)), SIDE) if few else (10, 96)
     films = [(textwrap.wrap(words, 34) if few else [], read_film(path, side), success)
              for words, path, success in films]
-    line = max(17 * len(words) + 7 for words, _, _ in films) if few else 0  # of height, above each picture
+    line = max(17 * len(words) + 7 for words, _, _ in films) if few else 0  # height above each image
     longest = max(len(film) for _, film, _ in films)
     solved = max((len(film) for _, film, success in films if success), default=longest)
     shown = min(longest, 3 * solved // 2)

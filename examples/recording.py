@@ -1,7 +1,8 @@
-"""What the recorders of the examples share: episodes recorded by many processes, each a file until all are
-there, so that an interrupted command goes on where it stopped.
+"""Record episodes in many processes, one file per episode until all are done.
 
-    record(task, seed) -> an episode as RLDS has it, or None when the expert failed
+    record(task, seed) -> an episode in RLDS' layout, or None if the expert failed
+
+An interrupted command continues where it stopped.
 """
 
 import json
@@ -19,7 +20,7 @@ BLOCK = 25  # episodes per job: making a simulator takes seconds
 
 
 def record_block(record: Callable, task: str, seeds: list[int], scratch: Path) -> list[int]:
-    """Record the episodes of these seeds that are not there yet -> the seeds at which the expert failed."""
+    """Record the missing episodes of these seeds -> the seeds at which the expert failed."""
     failed = []
     for seed in seeds:
         path = scratch / f"{task}-{seed}"
@@ -33,15 +34,16 @@ def record_block(record: Callable, task: str, seeds: list[int], scratch: Path) -
 
 
 def read_episode(path: Path) -> dict | None:
-    """What record_block has written."""
+    """Read a file of record_block."""
     return pickle.loads(path.read_bytes())
 
 
 def record_all(record: Callable, wanted: dict[tuple[str, int], int], scratch: Path,
                workers: int) -> dict[tuple[str, int], list[int]]:
-    """Record wanted[task, first seed] successful episodes of each -> {(task, first seed): their seeds}.
+    """Record wanted[task, first seed] successful episodes of each -> {(task, first seed): their
+    seeds}.
 
-    All jobs share one pool. A seed at which the expert fails is replaced by the next one that was not used.
+    All jobs share one pool. The next unused seed replaces a seed at which the expert fails.
     """
     seeds = {key: [] for key in wanted}  # attempted so far
     failed = {key: [] for key in wanted}
@@ -82,8 +84,8 @@ def episodes_from(first_seed: int, kept: dict[tuple[str, int], list[int]], scrat
 
 
 def open_scratch(path: Path, recording: dict) -> None:
-    """The folder of single episodes; those of an earlier command must have been recorded in the same way.
-    Raises UserError if not."""
+    """The folder of single episodes. Raises UserError if an earlier command recorded its episodes
+    with other options."""
     path.mkdir(parents=True, exist_ok=True)
     known = path / "recording.json"
     if known.exists() and json.loads(known.read_text()) != recording:

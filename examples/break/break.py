@@ -1,13 +1,14 @@
-"""Tell a trained policy something wrong, one thing at a time, and see which numbers notice.
+"""Feed a trained policy one wrong input at a time, and see which numbers reveal it.
 
     make demo                                       # once: eight minutes on two CPU cores
     python examples/break/break.py                  # half a minute
-    python examples/break/break.py --success 5      # and let it act; needs examples/metaworld's packages
+    python examples/break/break.py --success 5      # also act; needs examples/metaworld's packages
 
-Held-out frames of the demo are answered as a robot would ask. `accuracy` is of action tokens, `error` the
-mean distance from the recorded action in its own units, `size` the mean size of the three movements: a robot
-that hardly moves shows there. With --success, films are left in the run's folder, in break/, and a picture.
-README.md beside this file says how each mistake looks.
+The policy answers the demo's held-out frames as it would on a robot. `accuracy` is the accuracy of
+action tokens, `error` the mean distance from the recorded action in its own units, and `size` the
+mean magnitude of the three movements, which shows a robot that hardly moves. --success also saves
+films and a picture in the run's folder under break/. README.md in this folder describes each
+mistake.
 """
 
 import argparse
@@ -28,7 +29,7 @@ WORDS = {"Push and close a drawer": "Shut the drawer", "Reach a goal position": 
          "Slide a plate into a cabinet": "Move the plate into the cabinet"}
 TASKS = sorted(WORDS)
 NEXT_TASK = dict(zip(TASKS, TASKS[1:] + TASKS[:1], strict=True))
-CASES = {  # what is changed, and how
+CASES = {  # the change of each case
     "nothing": {}, "image upside down": {"see": lambda image: image[::-1]},
     "red and blue swapped": {"see": lambda image: image[..., ::-1]}, "image black": {"see": np.zeros_like},
     "instruction reworded": {"read": WORDS.get}, "another task's instruction": {"read": NEXT_TASK.get},
@@ -36,7 +37,7 @@ CASES = {  # what is changed, and how
 
 
 def told_wrong(policy, see=np.asarray, read=str, stats=None, sign=1):
-    """The same policy, whose images, words, statistics or commands go through something wrong."""
+    """The same policy with a change applied to its images, words, statistics, or commands."""
     from action_tokenizer import unnormalize
 
     wrong, stats = copy.copy(policy), stats or policy.dataset_statistics(None)["action"]
@@ -48,7 +49,8 @@ def told_wrong(policy, see=np.asarray, read=str, stats=None, sign=1):
 
 
 def success(checkpoint: str, wrong: dict, trials: int, out: Path) -> str:
-    """`trials` episodes of each of the demo's six tasks, filmed -> how many succeed, with 95 % interval."""
+    """Film `trials` episodes of each of the demo's six tasks -> number of successes, with the 95%
+    interval."""
     import rollout
 
     player, tasks = rollout.Player(checkpoint, None, None, "cpu"), rollout.task_names(["demo"])
@@ -62,7 +64,7 @@ def success(checkpoint: str, wrong: dict, trials: int, out: Path) -> str:
 
 
 def draw_ends(films: Path) -> None:
-    """One picture of how the first episodes ended, those of each mistake together."""
+    """One picture with the last image of each mistake's first episodes."""
     from PIL import Image, ImageDraw, ImageFont
 
     sheet = Image.new("RGB", (960, 380 * len(CASES) // 2), "white")
@@ -75,7 +77,7 @@ def draw_ends(films: Path) -> None:
 
 
 def main(checkpoint: str, count: int, trials: int) -> None:
-    """Print a row for each mistake."""
+    """Print one row per mistake."""
     import torch
 
     from act import load_vla
@@ -110,7 +112,7 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", default="runs/demo+n1+b32+x7")
-    parser.add_argument("--frames", type=int, default=478, help="how many, evenly spread; 478 are all")
+    parser.add_argument("--frames", type=int, default=478, help="number of frames, evenly spread; 478 are all")
     parser.add_argument("--success", type=int, default=0, metavar="N", help="episodes of each of six tasks")
     args = parser.parse_args()
     with exit_with_one_line():

@@ -1,10 +1,10 @@
-"""What the dimensions of a robot's actions are, told from their names and ranges, as a recipe.
+"""Infer the meaning of a robot's action dimensions from their names and ranges, as a recipe.
 
-A joint's angle and a pose are *targets*: past the end of an episode the last one is held, and a slower
-recording takes those at its times. A displacement is a *change*: zero past the end; over a longer
-step they add up. A *velocity* ends in zero, too, but over a longer step it is a mean. A gripper is a target,
-and *raw* (not normalised by quantiles, which may cut off how far it opens) where its range is one of the
-usual ones.
+A joint's angle or a pose is a *target*: the last one is held past the end of an episode, and a
+slower recording takes the targets at its frames' times. A displacement is a *change*: it is zero
+past the end, and changes add up over a longer step. A *velocity* is also zero past the end, but
+over a longer step it is a mean. A gripper is a target. It is *raw* (not normalized by quantiles,
+which could limit how far it opens) if its range is one of the usual ones.
 """
 
 import re
@@ -22,12 +22,12 @@ VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|\brate\b|\b[vw][xyz]\b", re.
 CHANGE = re.compile(r"delta|\bdpos\b|\brel(ative)?\b|\b(d|rel) ?(x|y|z|roll|pitch|yaw|r[xyz])\b",
                     re.IGNORECASE)
 TARGET = re.compile(r"pos\b|joint|shoulder|elbow|wrist|waist|forearm|motor|qpos", re.IGNORECASE)
-USUAL = (1, 100, 255)  # a gripper's value when open (or closed); LeRobot's own is 0..100
+USUAL = (1, 100, 255)  # an open (or closed) gripper's value; LeRobot's own is 0..100
 
 
 class Dimension(NamedTuple):
-    """One dimension of an action. kind: target, change or velocity; scale: what it is divided by to be raw, 0
-    where it is normalised."""
+    """One dimension of an action. kind: target, change, or velocity; scale: the divisor of a raw
+    dimension, 0 if it is normalized."""
 
     key: str
     column: int
@@ -39,23 +39,23 @@ class Dimension(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What a recipe says of it."""
+        """The recipe's words for it."""
         return (f" /{self.scale}" * (self.scale > 1) + " target" * (self.kind == "target")
                 + " raw" * (self.scale > 0))
 
 
 def describe(key: str, names: list[str] | None, actions: list[np.ndarray], states: list[np.ndarray] | None,
-             said: str | None) -> list[Dimension]:
-    """The dimensions of the feature `key`. actions, states: (T, k) of each episode; said: "target" or
-    "change" where the user knows better."""
+             override: str | None) -> list[Dimension]:
+    """The dimensions of the feature `key`. actions, states: (T, k) of each episode; override: "target"
+    or "change", the user's override."""
     every, dimensions = np.concatenate(actions), []
     looks = looks_like_targets(actions, states)
     for column, values in enumerate(every.T):
         name, number = names[column] if names else f"{key}[{column}]", len(np.unique(values))
-        grips = number == 2 or bool(GRIPPER.search(name))  # two values are open and closed, however named
+        grips = number == 2 or bool(GRIPPER.search(name))  # two values are open and closed, whatever the name
         kind = kind_by_name(name)
         if not grips and kind != "velocity":
-            kind = said or kind or ("target" if looks else "change")
+            kind = override or kind or ("target" if looks else "change")
         kind = kind or "target"
         scale = gripper_scale(values, number <= 4) if grips and kind == "target" else 0
         dimensions.append(Dimension(key, column, name, kind, scale, float(values.min()), float(values.max())))
@@ -63,7 +63,8 @@ def describe(key: str, names: list[str] | None, actions: list[np.ndarray], state
 
 
 def kind_by_name(name: str) -> str | None:
-    """What a dimension is by its name; None where that does not tell: "x" may be a place or a step."""
+    """The kind of a dimension by its name. None if the name is ambiguous: "x" may be a position or
+    a step."""
     spaced = name.replace("_", " ")  # so that words end there
     kinds = {"velocity": VELOCITY, "change": CHANGE, "target": TARGET}
     return next((kind for kind, pattern in kinds.items() if pattern.search(spaced)),
@@ -71,7 +72,7 @@ def kind_by_name(name: str) -> str | None:
 
 
 def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | None) -> bool:
-    """Do most dimensions of actions that move look like targets? By the test that --inspect warns by."""
+    """True if most moving dimensions look like targets, by the test of --inspect."""
     count = np.array([len(episode) for episode in actions])
     episodes = np.zeros(len(actions), EPISODE)
     episodes["first"], episodes["count"] = np.cumsum(count) - count, count
@@ -84,7 +85,7 @@ def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | Non
 
 
 def gripper_scale(values: np.ndarray, few: bool) -> int:
-    """What a gripper's values are divided by to be raw, in 0..1 or -1..1; 0: they are to be normalised."""
+    """The divisor that brings a gripper's values to 0..1 or -1..1; 0: normalize them instead."""
     low, high = float(values.min()), float(values.max())  # bool has no differences
     for scale in USUAL:
         within = -1e-3 * scale <= low or (few and -1.001 * scale <= low)
@@ -94,19 +95,20 @@ def gripper_scale(values: np.ndarray, few: bool) -> int:
 
 
 def as_recipe(dimensions: list[Dimension]) -> dict:
-    """The recipe's keys that say what an action is: neighbours of one kind are one field."""
+    """The recipe's keys for an action: neighboring dimensions of one kind form one field."""
     fields, widths = [], Counter(dimension.key for dimension in dimensions)
     for (key, words), group in groupby(dimensions, lambda d: (d.key, d.words)):
         columns = [dimension.column for dimension in group]
         first, stop = columns[0] or "", columns[-1] + 1 if columns[-1] + 1 < widths[key] else ""
         fields.append(f"{key}{f'[{first}:{stop}]' if first or stop else ''}{words}")
     marked = any(dimension.words for dimension in dimensions)
-    return {"action": ", ".join(fields)} | ({} if marked else {"absolute": 0})  # its default means a gripper
+    return {"action": ", ".join(fields)} | ({} if marked else {"absolute": 0})  # its default assumes a gripper
 
 
 def resample(values: np.ndarray, dimensions: list[Dimension], frames: np.ndarray) -> np.ndarray:
-    """An episode's actions (T, k) at some of its frames: targets at that time, sums of changes and means of
-    velocities until the next of them. Rotations are added like all else: right for small ones."""
+    """An episode's actions (T, k) at some of its frames: targets at these times, and sums of
+    changes and means of velocities until the next one. Rotations are added like the rest, which is
+    correct for small ones."""
     taken = values[frames]
     if len(frames) == len(values):
         return taken
@@ -120,8 +122,8 @@ def resample(values: np.ndarray, dimensions: list[Dimension], frames: np.ndarray
 
 
 def idle_frames(actions: list[np.ndarray], dimensions: list[Dimension]) -> int:
-    """How many frames command no motion: no target moves, no change or velocity is above a thousandth of its
-    range. Policies copy such pauses."""
+    """The number of frames that command no motion: no target moves, and no change or velocity is
+    above a thousandth of its range. Policies copy such pauses."""
     target = np.array([dimension.kind == "target" for dimension in dimensions])
     every = np.concatenate(actions)
     spread = np.quantile(every, 0.99, axis=0) - np.quantile(every, 0.01, axis=0)
@@ -129,6 +131,6 @@ def idle_frames(actions: list[np.ndarray], dimensions: list[Dimension]) -> int:
     for values in actions:
         motion = np.where(target, np.diff(values, axis=0, append=values[-1:]), values)[:, spread > 0]
         still = (np.abs(motion) < 1e-3 * spread[spread > 0]).all(1)
-        still[-1] &= not target.all()  # what a last target leads to is not recorded
+        still[-1] &= not target.all()  # the recording ends before the effect of a last target
         idle += int(still.sum())
     return idle

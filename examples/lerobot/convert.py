@@ -1,12 +1,13 @@
-"""Convert a LeRobot dataset, v2.1 or v3.0, to RLDS, to train on.
+"""Convert a LeRobot dataset, v2.1 or v3.0, to RLDS for training.
 
     python examples/lerobot/convert.py --source ~/lerobot/my_robot --out datasets --name my_robot --fps 10
 
-All numbers and all counts are checked first, and every video's packets read, so that what is broken is told
-before anything is written. Then each episode's pictures become JPEGs, on all cores, a file for each episode
-in OUT/.NAME.episodes: an interrupted command goes on where it stopped. In the end come the lines for the
-YAML, and what `data.py --inspect` warns of. Read convert; lerobot_format.py knows the files, actions.py what
-actions mean.
+First checks all numbers and counts, and reads every video's packets, so that damage is reported
+before anything is written. Then encodes each episode's images as JPEGs on all cores, one file per
+episode in OUT/.NAME.episodes: an interrupted command continues where it stopped. Finally prints the
+lines for the YAML and the warnings of `data.py --inspect`.
+
+Read convert. lerobot_format.py reads the files, and actions.py interprets actions.
 """
 
 import argparse
@@ -49,15 +50,15 @@ JPEG_QUALITY = 95
 
 
 def convert(source: Path, out: Path, name: str, image_size: int, fps: float | None, episodes: str | None,
-            said: str | None, workers: int) -> None:
-    """Do all of it, and print what was done."""
+            override: str | None, workers: int) -> None:
+    """Convert the dataset and print a report."""
     if (out / name / "1.0.0").exists():
         raise UserError(f"{out / name} exists: remove it, or choose another --name")
     dataset = open_set(source)
     chosen = choose(dataset, episodes)
     step = frame_step(dataset.fps, fps)
     read_numbers(dataset, chosen)
-    dimensions = describe_actions(dataset, chosen, said)
+    dimensions = describe_actions(dataset, chosen, override)
     with ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) as pool:
         check_videos(dataset, chosen, pool)
         print(f"source {source} version {dataset.version} fps {dataset.fps:g} episodes {len(chosen)} frames "
@@ -67,7 +68,7 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
         scratch = out / f".{name}.episodes"
         scratch.mkdir(parents=True, exist_ok=True)
         make = functools.partial(write_pictures, dataset=replace(dataset, episodes=[]), size=image_size,
-                                 step=step, scratch=scratch)  # episodes are many numbers to send
+                                 step=step, scratch=scratch)  # episodes hold many numbers: send them once
         splits = {split: Episodes(part, make, functools.partial(as_steps, dataset, dimensions, step), pool)
                   for split in ("train", "val")
                   if (part := [e for e in chosen if (e.index in dataset.held_out) == (split == "val")])}
@@ -80,11 +81,11 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
     report(dataset, chosen, dimensions, step, path, name)
 
 
-# ---- What is to be done ------------------------------------------------------------------------------------
+# ---- Options -----------------------------------------------------------------------------------
 
 
 def choose(dataset: LeRobotSet, wanted: str | None) -> list[Episode]:
-    """The episodes that --episodes means ("0-9,12"), all without it."""
+    """The episodes of --episodes ("0-9,12"); all of them without it."""
     if wanted is None:
         return dataset.episodes
     numbers: set[int] = set()
@@ -92,7 +93,7 @@ def choose(dataset: LeRobotSet, wanted: str | None) -> list[Episode]:
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
             raise UserError(f"--episodes {wanted}: {part.strip()!r} is no number or range; write 0-9,12")
-        asked = range(int(first), int(last or first) + 1)  # as long as a user may write it
+        asked = range(int(first), int(last or first) + 1)  # its length is up to the user
         numbers |= {*asked[: len(dataset.episodes) + 1]}
     there = {episode.index: episode for episode in dataset.episodes}
     if missing := sorted(numbers - there.keys()):
@@ -104,20 +105,21 @@ def choose(dataset: LeRobotSet, wanted: str | None) -> list[Episode]:
 
 
 def frame_step(recorded: float, fps: float | None) -> float:
-    """How many recorded frames a written one stands for."""
+    """The number of recorded frames per written frame."""
     if fps is not None and not 0 < fps <= recorded:
         raise UserError(f"--fps {fps:g}: the dataset has {recorded:g}: choose that or fewer")
     return recorded / (fps or recorded)
 
 
 def kept_frames(length: int, step: float) -> np.ndarray:
-    """Which of an episode's frames are written."""
+    """The frames of an episode to write."""
     frames = np.rint(np.arange(np.ceil(length / step)) * step).astype(np.int64)
     return frames[frames < length]
 
 
-def describe_actions(dataset: LeRobotSet, chosen: list[Episode], said: str | None) -> list[Dimension]:
-    """What each dimension of the action is: of the feature `action`, or of all that begin with it."""
+def describe_actions(dataset: LeRobotSet, chosen: list[Episode], override: str | None) -> list[Dimension]:
+    """The kind of each action dimension, from the feature `action` or from all features that begin
+    with it."""
     keys = [key for key in dataset.names if key.startswith("action")]
     keys = ["action"] if "action" in keys else keys
     if not keys or not dataset.cameras or not chosen:
@@ -128,11 +130,11 @@ def describe_actions(dataset: LeRobotSet, chosen: list[Episode], said: str | Non
     states = [episode.numbers[state] for episode in chosen] if state in dataset.names else None
     return [dimension for key in keys
             for dimension in describe(rlds_name(key), dataset.names[key],
-                                      [episode.numbers[key] for episode in chosen], states, said)]
+                                      [episode.numbers[key] for episode in chosen], states, override)]
 
 
 def check_videos(dataset: LeRobotSet, chosen: list[Episode], pool: ProcessPoolExecutor) -> None:
-    """Raise DataError where videos are missing or short, before anything is written."""
+    """Raise DataError if videos are missing or short, before anything is written."""
     files: dict[Path, list] = {}
     for episode in chosen:
         for path, start in episode.videos.values():
@@ -144,12 +146,12 @@ def check_videos(dataset: LeRobotSet, chosen: list[Episode], pool: ProcessPoolEx
         raise DataError(problems[0] + more)
 
 
-# ---- Pictures, on all cores --------------------------------------------------------------------------------
+# ---- Images, on all cores ----------------------------------------------------------------------
 
 
 def write_pictures(episode: Episode, dataset: LeRobotSet, size: int, step: float, scratch: Path) -> Path:
-    """Make the JPEGs of an episode, unless an earlier command made the same of the same files -> the file
-    that holds {camera: [JPEG, ...]}."""
+    """Encode the JPEGs of an episode, unless an earlier command did so from the same files -> the
+    file that holds {camera: [JPEG, ...]}."""
     files = [episode.data, *(video.path for video in episode.videos.values())]
     changed = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     path = scratch / hashlib.sha256(repr((changed, episode.index, size, step)).encode()).hexdigest()
@@ -164,7 +166,7 @@ def write_pictures(episode: Episode, dataset: LeRobotSet, size: int, step: float
 
 
 def as_jpeg(picture, size: int) -> bytes:
-    """A picture as it is stored; one that is a JPEG of the right size already stays what it is."""
+    """An image as JPEG. A JPEG of the right size is kept unchanged."""
     if isinstance(picture, bytes) and picture.startswith(b"\xff\xd8"):
         height, width, *_ = simplejpeg.decode_jpeg_header(picture)
         if (height, width) == (size, size) or not size:
@@ -174,8 +176,8 @@ def as_jpeg(picture, size: int) -> bytes:
 
 
 class Episodes:
-    """Episodes as write_rlds takes them, in order; its progress bar asks for their number. Pictures are made
-    by `pool`, at most a few episodes ahead of what is written."""
+    """Episodes for write_rlds, in order, with a length for its progress bar. `pool` encodes images
+    at most a few episodes ahead of the writer."""
 
     def __init__(self, episodes: list[Episode], make: Callable, as_steps: Callable,
                  pool: ProcessPoolExecutor):
@@ -192,7 +194,7 @@ class Episodes:
             yield self.as_steps(episode, msgpack.unpackb(jobs.pop(0).result().read_bytes()))
 
 
-# ---- An episode in RLDS ------------------------------------------------------------------------------------
+# ---- An episode in RLDS ------------------------------------------------------------------------
 
 
 def rlds_name(key: str) -> str:
@@ -203,7 +205,7 @@ def rlds_name(key: str) -> str:
 
 
 def features(dataset: LeRobotSet, chosen: list[Episode], size: int) -> dict:
-    """What an episode looks like to TFDS."""
+    """The layout of an episode, in TFDS' terms."""
     import tensorflow_datasets as tfds
 
     f, observation, beside = tfds.features, {}, {}
@@ -225,7 +227,7 @@ def features(dataset: LeRobotSet, chosen: list[Episode], size: int) -> dict:
 
 
 def at_frames(episode: Episode, key: str, dimensions: list[Dimension], step: float) -> np.ndarray:
-    """A feature of numbers, at the frames that are written."""
+    """A numeric feature at the written frames."""
     own = [dimension for dimension in dimensions if dimension.key == rlds_name(key)]
     frames = kept_frames(episode.length, step)
     values = episode.numbers[key]
@@ -235,7 +237,7 @@ def at_frames(episode: Episode, key: str, dimensions: list[Dimension], step: flo
 
 def as_steps(dataset: LeRobotSet, dimensions: list[Dimension], step: float, episode: Episode,
              pictures: dict[str, list[bytes]]) -> dict:
-    """An episode as write_rlds takes it."""
+    """An episode as write_rlds expects it."""
     columns = {key: at_frames(episode, key, dimensions, step) for key in dataset.names}
     tasks = episode.numbers["task_index"][kept_frames(episode.length, step)]
     steps = []
@@ -250,12 +252,12 @@ def as_steps(dataset: LeRobotSet, dimensions: list[Dimension], step: float, epis
     return {"steps": steps, "episode_metadata": {"episode_index": episode.index}}
 
 
-# ---- What was done -----------------------------------------------------------------------------------------
+# ---- Report ------------------------------------------------------------------------------------
 
 
 def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimension], step: float,
            path: Path, name: str) -> None:
-    """Print what the action is taken for, lines for the YAML, and the warnings of data.py --inspect."""
+    """Print the inferred actions, lines for the YAML, and the warnings of data.py --inspect."""
     keys = list(dict.fromkeys(dimension.key for dimension in dimensions))
     keys = [key for key in dataset.names if rlds_name(key) in keys and key.startswith("action")]
     actions = [np.concatenate([at_frames(e, key, dimensions, step) for key in keys], axis=1) for e in chosen]
@@ -273,8 +275,8 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
     for warning in [*table.warnings[subject.kind], *other_warnings(table), *table.warnings["chunks"]]:
         print(f"warning: {warning}")
     if dataset.fps / step > 20:
-        print(f"warning: {dataset.fps / step:g} frames a second: little moves from one to the next, and "
-              "single actions are learned badly: convert with --fps 10, or train with action_chunk: 8")
+        print(f"warning: {dataset.fps / step:g} frames a second: consecutive frames hardly differ, and "
+              "single actions are hard to learn: convert with --fps 10, or train with action_chunk: 8")
     more = {"data_root_dir": str(path.parents[1]), "data_mix": name, "cameras": [*recipe.camera_names],
             "use_proprio": recipe.state != "0"}
     print("to train on it, copy and correct:")
@@ -284,15 +286,15 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--source", type=Path, required=True, help="the folder that holds meta/info.json")
+    parser.add_argument("--source", type=Path, required=True, help="the folder with meta/info.json")
     parser.add_argument("--out", type=Path, default=Path("datasets"))
-    parser.add_argument("--name", required=True, help="what it is to be called")
+    parser.add_argument("--name", required=True, help="the new dataset's name")
     parser.add_argument("--image_size", type=int, default=256,
-                        help="side of the squares that pictures become; 0: as they are")
-    parser.add_argument("--fps", type=float, help="fewer frames a second than were recorded; 5 to 10 do well")
+                        help="side of the square images; 0: keep their size")
+    parser.add_argument("--fps", type=float, help="resample to fewer frames per second; 5 to 10 work well")
     parser.add_argument("--episodes", metavar="0-9,12", help="only these")
     parser.add_argument("--action", choices=("target", "change"),
-                        help="places to go to, or displacements, where what is printed of them is wrong")
+                        help="override the detected kind: positions to reach, or displacements")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     with exit_with_one_line():

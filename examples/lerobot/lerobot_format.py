@@ -1,15 +1,17 @@
-"""LeRobot's formats, v2.1 and v3.0, read with pyarrow and av.
+"""Read LeRobot's formats, v2.1 and v3.0, with pyarrow and av.
 
-    meta/info.json       fps, features, counts, and where the files are
+    meta/info.json       fps, features, counts, and the files' paths
     meta/tasks.*         the text of each task_index
-    meta/episodes*       how long each episode is; in v3.0, in which files, and where in them
-    data/...parquet      a row for each frame: its numbers, and pictures of `image` features
-    videos/...mp4        pictures of `video` features
+    meta/episodes*       each episode's length; in v3.0, its files and its place in them
+    data/...parquet      one row per frame: its numbers, and the images of `image` features
+    videos/...mp4        the images of `video` features
 
-v2.1 has a parquet and an mp4 for each episode, v3.0 files of many episodes. Every count is checked, episode
-by episode, because a missing file or a cut-off video looks like a smaller dataset to who only reads what is
-there.
-Read open_set (what there is) -> read_numbers -> check_video -> read_pictures (one episode, one camera).
+v2.1 has one parquet and one mp4 file per episode, v3.0 has files of many episodes. Every count is
+checked, episode by episode, because with a missing file or a truncated video a dataset just looks
+smaller.
+
+Read open_set (the metadata) -> read_numbers -> check_video -> read_pictures (one episode, one
+camera).
 """
 
 import json
@@ -34,7 +36,7 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index
 
 
 class Video(NamedTuple):
-    """Where an episode's pictures of a camera are: a file, and the second at which they begin."""
+    """The place of an episode's images of a camera: a file, and the second at which they begin."""
 
     path: Path
     start: float
@@ -42,7 +44,7 @@ class Video(NamedTuple):
 
 @dataclass
 class Episode:
-    """One episode: how many frames it should have, and where they are. numbers: filled by read_numbers,
+    """One episode: its declared number of frames, and its files. numbers: filled by read_numbers,
     {feature: (length, k)} and "task_index" (length,)."""
 
     index: int
@@ -54,8 +56,9 @@ class Episode:
 
 @dataclass
 class LeRobotSet:
-    """A dataset. cameras: {feature: "video" or "image"}; names: of the dimensions of features, where known;
-    held_out: numbers of episodes that are not in its split "train"; notes: what a reader should know."""
+    """A dataset. cameras: {feature: "video" or "image"}; names: of features' dimensions, if known;
+    held_out: numbers of the episodes that are not in its split "train"; notes: remarks for the
+    reader."""
 
     source: Path
     version: str
@@ -68,16 +71,16 @@ class LeRobotSet:
     notes: list[str]
 
 
-# ---- What there is -----------------------------------------------------------------------------------------
+# ---- Metadata ----------------------------------------------------------------------------------
 
 
 def open_set(source: Path) -> LeRobotSet:
-    """Read a dataset's metadata. Raises DataError where they are missing, or contradict each other."""
+    """Read a dataset's metadata. Raises DataError if they are missing or contradictory."""
     info = read_info(source / "meta/info.json")
     try:
         cameras, names, notes = read_features(info["features"])
         tasks = read_tasks(source / "meta", notes)
-        # its paths tell which format it is; versions are of third parties' own making, too
+        # the paths reveal the format; third parties invent version numbers
         read = episodes_of_v3 if "{file_index" in info["data_path"] else episodes_of_v2
         videos = [key for key, kind in cameras.items() if kind == "video"]
         episodes = sorted(read(source, info, videos), key=lambda episode: episode.index)
@@ -95,7 +98,7 @@ def open_set(source: Path) -> LeRobotSet:
 def read_info(path: Path) -> dict:
     """meta/info.json."""
     if not path.exists():
-        raise DataError(f"{path}: missing: --source must be the folder of a LeRobot dataset, which has it")
+        raise DataError(f"{path}: missing: --source must be the folder of a LeRobot dataset, which contains it")
     try:
         info = json.loads(path.read_text())
         missing = {"codebase_version", "fps", "features", "data_path"} - info.keys()
@@ -112,7 +115,7 @@ def read_info(path: Path) -> dict:
 
 
 def read_features(features: dict) -> tuple[dict, dict, list[str]]:
-    """-> cameras {feature: kind}, {feature of numbers: names of its dimensions, or None}, notes."""
+    """-> cameras {feature: kind}, {numeric feature: names of its dimensions, or None}, notes."""
     cameras, names, notes = {}, {}, []
     for key, feature in features.items():
         kind, shape = feature["dtype"], feature.get("shape") or ()
@@ -124,18 +127,19 @@ def read_features(features: dict) -> tuple[dict, dict, list[str]]:
                 cameras[key] = kind
         elif key.startswith(("action", "observation.")) and key not in BOOKKEEPING:
             if len(shape) > 1 or kind == "string":
-                notes.append(f"{key} ({kind} of shape {[*shape]}) is no row of numbers: it is left out")
+                notes.append(f"{key} ({kind} of shape {[*shape]}) is not a row of numbers: it is left out")
                 continue
             names[key] = flat_names(feature.get("names"), int(shape[0]) if shape else 1)
             if names[key] is None:
-                said = json.dumps(feature.get("names"))[:40]
-                notes.append(f"{key}: names: {said} in meta/info.json does not name each of its dimensions: "
+                given = json.dumps(feature.get("names"))[:40]
+                notes.append(f"{key}: names: {given} in meta/info.json does not name each of its dimensions: "
                              "ranges alone tell what they are")
     return cameras, names, notes
 
 
 def flat_names(names, width: int) -> list[str] | None:
-    """A feature's names may be a list, a dict of lists ({"motors": [...]}), a dict {name: place}, or null."""
+    """A feature's names: a list, a dict of lists ({"motors": [...]}), a dict {name: place}, or
+    null."""
     if isinstance(names, dict):
         lists = [part for part in names.values() if isinstance(part, list)]
         names = [name for part in lists for name in part] if lists else list(names)
@@ -169,7 +173,7 @@ def read_tasks(meta: Path, notes: list[str]) -> dict[int, str]:
 
 
 def episodes_of_v2(source: Path, info: dict, videos: list[str]) -> Iterator[Episode]:
-    """v2.x: meta/episodes.jsonl, and a file for each episode."""
+    """v2.x: meta/episodes.jsonl, and one file per episode."""
     for row in read_lines(source / "meta/episodes.jsonl"):
         where = {"episode_index": row["episode_index"],
                  "episode_chunk": row["episode_index"] // info.get("chunks_size", 1000)}
@@ -178,7 +182,8 @@ def episodes_of_v2(source: Path, info: dict, videos: list[str]) -> Iterator[Epis
 
 
 def episodes_of_v3(source: Path, info: dict, videos: list[str]) -> Iterator[Episode]:
-    """v3.x: meta/episodes/*/*.parquet. Numbers, and each camera, are divided into files in their own way."""
+    """v3.x: meta/episodes/*/*.parquet. Numbers and each camera are divided into files
+    separately."""
     paths = sorted((source / "meta/episodes").glob("*/*.parquet"))
     if not paths:
         raise DataError(f"{source / 'meta/episodes'}: no parquet files there (incomplete download?)")
@@ -196,7 +201,7 @@ def episodes_of_v3(source: Path, info: dict, videos: list[str]) -> Iterator[Epis
 
 
 def check_counts(source: Path, info: dict, episodes: list[Episode]) -> None:
-    """Do the episodes that are listed add up to what info.json says?"""
+    """Check that the listed episodes add up to the counts in info.json."""
     listed = [episode.index for episode in episodes]
     if lost := sorted(set(range(max([*listed, -1]) + 1)) - set(listed)):
         raise DataError(f"{source}/meta: episode {lost[0]} is not listed, and {len(lost) - 1} others "
@@ -212,7 +217,7 @@ def check_counts(source: Path, info: dict, episodes: list[Episode]) -> None:
 
 
 def train_split(splits: dict | None, count: int) -> set[int]:
-    """The episodes of the split "train" (such as "0:50"); all of them where none is told."""
+    """The episodes of the split "train" (such as "0:50"); all of them if it is not declared."""
     match = re.fullmatch(r"(\d+):(\d+)", str((splits or {}).get("train", "")))
     return set(range(int(match[1]), int(match[2]))) if match and len(splits) > 1 else set(range(count))
 
@@ -241,20 +246,20 @@ def read_parquet(path: Path, columns: list[str] | None = None, **how) -> pa.Tabl
 
 
 def what_it_is(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, in one line."""
+    """The reason a file cannot be read, in one line."""
     with open(path, "rb") as file:
         pointer = file.read(12) == b"version http"
     return ("a Git LFS pointer, not the data: run `git lfs pull` in its repository" if pointer
             else " ".join(str(error).split()))
 
 
-# ---- Numbers -----------------------------------------------------------------------------------------------
+# ---- Numbers -----------------------------------------------------------------------------------
 
 
 def read_numbers(dataset: LeRobotSet, episodes: Sequence[Episode]) -> None:
-    """Read the numbers of the episodes into them. Raises DataError where frames are missing, or too many."""
+    """Read the episodes' numbers into them. Raises DataError if frames are missing or extra."""
     opened, rows = None, {}
-    for episode in episodes:  # of v3.0, those in one file follow each other
+    for episode in episodes:  # in v3.0, episodes of one file are consecutive
         if episode.data != opened:
             table = read_parquet(episode.data, [*BOOKKEEPING[:3], "task_index", *dataset.names])
             order, opened = table["episode_index"].to_numpy(), episode.data
@@ -265,7 +270,7 @@ def read_numbers(dataset: LeRobotSet, episodes: Sequence[Episode]) -> None:
         part = table.take(rows)
         part = part.take(np.argsort(part["frame_index"].to_numpy(), kind="stable"))
         episode.numbers = {key: as_rows(part[key], key, episode) for key in dataset.names}
-        for key, names in dataset.names.items():  # nothing after this looks at widths
+        for key, names in dataset.names.items():  # later code does not check widths
             width, wanted = episode.numbers[key].shape[1], len(names or episodes[0].numbers[key][0])
             if width != wanted:
                 others = "meta/info.json names" if names else "others have"
@@ -292,12 +297,12 @@ def as_rows(column: pa.ChunkedArray, key: str, episode: Episode) -> np.ndarray:
 
 
 def check_frames(dataset: LeRobotSet, episode: Episode, frames: np.ndarray, seconds: np.ndarray) -> None:
-    """Are an episode's frames numbered from 0, at the dataset's rate, and of known tasks?"""
+    """Check that an episode's frames count from 0, at the dataset's rate, with known tasks."""
     if (frames != np.arange(len(frames))).any():
         raise DataError(f"{episode.data}: the frame_index of episode {episode.index} does not count from 0 "
                         f"to {len(frames) - 1}: {LEAVE_OUT}")
-    # float32, so only near frame_index / fps
-    if (late := ~(np.abs(seconds.reshape(-1) * dataset.fps - frames) <= 0.5)).any():  # NaN is, too
+    # float32, so only close to frame_index / fps
+    if (late := ~(np.abs(seconds.reshape(-1) * dataset.fps - frames) <= 0.5)).any():  # also true for NaN
         frame = int(np.argmax(late))
         raise DataError(f"{episode.data}: frame {frame} of episode {episode.index} has the timestamp "
                         f"{float(seconds[frame]):.4g} s, but at {dataset.fps:g} fps it is due at "
@@ -307,12 +312,13 @@ def check_frames(dataset: LeRobotSet, episode: Episode, frames: np.ndarray, seco
                         f"in meta/tasks; there are {sorted(dataset.tasks)[:10]}")
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------
+# ---- Images ------------------------------------------------------------------------------------
 
 
 def check_video(path: Path, episodes: Iterable[tuple[int, float, int]], fps: float) -> str | None:
-    """Read a video's packets, without decoding them -> what is wrong with it. episodes: (number, start in
-    seconds, frames) of those that should be in it. A header may promise frames that are not there."""
+    """Read a video's packets without decoding them -> its fault, or None. episodes: (number, start
+    in seconds, frames) of those that it should contain. A header can declare frames that do not
+    exist."""
     if not path.exists():
         return f"{path}: missing, but the metadata list it (incomplete download?)"
     times, cut = [], False
@@ -339,7 +345,8 @@ def check_video(path: Path, episodes: Iterable[tuple[int, float, int]], fps: flo
 
 def read_pictures(dataset: LeRobotSet, episode: Episode, camera: str, frames: np.ndarray
                   ) -> Iterator[av.VideoFrame | bytes]:
-    """Yield the pictures of some frames (ascending numbers): decoded from a video, or an image's bytes."""
+    """Yield the images of some frames (ascending numbers): decoded from a video, or an image's
+    bytes."""
     if dataset.cameras[camera] == "video":
         yield from video_frames(*episode.videos[camera], dataset.fps, frames, episode.index)
         return
@@ -355,14 +362,14 @@ def read_pictures(dataset: LeRobotSet, episode: Episode, camera: str, frames: np
 
 def video_frames(path: Path, start: float, fps: float, frames: np.ndarray, episode: int
                  ) -> Iterator[av.VideoFrame]:
-    """Yield those of a video's frames that lie at frames / fps seconds after `start`, decoded in order."""
+    """Yield the frames of a video at frames / fps seconds after `start`, decoded in order."""
     wanted, place = frames.tolist(), 0
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # each core has an episode of its own
+            stream.codec_context.thread_count = 1  # each core has its own episode
             first, seconds = stream.start_time or 0, float(stream.time_base)
-            if start > 0:  # to the key frame an episode begins with: not to one before, so half a frame later
+            if start > 0:  # seek the key frame that begins an episode, not the one before: half a frame later
                 container.seek(first + int((start + 0.5 / fps) / seconds), stream=stream)
             for frame in container.decode(stream):
                 number = round(((frame.pts - first) * seconds - start) * fps)
@@ -374,14 +381,15 @@ def video_frames(path: Path, start: float, fps: float, frames: np.ndarray, episo
                     if place == len(wanted):
                         return
     except av.FFmpegError:
-        pass  # told in the same words as a frame that is passed over
+        pass  # raises the same error as a skipped frame, below
     raise DataError(f"{path}: frame {wanted[place]} of episode {episode} cannot be decoded: {LEAVE_OUT}")
 
 
 def as_array(picture: av.VideoFrame | bytes, size: int) -> np.ndarray:
-    """A picture -> (size, size, 3) uint8, resized by Lanczos whatever its aspect ratio; size 0: as it is."""
+    """An image -> (size, size, 3) uint8, resized with Lanczos, ignoring the aspect ratio; size 0:
+    keep its size."""
     if isinstance(picture, bytes):
-        image = Image.fromarray(decode_native(picture))  # of 16 bits the upper 8, as everywhere here
+        image = Image.fromarray(decode_native(picture))  # of 16 bits, the upper 8, as elsewhere in this project
         return np.array(image.resize((size, size), Image.Resampling.LANCZOS) if size else image)
     sides = {"width": size, "height": size, "interpolation": "LANCZOS"} if size else {}
     return picture.to_ndarray(format="rgb24", **sides)

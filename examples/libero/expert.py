@@ -1,12 +1,12 @@
-"""A scripted expert for LIBERO: picks a thing up and puts it into the basket, or onto the plate.
+"""A scripted expert for LIBERO: picks an object up and puts it into the basket or onto the plate.
 
-    python examples/libero/expert.py --trials 50       how often it succeeds from LIBERO's own start states
+    python examples/libero/expert.py --trials 50       its success rates from LIBERO's own start states
 
-It knows what no policy may know, where everything is, and answers as a policy does: with changes of the
-hand's position, and with the gripper. It looks only at where things are now, and remembers nothing but the
-shape of what it picks up; so it also knows what to do next when it was pushed aside. Read act.
+It knows all object positions, which a policy does not, and answers like a policy: with changes of
+the hand's position and a gripper command. It only uses current positions, and remembers only the
+shape of the object, so it also recovers from disturbances. Read act.
 
-LIBERO's demonstrations were recorded by people. These are not LIBERO's demonstrations.
+People recorded LIBERO's demonstrations. These are not LIBERO's demonstrations.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each simulator; there are as many of them as cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
 import mujoco
@@ -26,36 +26,36 @@ from simulator import Simulator, instructions
 
 from examples import closed_loop
 
-STRIDE = 0.05  # m: an action of 1 asks the controller for this
-GAIN = 1.8  # so many times the distance is asked for, because the hand lags behind
-CLEAR = 0.02  # m, above what it passes over
-WIDEST = 0.072  # m: what fits between the fingers
-TASKS = {"libero_object": range(10), "libero_spatial": (0, 1, 2, 3, 7, 8)}  # that it does, see README.md
+STRIDE = 0.05  # m: the controller's displacement for an action of 1
+GAIN = 1.8  # multiplies the commanded distance, because the hand lags behind
+CLEAR = 0.02  # m, above objects that it passes over
+WIDEST = 0.072  # m: the widest object that fits between the fingers
+TASKS = {"libero_object": range(10), "libero_spatial": (0, 1, 2, 3, 7, 8)}  # its tasks, see README.md
 
 
 class Expert:
-    """For one episode of one task, from its beginning (after settling)."""
+    """The expert for one episode of one task, from its beginning (after settling)."""
 
     def __init__(self, simulator: Simulator):
         self.env = simulator.env.env
-        ((_, self.thing, place),) = self.env.parsed_problem["goal_state"]  # one thing, in or on one place
+        ((_, self.thing, place),) = self.env.parsed_problem["goal_state"]  # one object, in or on one place
         self.place = place.removesuffix("_contain_region")
         extents = {name: self.extent(name) for name in self.env.objects_dict}
         (low, high), where = extents[self.thing], self.position(self.thing)
         others = [extent for name, extent in extents.items() if name != self.thing]
         x, y = (low[:2] + high[:2]) / 2
-        depth = min(0.03, 0.6 * (high[2] - low[2]))  # the fingers reach so far below its top
-        if high[1] - low[1] > WIDEST:  # by its rim, one finger inside; its wall leans outwards
+        depth = min(0.03, 0.6 * (high[2] - low[2]))  # the fingers reach this far below its top
+        if high[1] - low[1] > WIDEST:  # grasp its rim, one finger inside; its wall leans outward
             depth = 0.024
             y = max((low[1] + 0.011, high[1] - 0.011), key=lambda y: room(x, y, others))
-        self.depth, self.grip = depth, np.array([x, y, high[2] - depth]) - where  # from its origin
+        self.depth, self.grip = depth, np.array([x, y, high[2] - depth]) - where  # relative to its origin
         way = np.linspace(where, self.position(self.place), 20)
         met = [high[2] for low, high in extents.values()
                if min(room(*point[:2], [(low, high)]) for point in way) < 0.1]
-        self.height = max(met) + CLEAR - (low[2] - where[2])  # of its origin, to pass over what it meets
+        self.height = max(met) + CLEAR - (low[2] - where[2])  # height of its origin that clears the objects on the way
 
     def act(self) -> np.ndarray:
-        """The next action (7,), each in -1..1; of the gripper, 1 closes and -1 opens."""
+        """The next action (7,), each in -1..1; for the gripper, 1 closes and -1 opens."""
         hand = self.env.sim.data.site_xpos[self.env.robots[0].eef_site_id]
         thing = self.position(self.thing)
         if self.env._check_success():
@@ -63,39 +63,39 @@ class Expert:
         if not self.holds():
             to_go = thing + self.grip - hand
             there = np.linalg.norm(to_go) < 0.01
-            around = to_go[2] > -self.depth  # the thing is between the fingers
+            around = to_go[2] > -self.depth  # the object is between the fingers
             if np.linalg.norm(to_go[:2]) > (0.015 if around else 0.006):
                 to_go[2] += self.depth + CLEAR  # first above it
             return self.move(to_go, close=there)
         to_go = self.position(self.place) - thing
         up = self.height - thing[2]
         if np.linalg.norm(to_go[:2]) < (0.015 if up < CLEAR else 0.025):
-            to_go[2] = -CLEAR  # down, until it touches or LIBERO is content
+            to_go[2] = -CLEAR  # down, until it touches or LIBERO reports success
         else:
             to_go = np.array([*(to_go[:2] if up < CLEAR else (0, 0)), up])  # first up
         return self.move(to_go, close=True)
 
     @staticmethod
     def move(to_go: np.ndarray, close: bool) -> np.ndarray:
-        """Go so far, (3,) m, without turning the hand."""
+        """Move by (3,) m, without turning the hand."""
         ask = GAIN * to_go / STRIDE
-        ask /= max(1, np.abs(ask).max())  # straight there
+        ask /= max(1, np.abs(ask).max())  # in a straight line
         return np.array([*ask, 0, 0, 0, 1 if close else -1], np.float32)
 
-    # ---- What it knows -------------------------------------------------------------------------------------
+    # ---- Its knowledge -------------------------------------------------------------------------
 
     def position(self, name: str) -> np.ndarray:
-        """Where an object's origin is, (3,) m."""
+        """The position of an object's origin, (3,) m."""
         return self.env.sim.data.body_xpos[self.env.obj_body_id[name]].copy()
 
     def holds(self) -> bool:
-        """Do both fingers touch the thing?"""
+        """True if both fingers touch the object."""
         parts = self.env.robots[0].gripper.important_geoms
         fingers = [parts["left_finger"], parts["right_finger"]]
         return self.env._check_grasp(fingers, self.env.get_object(self.thing))
 
     def extent(self, name: str) -> np.ndarray:
-        """From where to where an object reaches, (2, 3) m: of the shapes that collide, now."""
+        """An object's current bounding box, (2, 3) m, from its collision shapes."""
         model, data = self.env.sim.model._model, self.env.sim.data._data
         corners, root = [], self.env.obj_body_id[name]
         for geom in range(model.ngeom):
@@ -109,7 +109,7 @@ class Expert:
 
 
 def room(x: float, y: float, extents) -> float:
-    """How far the nearest of some objects is from a place on the table, m."""
+    """The distance of the nearest of some objects from a place on the table, m."""
     return min(np.linalg.norm(np.clip((x, y), low[:2], high[:2]) - (x, y)) for low, high in extents)
 
 
@@ -119,17 +119,17 @@ def corners_of(model, geom: int) -> np.ndarray:
         mesh = model.geom_dataid[geom]
         return model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
     signs = np.stack(np.meshgrid(*[[-1, 1]] * 3), -1).reshape(8, 3)
-    if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CYLINDER:  # its size is radius, half its height
+    if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CYLINDER:  # its size is radius, half height
         return signs * model.geom_size[geom][[0, 0, 1]]
     return signs * model.geom_size[geom]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How often it succeeds
+# Success rates
 
 
 def succeeds(suite: str, task: int, trials: list[int]) -> list[int | None]:
-    """Play a task from some of LIBERO's start states -> steps until success, None where there was none."""
+    """Play a task from some of LIBERO's start states -> steps until success, or None."""
     simulator, steps = Simulator(suite, task, 0, draws=False), []
     for trial in trials:
         simulator.begin(trial, seed=0)

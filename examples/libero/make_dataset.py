@@ -2,13 +2,13 @@
 
     python examples/libero/make_dataset.py --episodes 50 --val_episodes 2 --name libero_scripted
 
-These are not LIBERO's demonstrations, which people recorded: whoever learns from them and is compared with
-those who learned from LIBERO's must say so. What they have in common: the pictures (256 pixels, turned,
-JPEG), the state, the actions, the instructions, and the names of all of these. Objects are drawn anew from
-the ranges of LIBERO's task, so that no start state is one of the 50 on which policies are evaluated.
+These are not LIBERO's demonstrations, which people recorded. Mention this if you compare a policy
+trained on them with policies trained on LIBERO's. They share the images (256 pixels, rotated,
+JPEG), the state, the actions, the instructions, and all names. Objects are drawn from the ranges of
+LIBERO's task, so no start state is one of the 50 used for evaluation.
 
-Every episode is first a file of its own in OUT/.NAME.episodes; an interrupted command goes on where it
-stopped. Read record, then record_all in examples/recording.py.
+Every episode is first its own file in OUT/.NAME.episodes, and an interrupted command continues
+where it stopped. Read record, then record_all in examples/recording.py.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each simulator; there are as many of them as cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
 import numpy as np
@@ -32,8 +32,8 @@ from machinery.config import UserError, exit_with_one_line
 from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 1_000, "val": 100_000}
-JOINT_NOISE = 0.02  # rad: where the arm begins, as in LIBERO's own start states
-making: list[Simulator] = []  # this process's, of the task that it recorded last
+JOINT_NOISE = 0.02  # rad: the arm's start, as in LIBERO's own start states
+making: list[Simulator] = []  # this process's simulator of the last recorded task
 
 
 def simulator_of(task: str) -> Simulator:
@@ -47,12 +47,12 @@ def simulator_of(task: str) -> Simulator:
 
 
 def record(task: str, seed: int, recording: dict) -> dict | None:
-    """One expert episode as RLDS steps; None when the expert failed.
+    """One expert episode as RLDS steps, or None if the expert failed.
 
-    What is executed may be perturbed by noise, so that demonstrations also show recoveries; what is recorded
-    is not.
+    Noise can perturb the executed actions, so that demonstrations also show recoveries. The
+    recorded actions have no noise.
     """
-    simulator, rng = simulator_of(task), np.random.default_rng([seed, 1])  # not the positions' generator
+    simulator, rng = simulator_of(task), np.random.default_rng([seed, 1])  # not the generator of positions
     simulator.begin_anew(seed)
     settle(simulator, Protocol())
     expert, steps, after = Expert(simulator), [], 0
@@ -76,13 +76,13 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
 
 
 def turned(picture: np.ndarray) -> bytes:
-    """A picture as it was drawn -> as it stands in LIBERO's RLDS: the right way up, as a JPEG file."""
+    """A rendered image -> as in LIBERO's RLDS: upright, as a JPEG file."""
     return jpeg(picture[::-1, ::-1], Protocol().jpeg_quality)
 
 
 def features() -> dict:
-    """What an episode looks like to TFDS."""
-    import tensorflow_datasets as tfds  # here: the workers do not need it
+    """The layout of an episode, in TFDS' terms."""
+    import tensorflow_datasets as tfds  # imported here: the workers do not need it
 
     f, size = tfds.features, Protocol().image_size
     picture = f.Image(shape=(size, size, 3), encoding_format="jpeg")
@@ -101,12 +101,12 @@ def features() -> dict:
 
 
 def task_names(names: list[str]) -> list[str]:
-    """Names of tasks, and of suites (those of their tasks that the expert does) -> names of tasks."""
+    """Names of tasks, and of suites (their tasks that the expert can do) -> names of tasks."""
     known = {suite: [f"{suite}-{number}" for number in numbers] for suite, numbers in TASKS.items()}
     single = {task: [task] for tasks in known.values() for task in tasks}
     for name in names:
         if name not in known | single:
-            raise UserError(f"no task {name!r} that the expert does: choose {', '.join(known)} or of "
+            raise UserError(f"no task {name!r} that the expert can do: choose {', '.join(known)} or of "
                             f"{', '.join(single)}")
     return list(dict.fromkeys(task for name in names for task in (known | single)[name]))
 

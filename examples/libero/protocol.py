@@ -1,9 +1,10 @@
-"""How OpenVLA is evaluated on LIBERO, point by point, as functions of arrays: nothing here needs LIBERO.
+"""OpenVLA's evaluation on LIBERO, point by point, as functions of arrays. This file does not need
+LIBERO.
 
-OpenVLA publishes 76.5 % over the four suites. Others got 71.0 % without four of the points below (the crop,
-Lanczos, JPEG, the seed), and 76.2 % with them. Each is a field of `Protocol` and an option of rollout.py.
-Read see, what becomes of a picture before the model gets it, and command, what becomes of the model's action
-before the robot does.
+OpenVLA publishes 76.5% over the four suites. Others got 71.0% without four of the points below (the
+crop, Lanczos, JPEG, the seed), and 76.2% with them. Each is a field of `Protocol` and an option of
+rollout.py. Read see, which prepares an image for the model, and command, which converts the model's
+action for the robot.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from PIL import Image
 
 from machinery.images import center_crop, decode_native, resize_image
 
-# steps until an episode has failed: the longest demonstrations, rounded up (OpenVLA's numbers)
+# steps until an episode counts as failed: the longest demonstrations, rounded up (OpenVLA's numbers)
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
              "libero_90": 400}
 CAMERAS = {"primary": "agentview", "wrist": "robot0_eye_in_hand"}  # the model's names: the simulator's
@@ -25,17 +26,17 @@ WAIT = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stay, with an open gripper
 class Protocol:
     """One way to evaluate. The defaults are OpenVLA's."""
 
-    image_size: int = 256  # pixels of the pictures that the simulator draws
-    turn: int = 180  # degrees: the simulator's are upside down, and OpenVLA's training data are mirrored
-    jpeg_quality: int = 95  # pictures go through JPEG once, as those of the training data; 0: they do not
-    centre_crop: bool = True  # the middle 90 % of the area: what training on random crops of that size needs
-    settling_steps: int = 10  # nothing is done in them: LIBERO lets objects drop onto the table
+    image_size: int = 256  # side of the simulator's images in pixels
+    turn: int = 180  # degrees: the simulator's images are upside down, and OpenVLA's training data are mirrored
+    jpeg_quality: int = 95  # compress images once with JPEG, as in the training data; 0: do not
+    centre_crop: bool = True  # the middle 90% of the area, required after training on random crops of that size
+    settling_steps: int = 10  # waiting steps: LIBERO lets objects drop onto the table
     max_steps: int | None = None  # after settling; default: the suite's (MAX_STEPS)
     opens_at: int = 1  # the model's gripper is 0..1, and this is open; LIBERO's is -1..1, and -1 is open
 
 
 def see(picture: np.ndarray, protocol: Protocol, size: int) -> np.ndarray:
-    """What the model is shown, (size, size, 3) uint8, of a picture as drawn, (S, S, 3) uint8."""
+    """The model's input, (size, size, 3) uint8, from a rendered image, (S, S, 3) uint8."""
     if protocol.turn == 180:
         picture = picture[::-1, ::-1]
     if protocol.jpeg_quality:
@@ -45,20 +46,20 @@ def see(picture: np.ndarray, protocol: Protocol, size: int) -> np.ndarray:
 
 
 def jpeg(picture: np.ndarray, quality: int) -> bytes:
-    """(H, W, 3) uint8 as a JPEG file, as TensorFlow's encode_jpeg makes it."""
+    """(H, W, 3) uint8 as a JPEG file, encoded as by TensorFlow's encode_jpeg."""
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(file, "jpeg", quality=quality, subsampling="4:2:0")
     return file.getvalue()
 
 
 def command(action: np.ndarray, protocol: Protocol) -> np.ndarray:
-    """What LIBERO is told, (7,), for what the model said: changes of position and rotation, and the gripper,
-    0..1. LIBERO's gripper is told to close (1) or to open (-1), nothing between."""
+    """LIBERO's command (7,) for the model's output: changes of position and rotation, and the
+    gripper, 0..1. LIBERO's gripper command is close (1) or open (-1), nothing between."""
     gripper = np.sign(2 * action[6] - 1)
     return np.append(action[:6], -gripper if protocol.opens_at == 1 else gripper)
 
 
 def settle(simulator, protocol: Protocol) -> None:
-    """Wait at the beginning of an episode; then `simulator.look` shows what there is."""
+    """Wait at the beginning of an episode; then `simulator.look` returns the scene."""
     for left in reversed(range(protocol.settling_steps)):
         simulator.step(WAIT, look=left == 0)

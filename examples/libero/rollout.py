@@ -1,16 +1,17 @@
-"""Let a trained policy act in LIBERO and count its successes, as OpenVLA counted its own.
+"""Let a trained policy act in LIBERO and count its successes by OpenVLA's rules.
 
     python examples/libero/rollout.py --checkpoint openvla/openvla-7b-finetuned-libero-spatial \
         --suite libero_spatial --trials 50
     python examples/libero/rollout.py --server http://127.0.0.1:8000 --suite libero_object
 
-Each process steps one simulator through one episode after another (play); the main process asks the policy
-for all that wait (run), or the server does. Each finished episode is a line of OUT/episodes.jsonl; an
-interrupted command goes on where it stopped. Then a table, a bar chart and a film are made.
+Each process steps one simulator through one episode after another (play). The main process queries
+the policy for all that wait (run), or the server does. Each finished episode is a line of
+OUT/episodes.jsonl, and an interrupted command continues where it stopped. At the end it draws a
+table, a bar chart, and a film.
 
-How pictures and actions are treated is in protocol.py; each point is an option, and is said in the output.
-On a CPU each episode's result depends on the checkpoint, the task, the start state and the seed alone,
-whatever else is played: the policy is asked for one picture at a time.
+protocol.py defines the treatment of images and actions. Each point is an option and appears in the
+output. On a CPU each episode's result depends only on the checkpoint, the task, the start state,
+and the seed, because the policy gets one image at a time.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each simulator; there are as many of them as cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
 import numpy as np
@@ -41,17 +42,21 @@ from machinery.config import UserError, exit_with_one_line
 from machinery.convention import STANDARD
 
 # ------------------------------------------------------------------------------------------------------------
-# The simulators
+# Simulators
 
 
 def play(connection: Connection, suite: str, protocol: Protocol, cameras: list[str], size: int,
          out: Path) -> None:
     """A process that plays one episode after another, of any task.
 
-    It receives (task, trial, seed); then it sends ("see", [views], state, instruction) and receives the next
-    actions (n, 7), until the episode is over: ("done", {task, seed, trial, success, steps}).
+    It receives (task, trial, seed). Then it sends ("see", [views], state, instruction) and receives
+    the next actions (n, 7) until the episode is over: ("done", {task, seed, trial, success,
+    steps}).
     """
-    from simulator import Simulator, instructions  # here: the main process needs no OpenGL
+    from simulator import (  # imported here: the main process does not need OpenGL
+        Simulator,
+        instructions,
+    )
 
     simulator = None
     while job := connection.recv():
@@ -83,7 +88,7 @@ def play(connection: Connection, suite: str, protocol: Protocol, cameras: list[s
 
 
 def film_path(out: Path, task: int, seed: int) -> Path:
-    """Where the film of a task's first trial is."""
+    """The path of the film of a task's first trial."""
     return out / f"film-{task}-{seed}.webp"
 
 
@@ -94,7 +99,8 @@ def run(player, suite: str, protocol: Protocol, jobs: list[tuple[int, int, int]]
     left = {task: deque(job for job in jobs if job[0] == task) for task, *_ in jobs}
 
     def begin(connection: Connection, task: int | None) -> None:
-        """The next episode, of the same task if there are any left: another scene takes seconds to make."""
+        """Start the next episode, of the same task if any are left: building another scene takes
+        seconds."""
         if not left.get(task):
             task = max(left, key=lambda task: len(left[task]), default=None)
         if task is None or not left[task]:
@@ -108,7 +114,7 @@ def run(player, suite: str, protocol: Protocol, jobs: list[tuple[int, int, int]]
         arguments = (end, suite, protocol, player.cameras, player.size, out)
         processes.append(context.Process(target=play, args=arguments, daemon=True))
         processes[-1].start()
-        end.close()  # so that a process that dies is noticed: as the end of its messages
+        end.close()  # so that a dead process shows up as the end of its messages
         begin(connection, None)
     with (open(out / "episodes.jsonl", "a") as log,
           tqdm(total=len(jobs), desc="roll out", unit="episode") as bar):
@@ -118,7 +124,7 @@ def run(player, suite: str, protocol: Protocol, jobs: list[tuple[int, int, int]]
                 try:
                     kind, *message = connection.recv()
                 except EOFError:
-                    raise RuntimeError("a simulator's process died; what it said stands above") from None
+                    raise RuntimeError("a simulator process died; its output is above") from None
                 if kind == "see":
                     asking.append(connection)
                     questions.append(message)
@@ -133,16 +139,15 @@ def run(player, suite: str, protocol: Protocol, jobs: list[tuple[int, int, int]]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Who is asked
+# Policies
 
 
 class Player:
-    """A policy in this process. Its cameras and `size`: what it wants to see."""
+    """A policy in this process. Its cameras and `size` define its inputs."""
 
     def __init__(self, checkpoint: str, device: str, unnorm_key: str | None, suite: str, execute: int | None,
                  in_8_bits: bool):
-        """execute: how many actions of a predicted chunk are carried out before the next look; default: all
-        """
+        """execute: actions of a predicted chunk to execute before the next look; default: all."""
         import torch
 
         from act import load_vla
@@ -157,9 +162,9 @@ class Player:
         self.cameras, self.size, self.execute = cfg.cameras, cfg.image_size, execute or cfg.action_chunk
         robot = self.policy.convention(self.key)
         self.opens_at = int(robot.action[-1] == STANDARD[-1])
-        # OpenVLA's own files do not say; all that it published for LIBERO was trained on random crops
+        # OpenVLA's own files do not record it; all it published for LIBERO was trained on random crops
         self.centre_crop = cfg.image_aug if "image_aug" in cfg.model_fields_set else True
-        self.policy.cfg = cfg.model_copy(update={"image_aug": False})  # `see` has done it
+        self.policy.cfg = cfg.model_copy(update={"image_aug": False})  # `see` has already cropped
 
     def act(self, questions: list[tuple]) -> list[np.ndarray]:
         """[views, state, instruction] of each -> its next actions (n, 7)."""
@@ -175,10 +180,10 @@ class Player:
 
 
 class Remote:
-    """A policy behind a server (serve_vla.py, or one that answers as it does), as a Player."""
+    """A policy behind a server (serve_vla.py, or one with the same replies), as a Player."""
 
     def __init__(self, url: str, unnorm_key: str | None, suite: str, execute: int | None, workers: int):
-        """execute: as Player's. workers: how many requests may be under way; the server answers together
+        """execute: as Player's. workers: the number of concurrent requests; the server batches
         those that wait."""
         self.url, self.threads = url.rstrip("/"), ThreadPoolExecutor(workers)
         self.health = self.get("/health", None)
@@ -186,10 +191,10 @@ class Remote:
         self.cameras, self.size = self.health["cameras"], 224
         self.execute = execute or self.health["action_shape"][0]
         self.opens_at = int(self.health["action"][self.key][-1] == STANDARD[-1])
-        self.centre_crop = False  # the server does what its model needs
+        self.centre_crop = False  # the server crops if its model needs it
 
     def get(self, path: str, request: dict | None):
-        """The reply to a request. Raises UserError with what the server has to say against it."""
+        """The reply to a request. Raises UserError with the server's error message."""
         post = urllib.request.Request(self.url + path, request and json.dumps(request).encode())
         try:
             with urllib.request.urlopen(post, timeout=600) as reply:
@@ -200,7 +205,7 @@ class Remote:
             raise UserError(f"{self.url}{path}: {error}: does serve_vla.py listen there?") from None
 
     def ask(self, views: list[np.ndarray], state: np.ndarray, instruction: str) -> np.ndarray:
-        """One question."""
+        """One request."""
         request = {"images": [png(view) for view in views], "instruction": instruction,
                    "unnorm_key": self.key}
         if self.health["proprio"]:
@@ -214,7 +219,7 @@ class Remote:
 
 
 def statistics_key(names: list[str], wanted: str | None, suite: str) -> str:
-    """In whose units to act: of the datasets that a model knows, the one asked for, or the suite's."""
+    """The dataset whose units to use: the requested one, or the suite's."""
     likely = [wanted] if wanted else [suite, f"{suite}_no_noops", *names[: len(names) == 1]]
     found = [name for name in likely if name in names]
     if not found:
@@ -224,8 +229,8 @@ def statistics_key(names: list[str], wanted: str | None, suite: str) -> str:
 
 
 def pad_state(state: np.ndarray, width: int) -> np.ndarray:
-    """(8,) as the simulator gives it -> as recorded (8 numbers), or in OpenVLA's standard form, where a zero
-    stands between the rotation and the fingers (9)."""
+    """(8,) as given by the simulator -> as recorded (8 numbers), or in OpenVLA's standard form,
+    with a zero between the rotation and the fingers (9)."""
     return np.insert(state, 6, 0) if width == 9 else state
 
 
@@ -241,7 +246,7 @@ def png(picture: np.ndarray) -> str:
 
 
 def summarize(episodes: list[dict]) -> dict:
-    """Episodes -> success of all, of each task, and of each seed where there are several."""
+    """Episodes -> success over all, per task, and per seed if there are several."""
     def of(key: str) -> dict:
         found = {value: [e["success"] for e in episodes if e[key] == value]
                  for value in sorted({e[key] for e in episodes})}
@@ -253,7 +258,7 @@ def summarize(episodes: list[dict]) -> dict:
 
 
 def table(summary: dict, texts: list[str]) -> str:
-    """The summary to read. texts: the tasks' instructions."""
+    """The summary as text. texts: the tasks' instructions."""
     rows = [closed_loop.row(f"task {task}", entry, 10) + f"  {texts[int(task)]}"
             for task, entry in summary["tasks"].items()]
     rows += [closed_loop.row(f"seed {seed}", entry, 10) for seed, entry in summary.get("seeds", {}).items()]
@@ -261,7 +266,7 @@ def table(summary: dict, texts: list[str]) -> str:
 
 
 def report(summary: dict, texts: list[str], episodes: list[dict], conditions: dict, out: Path) -> None:
-    """Write the summary, the chart and the film."""
+    """Write the summary, the chart, and the film."""
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
     bars = [(f"{task} {texts[int(task)]}", entry, "#8fb8de") for task, entry in summary["tasks"].items()]
     title = f"{conditions['suite']}: success {summary['success']['rate']:.1%}"
@@ -276,13 +281,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--checkpoint", help="a run, a checkpoint, OpenVLA's, or a hub id")
-    asked.add_argument("--server", help="the address of one that answers as serve_vla.py does")
+    asked.add_argument("--server", help="the address of a server that replies like serve_vla.py")
     parser.add_argument("--suite", required=True, choices=[*MAX_STEPS])
-    parser.add_argument("--tasks", type=int, nargs="+", help="by place in the suite, from 0; default: all")
+    parser.add_argument("--tasks", type=int, nargs="+", help="numbers in the suite, from 0; default: all")
     parser.add_argument("--trials", type=int, default=50, help="start states of each task; LIBERO has 50")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of where furniture stands")
-    parser.add_argument("--execute", type=int, help="actions carried out per predicted chunk; default: all")
-    parser.add_argument("--unnorm_key", help="in which dataset's units; default: the suite's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the furniture's positions")
+    parser.add_argument("--execute", type=int, help="actions executed per predicted chunk; default: all")
+    parser.add_argument("--unnorm_key", help="the dataset whose units to use; default: the suite's")
     parser.add_argument("--out", type=Path, help="default: a folder in the run, or in this one")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", help="cuda or cpu")
@@ -291,14 +296,14 @@ def parse_arguments() -> argparse.Namespace:
     default = Protocol()
     points.add_argument("--image_size", type=int, default=default.image_size, help="pixels, drawn")
     points.add_argument("--turn", type=int, choices=[0, 180], default=default.turn,
-                        help="degrees, of the pictures")
+                        help="rotation of the images in degrees")
     points.add_argument("--jpeg_quality", type=int, default=default.jpeg_quality, help="0: no JPEG")
     points.add_argument("--centre_crop", choices=["yes", "no"],
-                        help="default: yes for OpenVLA's checkpoints, as trained for ours; a server's matter")
+                        help="default: on for OpenVLA's checkpoints, as trained for ours, off for servers")
     points.add_argument("--settling_steps", type=int, default=default.settling_steps)
     points.add_argument("--max_steps", type=int, help="after settling; default: the suite's")
     points.add_argument("--opens_at", type=int, choices=[0, 1],
-                        help="the model's number for an open gripper; default: 1, unless its data say 0")
+                        help="the model's value of an open gripper; default: from its data, else 1")
     return parser.parse_args()
 
 
@@ -312,9 +317,9 @@ def main() -> None:
         conditions |= {"suite": args.suite, "execute": player.execute, "unnorm_key": player.key,
                        **dataclasses.asdict(protocol), "resize": f"lanczos {player.size}"}
         closed_loop.open_folder(out, conditions)
-    said = {**conditions, "seeds": ",".join(map(str, args.seeds)), "trials": args.trials}
-    print("protocol " + " ".join(f"{key} {value}" for key, value in said.items()), flush=True)
-    from simulator import instructions  # here: an error above needs no simulator
+    settings = {**conditions, "seeds": ",".join(map(str, args.seeds)), "trials": args.trials}
+    print("protocol " + " ".join(f"{key} {value}" for key, value in settings.items()), flush=True)
+    from simulator import instructions  # imported here: an error above does not need the simulator
 
     with exit_with_one_line():
         texts = instructions(args.suite)
@@ -332,7 +337,7 @@ def main() -> None:
 
 
 def open_player(args: argparse.Namespace) -> tuple[Player | Remote, dict, Path]:
-    """Who is asked -> (it, what to say of it, where results go)."""
+    """-> (the policy, its description, the folder of results)."""
     if args.server:
         player = Remote(args.server, args.unnorm_key, args.suite, args.execute, args.workers)
         known = {"server": args.server, "model": player.health["model"]}
@@ -351,7 +356,7 @@ def open_player(args: argparse.Namespace) -> tuple[Player | Remote, dict, Path]:
 
 
 def protocol_of(args: argparse.Namespace, player: Player | Remote) -> Protocol:
-    """The points of the protocol, with what only the model can tell."""
+    """The points of the protocol, completed from the model."""
     crop = player.centre_crop if args.centre_crop is None else args.centre_crop == "yes"
     opens_at = player.opens_at if args.opens_at is None else args.opens_at
     return Protocol(args.image_size, args.turn, args.jpeg_quality, crop, args.settling_steps,
@@ -359,7 +364,7 @@ def protocol_of(args: argparse.Namespace, player: Player | Remote) -> Protocol:
 
 
 def read_episodes(out: Path) -> dict[tuple[int, int, int], dict]:
-    """{(task, trial, seed): result} of OUT/episodes.jsonl, without a line that was cut off."""
+    """{(task, trial, seed): result} of OUT/episodes.jsonl, without a truncated line."""
     path = out / "episodes.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):

@@ -1,11 +1,12 @@
-"""Does LoRA learn as full fine-tuning does? On the CPU, with the demonstration's model and data.
+"""Compare LoRA with full fine-tuning, on the CPU, with the demo's model and data.
 
     python examples/lora/compare.py --out runs/lora                             # README.md has the table
 
-The demonstrations' six tasks are divided: the model of configs/demo.yaml learns four of them, and is then
-fine-tuned on the other two: in full, with adapters, and with adapters on 8-bit weights. Prints, on the two
-tasks, held-out accuracy of the action tokens and loss, before and after; the sizes of the checkpoints; and
-how many of 60 episodes succeed, where the simulator is installed (examples/metaworld/requirements.txt).
+Splits the demonstrations' six tasks. The model of configs/demo.yaml learns four of them, then is
+fine-tuned on the other two: in full, with adapters, and with adapters on 8-bit weights. Prints
+held-out action-token accuracy and loss on the two tasks, before and after; the checkpoints' sizes;
+and, if the simulator is installed (examples/metaworld/requirements.txt), the successes in 60
+episodes.
 """
 
 import argparse
@@ -25,9 +26,9 @@ from data import open_tables
 from machinery.config import load_config
 from machinery.rlds import write_rlds
 
-NEW = {  # the tasks that are learned second, and their names in the simulator
+NEW = {  # the tasks learned second, and their names in the simulator
     "Slide a plate into a cabinet": "plate-slide-v3", "Push and close a drawer": "drawer-close-v3"}
-WAYS = {  # what is fine-tuned: keys of the YAML. Adapters want larger steps
+WAYS = {  # the keys of the YAML for each way. Adapters need larger steps
     "nothing": {"learning_rate": 0.0, "max_steps": 1},
     "everything": {"learning_rate": 3e-4},
     "lora": {"lora_rank": 32, "learning_rate": 3e-3},
@@ -36,8 +37,8 @@ WAYS = {  # what is fine-tuned: keys of the YAML. Adapters want larger steps
 
 
 def divide(folder: Path) -> None:
-    """Write the demonstrations as two datasets, `four` and `two`; images stay as they are encoded."""
-    import tensorflow_datasets as tfds  # here: it takes a second
+    """Write the demonstrations as two datasets, `four` and `two`; images keep their encoding."""
+    import tensorflow_datasets as tfds  # imported here: it takes a second
 
     ((*_, table),) = open_tables(load_config(ROOT / "configs/demo.yaml"))
     f = tfds.features
@@ -61,7 +62,7 @@ def divide(folder: Path) -> None:
 
 
 def train(out: Path, name: str, data: str, **keys) -> dict:
-    """A run of configs/demo.yaml on one of the two datasets -> its last held-out numbers."""
+    """Train configs/demo.yaml on one of the two datasets -> its last held-out metrics."""
     config = {"inherits": str(ROOT / "configs/demo.yaml"), "data_root_dir": str(out / "data"),
               "data_mix": data, "datasets": {data: {"primary": "image"}}, "run_root_dir": str(out),
               "run_id": name, "eval_interval": 0, "save_interval": 100000, **keys}
@@ -74,7 +75,7 @@ def train(out: Path, name: str, data: str, **keys) -> dict:
 
 
 def successes(run: Path) -> list[str]:
-    """Let a run act, 30 episodes of each of the two tasks -> how many succeed."""
+    """Run a policy for 30 episodes of each of the two tasks -> number of successes."""
     if not importlib.util.find_spec("metaworld"):
         return ["no simulator"] * len(NEW)
     subprocess.run([sys.executable, ROOT / "examples/metaworld/rollout.py", "--checkpoint", run, "--tasks",

@@ -1,18 +1,22 @@
-"""What keeps a policy from 100 % before it has learned anything: the experts, hindered as a policy is.
+"""The limits of a policy apart from learning: the experts, with one of a policy's limitations at a
+time.
 
     python examples/metaworld/ceiling.py --tasks handle-pull-side-v3 door-open-v3 --seeds 20
 
-Successes, with rollout.py's seeds and way of counting; then steps, and % of frames with a clipped state:
+Successes, with rollout.py's seeds and rules; then steps, and the percentage of frames with a
+clipped state:
 
-    expert      the scripted expert as it is recorded, its actions clipped to [-1, 1]
-    replay      its actions of that episode again, open loop, after another reset; replay_path: each after the
-                way of a policy's actions: normalised, clipped, one of 256 bins, and back; path: closed loop
-    state_q99   the expert sees its hand where a policy does: clipped to the 1st and 99th percentile
-    noise1, noise2      Gaussian noise of 0.1 or 0.2 on what is executed (demonstrations have 0.2)
-    chunk8, chunk16     noise 0.1, a look every 8 or 16 steps: what the expert does in a copy, open loop
+    expert      the scripted expert as recorded, its actions clipped to [-1, 1]
+    replay      its actions of that episode again, open loop, after another reset
+    replay_path the same, each action after a policy's path: normalized, clipped, one of 256 bins, and back
+    path        that path in the closed loop
+    state_q99   the expert sees its hand as a policy does: clipped to the 1st and 99th percentile
+    noise1, noise2      Gaussian noise of 0.1 or 0.2 on executed actions (demonstrations have 0.2)
+    chunk8, chunk16     noise 0.1, a look every 8 or 16 steps: the expert's actions in a copy, open loop
     still8      a look every 8 steps, without velocities and the controller's target: nothing seems to move
-    off5, off10, off20  objects and goal seem off by 5, 10, 20 mm in each coordinate (standard deviation; one
-                error an episode); look10: off10, but drawn anew at each look, every 8 steps
+    off5, off10, off20  objects and goal seem off by 5, 10, 20 mm in each coordinate (standard deviation;
+                one error per episode)
+    look10      off10, but drawn anew at each look, every 8 steps
 """
 
 import argparse
@@ -43,14 +47,14 @@ HEAD = ["replay", "replay_path", *HINDRANCES, "steps", "outside"]
 
 
 class Scene(Simulator):
-    """A task without cameras, with its expert, that can be put back to where it was."""
+    """A task without cameras, with its expert, that can be reset to an earlier moment."""
 
     def __init__(self, task: str, experts: str, stats: dict | None = None):
         super().__init__(task, [], 0, 90, 1, sheet=object())
         self.expert, self.stats = expert_of(task, experts), stats
 
     def moment(self):
-        """What brings this moment back, when it is called."""
+        """-> a function that restores this moment."""
         env, state = self.env, np.empty(mujoco.mj_stateSize(self.env.model, WHOLE))
         mujoco.mj_getState(env.model, env.data, state, WHOLE)
         plain = {key: x for key, x in vars(env).items() if isinstance(x, np.ndarray | float | int)}
@@ -63,7 +67,7 @@ class Scene(Simulator):
         return back
 
     def ask(self, error: np.ndarray | float = 0.0, clipped: bool = False) -> np.ndarray:
-        """The expert's action (4,) float32, when objects and goal seem elsewhere by so many metres."""
+        """The expert's action (4,) float32, with objects and goal displaced by so many meters."""
         seen = self.state.copy()
         seen[4:7], seen[-3:] = seen[4:7] + error, seen[-3:] + error
         if clipped:
@@ -71,7 +75,7 @@ class Scene(Simulator):
         return np.clip(self.expert.get_action(seen), -1, 1).astype(np.float32)
 
     def look_ahead(self, count: int, error: np.ndarray, still: bool) -> list[np.ndarray]:
-        """The next `count` actions of an expert that nothing disturbs."""
+        """The next `count` actions of an undisturbed expert."""
         back, actions = self.moment(), []
         if still:
             self.env.data.qvel[:], self.env.data.mocap_pos[0] = 0, self.state[:3]
@@ -82,12 +86,12 @@ class Scene(Simulator):
         return actions
 
     def way(self, actions: np.ndarray) -> np.ndarray:
-        """Actions as they come out of a policy that says them without a mistake."""
+        """Actions as a policy without errors would output them."""
         tokens = TOKENS.encode(normalize(actions, self.stats["action"], "bounds_q99"))
         return unnormalize(TOKENS.decode(tokens), self.stats["action"], "bounds_q99")
 
     def play(self, rng, noise=0.0, chunk=1, off=0.0, anew=False, still=False, path=False, clipped=False):
-        """Go on to the end, hindered as the docstring at the top says: did it succeed?"""
+        """Play to the end with the limitations listed at the top -> success."""
         error = off * rng.standard_normal(3)
         while not self.over:
             error = off * rng.standard_normal(3) if anew else error
@@ -98,13 +102,13 @@ class Scene(Simulator):
         return self.success_at is not None
 
     def frames(self, seed: int, noise: float) -> np.ndarray:
-        """Of an episode with its tail, as make_dataset.py records it: (T,) of FRAME."""
+        """The frames of an episode with its tail, as make_dataset.py records it: (T,) of FRAME."""
         played = [(action, self.state[:4]) for action in demonstrate(self, self.expert, seed, noise, TAIL)]
         return np.array(played, FRAME)
 
 
 def statistics_of(episodes: int, experts: str) -> dict[str, dict]:
-    """What dataset_statistics.json would say of so many demonstrations of each of the 50 tasks."""
+    """dataset_statistics.json for so many demonstrations of each of the 50 tasks."""
     kept = []
     for task in TASKS["mt50"]:
         scene, seed, wanted = Scene(task, experts), 0, len(kept) + episodes

@@ -2,13 +2,14 @@
 
     python examples/metaworld/make_dataset.py --tasks mt50 --episodes 50 --name metaworld_mt50 --out datasets
 
-Each step holds what a policy may see (camera images; hand position and gripper opening) and what the expert
-did (hand velocity x, y, z and gripper effort, each in [-1, 1]), with an instruction. Object and goal
-positions are drawn anew for each episode from its seed; only successful episodes are kept.
+Each step holds a policy's observations (camera images; hand position and gripper opening) and the
+expert's action (hand velocity x, y, z and gripper effort, each in [-1, 1]), with an instruction.
+Object and goal positions are drawn for each episode from its seed. Only successful episodes are
+kept.
 
-Every episode is first a file of its own in OUT/.NAME.episodes. An interrupted command goes on where it
-stopped, and the same seeds give the same bytes (on the same renderer). Read record, then record_all in
-examples/recording.py.
+Every episode is first its own file in OUT/.NAME.episodes. An interrupted command continues where it
+stopped, and the same seeds give the same bytes (on the same renderer). Read record, then record_all
+in examples/recording.py.
 """
 
 import argparse
@@ -33,16 +34,17 @@ from machinery.rlds import write_rlds
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
 
 
-@functools.lru_cache(maxsize=1)  # one per process: a job's episodes are all of one task
+@functools.lru_cache(maxsize=1)  # one per process: all episodes of a job have the same task
 def simulator_of(task: str, cameras: tuple, *optics) -> Simulator:
     """This process's simulator of a task. optics: values of OPTICS."""
     return Simulator(task, cameras, *optics)
 
 
 def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int) -> Iterator[np.ndarray]:
-    """Let the expert play one episode, and go on for `tail` steps; yields each action (4,) float32 before it
-    is executed. What is executed may be perturbed by noise, so that demonstrations also show recoveries."""
-    rng, after = np.random.default_rng([seed, 1]), 0  # not the positions' generator
+    """Let the expert play one episode, and continue for `tail` steps. Yields each action (4,)
+    float32 before it is executed. Noise can perturb the executed action, so that demonstrations
+    also show recoveries."""
+    rng, after = np.random.default_rng([seed, 1]), 0  # not the generator of positions
     simulator.reset(seed)
     while simulator.steps < MAX_STEPS and (not simulator.over or after < tail):
         after += simulator.over
@@ -53,7 +55,7 @@ def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int
 
 
 def record(task: str, seed: int, recording: dict) -> dict | None:
-    """One expert episode as RLDS steps; None when the expert failed."""
+    """One expert episode as RLDS steps, or None if the expert failed."""
     simulator = simulator_of(task, tuple(recording["cameras"]), *(recording[key] for key in OPTICS))
     steps = []
     expert = expert_of(task, recording["experts"])
@@ -71,8 +73,8 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
 
 
 def features(cameras: list[str], image_size: int) -> dict:
-    """What an episode looks like to TFDS."""
-    import tensorflow_datasets as tfds  # here: the workers do not need it
+    """The layout of an episode, in TFDS' terms."""
+    import tensorflow_datasets as tfds  # imported here: the workers do not need it
 
     f = tfds.features
     images = {camera: f.Image(shape=(image_size, image_size, 3), encoding_format="jpeg")
@@ -103,7 +105,7 @@ def main() -> None:
     parser.add_argument("--multisampling", type=int, default=0, help="samples per pixel, for smooth edges")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, on executed velocities")
     parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld",
-                        help="who demonstrates reach, reach-wall and handle-pull-side: experts.py")
+                        help="the experts of reach, reach-wall, and handle-pull-side: see experts.py")
     parser.add_argument("--tail", type=int, default=0, help="recorded steps after success")
     parser.add_argument("--name", default="metaworld_demo")
     parser.add_argument("--out", type=Path, default=Path("datasets"))
@@ -122,7 +124,7 @@ def main() -> None:
     kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
     path = write_rlds(args.out, args.name, "1.0.0", features(args.cameras, args.image_size), splits)
-    (path / "recording.json").write_text(json.dumps(recording) + "\n")  # for rollout.py, to do the same
+    (path / "recording.json").write_text(json.dumps(recording) + "\n")  # rollout.py reads it to use the same settings
     shutil.rmtree(scratch)
     print(path)
 

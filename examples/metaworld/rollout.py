@@ -2,13 +2,15 @@
 
     python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
 
-All trials of a task are one batch from beginning to end: a process steps their simulators (play), the main
-process asks the policy (Player.act), and trials that are over stay in the batch. So a task's result depends
-on the checkpoint, the task and its seeds alone, whatever else runs beside it. Each finished batch is a file
-in --out; an interrupted command goes on where it stopped. Then a table, a bar chart and a film are made.
+All trials of a task are one batch from beginning to end. A process steps their simulators (play),
+the main process queries the policy (Player.act), and finished trials stay in the batch. So a task's
+result depends only on the checkpoint, the task, and its seeds. Each finished batch is a file in
+--out, and an interrupted command continues where it stopped. At the end it draws a table, a bar
+chart, and a film.
 
-Evaluation as in LeRobot: positions drawn from Meta-World's ranges, with seeds that no demonstration has;
-success is Meta-World's, at any of the first 500 simulator steps (within 400 is reported too).
+The evaluation is LeRobot's: positions drawn from Meta-World's ranges, with seeds that no
+demonstration has. Success is Meta-World's, at any of the first 500 simulator steps (success within
+400 is reported too).
 """
 
 import argparse
@@ -21,8 +23,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules; those that need torch
-# are imported where they are used, because the simulators' processes read this file too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
+# those that need torch are imported where they are used: the simulators' processes read this file too
 
 import numpy as np
 from PIL import Image
@@ -39,9 +41,9 @@ FIRST_SEED = 200_000  # demonstrations have smaller ones
 def play(connection: Connection) -> None:
     """A process that steps the trials of one task after another.
 
-    It receives (task, seeds, window_size, camera options); then it sends ("see", each trial's last
-    window_size observations) and receives each trial's next actions, until all are over: ("done", the first
-    trial's film, [{seed, steps, success_at}, ...]).
+    It receives (task, seeds, window_size, camera options). Then it sends ("see", each trial's last
+    window_size observations) and receives each trial's next actions until all trials are over:
+    ("done", the first trial's film, [{seed, steps, success_at}, ...]).
     """
     while job := connection.recv():
         task, seeds, window, camera = job
@@ -61,7 +63,7 @@ def play(connection: Connection) -> None:
                 for i, action in enumerate(actions):
                     if not trial.over:
                         trial.step(action)
-                        if trial.over or len(actions) - i <= window:  # draw only what will be seen
+                        if trial.over or len(actions) - i <= window:  # render only the images that will be used
                             history.append(trial.see())
         take_picture(trials[0], film_sheet, film)
         film_sheet.read()
@@ -71,12 +73,13 @@ def play(connection: Connection) -> None:
 
 
 class Player:
-    """A trained policy, asked in the way its training data were recorded."""
+    """A trained policy, with inputs like those in its training data."""
 
     def __init__(self, checkpoint: str, recording: Path | None, execute: int | None, device: str,
                  in_8_bits: bool = False):
-        """recording: recording.json of the dataset; default: found through the run's data_root_dir. execute:
-        how many actions of a predicted chunk are carried out before the next look; default: half of them."""
+        """recording: recording.json of the dataset; default: found through the run's data_root_dir.
+        execute: actions of a predicted chunk to execute before the next look; default: half of
+        them."""
         import torch
 
         from act import load_vla
@@ -87,12 +90,12 @@ class Player:
         self.policy = load_vla(checkpoint, device, dtype, in_8_bits)
         cfg = self.cfg = self.policy.cfg
         if len(self.policy.norm_stats) > 1:
-            raise UserError(f"{checkpoint} learned {sorted(self.policy.norm_stats)}, not Meta-World alone")
+            raise UserError(f"{checkpoint} learned {sorted(self.policy.norm_stats)}, not only Meta-World")
         (self.dataset,) = self.policy.norm_stats
         ((_, _, recipe),) = oxe.resolve_mixture(self.dataset, cfg.datasets)
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
-        recorded = {"multisampling": 0, **json.loads(path.read_text())}  # older ones do not say it
+        recorded = {"multisampling": 0, **json.loads(path.read_text())}  # older recordings do not have it
         self.camera = {"cameras": self.views, **{key: recorded[key] for key in OPTICS}}
         self.execute = execute or max(1, cfg.action_chunk // 2)
 
@@ -108,7 +111,8 @@ class Player:
 
 
 def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, out: Path) -> None:
-    """Play each (task, evaluation seed); write OUT/<task>-<seed>.json and .webp, the first trial's film."""
+    """Play each (task, evaluation seed); write OUT/<task>-<seed>.json and .webp, the first trial's
+    film."""
     context, queue, playing, processes = get_context("spawn"), iter(jobs), {}, []
 
     def begin(connection: Connection) -> None:
@@ -123,7 +127,7 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
         connection, end = context.Pipe()
         processes.append(context.Process(target=play, args=(end,), daemon=True))
         processes[-1].start()
-        end.close()  # so that a process that dies is noticed: as the end of its messages
+        end.close()  # so that a dead process shows up as the end of its messages
         begin(connection)
     with tqdm(total=len(jobs) * trials, desc="roll out", unit="episode") as bar:
         while playing:
@@ -152,8 +156,8 @@ def rate(episodes: list[dict], within: int = MAX_STEPS) -> dict:
 
 
 def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
-    """{(task, seed): episodes} -> success per task, per group, and two averages: over all tasks, and over the
-    groups present, which is what papers on MT50 call the average."""
+    """{(task, seed): episodes} -> success per task and per group, and two averages: over all tasks,
+    and over the groups present, which papers on MT50 call the average."""
     tasks = list(dict.fromkeys(task for task, _ in results))
     of = {task: [e for (t, _), episodes in results.items() if t == task for e in episodes] for task in tasks}
     groups = {name: [e for task in members for e in of.get(task, [])] for name, members in GROUPS.items()}
@@ -171,7 +175,7 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
 
 
 def table(summary: dict) -> str:
-    """The summary to read."""
+    """The summary as text."""
     macro = summary["macro_average"]
     rows = [row(name, entry) for kind in ("tasks", "groups") for name, entry in summary[kind].items()]
     rows += [row(name, summary[name]) for name in ("per_task_average_400", "per_task_average")]
@@ -183,7 +187,7 @@ def table(summary: dict) -> str:
 
 
 def draw_chart(summary: dict, path: Path) -> None:
-    """Success of each task, by group, with intervals, as a picture."""
+    """Draw the success of each task, by group, with intervals."""
     bars = []
     for group, members in GROUPS.items():
         found = [task for task in members if task in summary["tasks"]]
@@ -195,12 +199,13 @@ def draw_chart(summary: dict, path: Path) -> None:
 
 
 def take_picture(simulator: Simulator, sheet: Sheet, film: list[Image.Image]) -> None:
-    """Add the scene to a film when the sheet is read, at half the sheet's size, so that edges are smooth."""
+    """Add the scene to a film when the sheet is read, at half the sheet's size, for smooth
+    edges."""
     simulator.draw(simulator.cameras[0], sheet, lambda pixels: film.append(Image.fromarray(pixels).reduce(2)))
 
 
 def first_films(results: dict[tuple[str, int], list[dict]], out: Path) -> list[tuple[str, Path, bool]]:
-    """What draw_films takes, of the first trial of each task."""
+    """The arguments of draw_films for the first trial of each task."""
     films = {}
     for (task, seed), episodes in results.items():
         success = episodes[0]["success_at"] is not None
@@ -216,8 +221,8 @@ def main() -> None:
                         help="demo, mt50, easy, medium, hard, very_hard, or names such as reach-v3")
     parser.add_argument("--trials", type=int, default=10, help="episodes per task and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="evaluation seeds")
-    parser.add_argument("--execute", type=int, help="actions carried out per predicted chunk; default: half")
-    parser.add_argument("--recording", type=Path, help="the dataset's recording.json; default: by the run")
+    parser.add_argument("--execute", type=int, help="actions executed per predicted chunk; default: half")
+    parser.add_argument("--recording", type=Path, help="the dataset's recording.json; default: found through the run")
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", help="cuda or cpu")

@@ -1,9 +1,9 @@
 """Meta-World's tasks as a robot with cameras: reset, look, act.
 
-make_dataset.py drives it with the scripted experts, rollout.py with a trained policy, so that both see the
-same images and mean the same thing by an action. Evaluation follows LeRobot's: positions are drawn
-uniformly from Meta-World's own ranges, 500 simulator steps at most, and the first step at which Meta-World
-reports success ends the episode as a success.
+make_dataset.py drives it with the scripted experts, and rollout.py with a trained policy, so that
+both use the same images and actions. The evaluation is LeRobot's: positions are drawn uniformly
+from Meta-World's own ranges, an episode has at most 500 simulator steps, and it succeeds at the
+first step at which Meta-World reports success.
 """
 
 import atexit
@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 
 os.environ.setdefault("MUJOCO_GL", "egl")
-warnings.filterwarnings("ignore", message="Constant")  # experts ask for more than [-1, 1]; we clip
+warnings.filterwarnings("ignore", message="Constant")  # experts command more than [-1, 1]; we clip
 
 import metaworld
 import mujoco
@@ -27,8 +27,8 @@ from PIL import Image
 
 from machinery.config import UserError
 
-# LeRobot's instructions for MT50. Two of its tasks share "Push the puck to a goal"; push-back-v3 therefore
-# reads "Push the puck back to a goal" here, so that the 50 are distinct.
+# LeRobot's instructions for MT50. Two of its tasks share "Push the puck to a goal". Here push-
+# back-v3 reads "Push the puck back to a goal", so that all 50 differ.
 INSTRUCTIONS = {
     "assembly-v3": "Pick up a nut and place it onto a peg",
     "basketball-v3": "Dunk the basketball into the basket",
@@ -102,11 +102,11 @@ TASKS = {
     **GROUPS,
 }
 MAX_STEPS = 500  # simulator steps, Meta-World's own limit
-OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")  # how a dataset was recorded
+OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")  # the settings of a dataset's recording
 
 
 def task_names(names: list[str]) -> list[str]:
-    """Names of tasks and of lists of tasks -> tasks. Raises UserError for one that does not exist."""
+    """Names of tasks and of lists of tasks -> tasks. Raises UserError for an unknown name."""
     tasks = [task for name in names for task in TASKS.get(name, [name])]
     if unknown := [task for task in tasks if task not in INSTRUCTIONS]:
         raise UserError(f"no task {unknown[0]!r}: choose {', '.join(TASKS)} or of {', '.join(INSTRUCTIONS)}")
@@ -114,24 +114,25 @@ def task_names(names: list[str]) -> list[str]:
 
 
 class Sheet:
-    """Pictures of one task, drawn side by side on one surface and read together.
+    """Images of one task, rendered side by side on one surface and read together.
 
-    To read a picture is to wait until it is drawn, and so for all others that draw on that GPU. So pictures
-    are drawn when their moment has come, and read, many at once, when they are needed.
+    Reading an image waits for its rendering, and for all other rendering on that GPU. So images are
+    rendered at their time, and read later, many at once.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, side: int = 8):
-        """size: a picture's width and height in pixels. side * side pictures find room."""
+        """size: an image's width and height in pixels. The sheet holds side * side images."""
         self.size, self.side, self.keepers = size, side, []
         self.renderer = mujoco.Renderer(model, size, size)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.opengl = self.renderer._mjr_context
         mujoco.mjr_addAux(0, side * size, side * size, 0, self.opengl)
-        atexit.register(weakref.finalize(self, self.renderer.close))  # at the end, while OpenGL still exists
+        atexit.register(weakref.finalize(self, self.renderer.close))  # at exit, while OpenGL still exists
 
     def draw(self, data: mujoco.MjData, camera: str, keep: Callable) -> None:
-        """Draw what a camera sees now. `keep` is called when it is read, with (size, size, 3) uint8."""
+        """Render the current view of a camera. `keep` is called with (size, size, 3) uint8 when the
+        sheet is read."""
         if len(self.keepers) == self.side**2:
             self.read()
         size = self.size
@@ -140,14 +141,14 @@ class Sheet:
         self.renderer._gl_context.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.opengl)
         mujoco.mjr_render(mujoco.MjrRect(0, 0, size, size), self.renderer.scene, self.opengl)
-        # drawn in one place and copied: drawn in another, a few pixels would be rounded otherwise
+        # rendered in one place and copied: elsewhere, a few pixels would round differently
         here, there = (0, 0, size, size), (x, y, x + size, y + size)
         GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, self.opengl.auxFBO[0])
         GL.glBlitFramebuffer(*here, *there, GL.GL_COLOR_BUFFER_BIT, GL.GL_NEAREST)
         self.keepers.append(keep)
 
     def read(self) -> None:
-        """Hand each picture that was drawn to its keeper."""
+        """Pass each rendered image to its `keep`."""
         if not self.keepers:
             return
         size, columns = self.size, min(self.side, len(self.keepers))
@@ -158,7 +159,7 @@ class Sheet:
         tiles = np.frombuffer(pixels, np.uint8).reshape(rows, size, columns, size, 3)
         keepers, self.keepers = self.keepers, []
         for i, keep in enumerate(keepers):
-            keep(np.ascontiguousarray(tiles[i // columns, ::-1, i % columns]))  # OpenGL's rows begin below
+            keep(np.ascontiguousarray(tiles[i // columns, ::-1, i % columns]))  # OpenGL's rows begin at the bottom
 
 
 class Simulator:
@@ -166,14 +167,14 @@ class Simulator:
 
     def __init__(self, task: str, cameras: list[str], image_size: int, jpeg_quality: int, action_repeat: int,
                  multisampling: int = 0, sheet: Sheet | None = None):
-        """cameras: `image` (Meta-World's corner2 where LeRobot puts it, turned upright) or names of
-        Meta-World, such as gripperPOV. action_repeat: simulator steps (80 per second) for which an action is
-        held. multisampling: samples per pixel, for smooth edges: 4 cost a GPU little, and double a CPU's
-        drawing. sheet: one that another Simulator of the same task in this process draws on."""
+        """cameras: `image` (Meta-World's corner2 at LeRobot's position, upright) or Meta-World's
+        names, such as gripperPOV. action_repeat: simulator steps (80 per second) per action.
+        multisampling: samples per pixel, for smooth edges: 4 are cheap on a GPU and double a CPU's
+        rendering time. sheet: the sheet of another Simulator of the same task in this process."""
         self.cameras, self.jpeg_quality, self.action_repeat = cameras, jpeg_quality, action_repeat
         env_class = ALL_V3_ENVIRONMENTS[task]
         self.env = env_class()
-        # what metaworld.MT1 does, without resetting the task fifty times for positions that are not used
+        # the same as metaworld.MT1, without resetting the task fifty times for unused positions
         goal = {"env_cls": env_class, "rand_vec": None, "partially_observable": False}
         self.env.set_task(metaworld.Task(env_name=task, data=pickle.dumps(goal)))
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # positions follow the seed
@@ -182,11 +183,11 @@ class Simulator:
         self.sheet = sheet or Sheet(self.env.model, image_size)
 
     def reset(self, seed: int) -> None:
-        """Begin the episode that belongs to this seed."""
+        """Begin the episode of this seed."""
         self.env.seed(seed)
         self.state, _ = self.env.reset()
-        # Meta-World moves the goal last and does not say so to the physics: the first picture would show it
-        # where the first of its two resets put it. This changes no trajectory.
+        # Meta-World moves the goal last without updating the physics: the first image would show it
+        # at the position of the first of its two resets. This changes no trajectory.
         mujoco.mj_kinematics(self.env.model, self.env.data)
         mujoco.mj_camlight(self.env.model, self.env.data)
         self.state[:18] = self.state[18:36] = self.env._prev_obs = self.env._get_curr_obs_combined_no_goal()
@@ -194,41 +195,42 @@ class Simulator:
 
     @property
     def over(self) -> bool:
-        """Has the task been solved, or is the time up?"""
+        """True if the task is solved or the time is up."""
         return self.success_at is not None or self.steps >= MAX_STEPS
 
     def see(self) -> dict:
-        """What observation returns, without its pictures: they are put there when self.sheet is read."""
+        """Like observation, but the images are filled in when self.sheet is read."""
         seen = {"state": self.state[:4].astype(np.float32)}
         for camera in self.cameras:
             self.draw(camera, self.sheet, functools.partial(self.store, seen, camera))
         return seen
 
     def observation(self) -> dict:
-        """{camera: JPEG bytes, ..., "state": (4,) float32: hand x, y, z in metres, gripper opening 0..1}."""
+        """-> {camera: JPEG bytes, ..., "state": (4,) float32: hand x, y, z in meters, gripper
+        opening 0..1}."""
         seen = self.see()
         self.sheet.read()
         return seen
 
     def store(self, seen: dict, camera: str, pixels: np.ndarray) -> None:
-        """Put a picture into an observation as JPEG, full of colour resolution where quality is wanted."""
+        """Store an image in an observation as JPEG, with full color resolution at high quality."""
         encoded = io.BytesIO()
-        subsampling = 0 if self.jpeg_quality >= 90 else 2  # goals are dots of colour, a few pixels wide
+        subsampling = 0 if self.jpeg_quality >= 90 else 2  # goals are colored dots, a few pixels wide
         Image.fromarray(pixels).save(encoded, "jpeg", quality=self.jpeg_quality, subsampling=subsampling)
         seen[camera] = encoded.getvalue()
 
     def draw(self, camera: str, sheet: Sheet, keep: Callable) -> None:
-        """Draw what a camera sees on a sheet; its keeper gets it upright."""
+        """Render a camera's view on a sheet; its keeper gets it upright."""
         if camera == "image":
             sheet.draw(self.env.data, "corner2", lambda pixels: keep(pixels[::-1, ::-1]))
         else:
             sheet.draw(self.env.data, camera, keep)
 
     def step(self, action: np.ndarray) -> None:
-        """Hold the action (4,), hand velocity x, y, z and gripper effort in [-1, 1], for action_repeat
-        simulator steps, or until the episode is over."""
-        solved = self.success_at is not None  # then it goes on: demonstrations may have a tail
-        action = np.clip(np.asarray(action, np.float64), -1, 1)  # float32 would give other last bits
+        """Hold the action (4,), hand velocity x, y, z and gripper effort in [-1, 1], for
+        action_repeat simulator steps or until the episode is over."""
+        solved = self.success_at is not None  # after success it continues: demonstrations may have a tail
+        action = np.clip(np.asarray(action, np.float64), -1, 1)  # float32 would change the last bits
         for _ in range(self.action_repeat):
             self.state, *_, info = self.env.step(action)
             self.steps += 1

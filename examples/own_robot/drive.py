@@ -1,15 +1,15 @@
-"""The policy drives the robot, through the server: success in so many episodes.
+"""Drive the robot with a policy, through the server, and count successes.
 
     python serve_vla.py --checkpoint runs/my_robot+n1+b32+x7     in one terminal (or on another machine), and
     python examples/own_robot/drive.py --episodes 40             in another
 
-A robot that does not stop to wait asks while it still moves: with --delay 3, the answer comes three steps
-after the pictures were taken, and meanwhile the last three steps of the plan are done. With --prefix the
-question names them, so that the answer goes on from there.
+A robot that does not wait asks while it is moving. With --delay 3, the answer arrives three steps
+after the images were taken, and the robot meanwhile executes the last three steps of its plan. With
+--prefix, the request includes these steps, and the answer continues from them.
 
-This is what runs on a robot's own computer: it needs the robot and a few lines of Python, nothing of the
-project. Read ask, then drive. What goes in is what was recorded, pictures by the camera's name and the state
-as it was; what comes back is what the robot was told when it was recorded, for the next few steps.
+This is the code for a robot's own computer. It needs the robot and a few lines of Python, but
+nothing from this project. Read ask, then drive. The request has the recorded inputs: images by the
+cameras' names, and the state. The reply has the recorded kind of action, for the next few steps.
 """
 
 import argparse
@@ -23,39 +23,40 @@ import numpy as np
 from PIL import Image
 from robot import Arm
 
-CAMERAS = {"primary": "outside", "wrist": "wrist"}  # the model's names of them (see the YAML): the robot's
-FIRST_SEED = 200_000  # of these episodes nothing was recorded
-STEPS, HELD = 40, 8  # an episode is 4 s; it succeeds when the goal is held for all of the last 0.8 s
+CAMERAS = {"primary": "outside", "wrist": "wrist"}  # the model's camera names (see the YAML): the robot's
+FIRST_SEED = 200_000  # no recorded episode has these seeds
+STEPS, HELD = 40, 8  # an episode is 4 s; it succeeds if the goal is held for the last 0.8 s
 
 
 def ask(url: str, seen: dict, instruction: str, prefix: list) -> np.ndarray:
-    """What to do in the next steps: (action_chunk, A), as it was recorded. seen: what robot.look() gave;
-    prefix: the first of these steps, where they are settled."""
+    """The actions of the next steps: (action_chunk, A), in the recorded units. seen: the output of
+    robot.look(); prefix: the first of these steps, if they are already decided."""
     request = {"images": {name: jpeg(seen["images"][camera]) for name, camera in CAMERAS.items()},
                "proprio": seen["state"].tolist(), "instruction": instruction, "prefix": prefix}
     post = urllib.request.Request(f"{url}/act", json.dumps(request).encode())
     try:
         with urllib.request.urlopen(post, timeout=60) as reply:
             return np.array(json.load(reply))
-    except urllib.error.HTTPError as error:  # names the field and the cure
+    except urllib.error.HTTPError as error:  # its message names the field and the fix
         raise SystemExit(f"error: {json.load(error)['error']}") from None
 
 
 def jpeg(image: np.ndarray) -> str:
-    """A picture (H, W, 3) uint8 as base64 of a JPEG file, in the quality in which it was recorded."""
+    """An image (H, W, 3) uint8 as base64 of a JPEG file, with the recording's quality."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "jpeg", quality=95)
     return base64.b64encode(file.getvalue()).decode()
 
 
 def drive(robot: Arm, url: str, seed: int, delay: int = 0, with_prefix: bool = False) -> dict:
-    """One episode -> was the goal reached at any time, and held to the end? And how far the joints were told
-    to turn in a step (radians, the farthest): where one answer follows another, and everywhere else."""
+    """One episode -> was the goal reached at any time, was it held to the end, and how far did the
+    joints turn per step (radians, the largest): at the seams between two answers, and at all other
+    steps."""
     robot.reset(seed)
     solved, told, seams, settled = [], [], [], np.empty((0, len(robot.action_names)))
     while len(solved) < STEPS:
         answer = ask(url, robot.look(), robot.instruction, settled.tolist() if with_prefix else [])
-        plan = np.concatenate([settled, answer[len(settled) :]])  # it comes when the settled ones are done
+        plan = np.concatenate([settled, answer[len(settled) :]])  # it arrives when the prefix has been executed
         seams.append(len(solved) + len(settled))
         plan, settled = plan[: len(plan) - delay], plan[len(plan) - delay :]
         for action in plan[: STEPS - len(solved)]:
@@ -69,7 +70,7 @@ def drive(robot: Arm, url: str, seed: int, delay: int = 0, with_prefix: bool = F
 
 
 def interval(count: int, of: int) -> tuple[float, float]:
-    """Where a rate lies with 95 %, by Wilson."""
+    """The 95% interval of a rate (Wilson)."""
     rate, z = count / of, 1.96
     middle, half = rate + z**2 / (2 * of), z * np.sqrt(rate * (1 - rate) / of + z**2 / (4 * of**2))
     return (middle - half) / (1 + z**2 / of), (middle + half) / (1 + z**2 / of)
@@ -80,8 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where serve_vla.py listens")
     parser.add_argument("--episodes", type=int, default=40)
-    parser.add_argument("--delay", type=int, default=0, help="steps from the pictures to the answer")
-    parser.add_argument("--prefix", action="store_true", help="tell the server what is done in these steps")
+    parser.add_argument("--delay", type=int, default=0, help="steps from the images to the answer")
+    parser.add_argument("--prefix", action="store_true", help="send the actions executed in these steps")
     args = parser.parse_args()
     with urllib.request.urlopen(f"{args.url}/health", timeout=60) as reply:
         health = json.load(reply)

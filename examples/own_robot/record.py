@@ -1,10 +1,10 @@
-"""Record demonstrations as an RLDS dataset: copy this, and put your own robot where `Arm` stands.
+"""Record demonstrations as an RLDS dataset. Copy this file and replace `Arm` with your robot.
 
     python examples/own_robot/record.py --episodes 300 --val_episodes 30 --out datasets
 
-Each step holds what the robot knew (pictures, where its joints were), what it was told to do next, and the
-instruction. Record what you send to the robot, as you send it: a policy gives it back in the same form
-(absolute angles here, and a gripper that is 1 when closed); the YAML says what it means.
+Each step holds the robot's observations (images, joint positions), its next command, and the
+instruction. Record the commands exactly as you send them. A policy returns them in the same form
+(here absolute angles, and a gripper that is 1 when closed), and the YAML describes their meaning.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from robot import Arm
 from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # drive.py's begin at 200_000
-HOLD = 3  # steps that a demonstration goes on for when its goal is reached
+HOLD = 3  # steps recorded after the goal is reached
 
 
 def features(robot: Arm) -> dict:
-    """What an episode looks like: names, shapes and types, in TFDS' words."""
+    """The layout of an episode: names, shapes, and types, in TFDS' terms."""
     f = tfds.features
     images = {camera: f.Image(shape=(None, None, 3), encoding_format="jpeg") for camera in robot.cameras}
     return {"steps": f.Dataset({
@@ -36,7 +36,7 @@ def features(robot: Arm) -> dict:
 
 
 def demonstrations(robot: Arm, seeds: range) -> Iterator[dict]:
-    """Episodes, one after the other: nothing but the one that is recorded is kept in memory."""
+    """Generate the episodes one at a time: only the current one is in memory."""
     for seed in seeds:
         robot.reset(seed)
         steps, held = [], 0

@@ -1,26 +1,26 @@
-"""The robot of this example: an arm in MuJoCo, in place of which yours goes.
+"""The robot of this example: an arm in MuJoCo. Replace it with yours.
 
-record.py and drive.py need of a robot what `Arm` has: `reset`, `look`, `move`, `instruction`, and for
-demonstrations an `expert` (you would teleoperate). It is told absolute joint angles, like ALOHA, SO-101 or a
-Franka in joint mode, ten times a second, and a gripper command, 1 = closed.
+record.py and drive.py need the methods of `Arm`: `reset`, `look`, `move`, `instruction`, and for
+demonstrations an `expert` (you would teleoperate). Like ALOHA, SO-101, or a Franka in joint mode,
+the arm receives absolute joint angles, ten times per second, and a gripper command, 1 = closed.
 
-The task: three discs lie on the table, and the arm is to hold its closed gripper over one of them, whose
-colour the instruction names: red is always on the left and blue on the right, but never in the same place.
+The task: three discs are on the table, and the instruction names the color of one. Hold the closed
+gripper over it. Red is always on the left and blue on the right, at varying positions.
 """
 
 import atexit
 import os
 import weakref
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen
 
 import mujoco
 import numpy as np
 
 COLOURS = {"red": "0.9 0.1 0.1 1", "green": "0.1 0.7 0.2 1", "blue": "0.1 0.3 0.9 1"}
-UPPER, LOWER, HAND = 0.20, 0.18, 0.10  # metres: shoulder to elbow, elbow to wrist, wrist to fingertips
-SPEED = 0.12  # radians that the expert turns a joint in a step
-REACHED = 0.04  # metres from the disc's middle; its radius, too
+UPPER, LOWER, HAND = 0.20, 0.18, 0.10  # meters: shoulder to elbow, elbow to wrist, wrist to fingertips
+SPEED = 0.12  # radians that the expert turns a joint per step
+REACHED = 0.04  # meters from the disc's center; also its radius
 IMAGE_SIZE = 128
 
 MODEL = f"""
@@ -65,24 +65,24 @@ MODEL = f"""
 
 
 class Arm:
-    """The arm, its table and its two cameras."""
+    """The arm, its table, and its two cameras."""
 
     cameras = ("outside", "wrist")
     action_names = ("shoulder", "elbow", "wrist", "gripper")  # radians; 1 = closed
-    state_names = action_names  # where the joints are, and the gripper
+    state_names = action_names  # joint positions, and the gripper
 
     def __init__(self):
         self.model = mujoco.MjModel.from_xml_string(MODEL)
         self.data = mujoco.MjData(self.model)
         self.renderer = mujoco.Renderer(self.model, IMAGE_SIZE, IMAGE_SIZE)
-        atexit.register(weakref.finalize(self, self.renderer.close))  # at the end, while OpenGL still exists
+        atexit.register(weakref.finalize(self, self.renderer.close))  # at exit, while OpenGL still exists
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
 
     def reset(self, seed: int) -> None:
-        """Begin the episode that belongs to this seed: other places of the discs, another instruction."""
+        """Begin the episode of this seed: new positions of the discs, another instruction."""
         rng = np.random.default_rng(seed)
         mujoco.mj_resetData(self.model, self.data)
-        angles = np.radians(np.array([42, 0, -42]) + rng.uniform(-12, 12, 3))  # left, before it, right
+        angles = np.radians(np.array([42, 0, -42]) + rng.uniform(-12, 12, 3))  # left, middle, right
         self.discs = rng.uniform(0.30, 0.41, 3)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
         self.data.mocap_pos[:, :2] = self.discs
         self.goal = int(rng.integers(3))
@@ -92,7 +92,8 @@ class Arm:
         mujoco.mj_forward(self.model, self.data)
 
     def look(self) -> dict:
-        """What the robot knows: {"images": {camera: (H, W, 3) uint8}, "state": (4,) float32}."""
+        """The robot's observations: {"images": {camera: (H, W, 3) uint8}, "state": (4,)
+        float32}."""
         images = {}
         for camera in self.cameras:
             self.renderer.update_scene(self.data, camera)
@@ -101,7 +102,7 @@ class Arm:
         return {"images": images, "state": np.float32([*self.data.qpos[:3], closed])}
 
     def move(self, action: np.ndarray) -> None:
-        """Turn towards joint angles (3) and open or close the gripper (1 = closed), for a tenth of a
+        """Turn toward joint angles (3) and open or close the gripper (1 = closed), for a tenth of a
         second."""
         self.target = np.asarray(action, np.float64)
         grip = -0.025 * np.clip(self.target[3], 0, 1)
@@ -111,12 +112,13 @@ class Arm:
 
     @property
     def solved(self) -> bool:
-        """Is the closed gripper over the right disc?"""
+        """True if the closed gripper is over the right disc."""
         tip = self.data.site("tip").xpos[:2]
         return bool(np.linalg.norm(tip - self.discs[self.goal]) < REACHED and self.target[3] > 0.5)
 
     def expert(self) -> np.ndarray:
-        """What a demonstrator does next, (4,) float32: turn the joints towards the disc, then close."""
+        """The demonstrator's next action, (4,) float32: turn the joints toward the disc, then
+        close."""
         x, y = self.discs[self.goal]
         angle, distance = np.arctan2(y, x), np.hypot(x, y) - HAND  # the hand points away from the base
         elbow = np.arccos((distance**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER))
