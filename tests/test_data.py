@@ -171,7 +171,7 @@ def test_windows_and_cameras(data_config):
     one = open_mixture(data_config(data_mix="viola", image_size=32), TOKENIZER)
     for frame in range(4):
         sample = mixture.sample(0, first + frame)
-        assert sample["images"].shape == (6, 32, 32, 3) and sample["proprio"].shape == (mixture.proprio_dim,)
+        assert sample["images"].shape == (6, 32, 32, 3) and sample["proprio"].shape == (mixture.cfg.proprio_dim,)
         for i in range(3):  # the past first; before the beginning, the first frame again
             expected = one.sample(0, first + max(frame - 2 + i, 0))["images"][0]
             np.testing.assert_array_equal(sample["images"][2 * i], expected)
