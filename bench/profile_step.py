@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import deepspeed
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -35,12 +36,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("profile_step.py needs a GPU")
     profiler = profile(activities=[ProfilerActivity.CUDA])
-    optimizer_step, started = train_vla.optimizer_step, 0.0
+    step, started = deepspeed.DeepSpeedEngine.step, 0.0
 
     def watched_step(engine):
         nonlocal started
         before = engine.global_steps
-        norm = optimizer_step(engine)
+        step(engine)
         if engine.global_steps > before and engine.global_steps in (WARMUP, WARMUP + STEPS):
             torch.cuda.synchronize()
             if engine.global_steps == WARMUP:
@@ -51,9 +52,8 @@ def main() -> None:
                 profiler.stop()
                 if train_vla.dist.get_rank() == 0:
                     report(profiler, seconds)
-        return norm
 
-    train_vla.optimizer_step = watched_step
+    deepspeed.DeepSpeedEngine.step = watched_step
     train_vla.main()
 
 

@@ -11,7 +11,9 @@ curves.
 A case is JSON:micro-batch[:recompute][:compile]. The JSONs are those of ds_configs/. `openvla`,
 which needs --openvla, is OpenVLA's class under FSDP (openvla_peer.py); OpenVLA trains with
 :full_shard:recompute. It cannot accumulate, so to compare, set --global_batch to micro-batch x
-GPUs.
+GPUs. To see the gain of machinery/zero_speed.py, add :plain (DeepSpeed as it comes) or
+:only=NAME+NAME (only these replacements). :deepcompile tries DeepSpeed's DeepCompile instead
+(train_variant.py).
 
 The model has OpenVLA-7B's shape, or that of --config, and random weights. The data are synthetic
 (photo-like 256 px JPEGs, written first), or with --own_data the config's own. The code path is the
@@ -112,6 +114,7 @@ def measure(case: str, args, folder: Path) -> dict:
         "per_device_batch_size": int(micro), "num_workers": args.num_workers,
         "log_interval": args.log_interval, "eval_interval": 0, "eval_samples": int(micro),
         "save_interval": 0, "compile": "compile" in switches,
+        "zero_speed": not {"plain", "deepcompile"} & {*switches},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ds_config = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
@@ -120,8 +123,14 @@ def measure(case: str, args, folder: Path) -> dict:
     (folder / "ds.json").write_text(json.dumps(ds_config))
     command = ["deepspeed", "--num_gpus", str(args.num_gpus)] if args.num_gpus > 1 else [sys.executable]
     started = time.time()
-    command += [str(ROOT / ("bench/profile_step.py" if args.profile else "train_vla.py")),
-                "--config", str(folder / "config.yaml"), "--deepspeed_config", str(folder / "ds.json"),
+    only = [switch.removeprefix("only=") for switch in switches if switch.startswith("only=")]
+    if "deepcompile" in switches:
+        command += [str(ROOT / "bench/train_variant.py"), "--deepcompile"]
+    elif only:
+        command += [str(ROOT / "bench/train_variant.py"), "--only", only[0]]
+    else:
+        command += [str(ROOT / ("bench/profile_step.py" if args.profile else "train_vla.py"))]
+    command += ["--config", str(folder / "config.yaml"), "--deepspeed_config", str(folder / "ds.json"),
                 *(["--set", *args.set] if args.set else [])]
     text, succeeded = run(command, args.timeout, folder)
     if args.profile:
@@ -202,7 +211,8 @@ def table(rows: list[dict]) -> str:
              "|---|---|---|---|---:|---:|---:|---:|"]
     for row in rows:
         name, micro, *switches = row["case"].split(":")
-        name += " (full_shard)" if "full_shard" in switches else ""
+        others = [switch for switch in switches if switch not in ("recompute", "compile")]
+        name += f" ({', '.join(others)})" if others else ""
         recompute = row.get("recompute") or "recompute" in switches  # some JSONs set it themselves
         yes = ["yes" if on else "" for on in (recompute, "compile" in switches)]
         host = f" + {row['host_gb']:.0f} host" if row.get("host_gb", 0) > 20 else ""
