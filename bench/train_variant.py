@@ -1,11 +1,14 @@
-"""train_vla.py with other parts of DeepSpeed: train_throughput.py runs it for the cases that name them.
+"""train_vla.py with other parts of DeepSpeed, for cases of train_throughput.py.
 
-    deepspeed --num_gpus 2 bench/train_variant.py --only gather_ahead+scatter_together --config C.yaml
-    deepspeed --num_gpus 2 bench/train_variant.py --deepcompile --config C.yaml --deepspeed_config J.json
+    deepspeed --num_gpus 2 bench/train_variant.py --only gather_ahead+scatter_together \\
+        --config CONFIG.yaml --deepspeed_config JSON
+    deepspeed --num_gpus 2 bench/train_variant.py --deepcompile \\
+        --config CONFIG.yaml --deepspeed_config JSON --set zero_speed=false compile=false
 
---only applies these replacements of machinery/zero_speed.py and no others. --deepcompile lets DeepSpeed's
-DeepCompile schedule ZeRO's communication inside one compiled graph; it needs `zero_speed: false` and
-`compile: false`, and a C++ compiler and CUDA's headers. All other arguments are train_vla.py's.
+--only applies these replacements of machinery/zero_speed.py and no others. --deepcompile lets
+DeepSpeed's DeepCompile schedule ZeRO's communication inside one compiled graph. It first builds C++
+code, for which CUDA_HOME/include must contain cuda.h (or CPATH name its folder). All other
+arguments are train_vla.py's.
 """
 
 import argparse

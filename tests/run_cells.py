@@ -1,11 +1,12 @@
-"""Many short trainings in one job, for test_zero.py and others: conftest.ranks(2, cells.json, script=this file).
+"""Many short trainings in one job: conftest.ranks(2, cells.json, script="tests/run_cells.py").
 
-cells.json: {name: {"config": keys of TrainConfig, "ds_config": a DeepSpeed JSON}}. Each cell runs as if started
-separately, but all share one process group. A "*" in pretrained_checkpoint replaces the loss in a checkpoint's
-name. After each cell rank 0 prints {"collective ranks": elements that it carried}.
+cells.json: {name: {"config": keys of TrainConfig, "ds_config": a DeepSpeed JSON}}. Each cell runs
+as if started separately, but all share one process group. A "*" in pretrained_checkpoint replaces
+the loss in a checkpoint's name. "altered" names a function of DeepSpeed whose source should differ.
+After each cell rank 0 prints {"collective ranks": elements that it carried}.
 
-Compiled cells use the environment's TORCH_COMPILE_BACKEND. The default captures, partitions and recomputes as
-inductor does, but generates no C++, which takes minutes; `make slow` runs inductor.
+Compiled cells use the environment's TORCH_COMPILE_BACKEND. The default captures, partitions and
+recomputes as inductor does, but generates no C++, which takes minutes; `make slow` runs inductor.
 """
 
 import argparse
@@ -30,7 +31,7 @@ COLLECTIVES = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor"
 
 
 def count(name: str, tensor: str, carried: Counter) -> None:
-    """Let one of PyTorch's collectives count the elements of its largest tensor, for each number of ranks."""
+    """Let one of PyTorch's collectives count its elements, for each number of ranks."""
     dist, collective = train_vla.dist, getattr(train_vla.dist, name)
     signature = inspect.signature(collective)
 
@@ -44,7 +45,7 @@ def count(name: str, tensor: str, carried: Counter) -> None:
 
 @contextlib.contextmanager
 def altered(path: str):
-    """Let a function of DeepSpeed compute what it did, but have another source."""
+    """Let a function of DeepSpeed compute the same, but have another source."""
     owner, _, name = path.rpartition(".")
     owner = pkgutil.resolve_name(f"deepspeed.runtime.zero.{owner}")
     function = getattr(owner, name)

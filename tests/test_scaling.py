@@ -1,7 +1,7 @@
-"""Eight ranks compute what one does, also with hpZ, and a run goes on from 8 ranks to 4 and back to 8.
+"""Eight ranks compute what one does, also with hpZ; a run resumes with 4 ranks and with 8 again.
 
-Very small trainings in float32, in four jobs (see run_cells.py), which take minutes
-because so many processes start: pytest -m slow tests/test_scaling.py
+Very small trainings in float32, in four jobs (see run_cells.py). So many processes take minutes to
+start: pytest -m slow tests/test_scaling.py
 """
 
 import json
@@ -18,24 +18,26 @@ from test_zero import cell, read
 from machinery.checkpoint import Checkpoint, list_checkpoints
 
 STEPS = 6
-HPZ = 2  # for hpZ, each two of the 8 ranks are a machine: it gathers weights a second time within it alone
+HPZ = 2  # hpZ treats each two of the 8 ranks as a machine, and gathers again only within it
 JSONS = ["zero1", "zero2", "zero3", "zero3_hpz"]
-PASSES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}  # over all weights
+# passes over all weights
+PASSES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 
 
 def run(root, prefix, json_name, ranks, **changes):
-    """An entry for run_cells.py: a run in whose losses all that a step does shows."""
+    """An entry for run_cells.py: a run whose losses show everything that a step does."""
     shows = {"learning_rate": 0.01, "weight_decay": 5.0, "max_grad_norm": 0.5, "max_steps": STEPS}
     entry = cell(root, f"{prefix}-{json_name}", json_name, ranks, "frozen_vision", bf16=False,
                  **shows | changes)
     if json_name == "zero3_hpz":
-        entry[f"{prefix}-{json_name}"]["ds_config"]["zero_optimization"]["zero_hpz_partition_size"] = HPZ
+        zero = entry[f"{prefix}-{json_name}"]["ds_config"]["zero_optimization"]
+        zero["zero_hpz_partition_size"] = HPZ
     return entry
 
 
 def counted(root, json_name, steps):
-    """Of two micro-batches a step. No weight is fetched early, or kept until it is needed again: DeepSpeed
-    does so with a number of elements of which a 7B has many times more, and this model fewer."""
+    """A run with two micro-batches a step. It fetches no weight early and keeps none for later:
+    DeepSpeed's limits for both are far below a 7B's size, but above this model's."""
     entry = run(root, f"count{steps}", json_name, 8, max_steps=steps, global_batch_size=16,
                 per_device_batch_size=1, freeze_vision_backbone=False)
     if "zero3" in json_name:
@@ -47,10 +49,11 @@ def counted(root, json_name, steps):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, ranks):
-    """The folder with all runs. Those with hpZ come last in a job: DeepSpeed keeps its groups of ranks until
-    the process ends, and gives them to every later engine."""
+    """The folder with all runs. Those with hpZ come last in a job: DeepSpeed keeps hpZ's groups of
+    ranks until the process ends, and gives them to every later engine."""
     root = tmp_path_factory.mktemp("scaling")
-    given = {"pretrained_checkpoint": str(root / "eight-zero3/checkpoints/*"), "is_resume": False, "seed": 8}
+    given = {"pretrained_checkpoint": str(root / "eight-zero3/checkpoints/*"), "is_resume": False,
+             "seed": 8}
     eight = {}
     for name in JSONS:
         eight |= run(root, "eight", name, 8) | counted(root, name, 1) | counted(root, name, 3)
@@ -97,12 +100,12 @@ def test_frozen_weights_that_a_run_begins_with_reach_hpz(runs):
 
 @pytest.mark.slow
 def test_a_step_sends_what_is_reckoned_with(runs):
-    """In a step of two micro-batches, passes over the weights: bench/many_machines.py rests on them."""
+    """Passes over the weights in a step of two micro-batches, as in bench/many_machines.py."""
     lines = re.findall(r"^carried (count\S+) (.*)$", (runs / "job1.txt").read_text(), re.MULTILINE)
     carried = {name: Counter(json.loads(counts)) for name, counts in lines}
     shapes = Checkpoint(list_checkpoints(runs / "count1-zero1/checkpoints")[-1]).shapes
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    used = sum(size for name, size in sizes.items()  # not the tower's second block; ZeRO-3 gathers it, too
+    used = sum(size for name, size in sizes.items()  # the tower's second block only ZeRO-3 gathers
                if "vision" not in name or "blocks.0" in name or "embed" in name)
     stages = runpy.run_path(str(ROOT / "bench/many_machines.py"))["stages"](gpus=HPZ, ranks=8, a=2)
     for name in JSONS:

@@ -1,9 +1,9 @@
-"""How a training is sharded changes what it costs, never what it computes; nor does stopping and resuming.
+"""Sharding changes the cost of a training, never its result. Neither does stopping and resuming.
 
-Some 170 short trainings of a very small model, in three jobs (see run_cells.py):
-ZeRO stage x ranks x what is frozen x recomputation x accumulation, with the same global batches everywhere;
-where only one of the last two is on, and on one rank neither, they are slow (pytest -m slow
-tests/test_zero.py).
+Some 180 short trainings of a very small model run in three jobs (see run_cells.py): ZeRO stage x
+ranks x frozen parts x recomputation x accumulation, always with the same global batches. The cells
+with only one of the last two, and with neither on one rank, are slow
+(pytest -m slow tests/test_zero.py).
 """
 
 import itertools
@@ -35,26 +35,29 @@ FREEZING = {  # OpenVLA's four stages
     "last_layer": {"freeze_vision_backbone": True, "freeze_llm_backbone": True,
                    "unfreeze_last_llm_layer": True},
 }
-# settings that all show in the losses of four steps; without a large eps AdamW hardly notices clipping
+# settings that all show in the losses of four steps. AdamW shows clipping only with a large eps
 SCHEDULED = {"learning_rate": 0.01, "weight_decay": 5.0, "max_grad_norm": 0.5, "warmup_ratio": 0.25,
              "lr_scheduler_type": "linear-warmup+cosine-decay"}
 EPS = 1e-3
 MODEL = {  # still smaller than TINY, with a layer at each end of the language model and one between
-    **TINY, "arch_specifier": "gelu-mlp", "max_steps": STEPS, "global_batch_size": 8, "eval_samples": 8,
-    "vision_backbone": {"siglip": {"model": "vit_base_patch16_siglip_224", "patch_size": 14, "embed_dim": 16,
-                                   "depth": 2, "num_heads": 1}},
+    **TINY, "arch_specifier": "gelu-mlp", "max_steps": STEPS, "global_batch_size": 8,
+    "eval_samples": 8,
+    "vision_backbone": {"siglip": {"model": "vit_base_patch16_siglip_224", "patch_size": 14,
+                                   "embed_dim": 16, "depth": 2, "num_heads": 1}},
     "llm_backbone": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
                      "num_hidden_layers": 3, "num_attention_heads": 2},
 }
 STEM = {"vit": {"model": "vit_tiny_r_s16_p8_224", "embed_dim": 16, "depth": 3, "num_heads": 1}}
 
 
-def cell(root, name, json_name, ranks=1, freezing="full", recompute=False, accumulation=1, bf16=True,
-         **changes):
+def cell(root, name, json_name, ranks=1, freezing="full", recompute=False, accumulation=1,
+         bf16=True, **changes):
     """One entry for run_cells.py."""
     ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())
-    ds_config |= {"bf16": {"enabled": bf16}} | ({"activation_checkpointing": {}} if recompute else {})
-    if "zero3" in json_name:  # DeepSpeed would keep so small weights whole
+    ds_config["bf16"] = {"enabled": bf16}
+    if recompute:
+        ds_config["activation_checkpointing"] = {}
+    if "zero3" in json_name:  # by default DeepSpeed does not shard such small weights
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     config = {**MODEL, **FREEZING[freezing], "run_root_dir": str(root), "run_id": name,
               "per_device_batch_size": 8 // ranks // accumulation, **changes}
@@ -69,17 +72,18 @@ BOTH, ONE = [(False, 1), (True, 4)], [(True, 1), (False, 4)]  # recomputation an
 
 
 def matrix(root, ranks, switches, jsons=JSONS):
-    """In float32, the offloading JSONs with recomputation and accumulation only."""
+    """In float32. The offloading JSONs only with recomputation and accumulation."""
     cells = {}
-    for json_name, freezing, (recompute, accumulation) in itertools.product(jsons, FREEZING, switches):
-        if "offload" not in json_name or (recompute and accumulation == 4):
-            name = f"{json_name}-x{ranks}-{freezing}-recompute{recompute:d}-accumulation{accumulation}"
-            cells |= cell(root, name, json_name, ranks, freezing, recompute, accumulation, bf16=False)
+    for json_name, freezing, switch in itertools.product(jsons, FREEZING, switches):
+        recompute, steps = switch
+        if "offload" not in json_name or (recompute and steps == 4):
+            name = f"{json_name}-x{ranks}-{freezing}-recompute{recompute:d}-accumulation{steps}"
+            cells |= cell(root, name, json_name, ranks, freezing, recompute, steps, bf16=False)
     return cells
 
 
 def bf16_cells(root):
-    """The JSONs as they are, on two ranks, with a checkpoint after every step; and each JSON for 20 steps."""
+    """The unchanged JSONs on two ranks, a checkpoint after each step; then each for 20 steps."""
     cells = {}
     for name, freezing in itertools.product(JSONS, FREEZING):
         cells |= cell(root, f"bf16-{name}-{freezing}", name, 2, freezing, True, 2, save_interval=1,
@@ -91,20 +95,21 @@ def bf16_cells(root):
 
 
 def compiled_cells(root):
-    """Compiled, with and without recomputation: in float32, to be compared with what is not compiled."""
+    """Compiled, with and without recomputation, in float32 to compare with uncompiled cells."""
     cells = {}
     for name, recompute in (("zero2", True), ("zero3", False), ("zero3", True)):
         run = f"compiled-{name}-recompute{recompute:d}"
         cells |= cell(root, run, name, 2, recompute=recompute, bf16=False, compile=True)
     for run, name, compiled in (("stem-zero1", "zero1", False), ("stem-zero3", "zero3", True)):
-        cells |= cell(root, run, name, 2, bf16=False, compile=compiled, image_size=64, vision_backbone=STEM)
+        cells |= cell(root, run, name, 2, bf16=False, compile=compiled, image_size=64,
+                      vision_backbone=STEM)
     return cells
 
 
 def clipping_cells(root):
-    """With and without clipping, in bf16 on two ranks, under ZeRO-1 and 2; once, matrices are larger than
-    ZeRO-2's buckets. With so large an eps AdamW's steps are in proportion to the gradients, so that a wrong
-    average or clipping shows in the losses."""
+    """With and without clipping, in bf16 on two ranks, under ZeRO-1 and 2; once with matrices
+    larger than ZeRO-2's buckets. With such a large eps AdamW's steps are proportional to the
+    gradients, so a wrong average or clipping shows in the losses."""
     cells = {}
     for name, limit, buckets in (("zero1", 0.0, {}), ("zero1", 0.5, {}), ("zero2", 0.0, {}),
                                  ("zero2", 0.5, {}), ("zero2", 0.5, {"reduce_bucket_size": 300})):
@@ -122,7 +127,8 @@ def plain_cells(root):
     for stage, altered in ALTERED.items():
         for run, changes in (("speed", {}), ("plain", {"zero_speed": False}), ("altered", {})):
             run = f"{run}-zero{stage}"
-            cells |= cell(root, run, f"zero{stage}", 2, "frozen_vision", True, 2, learning_rate=1.0, **changes)
+            cells |= cell(root, run, f"zero{stage}", 2, "frozen_vision", True, 2, learning_rate=1.0,
+                          **changes)
             cells[run]["ds_config"]["optimizer"]["params"]["eps"] = 1.0
         cells[f"altered-zero{stage}"]["altered"] = altered
     cells["speed-zero3"]["ds_config"]["zero_optimization"]["stage3_max_live_parameters"] = 1
@@ -130,14 +136,15 @@ def plain_cells(root):
 
 
 def resumed_cells(root):
-    """Those of bf16_cells with checkpoints, continued from one of them, which is named by
-    pretrained_checkpoint or, under ZeRO-3, stands in the run's own directory. (A ZeRO-3 model that is to be
-    filled is made in shards, after which DeepSpeed sums the norm of the gradients in another order; that
+    """Those of bf16_cells with checkpoints, resumed from one of them: pretrained_checkpoint names
+    it or, under ZeRO-3, the run's own directory contains it. (A ZeRO-3 model that begins with
+    weights is made in shards. DeepSpeed then sums the norm of the gradients in another order, which
     would cost the last bit.)"""
     cells = {}
     for name, freezing in itertools.product(JSONS, FREEZING):
         pattern = f"bf16-{name}-{freezing}/checkpoints/step-{RESUME_AT:06d}-*"
-        given = {"pretrained_checkpoint": str(root / pattern), "resume_step": RESUME_AT, "resume_epoch": 0}
+        given = {"pretrained_checkpoint": str(root / pattern), "resume_step": RESUME_AT,
+                 "resume_epoch": 0}
         if "zero3" in name:
             (begun,), given = root.glob(pattern), {}
             run = root / f"resumed-{name}-{freezing}"
@@ -150,7 +157,7 @@ def resumed_cells(root):
 
 
 def chain(root, name, first, second):
-    """Six steps of one run: two with JSON and ranks `first`, two with `second`, two with `first` again."""
+    """Six steps of one run: two with JSON and ranks `first`, two with `second`, two as first."""
     return [cell(root, name, json_name, ranks, "frozen_vision", max_steps=steps)
             for (json_name, ranks), steps in ((first, 2), (second, 4), (first, 6))]
 
@@ -162,12 +169,15 @@ def runs(tmp_path_factory, ranks):
     straight = cell(root, "chain-straight", "zero2", 2, "frozen_vision", max_steps=6)
     stages_ranks = chain(root, "chain", ("zero2", 2), ("zero3", 1))
     back = chain(root, "chain-back", ("zero3", 2), ("zero1", 1))
-    scheduled = cell(root, "scheduled", "zero2", 1, "sandwich", accumulation=4, bf16=False, **SCHEDULED)
+    scheduled = cell(root, "scheduled", "zero2", 1, "sandwich", accumulation=4, bf16=False,
+                     **SCHEDULED)
     scheduled["scheduled"]["ds_config"]["optimizer"]["params"]["eps"] = EPS
-    jobs = [(2, lambda: matrix(root, 2, BOTH) | bf16_cells(root) | clipping_cells(root) | compiled_cells(root)
-             | plain_cells(root) | straight),
-            (1, lambda: matrix(root, 1, BOTH[:1], ["zero0"]) | matrix(root, 1, BOTH[1:]) | scheduled),
-            (2, lambda: resumed_cells(root))]
+    jobs = [
+        (2, lambda: matrix(root, 2, BOTH) | bf16_cells(root) | clipping_cells(root)
+            | compiled_cells(root) | plain_cells(root) | straight),
+        (1, lambda: matrix(root, 1, BOTH[:1], ["zero0"]) | matrix(root, 1, BOTH[1:]) | scheduled),
+        (2, lambda: resumed_cells(root)),
+    ]
     for number, (count, cells) in enumerate(jobs):
         path = root / f"cells{number}.json"
         path.write_text(json.dumps(cells() | stages_ranks[number] | back[number]))
@@ -224,7 +234,7 @@ def test_nor_do_recomputation_and_accumulation_alone(tmp_path_factory, ranks):
 
 
 def test_a_run_computes_what_a_plain_loop_does(runs):
-    """The same batches without DeepSpeed, with PyTorch's AdamW and clipping and transformers' schedule."""
+    """The same batches without DeepSpeed: PyTorch's AdamW and clipping, transformers' schedule."""
     cfg = TrainConfig(**yaml.safe_load((runs / "scheduled/config.yaml").read_text()))
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     batches = TrainBatches(open_mixture(cfg, tokenizer), 8, 8, rank=0, world_size=1)
@@ -232,10 +242,11 @@ def test_a_run_computes_what_a_plain_loop_does(runs):
     vla = VLA(cfg, tokenizer)
     vla.freeze(**FREEZING["sandwich"], freeze_vision_backbone=False)
     trained = [p for p in vla.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": 5.0},
-                                   {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}],
-                                  lr=0.01, eps=EPS)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1, num_training_steps=STEPS)
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 5.0},
+              {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, eps=EPS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1,
+                                               num_training_steps=STEPS)
     values = []
     for step in range(STEPS):
         batch = batches[step]
@@ -247,23 +258,26 @@ def test_a_run_computes_what_a_plain_loop_does(runs):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    for key, expected in zip(("loss", "grad_norm", "learning_rate"), np.transpose(values), strict=True):
+    keys = ("loss", "grad_norm", "learning_rate")
+    for key, expected in zip(keys, np.transpose(values), strict=True):
         np.testing.assert_allclose(read(runs / "scheduled", key), expected, rtol=1e-5, err_msg=key)
     assert min(norm for _, norm, _ in values) > 0.5  # each of them was clipped
 
 
 def test_compiling_and_recomputing_change_nothing(runs):
-    """Nor does ZeRO-3, which puts another block's weights where one's were, change what autograd kept. And
-    the gradients of a stem, whose input needs none, are not taken before they are there."""
-    plain, compiled = runs / "zero0-x2-full-recompute0-accumulation1", [*runs.glob("compiled-*")]
+    """ZeRO-3 reuses a block's memory for the next block's weights, without changing what autograd
+    kept. A stem's input needs no gradient; still its gradients are not reduced too early."""
+    plain = runs / "zero0-x2-full-recompute0-accumulation1"
+    compiled = [*runs.glob("compiled-*")]
     assert len(compiled) == 3
-    for found, expected in [*((run, plain) for run in compiled), (runs / "stem-zero3", runs / "stem-zero1")]:
+    pairs = [(run, plain) for run in compiled] + [(runs / "stem-zero3", runs / "stem-zero1")]
+    for found, expected in pairs:
         np.testing.assert_allclose(read(found), read(expected), rtol=1e-5, err_msg=found.name)
         np.testing.assert_allclose(read(found, "grad_norm"), read(expected, "grad_norm"), rtol=1e-4)
 
 
 def test_memory_that_autograd_still_looks_at_is_not_used_again():
-    """ZeRO-3 (zero_speed.WeightsAhead) uses the memory of gathered weights again; a view may be kept."""
+    """WeightsAhead reuses the memory of gathered weights, unless autograd keeps a view of it."""
     ahead, memory = WeightsAhead(50_000_000), torch.zeros(256)
     weight = memory[:4].view(2, 2).requires_grad_()
     out = torch.nn.functional.linear(torch.ones(1, 2, requires_grad=True), weight)
@@ -276,7 +290,7 @@ def test_memory_that_autograd_still_looks_at_is_not_used_again():
 
 
 def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
-    """ZeRO-2 leaves both to AdamW (zero_speed.fuse_grad_passes_2); ZeRO-1 is as DeepSpeed has it."""
+    """zero_speed.fuse_grad_passes_2 leaves both to AdamW; ZeRO-1 is DeepSpeed's own code."""
     for limit, buckets in ((0.0, ""), (0.5, ""), (0.5, "-small-buckets")):
         ours, theirs = runs / f"clip{limit}-zero2{buckets}", runs / f"clip{limit}-zero1"
         np.testing.assert_allclose(read(ours), read(theirs), rtol=3e-3, err_msg=ours.name)
@@ -286,7 +300,7 @@ def test_gradients_are_averaged_and_clipped_in_bf16_too(runs):
 
 @pytest.mark.parametrize("stage", ALTERED)
 def test_deepspeed_as_it_comes_computes_the_same(stage, runs):
-    """With zero_speed, without it, and if a function of DeepSpeed is not the one that was checked."""
+    """With zero_speed, without it, and with a function of DeepSpeed that it does not know."""
     for other in ("plain", "altered"):
         ours, theirs = runs / f"speed-zero{stage}", runs / f"{other}-zero{stage}"
         assert len(read(theirs)) == STEPS
@@ -307,8 +321,8 @@ def test_the_log_names_what_is_not_replaced(runs):
     assert not any(lines.values())
 
 
-def test_fingerprints_are_of_code_and_of_the_functions_named():
-    """And hold for this DeepSpeed. DeepSpeed's decorators hide a function behind another one."""
+def test_each_fingerprint_is_of_the_function_named():
+    """DeepSpeed's decorators hide functions behind a wrapper, whose source is always the same."""
     known = {path: value for functions in load_table("deepspeed_fingerprints").values()
              for path, value in functions.items()}
     assert {path: fingerprint(path) for path in known} == known
@@ -317,7 +331,8 @@ def test_fingerprints_are_of_code_and_of_the_functions_named():
 
 
 def test_comments_do_not_change_a_fingerprint(tmp_path, monkeypatch):
-    monkeypatch.setattr(deepspeed.runtime.zero, "__path__", [*deepspeed.runtime.zero.__path__, str(tmp_path)])
+    package = deepspeed.runtime.zero
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     (tmp_path / "with_comments.py").write_text("def f(x):\n    # why\n\n    return x + 1  # how\n")
     (tmp_path / "without.py").write_text("def f(x):\n    return x + 1\n")
     (tmp_path / "other.py").write_text("def f(x):\n    return x + 2\n")
@@ -326,8 +341,10 @@ def test_comments_do_not_change_a_fingerprint(tmp_path, monkeypatch):
 
 def test_what_is_frozen_matters(runs):
     """So that the test above cannot pass because the matrix' columns are all alike."""
-    norms = {tuple(read(runs / f"zero0-x1-{freezing}-recompute0-accumulation1", "grad_norm").round(4))
-             for freezing in FREEZING}
+    norms = set()
+    for freezing in FREEZING:
+        run = runs / f"zero0-x1-{freezing}-recompute0-accumulation1"
+        norms.add(tuple(read(run, "grad_norm").round(4)))
     assert len(norms) == len(FREEZING)
 
 
@@ -353,14 +370,16 @@ def test_resuming_is_exact(name, freezing, runs):
     for key in ("loss", "grad_norm", "learning_rate", "accuracy"):
         assert len(read(resumed, key)) == STEPS - RESUME_AT
         assert (read(straight, key)[RESUME_AT:] == read(resumed, key)).all(), key
-    first, second = (tensors(list_checkpoints(run / "checkpoints")[-1]) for run in (straight, resumed))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    first = tensors(list_checkpoints(straight / "checkpoints")[-1])
+    second = tensors(list_checkpoints(resumed / "checkpoints")[-1])
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", JSONS)
 def test_frozen_weights_survive_and_the_others_move(name, runs):
-    """DeepSpeed's own checkpoints have lost frozen weights under ZeRO-1 (DeepSpeed#5439); and frozen layers
-    with recomputation crashed ZeRO-3 (fixed by PR#8148). Compared with a new model of the same seed."""
+    """Compared with a new model of the same seed. DeepSpeed's own checkpoints lost frozen weights
+    under ZeRO-1 (DeepSpeed#5439); frozen layers with recomputation crashed ZeRO-3 (PR#8148)."""
     tokenizer = load_tokenizer(MODEL["tokenizer"], add_action_tokens=True)
     for freezing in FREEZING:
         torch.manual_seed(7)
@@ -370,9 +389,10 @@ def test_frozen_weights_survive_and_the_others_move(name, runs):
             same = torch.equal(reader.whole(parameter).bfloat16(), value.detach().bfloat16())
             trainable = reader.meta["tensors"][parameter]["trainable"]
             # the last ViT block and what follows it are never used
-            used = "vision" not in parameter or any(part in parameter for part in ("blocks.0", "embed"))
+            used = "vision" not in parameter or "blocks.0" in parameter or "embed" in parameter
             assert same or trainable, f"{freezing}: frozen {parameter} changed"
-            assert not same or not trainable or not used or value.ndim == 1, f"{freezing}: {parameter} stayed"
+            if trainable and used and value.ndim > 1:
+                assert not same, f"{freezing}: {parameter} stayed"
 
 
 @pytest.mark.parametrize("name", ["chain", "chain-back"])
@@ -380,4 +400,5 @@ def test_a_run_may_change_stage_and_ranks_there_and_back(name, runs):
     """2 ranks, 1 rank, 2 ranks and ZeRO 2, 3, 2 (and 3, 1, 3), against six steps at a stretch."""
     assert len(read(runs / name)) == 6
     np.testing.assert_allclose(read(runs / name), read(runs / "chain-straight"), rtol=2e-3)
-    np.testing.assert_array_equal(read(runs / name, "epoch"), read(runs / "chain-straight", "epoch"))
+    straight = runs / "chain-straight"
+    np.testing.assert_array_equal(read(runs / name, "epoch"), read(straight, "epoch"))
