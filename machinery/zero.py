@@ -1,8 +1,8 @@
 """Where DeepSpeed keeps each parameter, and the few places where we correct DeepSpeed.
 
-The names used below are internals of DeepSpeed 0.19.8, which the requirements pin. Read find_slice
-first: it shows where each ZeRO stage keeps a parameter. Replacing parts of DeepSpeed by faster ones
-is zero_speed.py's job, and nothing here depends on it.
+The names used below are internals of DeepSpeed, checked with 0.19.8. Read find_slice first: it
+shows where each ZeRO stage keeps a parameter. zero_speed.py replaces parts of DeepSpeed by faster
+ones; nothing here depends on it.
 """
 
 import math

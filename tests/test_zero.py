@@ -321,6 +321,13 @@ def test_the_log_names_what_is_not_replaced(runs):
     assert not any(lines.values())
 
 
+def test_only_train_vla_imports_zero_speed():
+    """So with zero_speed: false nothing loads the file, and nothing else needs it."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("machinery/*.py")]
+    importing = [path.name for path in files if re.search("import.*zero_speed", path.read_text())]
+    assert importing == ["train_vla.py"]
+
+
 def test_each_fingerprint_is_of_the_function_named():
     """DeepSpeed's decorators hide functions behind a wrapper, whose source is always the same."""
     known = {path: value for functions in load_table("deepspeed_fingerprints").values()
