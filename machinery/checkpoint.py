@@ -1,27 +1,26 @@
-"""Tensors in files: one reader for every source, and checkpoints that any number of GPUs writes and reads.
+"""Tensors in files: one reader for every source, and checkpoints for any number of GPUs.
 
-ZeRO cuts every parameter's float32 weight and its two AdamW moments into slices and spreads them over the
-ranks. A checkpoint is simply those slices, written by each rank as they are: flat safetensors named
-"weight/<parameter>@<first element>". Whoever reads it takes the elements it needs:
+ZeRO cuts every parameter's float32 weight and its two AdamW moments into slices and spreads them
+over the ranks. A checkpoint is simply those slices, written by each rank unchanged: flat
+safetensors named "weight/<parameter>@<first element>". A reader takes the elements it needs:
 
     <run>/checkpoints/step-000200-epoch-01-loss=2.3456/
         checkpoint.json            step, shapes, and the other files with sizes and checksums
         rank00000-000.safetensors
         ...
 
-Why not DeepSpeed's own format: it is pickles (code that runs on loading), is tied to stage and world size
-until converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves a half.
+Why not DeepSpeed's own format: it is pickles (loading them runs code), is tied to stage and world
+size until converted, has lost frozen weights (DeepSpeed#5439), and a job killed while saving leaves
+a partial checkpoint.
 
-Read Tensors, then save_checkpoint. Which slice lives where in a sharded model is zero.py's business.
+Read Tensors, then save_checkpoint. zero.py knows where a sharded model keeps each slice.
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from machinery.config import UserError
+from machinery.files import remove
 from machinery.ranks import patient_group
 from machinery.zero import (
     MOMENTS,
@@ -43,68 +43,83 @@ from machinery.zero import (
 )
 
 FILE_BYTES = 1 << 30  # a rank gathers this much in host memory, then writes it
-NAME = re.compile(r"step-\d+-epoch-\d+-loss=\d+\.\d+")  # as Run.save makes it
+NAME = re.compile(r"step-\d+-epoch-\d+-loss=\d+\.\d+")  # made by Run.save
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read. The message names it and says what to do."""
+    """A checkpoint that cannot be written or read. The message names it and the cure."""
 
 
-# ---- Reading -----------------------------------------------------------------------------------------------
+# ---- Reading -----------------------------------------------------------------------------------
 
 
 class Tensors:
-    """The tensors of a model on disk, whatever its format: `shapes`, {parameter: shape}, is known without
-    reading any, and `read` reads a part of one."""
+    """The tensors of a model on disk, whatever its format.
+
+    `shapes`, {parameter: shape}, is known without reading them. `read` reads a part of one.
+    """
 
     def __init__(self, where: str | Path):
-        self.where, self.shapes = where, {}
-        self.trained: dict[str, bool] = {}  # was a parameter trained? Where nobody knows, it is not there
-        self.base: dict | None = None  # what else the model needs, where only what was trained is here
-        # (kind, parameter) -> its pieces: (first element, the one after the last, what reads elements of it)
-        self.pieces: dict[tuple[str, str], list[tuple[int, int, Callable[[int, int], torch.Tensor]]]] = {}
+        self.where = where
+        self.shapes: dict[str, list[int]] = {}
+        self.trained: dict[str, bool] = {}  # was a parameter trained? Known to our own format only
+        self.base: dict | None = None  # a checkpoint of adapters: the weights it is based on
+        # (kind, parameter) -> its pieces: (first element, the one after the last, their reader)
+        self.pieces: dict[tuple[str, str], list[tuple[int, int, Callable]]] = {}
 
     def add(self, name: str, shape: list[int], read: Callable[[int, int], torch.Tensor]) -> None:
-        """A parameter in one piece; read(start, stop) gives elements [start, stop) of it, flattened."""
+        """A parameter in one piece; read(start, stop) gives elements [start, stop), flattened."""
         self.shapes[name] = list(shape)
         self.pieces["weight", name] = [(0, math.prod(shape), read)]
 
     def read(self, name: str, start: int, stop: int, kind: str = "weight") -> torch.Tensor | None:
-        """Elements [start, stop) of a flattened parameter or, by its `kind`, of its "exp_avg" or "exp_avg_sq"
-        in the dtype on disk; None where there are none. Raises CheckpointError if some are missing."""
+        """Elements [start, stop) of a flattened parameter, in the dtype on disk.
+
+        kind: "weight", or one of its moments, "exp_avg" and "exp_avg_sq". Returns None if there is
+        no such tensor. Raises CheckpointError if some elements are missing.
+        """
         if (kind, name) not in self.pieces:
             return None
         pieces = [read(max(start, first) - first, min(stop, end) - first)
                   for first, end, read in self.pieces[kind, name] if first < stop and end > start]
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+        tensor = torch.cat(pieces) if pieces else torch.empty(0)
         if len(tensor) != stop - start:
-            raise CheckpointError(f"{self.where}: {kind} {name} has only {len(tensor)} of elements "
-                                  f"{start}..{stop}")
+            raise CheckpointError(f"{self.where}: {kind} {name}: only {len(tensor)} of elements "
+                                  f"{start}..{stop} are there")
         return tensor
 
     def whole(self, name: str) -> torch.Tensor:
         """A parameter in its shape."""
-        return self.read(name, 0, math.prod(self.shapes[name])).view(self.shapes[name])
+        shape = self.shapes[name]
+        return self.read(name, 0, math.prod(shape)).view(shape)
 
     def check(self, module: torch.nn.Module, resume: bool = False) -> list[str]:
-        """Raise CheckpointError listing parameters that are missing, extra or of another shape. Modules of
-        which nothing is there, such as the projector beside a plain language model, are returned: they stay
-        as they are. To resume, nothing may be missing, and what was trained must be trained now."""
-        problems, present = [], {name.split(".")[0] for name in self.shapes}
+        """Raise CheckpointError if parameters are missing, unexpected or of another shape.
+
+        Returns modules of which nothing is there, such as the projector beside a plain language
+        model: they keep their values. To resume, nothing may be missing, and the same parameters
+        must be trained.
+        """
         ours = describe_parameters(module)
-        ours = {name: facts for name, facts in ours.items() if facts[1] or not self.base}
+        if self.base:
+            ours = {name: facts for name, facts in ours.items() if facts[1]}  # the trained ones
+        present = {name.split(".")[0] for name in self.shapes}
+        problems = []
         for name, (shape, trained) in ours.items():
-            if name not in self.shapes and (resume or name.split(".")[0] in present):
-                problems.append(f"missing {name}")
-            elif name in self.shapes and self.shapes[name] != shape:
+            if name not in self.shapes:
+                if resume or name.split(".")[0] in present:
+                    problems.append(f"missing {name}")
+            elif self.shapes[name] != shape:
                 problems.append(f"{name}: shape {self.shapes[name]}, this model has {shape}")
             elif resume and self.trained.get(name, trained) != trained:
                 problems.append(f"{name}: was {'frozen' if trained else 'trained'}, now it is not")
-        tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # a head that is a table
-        problems += [f"unexpected {name}" for name in self.shapes.keys() - tied]
+        # tied parameters, such as a head that is the embedding table, have two names
+        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        problems += [f"unexpected {name}" for name in self.shapes.keys() - names]
         if problems:
             shown = "; ".join(sorted(problems)[:20])
-            raise CheckpointError(f"{self.where} does not fit this model ({len(problems)} problems): {shown}")
+            raise CheckpointError(f"{self.where} does not fit this model ({len(problems)} "
+                                  f"problems): {shown}")
         return sorted({name.split(".")[0] for name in ours} - present)
 
 
@@ -115,8 +130,8 @@ class SafetensorsFile:
         try:
             self.file = safe_open(path, "pt")
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: no safetensors file ({error}): damaged, or a Git LFS pointer "
-                                  "that was not pulled") from error
+            raise CheckpointError(f"{path}: damaged, or a Git LFS pointer that was not pulled: "
+                                  f"{error}") from error
         self.shapes = {key: self.file.get_slice(key).get_shape() for key in self.file.keys()}
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
@@ -128,49 +143,58 @@ class SafetensorsFile:
 
 
 class Checkpoint(Tensors):
-    """A checkpoint of this project: weights, moments, and `meta`, the content of checkpoint.json. run_dir:
-    the run's folder, around this place or around where a link leads."""
+    """A checkpoint of this project: weights, moments, and `meta`, the content of checkpoint.json.
+
+    run_dir: the folder of its run. `path` may also be a link to a checkpoint, or the checkpoint may
+    have been moved to another disk and left a link in its run.
+    """
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.path, here = Path(path), Path(os.path.abspath(path)).parent.parent
-        self.run_dir = here if (here / "config.json").exists() else self.path.resolve().parent.parent
+        self.path = Path(path)
+        self.run_dir = Path(os.path.abspath(path)).parent.parent
+        if not (self.run_dir / "config.json").exists():
+            self.run_dir = self.path.resolve().parent.parent
         try:
             self.meta = json.loads((self.path / "checkpoint.json").read_text())
-            self.base, self.meta["step"] = self.meta.get("base"), int(self.meta["step"])
+            self.meta["step"] = int(self.meta["step"])
+            self.base = self.meta.get("base")
             for name, facts in self.meta["tensors"].items():
-                self.shapes[name], self.trained[name] = facts["shape"], facts["trainable"]
-            for name, facts in self.meta["files"].items():
-                if (size := (self.path / name).stat().st_size) != facts["bytes"]:
-                    raise CheckpointError(f"{self.path / name}: {size} bytes, expected {facts['bytes']}")
+                self.shapes[name] = facts["shape"]
+                self.trained[name] = facts["trainable"]
+            for name in self.meta["files"]:
                 file = SafetensorsFile(self.path / name)
                 for key, (count,) in file.shapes.items():
-                    place, _, first = key.rpartition("@")
-                    piece = int(first), int(first) + count, functools.partial(file.read, key)
-                    self.pieces.setdefault(tuple(place.split("/")), []).append(piece)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # ours is a ValueError
+                    kind_and_parameter, _, first = key.rpartition("@")
+                    piece = (int(first), int(first) + count, functools.partial(file.read, key))
+                    self.pieces.setdefault(tuple(kind_and_parameter.split("/")), []).append(piece)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # a CheckpointError is a ValueError, too
             raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
         for pieces in self.pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the checksums of every parts-th file. Raises CheckpointError naming a damaged one."""
+        """Compare the checksums of every parts-th file. Raises CheckpointError."""
         for file, facts in list(self.meta["files"].items())[part::parts]:
             if google_crc32c.value((self.path / file).read_bytes()) != facts["crc32c"]:
                 raise CheckpointError(f"{self.path / file}: checksum mismatch, the file is damaged")
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints in a run's checkpoints directory, oldest step first: what has exactly a checkpoint's
-    name. What is half written has not, nor has what somebody put aside (step-...bak) or packed (.tar.gz)."""
-    found = [p for p in Path(directory).glob("step-*") if NAME.fullmatch(p.name)]
+    """All checkpoints in a run's checkpoints directory, oldest step first.
+
+    Their names match NAME exactly. Partial (.tmp), renamed (.bak) and packed (.tar.gz) ones do not.
+    """
+    found = [path for path in Path(directory).glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def load_checkpoint(engine, checkpoint: Checkpoint) -> None:
     """Restore weights, moments and step count, written at any stage and number of ranks.
 
-    Every rank reads just the elements it owns. Raises CheckpointError on all ranks if it does not fit.
+    Every rank reads only the elements it owns. Raises CheckpointError on all ranks if the
+    checkpoint does not fit.
     """
     checkpoint.check(engine.module, resume=True)
     set_tensors(engine, checkpoint.read, ("weight", *MOMENTS))
@@ -178,50 +202,49 @@ def load_checkpoint(engine, checkpoint: Checkpoint) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint to continue from, its checksums verified, on all ranks. Raises CheckpointError on all
-    of them when it is damaged; then the message says how to go on from the newest intact one before it."""
-    def verified(path: Path) -> Checkpoint:  # the files are divided among the ranks
+    """Open a checkpoint to resume, on all ranks, with its checksums verified.
+
+    Raises CheckpointError on all ranks if it is damaged. The message lists the run's others.
+    """
+    def open_verified() -> Checkpoint:
         checkpoint = Checkpoint(path)
-        checkpoint.verify(dist.get_rank(), dist.get_world_size())
+        checkpoint.verify(dist.get_rank(), dist.get_world_size())  # each rank takes some files
         return checkpoint
 
     try:
-        return on_all_ranks(lambda: verified(path))
+        return on_all_ranks(open_verified)
     except CheckpointError as error:
-        cure, older = "There is no intact checkpoint before it", list_checkpoints(path.parent)
-        for before in reversed(older[: older.index(path)] if path in older else []):
-            with contextlib.suppress(CheckpointError):
-                on_all_ranks(functools.partial(verified, before))
-                aside = path.with_name(f"damaged-{path.name}")
-                cure = (f"{before} is intact: to continue from there, start again after `mv "
-                        f"{shlex.quote(str(path))} {shlex.quote(str(aside))}`")
-                break
+        others = [other.name for other in list_checkpoints(path.parent) if other != path]
+        cure = "The run has no other checkpoint"
+        if others:
+            cure = (f"To resume from the newest of {', '.join(others)}: `mv {path} "
+                    f"{path}.damaged`")
         raise CheckpointError(f"{error}. {cure}") from None
 
 
-# ---- Saving ------------------------------------------------------------------------------------------------
-
-
-def remove(folder: Path) -> None:
-    """A folder, or the link to one that was put elsewhere."""
-    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+# ---- Saving ------------------------------------------------------------------------------------
 
 
 def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) -> Path:
-    """On every rank: write <directory>/<tag>, then delete all but the newest `keep`, which 0 keeps all of.
+    """On every rank: write <directory>/<tag>, then delete all but the newest `keep` (0 keeps all).
 
-    Raises CheckpointError on every rank when any rank fails (a full disk, say); then nothing new is left
-    behind and the older checkpoints are untouched. A killed job leaves at most directories "*.tmp", which
-    nobody reads and the next save removes.
+    If any rank fails, because of a full disk for example, raises CheckpointError on all of them.
+    Then nothing new is left behind, and the older checkpoints are untouched. A killed job leaves at
+    most directories "*.tmp", which are never read and which the next save removes.
     """
-    final, scratch = directory / tag, directory / f"{tag}.tmp"
-    rank, files = dist.get_rank(), [None] * dist.get_world_size()
+    final = directory / tag
+    scratch = directory / f"{tag}.tmp"  # one for all ranks, so files.atomic is not for this
+    rank = dist.get_rank()
+    files = [None] * dist.get_world_size()
 
     def make_room():
         if rank == 0:
             for leftover in directory.glob("*.tmp"):
                 remove(leftover)
             scratch.mkdir(parents=True)
+
+    def write():
+        return write_local_files(engine, scratch, rank, frozen=not meta.get("base"))
 
     def publish():
         if rank == 0:
@@ -237,20 +260,26 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
 
     try:
         on_all_ranks(make_room)
-        mine = on_all_ranks(lambda: write_local_files(engine, scratch, rank, frozen=not meta.get("base")))
+        mine = on_all_ranks(write)
         dist.all_gather_object(files, mine, group=patient_group())
         on_all_ranks(publish)
     except CheckpointError as error:
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-        raise CheckpointError(f"could not save {final}: {error}; older checkpoints are untouched") from None
+        raise CheckpointError(f"could not save {final}: {error}; older checkpoints are untouched"
+                              ) from None
     return final
 
 
 def on_all_ranks(action: Callable[[], object]):
-    """Do something on every rank -> its result. When it fails anywhere (OSError, CheckpointError),
-    CheckpointError with the first failure on all, so that nobody waits for a rank that gave up."""
-    result, error, errors = None, None, [None] * dist.get_world_size()
+    """Call `action` on every rank and return its result.
+
+    If it fails on any rank (OSError, CheckpointError), raises CheckpointError with the first
+    failure on all of them, so that none waits for a rank that gave up.
+    """
+    result = None
+    error = None
+    errors = [None] * dist.get_world_size()
     try:
         result = action()
     except (OSError, CheckpointError) as problem:
@@ -262,12 +291,17 @@ def on_all_ranks(action: Callable[[], object]):
 
 
 def write_local_files(engine, scratch: Path, rank: int, frozen: bool) -> dict[str, dict]:
-    """Write this rank's slices -> {file name: {"bytes": size, "crc32c": checksum}}. Raises CheckpointError
-    rather than write a number that is not finite."""
-    files, batch, size = {}, {}, 0
+    """Write this rank's slices. Returns {file name: {"bytes": size, "crc32c": checksum}}.
+
+    Raises CheckpointError if a number is not finite: the checkpoint could not be trained further.
+    """
+    files = {}
+    batch = {}
+    size = 0
 
     def flush():
-        name, data = f"rank{rank:05d}-{len(files):03d}.safetensors", to_safetensors(batch)
+        name = f"rank{rank:05d}-{len(files):03d}.safetensors"
+        data = to_safetensors(batch)
         write_durably(scratch / name, data)
         files[name] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
 
@@ -278,13 +312,14 @@ def write_local_files(engine, scratch: Path, rank: int, frozen: bool) -> dict[st
         size += tensor.numel() * tensor.element_size()
         if size >= FILE_BYTES:
             flush()
-            batch, size = {}, 0
+            batch.clear()
+            size = 0
     flush()
     return files
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write and wait until the disk has it, so that a full disk is noticed before the rename."""
+    """Write, and wait until the data are on the disk: a full disk then fails before the rename."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()

@@ -30,7 +30,7 @@ ON_CPU = ("--deepspeed_config", "ds_configs/cpu.json")
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
          "num_key_value_heads": 1}
-MORE = {"mistral": {"sliding_window": 128}, "mixtral": {"num_local_experts": 4},
+MORE = {"mistral": {"sliding_window": 256}, "mixtral": {"num_local_experts": 4},
         "qwen2": {"sliding_window": 64, "use_sliding_window": False}, "qwen2_moe": {"num_experts": 4},
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2}}
 
@@ -83,20 +83,16 @@ def test_misspelt_fields():
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "phi3"])
 def test_a_sliding_window_shorter_than_the_sequence(kind):
-    """Training would be right, but a policy's masks have no window."""
-    short, enough = (tiny_vla(llm={"model_type": kind, "sliding_window": window}) for window in (63, 64))
-    images = torch.from_numpy(IMAGE)[None, None]
-    ids = torch.tensor([[1, 5, 6, 7, 8, *range(600, 607), 2]])
-    labels = torch.where(torch.arange(13) < 5, -100, ids)
-    enough(images, ids, labels)
-    Policy(enough, TOKENIZER, {}).generate(images, [[1, 5, 6, 7, 8]])
-    for act in (lambda: short(images, ids, labels),
-                lambda: Policy(short, TOKENIZER, {}).generate(images, [[1, 5, 6, 7, 8]])):
-        with pytest.raises(UserError, match=r"llm_backbone.*sliding_window of 63.*fewer cameras"):
-            act()
-    enough.num_images, images = 15, images.expand(-1, 15, -1, -1, -1)  # 60 patches
-    with pytest.raises(UserError, match="sliding_window"):
-        enough(images, ids, labels)
+    """Training would be right, but a policy's masks have no window. 128 + 4 + 7 tokens, rounded up."""
+    vla = tiny_vla(llm={"model_type": kind, "sliding_window": 192})
+    for llm, changes in (({"sliding_window": 191}, {}),
+                         ({"sliding_window": 192}, {"cameras": ["primary"] * 15})):  # 4 patches each
+        with pytest.raises(UserError, match=r"llm_backbone.*sliding_window of 19.*fewer cameras"):
+            tiny_vla(llm={"model_type": kind, **llm}, **changes)
+    images, prompt = torch.from_numpy(IMAGE)[None, None], [1, *[5] * 127]
+    assert Policy(vla, TOKENIZER, {}).generate(images, [prompt]).shape == (1, 7)
+    with pytest.raises(UserError, match=r"llm_backbone.*sliding_window of 192"):
+        Policy(vla, TOKENIZER, {}).generate(images, [prompt * 2])
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -289,8 +289,7 @@ def three_checkpoints(tmp_path_factory, plain_run):
     return path
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_last_intact_one_offered(three_checkpoints, tiny, tmp_path,
-                                                                          plain_run):
+def test_a_damaged_checkpoint_is_refused_and_the_others_offered(three_checkpoints, tiny, tmp_path, plain_run):
     shutil.copytree(three_checkpoints / "runs", tmp_path / "runs")
     older, middle, newest = list_checkpoints(tmp_path / "runs/run/checkpoints")
     (newest / "checkpoint.json").unlink()
@@ -300,7 +299,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_intact_one_offered(three_c
     done = launch(config, ranks=2)
     assert done.returncode != 0 and "Traceback" not in done.text
     assert f"{newest}: not a readable checkpoint" in done.text, done.text
-    assert f"{older} is intact" in done.text, done.text
+    assert older.name in done.text and middle.name in done.text, done.text
     for damaged in (newest, middle):
         command = re.search(rf"`(mv {re.escape(str(damaged))} .*)`", done.text)[1]
         assert subprocess.run(shlex.split(command), check=False).returncode == 0
@@ -372,7 +371,7 @@ def test_a_checkpoint_that_does_not_say_what_it_is(content, three_checkpoints, p
     (newest / "checkpoint.json").write_text(content)
     done = plain_run(tiny(run_id="run", max_steps=7), "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 1 and "Traceback" not in done.text, done.text
-    assert f"{newest}: not a readable checkpoint" in done.text and f"{middle} is intact" in done.text
+    assert f"{newest}: not a readable checkpoint" in done.text and middle.name in done.text
 
 
 def test_weights_that_would_mean_something_else(three_checkpoints, plain_run, tiny, tmp_path):

@@ -159,8 +159,8 @@ def test_a_checkpoint_is_plain_safetensors(finished):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("flipped", "checksum mismatch, the file is damaged"),
-    ("short", "bytes, expected"),
+    ("flipped", "checksum"),
+    ("short", "damaged"),
     ("gone", "not a readable checkpoint"),
 ])
 def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_path):

@@ -332,14 +332,6 @@ def test_actions_of_another_width_than_openvlas(run, tmp_path):
         policy.predict_action([image], ["open it"], "bridge_orig")
 
 
-def test_an_export_keeps_the_length_of_prompts(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    (tmp_path / "run/config.json").write_text(json.dumps({**config, "max_length": 99}))
-    export_vla.export(str(tmp_path / "run"), tmp_path / "hf", "hf")
-    assert load_vla(tmp_path / "hf").cfg.max_length == 99
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Training from them
 
