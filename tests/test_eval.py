@@ -1,4 +1,4 @@
-"""eval_vla.py on real runs: the numbers training logged come back, and broken inputs are noticed."""
+"""eval_vla.py on real runs: it reproduces the logged numbers and notices broken inputs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from act import Policy
 
 
 def evaluate(monkeypatch, capsys, run, out, *arguments) -> tuple[dict, str]:
-    """Run eval_vla.py -> (eval.json, what it printed); raises SystemExit as it does."""
+    """Run eval_vla.py -> (eval.json, its output). Raises its SystemExit."""
     monkeypatch.setattr(sys, "argv", ["eval_vla.py", "--checkpoint", str(run), "--out", str(out / "eval.png"),
                                       *map(str, arguments)])
     eval_vla.main()
@@ -46,7 +46,7 @@ def test_held_out_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_pat
 
 def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
     """The frames are the last ones before the checkpoint: those of steps 96 to 100, which the log's last line
-    is about."""
+    averages."""
     asked, collect = [], eval_vla.collect
 
     def noting(policy, mixture, frames):
@@ -77,7 +77,7 @@ def test_swapped_colours_are_noticed(colours, monkeypatch, capsys, tmp_path):
 
 
 def changed_run(run, path, **changes):
-    """A copy of a run whose config.json says something else."""
+    """A copy of a run with changes in config.json."""
     shutil.copytree(run, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **changes}))
@@ -90,21 +90,21 @@ def test_another_resize_is_noticed(colours, monkeypatch, capsys, tmp_path):
         evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, "--on-train-frames")
 
 
-def test_few_frames_tell_little():
-    said = {"logged": 0.6, "teacher_forced": 0.45, "greedy": 0.45, "inference": 0.45}
-    assert not eval_vla.verdict(said, 1.0, 16, "lanczos")[1]
-    assert "0.600" in eval_vla.verdict(said, 1.0, 1024, "lanczos")[1][0]
+def test_few_frames_do_not_warn():
+    accuracy = {"logged": 0.6, "teacher_forced": 0.45, "greedy": 0.45, "inference": 0.45}
+    assert not eval_vla.verdict(accuracy, 1.0, 16, "lanczos")[1]
+    assert "0.600" in eval_vla.verdict(accuracy, 1.0, 1024, "lanczos")[1][0]
 
 
 def test_a_config_that_is_not_the_training_s_is_noticed(colours, monkeypatch, capsys, tmp_path):
-    """Both paths go wrong together then, but not as well as the log says."""
+    """Then both paths agree, but are less accurate than the log."""
     run = changed_run(colours, tmp_path / "run", prompt_style="phi", action_normalization="normal")
     facts, printed = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 64, "--on-train-frames")
     assert facts["mismatch"] is None and "warning" in printed and "config.json" in printed
 
 
 def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tmp_path, plain_run):
-    """Everything a model can be trained with goes through inference as through training."""
+    """Acting prepares every kind of input as training does."""
     write_colours(tmp_path, "arm", 0.2, cameras=2)
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "image_aug": True,
               "use_proprio": True,
@@ -126,7 +126,7 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
         given.clear()
         facts, _ = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, *extra)
         assert facts["agreement"] == 1
-        if not extra:  # training's evaluation looked through the centre crop, too
+        if not extra:  # training's evaluation uses the centre crop, too
             assert facts["accuracy"]["teacher_forced"] == pytest.approx(facts["accuracy"]["logged"], abs=1e-6)
         assert len(facts["datasets"]["arm"]["inference"]["l1_units_per_dim"]) == 3
         for training, acting in ((given[0], given[1]), (given[2], given[3])):  # two batches

@@ -1,4 +1,4 @@
-"""A chunk's first actions may be settled already: predict_action(prefix=...) goes on from them."""
+"""predict_action(prefix=...) continues a chunk whose first actions are settled."""
 
 import numpy as np
 import pytest
@@ -24,20 +24,20 @@ KINDS = [{}, {"use_proprio": True, "cameras": ["primary", "wrist"], "arch_specif
 
 def tiny_policy(**changes) -> Policy:
     policy = untrained(**changes)
-    policy.norm_stats["a"]["action"]["mean"] = [0.0] * 4  # which tells how many numbers an action has
+    policy.norm_stats["a"]["action"]["mean"] = [0.0] * 4  # its length is the number of dimensions
     return policy
 
 
 def batch(policy) -> dict:
-    """Three requests, whose prompts are of different lengths."""
+    """Three requests with prompts of different lengths."""
     proprio = np.linspace(-1, 1, 12).reshape(3, 4) if policy.cfg.use_proprio else None
     return {"image": [[*images[: len(policy.cfg.cameras)]] for images in IMAGES], "instruction": TEXTS,
             "proprio": proprio}
 
 
 @pytest.mark.parametrize("changes", KINDS[:2])
-def test_what_it_would_say_anyway_changes_nothing(changes):
-    """One after the other, an action is said as if those before had been given."""
+def test_a_prefix_of_its_own_actions_changes_nothing(changes):
+    """Autoregressive decoding already conditions on earlier actions."""
     policy = tiny_policy(action_chunk=4, **changes)
     asked = batch(policy)
     whole = policy.predict_action(**asked)
@@ -50,7 +50,7 @@ def test_what_it_would_say_anyway_changes_nothing(changes):
 @pytest.mark.parametrize("changes", KINDS)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_the_rest_is_what_training_would_predict_after_them(steps, changes):
-    """Teacher-forced, from the prefix and what was said after it; in parallel, as VLA.forward learns it."""
+    """Teacher-forced on the prefix and the tokens after it, or in parallel as in VLA.forward."""
     policy = tiny_policy(action_chunk=4, **changes)
     vla, asked, count = policy.vla, batch(policy), 4 * policy.cfg.action_dim
     prefix = DRAW.uniform(-1, 1, (3, steps, 4))
@@ -89,19 +89,19 @@ def test_the_rest_is_what_training_would_predict_after_them(steps, changes):
     ({"parallel_decoding": True}, np.zeros((1, 4)), "up to 0.*max_prefix"),
     ({"parallel_decoding": True, "max_prefix": 2}, np.zeros((3, 4)), "up to 2.*max_prefix"),
 ])
-def test_what_is_no_prefix_is_refused(changes, prefix, message):
+def test_bad_prefixes_are_refused(changes, prefix, message):
     policy = tiny_policy(**{"action_chunk": 4, **changes})
     with pytest.raises(UserError, match=message):
         policy.predict_action(IMAGES[0, 0], "push", prefix=prefix)
 
 
 @pytest.mark.parametrize("image", [IMAGES[0, 0, :0], IMAGES[0, 0] / 255, IMAGES[0, 0].transpose(2, 0, 1)])
-def test_what_is_no_image_is_refused(image):
+def test_bad_images_are_refused(image):
     with pytest.raises(UserError, match=r"image of shape .*uint8"):
         tiny_policy().predict_action(image, "push")
 
 
-def test_what_is_out_of_reach_is_cut_off_as_in_training():
+def test_out_of_range_prefixes_are_clipped_as_in_training():
     policy = tiny_policy(action_chunk=2)
     got = policy.predict_action(IMAGES[0, 0], "push", prefix=[[7, -7, 0.5, 7]])
     np.testing.assert_allclose(got[0], [1, -1, 0.5, 1], atol=1 / 255)
@@ -114,7 +114,7 @@ def test_a_max_prefix_without_meaning_is_refused(changes, tiny):
         load_config(tiny(action_chunk=8, **changes))
 
 
-def test_how_many_steps_are_given_is_a_function_of_the_sample(tmp_path):
+def test_prefix_length_is_a_function_of_the_sample(tmp_path):
     tokenizer = load_tokenizer(TINY["tokenizer"], add_action_tokens=True)
     values = {key: value for key, value in TINY.items() if key in TrainConfig.model_fields}
     cfg = TrainConfig(**values, action_chunk=8, parallel_decoding=True, max_prefix=3, index_dir=str(tmp_path))
@@ -136,8 +136,8 @@ def test_how_many_steps_are_given_is_a_function_of_the_sample(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     pytest.param({}, marks=pytest.mark.slow), {"parallel_decoding": True, "max_prefix": 2}])
-def test_it_learns_to_go_on_the_way_that_was_begun(changes, tmp_path, plain_run):
-    """Demonstrations pass a thing on the left or on the right, and nothing shows on which side they will."""
+def test_it_learns_to_continue_the_prefix(changes, tmp_path, plain_run):
+    """Demonstrations pass an obstacle on the left or right, and the image does not show which."""
     f, draw = tfds.features, np.random.RandomState(0)
     features = {"steps": f.Dataset({
         "observation": {"image": f.Image(shape=(32, 32, 3), encoding_format="jpeg")},

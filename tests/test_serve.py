@@ -1,4 +1,4 @@
-"""serve_vla.py as its clients meet it: a process of its own, real HTTP, a real checkpoint."""
+"""serve_vla.py from its clients' side: its own process, real HTTP, a real checkpoint."""
 
 import base64
 import http.client
@@ -36,7 +36,7 @@ class Client:
         self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
 
     def send(self, body, path="/act", method="POST") -> tuple[int, object]:
-        """-> (status, the reply's JSON). body: bytes as they are, or anything to send as JSON."""
+        """-> (status, the reply's JSON). body: bytes to send unmodified, or a value to send as JSON."""
         self.http.request(method, path, body if isinstance(body, bytes) else json.dumps(body).encode())
         reply = self.http.getresponse()
         data = reply.read()
@@ -46,7 +46,7 @@ class Client:
 
 @contextmanager
 def serving(run, directory, port=0):
-    """Start serve_vla.py as a user does -> (process, port, path of its log); stop it in good order."""
+    """Start serve_vla.py as a user does -> (process, port, path of its log); stop it with Ctrl-C."""
     log = directory / "server.log"
     with open(log, "w") as out:
         process = subprocess.Popen([sys.executable, ROOT / "serve_vla.py", "--checkpoint", run, "--device",
@@ -77,7 +77,7 @@ def vla(colours):
 
 
 def json_numpy(array: np.ndarray) -> dict:
-    """As the package of that name encodes an array."""
+    """An array as the json_numpy package encodes it."""
     return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str,
             "shape": list(array.shape)}
 
@@ -97,7 +97,7 @@ def text(data: bytes) -> str:
 
 
 def picture(red: int, blue: int, seed: int = 0) -> np.ndarray:
-    """What the model has learned to act on (see conftest.write_colours), of a size that varies."""
+    """An image that the model learned to act on (conftest.write_colours), of varying size."""
     draw = np.random.RandomState(seed)
     image = draw.randint(100, 150, (draw.randint(28, 60), draw.randint(40, 90), 3)).astype(np.uint8)
     quarter = image.shape[1] // 4
@@ -114,7 +114,7 @@ def query(image, **changes) -> dict:
 
 
 def test_openvla_clients(server, vla):
-    """Its deploy script answers a json_numpy array with one, and the encoded form with a string of one."""
+    """OpenVLA's deploy script answers json_numpy with json_numpy, and the encoded form with a string."""
     client, image = Client(server[0]), picture(1, 0)
     expected = vla.predict_action(image, "hold it", "cold")
     assert expected.dtype == np.float64 and expected.shape == (3,)
@@ -166,7 +166,7 @@ def test_health(server, colours):
 
 
 def test_32_clients_at_once_get_what_one_would(server, vla):
-    """Requests that wait go through the model together; no answer changes, and none goes to another."""
+    """Waiting requests share a batch. No answer changes, and none reaches another client."""
     port, log = server
     texts = ["let go", "hold it", "hold it, whatever happens, until somebody comes and says let go"]
     cases = [(picture(red, blue, seed), texts[seed % 3], key) for seed in range(4) for red in (0, 1)
@@ -228,7 +228,7 @@ def test_cameras_history_state_and_chunks(tmp_path, plain_run):
 
 
 def stop_while_a_request_is_under_way(process, port, log, body, expected):
-    """It is still answered; then the server ends, successfully."""
+    """The request is still answered. Then the server ends with status 0."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
                            b"Content-Length: %d\r\n\r\n" % len(body))
@@ -314,7 +314,7 @@ def broken_file(draw):
     cmyk, small = io.BytesIO(), file(IMAGE[:8], kind)
     Image.fromarray(IMAGE).convert("CMYK").save(cmyk, "jpeg")
     header = bytearray(file(IMAGE, "png"))
-    header[16:24] = (60000).to_bytes(4, "big") * 2  # a PNG that says it is 60,000 x 60,000
+    header[16:24] = (60000).to_bytes(4, "big") * 2  # a PNG header of 60,000 x 60,000 pixels
     choices = [data[: draw.randint(len(data) // 2)], file(IMAGE, "gif"), file(IMAGE, "bmp"), small,
                cmyk.getvalue(), bytes(header), draw.bytes(500), data[: len(data) // 2] + draw.bytes(50)]
     return {**GOOD, "image": text(choices[draw.randint(len(choices))])}
@@ -333,7 +333,7 @@ def unknown_key(draw):
 
 
 def missing_key(draw):
-    gone = ["image", "instruction", "unnorm_key"][draw.randint(3)]  # two datasets: the last is needed, too
+    gone = ["image", "instruction", "unnorm_key"][draw.randint(3)]  # two datasets: unnorm_key is required
     return {key: value for key, value in GOOD.items() if key != gone}
 
 
@@ -367,7 +367,7 @@ def test_bad_requests_get_a_message_then_a_good_one_its_action(count, server, vl
         assert status in (400, 413) and reply.keys() == {"error"}, (kind, bad, status, reply)
         assert 10 < len(reply["error"]) < 2100 and "Traceback" not in reply["error"]
         messages.add(re.sub(r"\d+", "0", reply["error"])[:40])
-    assert len(messages) > 30  # they say what is wrong
+    assert len(messages) > 30  # each names its problem
     assert client.send(GOOD) == (200, json_numpy(vla.predict_action(IMAGE, "hold it", "cold")))
     assert " status 500 " not in log.read_text() and "Traceback" not in log.read_text()
 
@@ -394,7 +394,7 @@ def test_huge_and_broken_connections_and_other_addresses(server, vla):
 
 
 def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
-    """A scan may be a few bytes, and take libjpeg a pass over all pixels."""
+    """A scan of a few bytes can cost libjpeg a pass over all pixels."""
     out = io.BytesIO()
     Image.fromarray(IMAGE).save(out, "jpeg", progressive=True)
     data = out.getvalue()
@@ -406,10 +406,10 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
 
 
 def test_one_failing_request_does_not_fail_its_batch(vla):
-    """The model's own errors reach whoever caused them, and nobody else."""
+    """The model's errors reach only the client that caused them."""
     batcher = serve_vla.Batcher(vla, max_batch=8)
     queries = [serve_vla.parse_request(json.dumps(GOOD).encode(), vla) for _ in range(3)]
-    queries[1].views = [np.zeros((28, 28), np.uint8)]  # which parse_request would never let through
+    queries[1].views = [np.zeros((28, 28), np.uint8)]  # which parse_request would refuse
     futures = [batcher.ask(each) for each in queries]
     gone = batcher.ask(queries[0])
     gone.cancel()  # its client has hung up

@@ -1,5 +1,5 @@
-"""serve_vla.py as openpi's clients meet it: a real websocket, and where it is installed openpi's own client
-(`make .venv/dev` does)."""
+"""serve_vla.py from the side of openpi's clients: a real websocket, and openpi's own client if it is installed
+(`make .venv/dev` installs it)."""
 
 import contextlib
 import re
@@ -66,7 +66,7 @@ def running(policy, token=None, started=True):
 
 
 def array(value: np.ndarray) -> dict:
-    """As openpi writes an array."""
+    """An array as openpi writes it."""
     return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
 
 
@@ -80,8 +80,8 @@ def seen(image: np.ndarray, **changes) -> dict:
 
 @contextlib.contextmanager
 def talking(port: int, **headers):
-    """One connection -> (a function that sends, packed unless it is bytes or text, and gets the answer; what
-    the server said of itself; the connection)."""
+    """One connection -> (a function that sends a message, packed unless it is bytes or text, and returns the
+    answer; the server's facts; the connection)."""
     with connect(f"ws://127.0.0.1:{port}", max_size=None, additional_headers=headers) as connection:
         def ask(message):
             connection.send(message if isinstance(message, bytes | str) else msgpack.packb(message))
@@ -109,7 +109,7 @@ def test_openpis_client_gets_the_right_actions(openpi, server, vla):
         for i in draw.randint(len(cases), size=500):
             image, words, key = cases[i]
             got = client.infer({"observation/image": image, "prompt": words, "unnorm_key": key,
-                                "observation/state": np.zeros(8)})  # which this model has no use for
+                                "observation/state": np.zeros(8)})  # which this model does not use
             assert got["actions"].dtype == np.float64 and got["server_timing"]["infer_ms"] > 0
             np.testing.assert_array_equal(got["actions"], expected[i])
         return 500
@@ -201,7 +201,7 @@ def test_history_is_for_http():
 
 
 def test_32_clients_at_once_get_what_one_would(server, vla):
-    """Some by websocket, some by HTTP: they go through the model together."""
+    """Websocket and HTTP requests share batches."""
     port, log = server
     texts = ["let go", "hold it", "hold it, whatever happens, until somebody comes and says let go"]
     cases = [(picture(red, blue, seed), texts[seed % 3], key) for seed in range(4) for red in (0, 1)
@@ -291,7 +291,7 @@ def broken_file(draw):
 
 
 def deep(draw):
-    """Lists in lists, and sizes that are told and do not come."""
+    """Nested lists, and sizes larger than the message."""
     kinds = [b"\x91" * draw.randint(2, 5000), b"\x81\xa1a" * draw.randint(2, 5000),
              b"\xdd\xff\xff\xff\xff" * draw.randint(1, 50), b"\xdf\x7f\xff\xff\xff",
              b"\xc6\xff\xff\xff\xff12",
@@ -317,7 +317,7 @@ def no_map(draw):
 
 def wrong_key(draw):
     name = "".join(map(chr, draw.randint(32, 0xD7FF, draw.randint(1, 9))))
-    gone = [*GOOD][draw.randint(3)]  # two datasets: unnorm_key is needed, too
+    gone = [*GOOD][draw.randint(3)]  # two datasets: unnorm_key is required
     return [{**GOOD, name: 1}, {**GOOD, "unnorm_key": name}, {**GOOD, b"prompt": 1},
             {**GOOD, "instruction": "x"}, {**GOOD, "observation/wrist_image": array(IMAGE)},
             {**GOOD, "observation/primary": array(IMAGE)},
@@ -342,14 +342,14 @@ def test_bad_observations_get_a_message_then_a_good_one_its_action(count, server
             assert isinstance(answer, str) and 10 < len(answer) < 2100, (kind, bad, answer)
             assert "Traceback" not in answer and "the model failed" not in answer, (kind, bad)
             messages.add(re.sub(r"\d+", "0", answer)[:40])
-        assert len(messages) > 30  # they say what is wrong
+        assert len(messages) > 30  # each names its problem
         assert from_array(ask(GOOD)["actions"]).tolist() == [expected]
     assert " status 500 " not in log.read_text() and "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize("message, why", [
-    (b"\xdd\x00\x10\x00\x00" * 500 + b"\xc0" * (1 << 20), "exceeds max_array_len"),  # each: a million follow
-    (msgpack.packb([[[]] * 1000] * 1000), "more than 1000 lists"),  # 72 bytes in memory for each one sent
+    (b"\xdd\x00\x10\x00\x00" * 500 + b"\xc0" * (1 << 20), "exceeds max_array_len"),  # each announces a million items
+    (msgpack.packb([[[]] * 1000] * 1000), "more than 1000 lists"),  # 72 bytes of memory per byte sent
     (msgpack.packb([{}] * (1 << 20)), "exceeds max_array_len"),
     (msgpack.packb({"prompt": ["x" * (1 << 18), *[""] * 1000]}), None)])
 def test_a_message_takes_no_more_memory_than_its_bytes(message, why, vla):
@@ -357,7 +357,7 @@ def test_a_message_takes_no_more_memory_than_its_bytes(message, why, vla):
     try:
         with pytest.raises(RequestError, match=why):
             parse_observation(message, vla)
-        with pytest.raises(RequestError):  # NumPy gives each text as much room as the longest takes
+        with pytest.raises(RequestError):  # NumPy would give each text the memory of the longest
             parse_array(["x" * (1 << 18), *[""] * 1000], "image")
         assert tracemalloc.get_traced_memory()[1] < 2 * len(message) + (4 << 20)
     finally:
@@ -368,7 +368,7 @@ def test_huge_and_broken_connections(server):
     port, log = server
     for start in (b"\x00\xff" * 500, b"\x82\xfe\xff", b"\x02\x81abcdx", b"\x82\x05hello", b"\x8f\x80abcd"):
         with talking(port) as (_, _, connection):
-            connection.socket.sendall(start)  # frames that are none, or not masked, or a part; and hang up
+            connection.socket.sendall(start)  # broken, unmasked or partial frames; then hang up
     for path, status in (("nowhere", 403), ("act", 403)):
         with pytest.raises(InvalidStatus) as refused:
             connect(f"ws://127.0.0.1:{port}/{path}")
@@ -405,7 +405,7 @@ def test_a_message_in_parts(vla, monkeypatch):
 
 
 def test_websites_are_refused(vla):
-    """A browser lets any website open a websocket to 127.0.0.1, and names the site."""
+    """A browser lets any website open a websocket to 127.0.0.1, and names the site as Origin."""
     with running(vla) as (port, *_):
         with pytest.raises(InvalidStatus) as refused:
             connect(f"ws://127.0.0.1:{port}", origin="https://evil.example")
@@ -432,7 +432,7 @@ def test_one_client_too_many(vla, monkeypatch):
 
 
 def test_stopping_closes_websockets(vla):
-    """A robot that waits for an answer learns that none will come."""
+    """A client that waits for an answer is disconnected."""
     with running(vla, started=False) as (port, batcher, http):
         with talking(port) as (_, _, asking), talking(port) as (_, _, idle):
             asking.send(msgpack.packb(GOOD))
