@@ -156,7 +156,7 @@ class Commands:
             subprocess.Popen([*private, sys.executable, ROOT / "tests/forks.py", str(number)], cwd=ROOT,
                              env=env, pass_fds=[number], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-    def ask(self, request: str, values: list) -> list[int]:
+    def ask(self, request: str, values):
         print(json.dumps([request, values], default=str), file=self.lines, flush=True)
         reply = self.lines.readline()
         assert reply, f"tests/forks.py ended: {self.log.read_text()}"
@@ -174,6 +174,12 @@ class Commands:
     def wait(self, pids: list[int]) -> list[int]:
         """-> the exit statuses; below 0 the signal that killed a process"""
         return self.ask("wait", pids)
+
+    def shell(self, command: str) -> None:
+        """Run a shell command that may mount; the jobs that follow see its mounts, this process does not."""
+        if not self.may_mount:
+            pytest.skip("may not mount file systems")
+        assert self.ask("shell", command) == 0, self.log.read_text()
 
     def __call__(self, *jobs) -> list[tuple[int, str]]:
         """Run jobs at the same time -> (exit status, all that was printed) of each"""

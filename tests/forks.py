@@ -4,13 +4,15 @@ Importing torch, deepspeed and transformers takes some ten CPU seconds, more tha
 Here it is paid once for the whole suite: each xdist worker opens a connection and gets a process of its own,
 with mounts of its own, whose forks are the commands. A request is one line of JSON:
 ["start", [[shell command to run before, environment, script, arguments, file for the output], ...]] -> process
-ids, or ["wait", process ids] -> their exit statuses.
+ids; ["wait", process ids] -> their exit statuses; or ["shell", command] -> its exit status. Each command leads a session; a script that is not one of
+the project's programs is run as __main__.
 """
 
 import ctypes
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -64,6 +66,8 @@ def serve(connection: socket.socket) -> None:
             if request == "start":
                 reply = [start(*job) for job in values]
                 running |= {*reply}
+            elif request == "shell":
+                reply = subprocess.run(values, shell=True).returncode
             else:
                 reply = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in values]
                 running -= {*values}
@@ -88,7 +92,10 @@ def start(shell: str, environ: dict, script: str, arguments: list, output: str) 
             os.dup2(file, stream)
         os.environ.update(environ)
         sys.argv = [script, *arguments]
-        sys.modules[PROGRAMS[script]].main()
+        if script in PROGRAMS:
+            sys.modules[PROGRAMS[script]].main()
+        else:
+            runpy.run_path(script, run_name="__main__")
         status = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):

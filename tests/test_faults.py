@@ -15,7 +15,16 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, TINY, ds_json, launch, launch_command, open_mixture, read_metrics
+from conftest import (
+    ROOT,
+    TINY,
+    ds_json,
+    launch_command,
+    open_mixture,
+    places,
+    printed,
+    read_metrics,
+)
 
 from action_tokenizer import load_tokenizer
 from machinery.checkpoint import Checkpoint, list_checkpoints
@@ -32,46 +41,92 @@ class Job:
         with open(path, "w") as output:
             self.process = subprocess.Popen(**command, stdout=output, stderr=subprocess.STDOUT,
                                             start_new_session=True)
+        self.sessions = [self.process.pid]
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, rank 0 first: children of `deepspeed`'s only child."""
         (launcher,) = psutil.Process(self.process.pid).children()
         return sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
 
+    def members(self) -> list[psutil.Process]:
+        """Its living processes."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) in self.sessions and process.status() != "zombie":
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                pass
+        return found
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """To every process, as a terminal and SLURM do."""
+        for process in self.members():
+            process.send_signal(number)
+
     def wait(self, seconds: float = 90) -> tuple[int, str, float]:
         """-> (exit status, all it printed, how long it took)"""
         start = time.time()
-        status = self.process.wait(seconds)
-        while members(self.process.pid):  # who may outlive the launcher
+        while self.running() or self.members():  # ranks may outlive the launcher, workers their rank
             assert time.time() - start < seconds, self.output.read_text()
-            time.sleep(0.2)
-        return status, self.output.read_text(), time.time() - start
+            time.sleep(0.1)
+        return self.status(), printed(self.output), time.time() - start
+
+    def status(self) -> int:
+        return self.process.wait()
 
     def kill(self) -> None:
-        for process in members(self.process.pid):
-            process.kill()
-        self.process.wait()
+        self.send(signal.SIGKILL)
+        self.status()
 
 
-def members(session: int) -> list[psutil.Process]:
-    """All living processes of a session."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != "zombie":
-                found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            pass
-    return found
+class Forked(Job):
+    """The same without a launcher: ranks that the commands' server has forked."""
+
+    def __init__(self, commands, count: int, config, *arguments, script="train_vla.py"):
+        self.commands, self.output, self.statuses = commands, commands.new_output(), None
+        arguments = ["--config", config, *arguments]
+        environs = places(count) if count > 1 else [{}]
+        self.sessions = commands.start(*(("", environ, script, arguments, self.output)
+                                         for environ in environs))
+
+    def ranks(self) -> list[psutil.Process]:
+        return [psutil.Process(pid) for pid in self.sessions]
+
+    def running(self) -> bool:
+        return all(process.status() != "zombie" for process in self.ranks())
+
+    def status(self) -> int:
+        """The first that is not 0."""
+        if self.statuses is None:
+            self.statuses = self.commands.wait(self.sessions)
+        return next(filter(None, self.statuses), 0)
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a job; whatever is left of it when the test ends is killed."""
+    """Start a job as a user does; whatever is left of it when the test ends is killed."""
     jobs = []
 
     def start(**command) -> Job:
         jobs.append(Job(tmp_path / f"output{len(jobs)}", **command))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture
+def fork(commands):
+    """Start a job without a launcher: fork(ranks, config, *arguments)."""
+    jobs = []
+
+    def start(*job, **how) -> Forked:
+        jobs.append(Forked(commands, *job, **how))
         return jobs[-1]
 
     yield start
@@ -85,7 +140,7 @@ def wait_for_steps(runs: Path, steps: int, job: Job) -> None:
         logs = list(runs.glob("*/metrics.jsonl"))
         if logs and logs[0].read_text().count("\n") >= steps:
             return
-        assert job.process.poll() is None, job.output.read_text()
+        assert job.running(), job.output.read_text()
         time.sleep(0.1)
     raise AssertionError(job.output.read_text())
 
@@ -98,63 +153,74 @@ def losses(runs: Path) -> np.ndarray:
 # Signals
 
 
-@pytest.mark.parametrize("number, to", [
-    (signal.SIGTERM, "the deepspeed command"), (signal.SIGTERM, "everyone"), (signal.SIGUSR1, "rank 1"),
-    pytest.param(signal.SIGTERM, "its child", marks=pytest.mark.slow),
-])
-def test_a_signal_saves_and_ends_the_job(number, to, tiny, tmp_path, start):
-    """SLURM signals every process of a job step; people, the one they started."""
-    config = tiny(max_steps=5000, num_workers=1)
-    job = start(**launch_command(config, ranks=2))
-    wait_for_steps(tmp_path / "runs", 3, job)
-    match to:
-        case "the deepspeed command":
-            job.process.send_signal(number)
-        case "its child":
-            psutil.Process(job.process.pid).children()[0].send_signal(number)
-        case "rank 1":
-            job.ranks()[1].send_signal(number)
-        case "everyone":
-            os.killpg(job.process.pid, number)
+def stopped(job: Job, run: Path, signals: str) -> int:
+    """Check that a job that got a signal has saved and ended -> its last step."""
     status, text, _ = job.wait()
-    assert re.search(r"stopped by .* at step \d+ of 5000: start the same command again", text), text
+    assert re.search(rf"stopped by ({signals}) at step \d+ of 5000: start the same command again", text), text
     assert "Traceback" not in text and "killed by signal" not in text, text
-    assert status == (0 if to == "rank 1" else status)  # the others' status is the launcher's own
-    (checkpoint,) = list_checkpoints(next((tmp_path / "runs").iterdir()) / "checkpoints")
-    Checkpoint(checkpoint).verify()
-    done = Checkpoint(checkpoint).meta["step"]
-    assert max(read_metrics(tmp_path / "runs")) == done
-    if to == "its child":  # and is it as if nothing had happened?
-        assert launch(config, "--set", f"max_steps={done + 3}", ranks=2).returncode == 0
-        config = tiny(max_steps=done + 3, run_root_dir=str(tmp_path / "straight"))
-        assert launch(config, ranks=2).returncode == 0
-        assert (losses(tmp_path / "runs") == losses(tmp_path / "straight")).all()
+    assert status == 0 or not isinstance(job, Forked)  # else it is the launcher's own
+    newest = Checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    newest.verify()
+    assert max(read_metrics(run.parent)) == newest.meta["step"]
+    return newest.meta["step"]
 
 
-def test_a_run_without_launcher_is_alone_in_its_directory_and_ends_with_status_0(tiny, tmp_path, start):
-    job = start(**launch_command(tiny(max_steps=5000), launcher="python"))
+def test_a_signal_saves_and_ends_the_job(tiny, tmp_path, start, fork, ranks):
+    """To the one process that a person started, to all processes of a SLURM job step, to one rank. The same run
+    is continued each time, and its losses are those of a run that got no signal."""
+    runs, config = tmp_path / "runs", tiny(max_steps=5000, num_workers=1, run_id="run")
+    job = start(**launch_command(config, ranks=2))
+    wait_for_steps(runs, 3, job)
+    job.process.send_signal(signal.SIGTERM)
+    done = stopped(job, runs / "run", "the end of its launcher|a signal to another rank")
+
+    job = start(**launch_command(config, ranks=2))
+    wait_for_steps(runs, done + 2, job)
+    job.send(signal.SIGTERM)
+    done = stopped(job, runs / "run", "SIGTERM|the end of its launcher")
+
+    job = fork(2, config)
+    wait_for_steps(runs, done + 2, job)
+    job.ranks()[1].send_signal(signal.SIGUSR1)
+    done = stopped(job, runs / "run", "a signal to another rank")
+
+    config = tiny(max_steps=done, num_workers=1, run_id="run", run_root_dir=str(tmp_path / "straight"))
+    assert ranks(2, config).returncode == 0
+    assert (losses(runs) == losses(tmp_path / "straight")).all()
+
+
+@pytest.mark.slow
+def test_a_signal_to_deepspeeds_child(tiny, tmp_path, start):
+    job = start(**launch_command(tiny(max_steps=5000, num_workers=1, run_id="run"), ranks=2))
+    wait_for_steps(tmp_path / "runs", 3, job)
+    psutil.Process(job.process.pid).children()[0].send_signal(signal.SIGTERM)
+    stopped(job, tmp_path / "runs/run", "SIGTERM|the end of its launcher|a signal to another rank")
+
+
+def test_a_run_without_launcher_is_alone_in_its_directory_and_ends_with_status_0(tiny, tmp_path, fork, plain_run):
+    job = fork(1, tiny(max_steps=5000))
     wait_for_steps(tmp_path / "runs", 2, job)
-    second = launch(tiny(max_steps=5000), launcher="python")
+    second = plain_run(tiny(max_steps=5000))
     assert second.returncode == 1 and "another job is training there" in second.text, second.text
-    job.process.send_signal(signal.SIGUSR1)
+    job.ranks()[0].send_signal(signal.SIGUSR1)
     status, text, _ = job.wait()
     assert status == 0 and "stopped by SIGUSR1 at step" in text, text
 
 
-def test_killed_in_the_middle_of_saving(tiny, tmp_path, start):
+def test_killed_in_the_middle_of_saving(tiny, tmp_path, fork, ranks):
     config = tiny(max_steps=5000, save_interval=1)
-    job = start(**launch_command(config, ranks=2))
+    job = fork(2, config)
     wait_for_steps(tmp_path / "runs", 3, job)
     (run,) = (tmp_path / "runs").iterdir()
     while not list(run.glob("checkpoints/*.tmp")):  # hold it while it saves, and kill it there
-        os.killpg(job.process.pid, signal.SIGCONT)
+        job.send(signal.SIGCONT)
         time.sleep(0.01)
-        os.killpg(job.process.pid, signal.SIGSTOP)
+        job.send(signal.SIGSTOP)
     job.kill()
     newest = list_checkpoints(run / "checkpoints")[-1]
     Checkpoint(newest).verify()
     step = Checkpoint(newest).meta["step"]
-    done = launch(config, "--set", f"max_steps={step + 2}", ranks=2)
+    done = ranks(2, config, "--set", f"max_steps={step + 2}")
     assert done.returncode == 0 and f"resumed {newest} step {step}" in done.text, done.text
     assert sorted(read_metrics(tmp_path / "runs")) == list(range(1, step + 3))
     assert not list(run.glob("checkpoints/*.tmp"))
@@ -165,8 +231,8 @@ def test_killed_in_the_middle_of_saving(tiny, tmp_path, start):
 
 
 @pytest.mark.parametrize("victim", ["rank", "worker"])
-def test_one_death_ends_all_ranks_with_the_cause_on_top(victim, tiny, tmp_path, start):
-    job = start(**launch_command(tiny(max_steps=5000, num_workers=1), ranks=2))
+def test_one_death_ends_all_ranks_with_the_cause_on_top(victim, tiny, tmp_path, fork):
+    job = fork(2, tiny(max_steps=5000, num_workers=1))
     wait_for_steps(tmp_path / "runs", 3, job)
     rank = job.ranks()[1]
     (rank if victim == "rank" else rank.children()[0]).kill()
@@ -196,13 +262,13 @@ def nodes(tmp_path, start):
     return begin
 
 
-def test_two_nodes(tiny, tmp_path, nodes):
+def test_two_nodes(tiny, tmp_path, nodes, ranks):
     jobs = nodes(tiny(max_steps=6))
     for job in jobs:
         status, text, _ = job.wait()
         assert status == 0, text
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["tiny+n2+b4+x7"]
-    done = launch(tiny(max_steps=6, run_root_dir=str(tmp_path / "one_node")), ranks=2)
+    done = ranks(2, tiny(max_steps=6, run_root_dir=str(tmp_path / "one_node")))
     assert done.returncode == 0, done.text
     assert (losses(tmp_path / "runs") == losses(tmp_path / "one_node")).all()
 
@@ -215,7 +281,7 @@ def test_a_death_on_one_node_ends_the_other(tiny, tmp_path, nodes):
     assert status != 0 and seconds < 60 and "rank 0 ends because rank 1 ended" in text, text
 
 
-def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
+def test_a_slow_index_is_no_timeout(tiny, tmp_path, fork):
     """One machine finds its index ready, another needs longer for it than a collective may take."""
     config, seconds = tiny(max_steps=1), 6
     cfg = TrainConfig(**{**yaml.safe_load(config.read_text()), "index_dir": str(tmp_path / "rank0")})
@@ -225,7 +291,7 @@ def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
     waiting.mkdir(parents=True)
     script = tmp_path / "train_with_timeout.py"
     script.write_text(
-        f"import datetime, os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport deepspeed, train_vla\n"
+        "import datetime, os, sys\nimport deepspeed, train_vla\n"
         f"timeout = datetime.timedelta(seconds={seconds})\n"
         "train_vla.dist.distributed_c10d.default_pg_timeout = timeout\n"  # of DeepSpeed's further groups
         "deepspeed.init_distributed(timeout=timeout)\n"
@@ -233,9 +299,9 @@ def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
         "print('connected', flush=True)\ntrain_vla.main()\n")
     with open(waiting / f"{ready.name}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        job = start(**launch_command(config, ranks=2, script=script))
+        job = fork(2, config, script=script)
         while "connected" not in job.output.read_text():
-            assert job.process.poll() is None, job.output.read_text()
+            assert job.running(), job.output.read_text()
             time.sleep(0.2)
         time.sleep(3 * seconds)
         assert "total_steps" not in job.output.read_text()  # it waits
@@ -247,34 +313,29 @@ def test_a_slow_index_is_no_timeout(tiny, tmp_path, start):
 # Disks and checkpoints
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 14 MB: room for three checkpoints of the tiny model."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(path)], check=False).returncode:
-        pytest.skip("may not mount file systems")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def test_a_full_disk_keeps_the_old_checkpoints(small_disk, tiny):
-    config = tiny(run_root_dir=str(small_disk), save_interval=2, keep_checkpoints=0, max_steps=13)
-    done = launch(config, "--set", "on_save_error=continue", ranks=2)
+def test_a_full_disk_keeps_the_old_checkpoints(tiny, tmp_path, ranks, commands):
+    """A file system with room for three checkpoints, which only the commands see."""
+    disk, seen = tmp_path / "disk", tmp_path / "seen"
+    disk.mkdir()
+    commands.shell(f"mount -t tmpfs -o size=14m tmpfs {disk}")
+    config = tiny(run_root_dir=str(disk), save_interval=2, keep_checkpoints=0, max_steps=13)
+    done = ranks(2, config, "--set", "on_save_error=continue")
     failed = re.findall(r"warning: could not save .*/(step-\d+).*: rank \d: .*No space left on device; older "
                         r"checkpoints are untouched; training goes on", done.text)
     # the last one must succeed
     assert failed and "error: could not save" in done.text and done.returncode != 0, done.text
-    assert sorted(read_metrics(small_disk)) == list(range(1, 14))
-    kept = list_checkpoints(next(small_disk.iterdir()) / "checkpoints")
+    commands.shell(f"cp -r {disk} {seen}")
+    assert sorted(read_metrics(seen)) == list(range(1, 14))
+    kept = list_checkpoints(next(seen.iterdir()) / "checkpoints")
     assert len(kept) + len(failed) == 6
     for checkpoint in kept:
         Checkpoint(checkpoint).verify()
-    done = launch(config, ranks=2)  # on_save_error: stop
-    assert f"resumed {kept[-1]}" in done.text and done.returncode != 0, done.text
+    done = ranks(2, config)  # on_save_error: stop
+    assert f"resumed {disk / kept[-1].relative_to(seen)}" in done.text and done.returncode != 0, done.text
     assert "error: could not save" in done.text and "goes on" not in done.text
     assert "Traceback" not in done.text
-    assert list_checkpoints(kept[0].parent) == kept
+    commands.shell(f"ls {disk}/*/checkpoints > {tmp_path}/left; umount {disk}")
+    assert (tmp_path / "left").read_text().split() == [checkpoint.name for checkpoint in kept]
 
 
 @pytest.fixture(scope="module")
@@ -289,14 +350,15 @@ def three_checkpoints(tmp_path_factory, plain_run):
     return path
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_others_offered(three_checkpoints, tiny, tmp_path, plain_run):
+def test_a_damaged_checkpoint_is_refused_and_the_others_offered(three_checkpoints, tiny, tmp_path,
+                                                                plain_run, ranks):
     shutil.copytree(three_checkpoints / "runs", tmp_path / "runs")
     older, middle, newest = list_checkpoints(tmp_path / "runs/run/checkpoints")
     (newest / "checkpoint.json").unlink()
     (file,) = middle.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     config = tiny(run_id="run", max_steps=7)
-    done = launch(config, ranks=2)
+    done = ranks(2, config)
     assert done.returncode != 0 and "Traceback" not in done.text
     assert f"{newest}: not a readable checkpoint" in done.text, done.text
     assert older.name in done.text and middle.name in done.text, done.text
@@ -392,7 +454,7 @@ def test_weights_that_would_mean_something_else(three_checkpoints, plain_run, ti
 # Data and numbers
 
 
-def test_an_image_that_cannot_be_decoded_names_step_rank_and_record(tiny, tmp_path):
+def test_an_image_that_cannot_be_decoded_names_step_rank_and_record(tiny, tmp_path, ranks):
     import tensorflow_datasets as tfds
 
     f = tfds.features
@@ -411,18 +473,18 @@ def test_an_image_that_cannot_be_decoded_names_step_rank_and_record(tiny, tmp_pa
     config = tiny(data_root_dir=str(tmp_path), data_mix="broken", datasets={"broken": {"primary": "image"}},
                   num_workers=1)
     started = time.time()
-    done = launch(config, ranks=2)
+    done = ranks(2, config)
     first = re.search(r"^(error|rank|Traceback).*", done.text, re.MULTILINE)[0]
     where = rf"{tmp_path}/broken/1.0.0/broken-train.*: record 13: image of frame 4: "
     assert re.match(rf"error: step \d+ rank \d: {where}", first), done.text
     assert done.returncode != 0 and time.time() - started < 90 and "Traceback" not in done.text
 
 
-@pytest.mark.parametrize("stage, bf16, ranks", [(0, False, 1), (2, True, 2)])
-def test_a_step_that_is_not_finite_ends_the_run_at_once(stage, bf16, ranks, tiny, tmp_path):
+@pytest.mark.parametrize("stage, bf16, count", [(0, False, 1), (2, True, 2)])
+def test_a_step_that_is_not_finite_ends_the_run_at_once(stage, bf16, count, tiny, tmp_path, ranks):
     """Even between two lines of the log; and no checkpoint holds what came of it."""
     config = tiny(learning_rate=1e30, log_interval=1000, max_steps=10)
-    done = launch(config, "--deepspeed_config", ds_json(tmp_path / "ds.json", stage, bf16), ranks=ranks)
+    done = ranks(count, config, "--deepspeed_config", ds_json(tmp_path / "ds.json", stage, bf16))
     assert done.returncode != 0
     message = re.search(r"^error: step 2: loss nan grad_norm \w+: the loss on rank 0 came from (.*)\. "
                         r"Nothing of this step was saved", done.text, re.MULTILINE)
