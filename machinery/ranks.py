@@ -91,11 +91,7 @@ def launchers() -> list[int]:
     """
     if "CROSS_RANK" not in os.environ:  # set only by DeepSpeed's launcher
         return []
-    parent = os.getppid()
-    try:
-        return [parent, psutil.Process(parent).ppid()]
-    except psutil.NoSuchProcess:  # it ended just now
-        return []
+    return [process.pid for process in psutil.Process().parents()[:2]]
 
 
 # ---- Dead ranks --------------------------------------------------------------------------------
