@@ -105,10 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="Prismatic id that sets the shape")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b",
+                        help="Prismatic id that sets the shape")
     parser.add_argument("--openvla", type=Path, help="also time this checkout of OpenVLA")
-    parser.add_argument("--oft", type=Path, help="also time this checkout of OpenVLA-OFT, in chunks")
-    parser.add_argument("--openvla_python", default=sys.executable, help="Python of their environment")
+    parser.add_argument("--oft", type=Path,
+                        help="also time this checkout of OpenVLA-OFT, in chunks")
+    parser.add_argument("--openvla_python", default=sys.executable,
+                        help="Python of their environment")
     args = parser.parse_args()
     print(f"gpu {torch.cuda.get_device_name()} torch {torch.__version__} model {args.base}", flush=True)
     theirs = {}

@@ -80,7 +80,8 @@ def timed(name: str, command: list) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="on a disk with 50 GB free; its contents are deleted")
+    parser.add_argument("--folder", type=Path, required=True,
+                        help="on a disk with 50 GB free; its contents are deleted")
     parser.add_argument("--base", default="prism-dinosiglip-224px+7b")
     args = parser.parse_args()
     folder = args.folder

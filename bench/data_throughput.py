@@ -160,14 +160,17 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data_root_dir")
-    parser.add_argument("--data_mix", default="libero_spatial_no_noops", help="of Open X-Embodiment")
+    parser.add_argument("--data_mix", default="libero_spatial_no_noops",
+                        help="of Open X-Embodiment")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count())
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--image_aug", action="store_true")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--tokenizer", default="tests/fixtures/model/tokenizer_llama")
-    parser.add_argument("--openvla", metavar="PATH", help="compare with this checkout of openvla/openvla")
-    parser.add_argument("--openvla_python", default=sys.executable, help="a Python with its requirements")
+    parser.add_argument("--openvla", metavar="PATH",
+                        help="compare with this checkout of openvla/openvla")
+    parser.add_argument("--openvla_python", default=sys.executable,
+                        help="a Python with its requirements")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.data_root_dir is None:

@@ -39,7 +39,8 @@ def answers(args, dtype: torch.dtype, shrunk: str | None) -> list[np.ndarray]:
         if shrunk is not None and name.startswith(shrunk):
             int8.shrink(layer)
 
-    def note_lead(head, inputs, logits) -> None:  # (B, T + 1, vocabulary); the last is for the stop token
+    # (B, T + 1, vocabulary); the last is for the stop token
+    def note_lead(head, inputs, logits) -> None:
         first, second = logits[:, :-1].float().topk(2).values.unbind(-1)
         leads.append((first - second).cpu().numpy())
 
@@ -54,8 +55,10 @@ def answers(args, dtype: torch.dtype, shrunk: str | None) -> list[np.ndarray]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="a run's directory, or one of its checkpoints")
-    parser.add_argument("--samples", type=int, default=1024, help="number of frames; all, if there are fewer")
+    parser.add_argument("--checkpoint", required=True,
+                        help="a run's directory, or one of its checkpoints")
+    parser.add_argument("--samples", type=int, default=1024,
+                        help="number of frames; all, if there are fewer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     results, dtypes = {}, {"float32": torch.float32, "bf16": torch.bfloat16}

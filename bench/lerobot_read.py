@@ -140,7 +140,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--codec", choices=("h264", "libsvtav1"), default="libsvtav1")
     parser.add_argument("--episodes", type=int, default=8)
-    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], help="height and width of images")
+    parser.add_argument("--size", type=int, nargs=2, default=[480, 640],
+                        help="height and width of images")
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

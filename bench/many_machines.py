@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8, help="per machine")
     parser.add_argument("--network", type=float, nargs="+", default=[400, 50, 12.5],
                         help="GB/s into a machine: 8 cards of 400 Gb/s, one of them, one of 100 Gb/s")
-    parser.add_argument("--nvlink", type=float, default=450, help="GB/s into a GPU, by NVIDIA's data sheet")
+    parser.add_argument("--nvlink", type=float, default=450,
+                        help="GB/s into a GPU, by NVIDIA's data sheet")
     parser.add_argument("--parameters", type=float, default=7.54, help="billions")
     parser.add_argument("--global_batch", type=int, default=2048)
     parser.add_argument("--micro", type=int, default=32)

@@ -59,7 +59,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--openvla", type=Path, required=True, help="a checkout of OpenVLA")
-    parser.add_argument("--openvla_python", type=Path, required=True, help="its environment's interpreter")
+    parser.add_argument("--openvla_python", type=Path, required=True,
+                        help="its environment's interpreter")
     args = parser.parse_args()
     image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     for base in ("prism-dinosiglip-224px+7b", "siglip-224px+7b"):
@@ -80,7 +81,8 @@ def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
                    check=True)
     theirs = np.load(folder / "official.npz")
     seen = torch.from_numpy(policy.prepare_image(image))[None, None]
-    ids = prompt_ids(policy.tokenizer, INSTRUCTION, style)[:-1]  # OpenVLA's class appends the last id
+    # OpenVLA's class appends the last id later
+    ids = prompt_ids(policy.tokenizer, INSTRUCTION, style)[:-1]
     with torch.no_grad():
         hidden = vla.llm.base_model(inputs_embeds=vla.embed(seen, torch.tensor([ids]))).last_hidden_state
         logits = vla.llm.lm_head(hidden).numpy()

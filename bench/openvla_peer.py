@@ -155,7 +155,8 @@ def train(args) -> None:
         device_id=torch.cuda.current_device() if device == "cuda" else None)
     if args.recompute:
         checkpoint_wrapper.apply_activation_checkpointing(
-            vla, checkpoint_wrapper_fn=checkpoint_wrapper.checkpoint_wrapper,  # not reentrant, its default
+            # not reentrant, its default
+            vla, checkpoint_wrapper_fn=checkpoint_wrapper.checkpoint_wrapper,
             check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
     optimizer = torch.optim.AdamW(vla.parameters(), lr=2e-5)
     pixels, ids, labels = make_batch(args, device)
@@ -230,9 +231,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout")
     parser.add_argument("what", choices=["act", "train", "finetune", "answer"])
-    parser.add_argument("files", nargs="*", help="for answer: the export, an image, and the output file")
+    parser.add_argument("files", nargs="*",
+                        help="for answer: the export, an image, and the output file")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--layers", type=int, default=32, help="decoder layers of the language model")
+    parser.add_argument("--layers", type=int, default=32,
+                        help="decoder layers of the language model")
     parser.add_argument("--micro", type=int, default=32, help="samples per GPU")
     parser.add_argument("--tokens", type=int, default=32, help="text tokens, with action and stop")
     parser.add_argument("--steps", type=int, default=8)

@@ -45,9 +45,12 @@ def main() -> None:
     parser, there = options(__doc__), torch.cuda.device_count() or 8
     parser.add_argument("--ranks", type=int, nargs="+", default=[n for n in (1, 2, 4, 8) if n <= there],
                         help="numbers of GPUs, or of processes without a GPU")
-    parser.add_argument("--ways", nargs="+", help="default: ZeRO-1, 2, 3, and OpenVLA with --openvla")
-    parser.add_argument("--micro", type=int, nargs="+", default=[64, 32, 16, 8, 4], help="micro-batches to try")
-    parser.add_argument("--global_batch", type=int, help="the same on any number of GPUs, to compare losses")
+    parser.add_argument("--ways", nargs="+",
+                        help="default: ZeRO-1, 2, 3, and OpenVLA with --openvla")
+    parser.add_argument("--micro", type=int, nargs="+", default=[64, 32, 16, 8, 4],
+                        help="micro-batches to try")
+    parser.add_argument("--global_batch", type=int,
+                        help="the same on any number of GPUs, to compare losses")
     parser.add_argument("--figure", type=Path, help="draw all rows in --out as this picture")
     args = parser.parse_args()
     args.ways = args.ways or WAYS + OPENVLA * bool(args.openvla)

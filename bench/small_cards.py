@@ -47,15 +47,20 @@ def main() -> None:
     parser.add_argument("--gb", type=int, nargs="+", default=[16, 24, 48, 80], help="GPU sizes")
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8], help="samples at a time")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="Prismatic id that sets the shape")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b",
+                        help="Prismatic id that sets the shape")
     parser.add_argument("--config", type=Path, help="use the model of this YAML instead")
-    parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
-    parser.add_argument("--openvla", type=Path, help="also time finetune.py of this checkout of OpenVLA")
-    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
+    parser.add_argument("--num_layers", type=int,
+                        help="fewer layers in the language model, for a quick try")
+    parser.add_argument("--openvla", type=Path,
+                        help="also time finetune.py of this checkout of OpenVLA")
+    parser.add_argument("--openvla_python", default=sys.executable,
+                        help="its environment's interpreter")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--timeout", type=int, default=400, help="seconds for a case")
-    parser.add_argument("--folder", type=Path, help="for weights and data, kept; default: a temporary one")
+    parser.add_argument("--folder", type=Path,
+                        help="for weights and data, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="also append the rows to this file, as JSON lines")
     args = parser.parse_args()
     if args.openvla and args.config:

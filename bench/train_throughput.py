@@ -51,8 +51,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=["zero2:32", "zero3:32:recompute"])
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--global_batch", type=int, default=256)
-    parser.add_argument("--table", action="store_true", help="print all rows in --out as a Markdown table")
-    parser.add_argument("--figure", type=Path, help="draw the losses of all rows in --out as this PNG")
+    parser.add_argument("--table", action="store_true",
+                        help="print all rows in --out as a Markdown table")
+    parser.add_argument("--figure", type=Path,
+                        help="draw the losses of all rows in --out as this PNG")
     args = parser.parse_args()
     if (args.own_data and not args.config) or ((args.figure or args.table) and not args.out):
         parser.error("--own_data needs --config, and --figure and --table need --out")
@@ -81,18 +83,26 @@ def options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2, help="steps before measuring")
-    parser.add_argument("--log_interval", type=int, default=1, help="steps between lines of the log")
-    parser.add_argument("--base", default="prism-dinosiglip-224px+7b", help="Prismatic id that sets the shape")
-    parser.add_argument("--num_layers", type=int, help="fewer layers in the language model, for a quick try")
+    parser.add_argument("--log_interval", type=int, default=1,
+                        help="steps between lines of the log")
+    parser.add_argument("--base", default="prism-dinosiglip-224px+7b",
+                        help="Prismatic id that sets the shape")
+    parser.add_argument("--num_layers", type=int,
+                        help="fewer layers in the language model, for a quick try")
     parser.add_argument("--config", type=Path, help="use the model of this YAML instead")
     parser.add_argument("--own_data", action="store_true", help="also use its data")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys of the YAML")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value",
+                        help="override keys of the YAML")
     parser.add_argument("--num_workers", type=int, default=8)
     parser.add_argument("--timeout", type=int, default=500, help="seconds for a case")
-    parser.add_argument("--openvla", type=Path, help="a checkout of OpenVLA, for the `openvla` cases")
-    parser.add_argument("--openvla_python", default=sys.executable, help="its environment's interpreter")
-    parser.add_argument("--profile", action="store_true", help="also profile the GPU (profile_step.py)")
-    parser.add_argument("--out", type=Path, help="also append the table's rows to this file, as JSON lines")
+    parser.add_argument("--openvla", type=Path,
+                        help="a checkout of OpenVLA, for the `openvla` cases")
+    parser.add_argument("--openvla_python", default=sys.executable,
+                        help="its environment's interpreter")
+    parser.add_argument("--profile", action="store_true",
+                        help="also profile the GPU (profile_step.py)")
+    parser.add_argument("--out", type=Path,
+                        help="also append the table's rows to this file, as JSON lines")
     return parser
 
 
@@ -182,7 +192,8 @@ def run(command: list[str], timeout: int, folder: Path) -> tuple[str, bool]:
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # including its workers, which would keep the GPU's memory
+            # including its workers, which would keep the GPU's memory
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             log.write(f"\nerror: timed out after {timeout} seconds\n")
         log.seek(0)

@@ -87,7 +87,8 @@ def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80)
     columns, side = (min(3, len(films)), SIDE) if few else (10, 96)
     films = [(textwrap.wrap(words, 34) if few else [], read_film(path, side), success)
              for words, path, success in films]
-    line = max(17 * len(words) + 7 for words, _, _ in films) if few else 0  # height above each image
+    # height above each image
+    line = max(17 * len(words) + 7 for words, _, _ in films) if few else 0
     longest = max(len(film) for _, film, _ in films)
     solved = max((len(film) for _, film, success in films if success), default=longest)
     shown = min(longest, 3 * solved // 2)

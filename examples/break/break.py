@@ -112,8 +112,10 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", default="runs/demo+n1+b32+x7")
-    parser.add_argument("--frames", type=int, default=478, help="number of frames, evenly spread; 478 are all")
-    parser.add_argument("--success", type=int, default=0, metavar="N", help="episodes of each of six tasks")
+    parser.add_argument("--frames", type=int, default=478,
+                        help="number of frames, evenly spread; 478 are all")
+    parser.add_argument("--success", type=int, default=0, metavar="N",
+                        help="episodes of each of six tasks")
     args = parser.parse_args()
     with exit_with_one_line():
         main(args.checkpoint, args.frames, args.success)

@@ -52,7 +52,8 @@ def describe(key: str, names: list[str] | None, actions: list[np.ndarray], state
     looks = looks_like_targets(actions, states)
     for column, values in enumerate(every.T):
         name, number = names[column] if names else f"{key}[{column}]", len(np.unique(values))
-        grips = number == 2 or bool(GRIPPER.search(name))  # two values are open and closed, whatever the name
+        # two values are open and closed, whatever the name
+        grips = number == 2 or bool(GRIPPER.search(name))
         kind = kind_by_name(name)
         if not grips and kind != "velocity":
             kind = override or kind or ("target" if looks else "change")
@@ -102,7 +103,8 @@ def as_recipe(dimensions: list[Dimension]) -> dict:
         first, stop = columns[0] or "", columns[-1] + 1 if columns[-1] + 1 < widths[key] else ""
         fields.append(f"{key}{f'[{first}:{stop}]' if first or stop else ''}{words}")
     marked = any(dimension.words for dimension in dimensions)
-    return {"action": ", ".join(fields)} | ({} if marked else {"absolute": 0})  # its default assumes a gripper
+    # its default assumes a gripper
+    return {"action": ", ".join(fields)} | ({} if marked else {"absolute": 0})
 
 
 def resample(values: np.ndarray, dimensions: list[Dimension], frames: np.ndarray) -> np.ndarray:

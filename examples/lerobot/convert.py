@@ -68,7 +68,8 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
         scratch = out / f".{name}.episodes"
         scratch.mkdir(parents=True, exist_ok=True)
         make = functools.partial(write_pictures, dataset=replace(dataset, episodes=[]), size=image_size,
-                                 step=step, scratch=scratch)  # episodes hold many numbers: send them once
+                                 # episodes hold many numbers: send them once
+                                 step=step, scratch=scratch)
         splits = {split: Episodes(part, make, functools.partial(as_steps, dataset, dimensions, step), pool)
                   for split in ("train", "val")
                   if (part := [e for e in chosen if (e.index in dataset.held_out) == (split == "val")])}
@@ -291,7 +292,8 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="the new dataset's name")
     parser.add_argument("--image_size", type=int, default=256,
                         help="side of the square images; 0: keep their size")
-    parser.add_argument("--fps", type=float, help="resample to fewer frames per second; 5 to 10 work well")
+    parser.add_argument("--fps", type=float,
+                        help="resample to fewer frames per second; 5 to 10 work well")
     parser.add_argument("--episodes", metavar="0-9,12", help="only these")
     parser.add_argument("--action", choices=("target", "change"),
                         help="override the detected kind: positions to reach, or displacements")

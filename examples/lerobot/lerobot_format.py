@@ -302,7 +302,8 @@ def check_frames(dataset: LeRobotSet, episode: Episode, frames: np.ndarray, seco
         raise DataError(f"{episode.data}: the frame_index of episode {episode.index} does not count from 0 "
                         f"to {len(frames) - 1}: {LEAVE_OUT}")
     # float32, so only close to frame_index / fps
-    if (late := ~(np.abs(seconds.reshape(-1) * dataset.fps - frames) <= 0.5)).any():  # also true for NaN
+    # also true for NaN
+    if (late := ~(np.abs(seconds.reshape(-1) * dataset.fps - frames) <= 0.5)).any():
         frame = int(np.argmax(late))
         raise DataError(f"{episode.data}: frame {frame} of episode {episode.index} has the timestamp "
                         f"{float(seconds[frame]):.4g} s, but at {dataset.fps:g} fps it is due at "
@@ -369,7 +370,8 @@ def video_frames(path: Path, start: float, fps: float, frames: np.ndarray, episo
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # each core has its own episode
             first, seconds = stream.start_time or 0, float(stream.time_base)
-            if start > 0:  # seek the key frame that begins an episode, not the one before: half a frame later
+            # seek the key frame that begins an episode, not the one before: half a frame later
+            if start > 0:
                 container.seek(first + int((start + 0.5 / fps) / seconds), stream=stream)
             for frame in container.decode(stream):
                 number = round(((frame.pts - first) * seconds - start) * fps)
@@ -389,7 +391,8 @@ def as_array(picture: av.VideoFrame | bytes, size: int) -> np.ndarray:
     """An image -> (size, size, 3) uint8, resized with Lanczos, ignoring the aspect ratio; size 0:
     keep its size."""
     if isinstance(picture, bytes):
-        image = Image.fromarray(decode_native(picture))  # of 16 bits, the upper 8, as elsewhere in this project
+        # of 16 bits, the upper 8, as elsewhere in this project
+        image = Image.fromarray(decode_native(picture))
         return np.array(image.resize((size, size), Image.Resampling.LANCZOS) if size else image)
     sides = {"width": size, "height": size, "interpolation": "LANCZOS"} if size else {}
     return picture.to_ndarray(format="rgb24", **sides)

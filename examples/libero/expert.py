@@ -30,7 +30,8 @@ STRIDE = 0.05  # m: the controller's displacement for an action of 1
 GAIN = 1.8  # multiplies the commanded distance, because the hand lags behind
 CLEAR = 0.02  # m, above objects that it passes over
 WIDEST = 0.072  # m: the widest object that fits between the fingers
-TASKS = {"libero_object": range(10), "libero_spatial": (0, 1, 2, 3, 7, 8)}  # its tasks, see README.md
+# its tasks, see README.md
+TASKS = {"libero_object": range(10), "libero_spatial": (0, 1, 2, 3, 7, 8)}
 
 
 class Expert:
@@ -38,7 +39,8 @@ class Expert:
 
     def __init__(self, simulator: Simulator):
         self.env = simulator.env.env
-        ((_, self.thing, place),) = self.env.parsed_problem["goal_state"]  # one object, in or on one place
+        # one object, in or on one place
+        ((_, self.thing, place),) = self.env.parsed_problem["goal_state"]
         self.place = place.removesuffix("_contain_region")
         extents = {name: self.extent(name) for name in self.env.objects_dict}
         (low, high), where = extents[self.thing], self.position(self.thing)
@@ -48,11 +50,13 @@ class Expert:
         if high[1] - low[1] > WIDEST:  # grasp its rim, one finger inside; its wall leans outward
             depth = 0.024
             y = max((low[1] + 0.011, high[1] - 0.011), key=lambda y: room(x, y, others))
-        self.depth, self.grip = depth, np.array([x, y, high[2] - depth]) - where  # relative to its origin
+        # relative to its origin
+        self.depth, self.grip = depth, np.array([x, y, high[2] - depth]) - where
         way = np.linspace(where, self.position(self.place), 20)
         met = [high[2] for low, high in extents.values()
                if min(room(*point[:2], [(low, high)]) for point in way) < 0.1]
-        self.height = max(met) + CLEAR - (low[2] - where[2])  # height of its origin that clears the objects on the way
+        # height of its origin that clears the objects on the way
+        self.height = max(met) + CLEAR - (low[2] - where[2])
 
     def act(self) -> np.ndarray:
         """The next action (7,), each in -1..1; for the gripper, 1 closes and -1 opens."""
@@ -124,7 +128,7 @@ def corners_of(model, geom: int) -> np.ndarray:
     return signs * model.geom_size[geom]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Success rates
 
 
@@ -145,7 +149,8 @@ def succeeds(suite: str, task: int, trials: list[int]) -> list[int | None]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="how often the scripted expert succeeds")
-    parser.add_argument("--trials", type=int, default=50, help="start states of each task; LIBERO has 50")
+    parser.add_argument("--trials", type=int, default=50,
+                        help="start states of each task; LIBERO has 50")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     blocks = [range(first, min(first + 10, args.trials)) for first in range(0, args.trials, 10)]

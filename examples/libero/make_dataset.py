@@ -52,7 +52,8 @@ def record(task: str, seed: int, recording: dict) -> dict | None:
     Noise can perturb the executed actions, so that demonstrations also show recoveries. The
     recorded actions have no noise.
     """
-    simulator, rng = simulator_of(task), np.random.default_rng([seed, 1])  # not the generator of positions
+    # not the generator of positions
+    simulator, rng = simulator_of(task), np.random.default_rng([seed, 1])
     simulator.begin_anew(seed)
     settle(simulator, Protocol())
     expert, steps, after = Expert(simulator), [], 0
@@ -114,7 +115,8 @@ def task_names(names: list[str]) -> list[str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--tasks", nargs="+", default=[*TASKS], help="suites, or tasks, as libero_object-3")
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS],
+                        help="suites, or tasks, as libero_object-3")
     parser.add_argument("--episodes", type=int, default=50, help="training episodes per task")
     parser.add_argument("--val_episodes", type=int, default=0, help="held-out episodes per task")
     parser.add_argument("--noise", type=float, default=0.2,

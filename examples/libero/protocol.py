@@ -15,10 +15,12 @@ from PIL import Image
 
 from machinery.images import center_crop, decode_native, resize_image
 
-# steps until an episode counts as failed: the longest demonstrations, rounded up (OpenVLA's numbers)
+# steps until an episode counts as failed: the longest demonstrations, rounded up (OpenVLA's
+# numbers)
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
              "libero_90": 400}
-CAMERAS = {"primary": "agentview", "wrist": "robot0_eye_in_hand"}  # the model's names: the simulator's
+# the model's names: the simulator's
+CAMERAS = {"primary": "agentview", "wrist": "robot0_eye_in_hand"}
 WAIT = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stay, with an open gripper
 
 
@@ -27,12 +29,15 @@ class Protocol:
     """One way to evaluate. The defaults are OpenVLA's."""
 
     image_size: int = 256  # side of the simulator's images in pixels
-    turn: int = 180  # degrees: the simulator's images are upside down, and OpenVLA's training data are mirrored
+    # degrees: the simulator's images are upside down, and OpenVLA's training data are mirrored
+    turn: int = 180
     jpeg_quality: int = 95  # compress images once with JPEG, as in the training data; 0: do not
-    centre_crop: bool = True  # the middle 90% of the area, required after training on random crops of that size
+    # the middle 90% of the area, required after training on random crops of that size
+    centre_crop: bool = True
     settling_steps: int = 10  # waiting steps: LIBERO lets objects drop onto the table
     max_steps: int | None = None  # after settling; default: the suite's (MAX_STEPS)
-    opens_at: int = 1  # the model's gripper is 0..1, and this is open; LIBERO's is -1..1, and -1 is open
+    # the model's gripper is 0..1, and this is open; LIBERO's is -1..1, and -1 is open
+    opens_at: int = 1
 
 
 def see(picture: np.ndarray, protocol: Protocol, size: int) -> np.ndarray:

@@ -41,7 +41,7 @@ from examples import closed_loop
 from machinery.config import UserError, exit_with_one_line
 from machinery.convention import STANDARD
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Simulators
 
 
@@ -138,7 +138,7 @@ def run(player, suite: str, protocol: Protocol, jobs: list[tuple[int, int, int]]
         process.join()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Policies
 
 
@@ -162,7 +162,8 @@ class Player:
         self.cameras, self.size, self.execute = cfg.cameras, cfg.image_size, execute or cfg.action_chunk
         robot = self.policy.convention(self.key)
         self.opens_at = int(robot.action[-1] == STANDARD[-1])
-        # OpenVLA's own files do not record it; all it published for LIBERO was trained on random crops
+        # OpenVLA's own files do not record it; all it published for LIBERO was trained on random
+        # crops
         self.centre_crop = cfg.image_aug if "image_aug" in cfg.model_fields_set else True
         self.policy.cfg = cfg.model_copy(update={"image_aug": False})  # `see` has already cropped
 
@@ -241,7 +242,7 @@ def png(picture: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers and pictures
 
 
@@ -283,15 +284,20 @@ def parse_arguments() -> argparse.Namespace:
     asked.add_argument("--checkpoint", help="a run, a checkpoint, OpenVLA's, or a hub id")
     asked.add_argument("--server", help="the address of a server that replies like serve_vla.py")
     parser.add_argument("--suite", required=True, choices=[*MAX_STEPS])
-    parser.add_argument("--tasks", type=int, nargs="+", help="numbers in the suite, from 0; default: all")
-    parser.add_argument("--trials", type=int, default=50, help="start states of each task; LIBERO has 50")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the furniture's positions")
-    parser.add_argument("--execute", type=int, help="actions executed per predicted chunk; default: all")
+    parser.add_argument("--tasks", type=int, nargs="+",
+                        help="numbers in the suite, from 0; default: all")
+    parser.add_argument("--trials", type=int, default=50,
+                        help="start states of each task; LIBERO has 50")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
+                        help="seeds of the furniture's positions")
+    parser.add_argument("--execute", type=int,
+                        help="actions executed per predicted chunk; default: all")
     parser.add_argument("--unnorm_key", help="the dataset whose units to use; default: the suite's")
     parser.add_argument("--out", type=Path, help="default: a folder in the run, or in this one")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", help="cuda or cpu")
-    parser.add_argument("--int8", action="store_true", help="the language model's weights in 8 bits")
+    parser.add_argument("--int8", action="store_true",
+                        help="the language model's weights in 8 bits")
     points = parser.add_argument_group("the protocol; the defaults are OpenVLA's")
     default = Protocol()
     points.add_argument("--image_size", type=int, default=default.image_size, help="pixels, drawn")

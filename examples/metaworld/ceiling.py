@@ -141,7 +141,8 @@ def measure(task: str, experts: str, seeds: int, stats: dict) -> dict[str, float
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--tasks", nargs="+", default=["mt50"], help="names, or lists of them such as mt50")
+    parser.add_argument("--tasks", nargs="+", default=["mt50"],
+                        help="names, or lists of them such as mt50")
     parser.add_argument("--seeds", type=int, default=20, help="episodes of each task and column")
     parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld")
     args = parser.parse_args()

@@ -98,12 +98,16 @@ def main() -> None:
                         help="demo, mt50, easy, medium, hard, very_hard, or names such as reach-v3")
     parser.add_argument("--episodes", type=int, default=50, help="training episodes per task")
     parser.add_argument("--val_episodes", type=int, default=0, help="held-out episodes per task")
-    parser.add_argument("--cameras", nargs="+", default=["image"], help="image (corner2), gripperPOV, ...")
+    parser.add_argument("--cameras", nargs="+", default=["image"],
+                        help="image (corner2), gripperPOV, ...")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--jpeg_quality", type=int, default=95)
-    parser.add_argument("--action_repeat", type=int, default=1, help="simulator steps per recorded step")
-    parser.add_argument("--multisampling", type=int, default=0, help="samples per pixel, for smooth edges")
-    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, on executed velocities")
+    parser.add_argument("--action_repeat", type=int, default=1,
+                        help="simulator steps per recorded step")
+    parser.add_argument("--multisampling", type=int, default=0,
+                        help="samples per pixel, for smooth edges")
+    parser.add_argument("--noise", type=float, default=0.0,
+                        help="standard deviation, on executed velocities")
     parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld",
                         help="the experts of reach, reach-wall, and handle-pull-side: see experts.py")
     parser.add_argument("--tail", type=int, default=0, help="recorded steps after success")
@@ -124,7 +128,8 @@ def main() -> None:
     kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
     path = write_rlds(args.out, args.name, "1.0.0", features(args.cameras, args.image_size), splits)
-    (path / "recording.json").write_text(json.dumps(recording) + "\n")  # rollout.py reads it to use the same settings
+    # rollout.py reads it to use the same settings
+    (path / "recording.json").write_text(json.dumps(recording) + "\n")
     shutil.rmtree(scratch)
     print(path)
 

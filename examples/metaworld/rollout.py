@@ -24,7 +24,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
-# those that need torch are imported where they are used: the simulators' processes read this file too
+# those that need torch are imported where they are used: the simulators' processes read this file
+# too
 
 import numpy as np
 from PIL import Image
@@ -63,7 +64,8 @@ def play(connection: Connection) -> None:
                 for i, action in enumerate(actions):
                     if not trial.over:
                         trial.step(action)
-                        if trial.over or len(actions) - i <= window:  # render only the images that will be used
+                        # render only the images that will be used
+                        if trial.over or len(actions) - i <= window:
                             history.append(trial.see())
         take_picture(trials[0], film_sheet, film)
         film_sheet.read()
@@ -95,7 +97,8 @@ class Player:
         ((_, _, recipe),) = oxe.resolve_mixture(self.dataset, cfg.datasets)
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
-        recorded = {"multisampling": 0, **json.loads(path.read_text())}  # older recordings do not have it
+        # older recordings do not have it
+        recorded = {"multisampling": 0, **json.loads(path.read_text())}
         self.camera = {"cameras": self.views, **{key: recorded[key] for key in OPTICS}}
         self.execute = execute or max(1, cfg.action_chunk // 2)
 
@@ -146,7 +149,7 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
         process.join()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers and pictures
 
 
@@ -216,17 +219,21 @@ def first_films(results: dict[tuple[str, int], list[dict]], out: Path) -> list[t
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="a run's directory, or one of its checkpoints")
+    parser.add_argument("--checkpoint", required=True,
+                        help="a run's directory, or one of its checkpoints")
     parser.add_argument("--tasks", nargs="+", default=["demo"],
                         help="demo, mt50, easy, medium, hard, very_hard, or names such as reach-v3")
     parser.add_argument("--trials", type=int, default=10, help="episodes per task and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="evaluation seeds")
-    parser.add_argument("--execute", type=int, help="actions executed per predicted chunk; default: half")
-    parser.add_argument("--recording", type=Path, help="the dataset's recording.json; default: found through the run")
+    parser.add_argument("--execute", type=int,
+                        help="actions executed per predicted chunk; default: half")
+    parser.add_argument("--recording", type=Path,
+                        help="the dataset's recording.json; default: found through the run")
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", help="cuda or cpu")
-    parser.add_argument("--int8", action="store_true", help="the language model's weights in 8 bits")
+    parser.add_argument("--int8", action="store_true",
+                        help="the language model's weights in 8 bits")
     args = parser.parse_args()
     import torch
 

@@ -102,7 +102,8 @@ TASKS = {
     **GROUPS,
 }
 MAX_STEPS = 500  # simulator steps, Meta-World's own limit
-OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")  # the settings of a dataset's recording
+# the settings of a dataset's recording
+OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")
 
 
 def task_names(names: list[str]) -> list[str]:
@@ -128,7 +129,8 @@ class Sheet:
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.opengl = self.renderer._mjr_context
         mujoco.mjr_addAux(0, side * size, side * size, 0, self.opengl)
-        atexit.register(weakref.finalize(self, self.renderer.close))  # at exit, while OpenGL still exists
+        # at exit, while OpenGL still exists
+        atexit.register(weakref.finalize(self, self.renderer.close))
 
     def draw(self, data: mujoco.MjData, camera: str, keep: Callable) -> None:
         """Render the current view of a camera. `keep` is called with (size, size, 3) uint8 when the
@@ -159,7 +161,8 @@ class Sheet:
         tiles = np.frombuffer(pixels, np.uint8).reshape(rows, size, columns, size, 3)
         keepers, self.keepers = self.keepers, []
         for i, keep in enumerate(keepers):
-            keep(np.ascontiguousarray(tiles[i // columns, ::-1, i % columns]))  # OpenGL's rows begin at the bottom
+            # OpenGL's rows begin at the bottom
+            keep(np.ascontiguousarray(tiles[i // columns, ::-1, i % columns]))
 
 
 class Simulator:
@@ -177,7 +180,8 @@ class Simulator:
         # the same as metaworld.MT1, without resetting the task fifty times for unused positions
         goal = {"env_cls": env_class, "rand_vec": None, "partially_observable": False}
         self.env.set_task(metaworld.Task(env_name=task, data=pickle.dumps(goal)))
-        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # positions follow the seed
+        # positions follow the seed
+        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True
         self.env.model.cam_pos[2] = [0.75, 0.075, 0.7]
         self.env.model.vis.quality.offsamples = multisampling
         self.sheet = sheet or Sheet(self.env.model, image_size)
@@ -215,7 +219,8 @@ class Simulator:
     def store(self, seen: dict, camera: str, pixels: np.ndarray) -> None:
         """Store an image in an observation as JPEG, with full color resolution at high quality."""
         encoded = io.BytesIO()
-        subsampling = 0 if self.jpeg_quality >= 90 else 2  # goals are colored dots, a few pixels wide
+        # goals are colored dots, a few pixels wide
+        subsampling = 0 if self.jpeg_quality >= 90 else 2
         Image.fromarray(pixels).save(encoded, "jpeg", quality=self.jpeg_quality, subsampling=subsampling)
         seen[camera] = encoded.getvalue()
 
@@ -229,8 +234,10 @@ class Simulator:
     def step(self, action: np.ndarray) -> None:
         """Hold the action (4,), hand velocity x, y, z and gripper effort in [-1, 1], for
         action_repeat simulator steps or until the episode is over."""
-        solved = self.success_at is not None  # after success it continues: demonstrations may have a tail
-        action = np.clip(np.asarray(action, np.float64), -1, 1)  # float32 would change the last bits
+        # after success it continues: demonstrations may have a tail
+        solved = self.success_at is not None
+        # float32 would change the last bits
+        action = np.clip(np.asarray(action, np.float64), -1, 1)
         for _ in range(self.action_repeat):
             self.state, *_, info = self.env.step(action)
             self.steps += 1

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 from robot import Arm
 
-CAMERAS = {"primary": "outside", "wrist": "wrist"}  # the model's camera names (see the YAML): the robot's
+# the model's camera names (see the YAML): the robot's
+CAMERAS = {"primary": "outside", "wrist": "wrist"}
 FIRST_SEED = 200_000  # no recorded episode has these seeds
 STEPS, HELD = 40, 8  # an episode is 4 s; it succeeds if the goal is held for the last 0.8 s
 
@@ -56,14 +57,16 @@ def drive(robot: Arm, url: str, seed: int, delay: int = 0, with_prefix: bool = F
     solved, told, seams, settled = [], [], [], np.empty((0, len(robot.action_names)))
     while len(solved) < STEPS:
         answer = ask(url, robot.look(), robot.instruction, settled.tolist() if with_prefix else [])
-        plan = np.concatenate([settled, answer[len(settled) :]])  # it arrives when the prefix has been executed
+        # it arrives when the prefix has been executed
+        plan = np.concatenate([settled, answer[len(settled) :]])
         seams.append(len(solved) + len(settled))
         plan, settled = plan[: len(plan) - delay], plan[len(plan) - delay :]
         for action in plan[: STEPS - len(solved)]:
             robot.move(action)
             told.append(action)
             solved.append(robot.solved)
-    turned = np.abs(np.diff(np.array(told)[:, :-1], axis=0)).max(1)  # turned[t]: from step t to t + 1
+    # turned[t]: from step t to t + 1
+    turned = np.abs(np.diff(np.array(told)[:, :-1], axis=0)).max(1)
     at_seam = np.isin(np.arange(1, STEPS), seams)
     return {"reached": any(solved), "success": all(solved[-HELD:]), "seams": turned[at_seam],
             "others": turned[~at_seam]}
@@ -82,7 +85,8 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where serve_vla.py listens")
     parser.add_argument("--episodes", type=int, default=40)
     parser.add_argument("--delay", type=int, default=0, help="steps from the images to the answer")
-    parser.add_argument("--prefix", action="store_true", help="send the actions executed in these steps")
+    parser.add_argument("--prefix", action="store_true",
+                        help="send the actions executed in these steps")
     args = parser.parse_args()
     with urllib.request.urlopen(f"{args.url}/health", timeout=60) as reply:
         health = json.load(reply)

@@ -18,7 +18,8 @@ import mujoco
 import numpy as np
 
 COLOURS = {"red": "0.9 0.1 0.1 1", "green": "0.1 0.7 0.2 1", "blue": "0.1 0.3 0.9 1"}
-UPPER, LOWER, HAND = 0.20, 0.18, 0.10  # meters: shoulder to elbow, elbow to wrist, wrist to fingertips
+# meters: shoulder to elbow, elbow to wrist, wrist to fingertips
+UPPER, LOWER, HAND = 0.20, 0.18, 0.10
 SPEED = 0.12  # radians that the expert turns a joint per step
 REACHED = 0.04  # meters from the disc's center; also its radius
 IMAGE_SIZE = 128
@@ -75,7 +76,8 @@ class Arm:
         self.model = mujoco.MjModel.from_xml_string(MODEL)
         self.data = mujoco.MjData(self.model)
         self.renderer = mujoco.Renderer(self.model, IMAGE_SIZE, IMAGE_SIZE)
-        atexit.register(weakref.finalize(self, self.renderer.close))  # at exit, while OpenGL still exists
+        # at exit, while OpenGL still exists
+        atexit.register(weakref.finalize(self, self.renderer.close))
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
 
     def reset(self, seed: int) -> None:
@@ -120,7 +122,8 @@ class Arm:
         """The demonstrator's next action, (4,) float32: turn the joints toward the disc, then
         close."""
         x, y = self.discs[self.goal]
-        angle, distance = np.arctan2(y, x), np.hypot(x, y) - HAND  # the hand points away from the base
+        # the hand points away from the base
+        angle, distance = np.arctan2(y, x), np.hypot(x, y) - HAND
         elbow = np.arccos((distance**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER))
         shoulder = angle - np.arctan2(LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow))
         way = np.array([shoulder, elbow, angle - shoulder - elbow]) - self.target[:3]
