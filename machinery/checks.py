@@ -228,13 +228,13 @@ def state_findings(stats: Mapping) -> list[Finding]:
 def image_findings(frames: np.ndarray, cameras: list[str | None]) -> list[Finding]:
     """Cameras that have no image in some frames, or in all."""
     if not any(cameras):
-        cure = "name its camera in the recipe, or leave the dataset out"
-        return [Finding("high", "its recipe has none of the `cameras`, so all images are black", cure)]
+        text = "its recipe has none of the `cameras`, so all its images are black"
+        return [Finding("high", text, "name one in the recipe, or leave the dataset out")]
     found = []
     for number, key in enumerate(cameras):
         empty = int((frames["length"][:, number] == 0).sum())
         if key and empty:
-            text = f"{key} has no image in {empty} of {len(frames)} frames, which are shown as black"
+            text = f"{key} has no image in {empty} of {len(frames)} frames, which are black"
             found.append(Finding("high", text, "data.py --check lists them"))
     return found
 

@@ -28,8 +28,10 @@ from typing import NamedTuple
 from machinery.config import Recipe, UserError, nearest
 
 HELPERS = ["clip", "invert", "delta", "binarize", "rel2abs", "euler", "unzip"]
-FIELD = re.compile(r"(?P<key>[^\s\[\],]+)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<words>( +\S+)*)")
-SCALE = re.compile(r"[*/]-?(?=[\d.]*[1-9])(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # *0.001, /255; never 0
+FIELD = re.compile(r"(?P<key>[^\s\[\],]+)"
+                   r"(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?"
+                   r"(?P<words>( +\S+)*)")
+SCALE = re.compile(r"[*/]-?(?=[\d.]*[1-9])(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # never 0
 CONSTANT = re.compile(r"([01])(?:\*(\d+))?")  # "0", "0*3", "1*2"
 
 

@@ -1,4 +1,4 @@
-"""The frame table of a dataset: a small row for each frame, and images read straight from its files.
+"""The frame table of a dataset: a small row per frame, and images read straight from its files.
 
 Robot datasets (Open X-Embodiment, LIBERO, ...) come as TFDS directories in the RLDS format. Shards
 of TFRecords hold one episode per record, with each image encoded (JPEG or PNG) inside its episode.
@@ -118,7 +118,7 @@ def _open_shard(path: Path) -> io.FileIO:
 
 def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load_proprio: bool, *,
                 index_dir: str | None = None, skip_bad_episodes: bool = False) -> FrameTable:
-    """Open the frame table of the TFDS dataset in `directory`, which rlds.py makes if there is none.
+    """Open the frame table of the TFDS dataset in `directory`. If there is none, rlds.py makes it.
 
     cameras: keys of the images, see Recipe.camera_keys; index_dir: folder for the tables of all
     datasets. By default they are in each dataset's directory. Raises DataError.

@@ -55,7 +55,7 @@ def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
         while header := file.read(12):
             size, crc = header[:8], header[8:]
             if masked_crc(size) != int.from_bytes(crc, "little"):
-                hint = "" if number else ": is it a Git LFS pointer (`git lfs pull`), or compressed?"
+                hint = "" if start else ": a Git LFS pointer (run `git lfs pull`), or compressed?"
                 raise DataError(f"{path}: record {number}: damaged header at byte {start}{hint}")
             length = int.from_bytes(size, "little")
             data, crc = file.read(length), file.read(4)

@@ -41,9 +41,10 @@ from lerobot_format import (
 )
 from tqdm import tqdm
 
+from machinery.checks import findings
 from machinery.config import Recipe, UserError, exit_with_one_line
 from machinery.frames import end_with_parent
-from machinery.inspect_data import Subject, as_yaml, guess_recipe, other_warnings
+from machinery.inspect_data import Subject, as_yaml, guess_recipe
 from machinery.rlds import DataError, step_features, write_rlds
 
 JPEG_QUALITY = 95
@@ -273,8 +274,8 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
     recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions)})
     subject = Subject(name, path, recipe, "converted")
     table = subject.table(None, skip_bad_episodes=True)
-    for warning in [*table.warnings[subject.kind], *other_warnings(table), *table.warnings["chunks"]]:
-        print(f"warning: {warning}")
+    for finding in findings(table, subject.kind, action_chunk=2):
+        print(f"warning: {finding}")
     if dataset.fps / step > 20:
         print(f"warning: {dataset.fps / step:g} frames a second: consecutive frames hardly differ, and "
               "single actions are hard to learn: convert with --fps 10, or train with action_chunk: 8")
