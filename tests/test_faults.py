@@ -16,7 +16,6 @@ import psutil
 import pytest
 import yaml
 from conftest import (
-    ROOT,
     TINY,
     ds_json,
     launch_command,

@@ -24,7 +24,7 @@ from action_tokenizer import load_tokenizer, unnormalize
 from data import Mixture
 from machinery import frames as frames_module
 from machinery import oxe
-from machinery.checks import (action_findings, copy_findings, findings, round_trip, turn_findings)
+from machinery.checks import action_findings, copy_findings, findings, round_trip, turn_findings
 from machinery.config import Recipe, TrainConfig, UserError
 from machinery.convention import convention, recorded
 from machinery.frames import DataError, FrameTable, find_dataset
