@@ -41,14 +41,8 @@ class HandlePullSide:
 def expert_of(task: str, whose: str):
     """A new expert for a task. whose: "metaworld", or "ours", which equal Meta-World's in the other
     tasks."""
-<<<<<<< HEAD
     # imported here: simulator.py must select OpenGL before MuJoCo is imported
     from metaworld.policies import ENV_POLICY_MAP
-=======
-    from metaworld.policies import (
-        ENV_POLICY_MAP,  # imported here: simulator.py must select OpenGL before MuJoCo is imported
-    )
->>>>>>> 0858de9 (Benches and examples: comments within 100 columns)
 
     expert = ENV_POLICY_MAP[task]()
     reach = Reach(expert)
