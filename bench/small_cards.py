@@ -125,7 +125,8 @@ def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:
         "base_vlm": str(folder / "hf"), "data_root_dir": str(folder / "data"),
         "data_mix": "libero_spatial_no_noops", "run_root_dir": str(runs), "max_steps": args.steps,
         "global_batch_size": micro, "per_device_batch_size": micro, "num_workers": 2, "log_interval": 1,
-        "eval_interval": 0, "eval_samples": micro, "save_interval": 0, "compile": not args.no_compile,
+        "eval_interval": 0, "eval_samples": micro, "keep_checkpoints": "none",
+        "compile": not args.no_compile,
         "learning_rate": 1e-5, **keys}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())

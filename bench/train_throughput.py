@@ -123,7 +123,7 @@ def measure(case: str, args, folder: Path) -> dict:
         "run_root_dir": str(runs), "max_steps": args.steps, "global_batch_size": args.global_batch,
         "per_device_batch_size": int(micro), "num_workers": args.num_workers,
         "log_interval": args.log_interval, "eval_interval": 0, "eval_samples": int(micro),
-        "save_interval": 0, "compile": "compile" in switches,
+        "keep_checkpoints": "none", "compile": "compile" in switches,
         "zero_speed": not {"plain", "deepcompile"} & {*switches},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
