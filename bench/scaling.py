@@ -122,7 +122,7 @@ def no_room(row: dict) -> bool:
 def frames_per_core(args, folder: Path) -> dict[str, float]:
     """-> {"plain": frames per second that one core loads at the model's image size, "augmented":
     the same}"""
-    size = read_yaml(args.config).get("image_size", (224,))[0] if args.config else 224
+    size = read_yaml(args.config).get("image_size", 224) if args.config else 224
     text, _ = run([sys.executable, str(ROOT / "bench/data_throughput.py"), "--workers", "2", "--image_aug",
                    "--samples", "3000", "--data_root_dir", str(folder), "--image_size", str(size)],
                   args.timeout, folder)

@@ -102,7 +102,7 @@ def describe_model(args) -> dict:
     from machinery.weights import PRISMATIC, SHAPE, prismatic_config
 
     if args.config:
-        return {key: value for key, (value, _) in read_yaml(args.config).items() if key in SHAPE}
+        return {key: value for key, value in read_yaml(args.config).items() if key in SHAPE}
     model = prismatic_config(*PRISMATIC[args.base]) | {
         "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama")}
     if args.num_layers:

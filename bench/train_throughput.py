@@ -110,7 +110,7 @@ def measure(case: str, args, folder: Path) -> dict:
     """Train a few steps -> medians over the steps after the warm-up."""
     name, micro, *switches = case.split(":")
     if args.config:
-        config = {key: value for key, (value, _) in read_yaml(args.config).items()}
+        config = read_yaml(args.config)
     else:
         config = prismatic_config(*PRISMATIC[args.base])
         config |= {"tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama"), "learning_rate": 2e-5}
