@@ -1,4 +1,4 @@
-"""What the documentation says of the code is true of the code, and English and Chinese say the same."""
+"""The documentation matches the code, and the English and Chinese pages match each other."""
 
 import re
 import runpy
@@ -17,7 +17,7 @@ def read(page: str) -> str:
 
 
 def test_lengths():
-    """Those of files, of the lesson and of a training run; python docs/count.py mends them."""
+    """The sizes of files, of the lesson, and of a training run. `python docs/count.py` updates them."""
     listed = {name for _, name in COUNT["ROW"].findall(read("docs/files.md"))}
     assert listed == {path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "machinery")
                       for path in folder.glob("*.py")}
@@ -55,15 +55,15 @@ def test_anchors_exist():
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS)
 def test_english_and_chinese_agree(english, chinese):
-    """Code blocks, file names and keys, links but for the language, and numbers."""
-    first, second = read(english), read(chinese).split("## 附录")[0]  # there: libraries, words, mirrors
+    """Code blocks, file names, keys, links (except the language), and numbers."""
+    first, second = read(english), read(chinese).split("## 附录")[0]  # Chinese only: libraries, terms, mirrors
     blocks = [re.findall(r"```\w+\n.*?```", text, re.DOTALL) for text in (first, second)]
     assert blocks[0] == blocks[1]
     first, second = (re.sub(r"```\w+\n.*?```", "", text, flags=re.DOTALL) for text in (first, second))
-    for what in (r"`[^`\n]+`", r"\]\(([\w/.:-]+)", r"(?a:(?<![\w.])\d[\d,.]*(?:e-?\d+)?(?!\w))"):
-        ours, theirs = ({one.replace(".zh", "").rstrip(".,") for one in re.findall(what, text)}
+    for pattern in (r"`[^`\n]+`", r"\]\(([\w/.:-]+)", r"(?a:(?<![\w.])\d[\d,.]*(?:e-?\d+)?(?!\w))"):
+        ours, theirs = ({one.replace(".zh", "").rstrip(".,") for one in re.findall(pattern, text)}
                         for text in (first, second))
-        assert ours == theirs, what
+        assert ours == theirs, pattern
 
 
 def test_pictures_are_drawn_by_the_script(tmp_path):

@@ -1,6 +1,6 @@
 #!/bin/bash
 # LIBERO from nothing to a success table: examples/libero/recipe.sh data, then train, then rollout.
-# Each stage goes on where an interrupted one stopped. SEED and whatever follows the stage's name are passed on:
+# An interrupted stage continues where it stopped. SEED and all arguments after the stage are passed on:
 #   SEED=8 examples/libero/recipe.sh train --set max_steps=8000
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -8,9 +8,9 @@ stage=$1 seed=${SEED:-7}
 shift
 export MUJOCO_GL=${MUJOCO_GL:-egl} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 case $stage in
-  expert)  # how often the expert succeeds from LIBERO's own start states
+  expert)  # the expert's success from LIBERO's own start states
     python examples/libero/expert.py "$@" ;;
-  data)  # 50 + 1 demonstrations of each of its 16 tasks
+  data)  # 50 + 1 demonstrations of each of the expert's 16 tasks
     [ -e datasets/libero_scripted/1.0.0 ] ||
       python examples/libero/make_dataset.py --episodes 50 --val_episodes 1 "$@" ;;
   train)

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Meta-World MT50 from nothing to a success table: examples/metaworld/recipe.sh data, then train, then rollout.
-# Each stage goes on where an interrupted one stopped. SEED and whatever follows the stage's name are passed on:
+# An interrupted stage continues where it stopped. SEED and all arguments after the stage are passed on:
 #   SEED=8 examples/metaworld/recipe.sh train --set max_steps=8000
 set -euo pipefail
 cd "$(dirname "$0")/../.."
