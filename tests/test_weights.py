@@ -176,7 +176,7 @@ def test_export_in_bf16_and_several_shards(run, tmp_path, monkeypatch):
     expected = tensors(run)
     exported = tensors(tmp_path / "hf")
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in exported.items())
-    with pytest.raises(CheckpointError, match="exists: remove it or name another directory"):
+    with pytest.raises(CheckpointError, match=r"exists: .*another directory"):
         export_vla.export(str(run), tmp_path / "hf", "hf")
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=files[1].name):
@@ -294,7 +294,7 @@ def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"tokenizer: .*''"):  # nothing else is asked for
             start_from(TrainConfig(hf_token=where), None)
         assert huggingface_hub.get_token() == token  # what every download asks for
-    with pytest.raises(ValueError, match="'nowhere' is neither a file nor an environment variable"):
+    with pytest.raises(ValueError, match=r"hf_token.*'nowhere'"):
         start_from(TrainConfig(hf_token="nowhere"), None)
 
 
