@@ -82,7 +82,10 @@ class Tensors:
             return None
         pieces = [read(max(start, first) - first, min(stop, end) - first)
                   for first, end, read in self.pieces[kind, name] if first < stop and end > start]
-        tensor = torch.cat(pieces) if pieces else torch.empty(0)
+        if len(pieces) == 1:
+            tensor = pieces[0]  # not copied: the file is mapped into memory
+        else:
+            tensor = torch.cat(pieces) if pieces else torch.empty(0)
         if len(tensor) != stop - start:
             raise CheckpointError(f"{self.where}: {kind} {name}: only {len(tensor)} of elements "
                                   f"{start}..{stop} are there")

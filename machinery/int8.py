@@ -1,10 +1,11 @@
-"""Frozen weights in 8 bits: whole numbers in -127..127, and a scale for each output row.
+"""Frozen weights in 8 bits: integers in -127..127, and a scale for each output row.
 
-    W[i, j] is about scale[i] * number[i, j]          a byte each, where bf16 takes two; errors below 0.4 % of
-                                                      the largest of a row
+    W[i, j] is about scale[i] * number[i, j]          a byte each instead of bf16's two; errors are
+                                                      below 0.4 % of the row's largest weight
 
-They are multiplied in the training's own dtype: its numbers become bf16 (exactly) while a layer computes, and
-again in the backward pass, so that only bytes are kept in between. `shrink` turns a layer into this.
+Products are computed in the training's own dtype. The numbers are cast to bf16 (exactly) while a
+layer computes, and again in the backward pass: only the bytes are kept in between. `shrink`
+converts a layer.
 """
 
 import torch
@@ -13,14 +14,16 @@ from torch import nn
 
 
 class Product(torch.autograd.Function):
-    """x (..., in), number (out, in) int8, scale (out,) -> scale * (number x), (..., out). PyTorch's own would
-    keep the bf16 numbers until the backward pass, and save nothing."""
+    """x (..., in), number (out, in) int8, scale (out,) -> scale * (number x), (..., out).
+
+    PyTorch's own autograd would keep the bf16 numbers until the backward pass, and save nothing.
+    """
 
     @staticmethod
     def forward(ctx, x, number, scale):
         ctx.save_for_backward(number, scale)
-        # scaled in float32: in bf16, torch.compile would recognise this and put a kernel of its own there,
-        # which on an H100 takes 32 ms where a bf16 product takes 0.05 (bench/act_latency.py's profile)
+        # scaled in float32: in bf16, torch.compile would recognise the pattern and use its own
+        # kernel, which takes 32 ms on an H100 instead of 0.05 (bench/act_latency.py's profile)
         return (F.linear(x, number.to(x.dtype)).float() * scale).to(x.dtype)
 
     @staticmethod
@@ -44,8 +47,11 @@ class Int8Linear(nn.Linear):
 
 
 def shrink(layer: nn.Linear) -> None:
-    """Put a layer's weight (out, in) in 8 bits, where it is; it cannot be trained any more. The scale is
-    rounded to the weight's dtype before it is divided by, so nothing is lost when it is multiplied with."""
+    """Replace a layer's weight (out, in) by 8-bit numbers, on its device. It cannot be trained.
+
+    The scale is rounded to the weight's dtype before the division, so that multiplying by it later
+    adds no error.
+    """
     weight = layer.weight.detach().float()
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).to(layer.weight.dtype)
     number = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)

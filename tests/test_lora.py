@@ -19,7 +19,7 @@ import export_vla
 from act import load_vla
 from action_tokenizer import load_tokenizer
 from data import TrainBatches
-from machinery import int8, ranks, run
+from machinery import int8, memory, ranks
 from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from machinery.config import TrainConfig, UserError, load_config
 from machinery.lora import ADAPTER, add_adapters, linear_layers
@@ -127,7 +127,7 @@ def test_a_checkpoint_holds_what_was_trained_and_resuming_is_exact(runs):
 def test_modules_that_are_not_openvlas_are_trained_whole(runs):
     kept = Checkpoint(list_checkpoints(runs / "with_state/checkpoints")[-1])
     assert kept.shapes["proprio_projector.0.weight"] == [16, 4]
-    with pytest.raises(CheckpointError, match=r"proprio_projector\S* was trained, too"):
+    with pytest.raises(CheckpointError, match=r"proprio_projector\S* is not an adapter.*hf"):
         export_vla.export(str(runs / "with_state"), runs / "no", "peft")
 
 
@@ -195,10 +195,10 @@ def test_a_base_that_is_gone_or_has_changed_is_named(runs, tmp_path):
     load_vla(checkpoint)
     facts = json.loads((base / "checkpoint.json").read_text())
     (base / "checkpoint.json").write_text(json.dumps({**facts, "step": 21}))
-    with pytest.raises(CheckpointError, match=f"rests on {base}, whose weights are others now: put it back"):
+    with pytest.raises(CheckpointError, match=f"based on {base}, whose weights have changed: put it back"):
         load_vla(checkpoint)
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=f"rests on {base}, which cannot be opened: put it back"):
+    with pytest.raises(CheckpointError, match=f"based on {base}: put it back"):
         load_vla(checkpoint)
 
 
@@ -214,22 +214,22 @@ def test_a_base_in_openvlas_format_and_adapters_on_adapters(runs, tmp_path, plai
                              ds_json(tmp_path / "ds.json", 2, False), "--set", f"max_steps={steps}")
             assert done.returncode == 0, done.text
         assert f"weights_from {where}" in done.text and "resumed" in done.text
-    assert done.text.startswith("memory_if lora_bf16_gb") and "\nmemory weights_gb" in done.text
+    assert "\nmemory weights_gb" in done.text
     np.testing.assert_array_equal(read(tmp_path / "on_hf"), read(tmp_path / "on_run"))
     weights = tmp_path / "hf/model-00001-of-00001.safetensors"
     content = bytearray(weights.read_bytes())
     content[-8:] = b"\0" * 8  # in the first row of the last tensor, a vector
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match="whose weights are others now"):
+    with pytest.raises(CheckpointError, match="whose weights have changed"):
         open_weights(tmp_path / "on_hf")
 
 
 def test_what_cannot_be_is_refused(tmp_path, tiny, plain_run):
-    with pytest.raises(UserError, match="need trained weights to rest on: set base_vlm"):
+    with pytest.raises(UserError, match="lora_rank.*set base_vlm"):
         load_config(tiny(lora_rank=4))
     path = tiny(base_vlm=str(ROOT), frozen_weights="int8", lora_rank=4)
     done = plain_run(path, "--deepspeed_config", "ds_configs/zero3.json")
-    assert done.returncode == 1 and "error: frozen_weights: int8: ZeRO-3 divides" in done.text
+    assert done.returncode == 1 and "error: frozen_weights: ZeRO-3" in done.text and "zero2.json" in done.text
 
 
 # ---- For peft ----------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_peft_loads_the_adapters_onto_the_exported_base(runs, batch, tmp_path):
     expected = logits(load_vla(adapted).vla, batch)
     torch.testing.assert_close(logits(vla, batch), expected, atol=1e-5, rtol=1e-5)
     assert (expected - begun).abs().max() > 1e-2
-    with pytest.raises(CheckpointError, match="has no adapters"):
+    with pytest.raises(CheckpointError, match=r"vision_backbone\S* is not an adapter.*hf"):
         export_vla.export(str(runs / "base"), tmp_path / "no", "peft")
 
 
@@ -303,16 +303,15 @@ def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
     vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
     vla.large = torch.nn.Parameter(torch.empty(10**9, device="meta"))
     vla.count_parameters = lambda: (10**9, 10**9)
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 4)
-    told = run.memory_needed(vla, ds_config).split()
+    told = memory.memory_needed(vla, ds_config, ranks=4).split()
     values = dict(zip(told[1::2], map(float, told[2::2]), strict=True))
     assert values.pop("activations_gb") < 0.1
     assert tuple(values.values()) == pytest.approx(expected, rel=1e-3)
     assert [*values] == ["weights_gb", "gradients_gb", "optimizer_gb"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4 * 10**9))
-    with pytest.raises(UserError, match=f"take {sum(expected):.1f} GB, of a GPU that has 4.0: take a "):
-        run.memory_needed(vla, ds_config)
+    with pytest.raises(UserError, match=f"take {sum(expected):.1f} GB.* 4.0.*per_device_batch_size"):
+        memory.memory_needed(vla, ds_config, ranks=4)
 
 
 def test_host_memory_for_what_is_offloaded_is_told_and_too_much_refused(monkeypatch):
@@ -320,14 +319,13 @@ def test_host_memory_for_what_is_offloaded_is_told_and_too_much_refused(monkeypa
     cfg = TrainConfig(**{key: value for key, value in MODEL.items() if key in SHAPE}, action_dim=7)
     vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
     vla.count_parameters = lambda: (10**9, 10**9)
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     ds_config = json.loads((ROOT / "ds_configs/zero3_partial_offload.json").read_text())
-    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: SimpleNamespace(total=6 * 10**9))
-    assert run.memory_needed(vla, ds_config).endswith(" host_gb 5.4")
-    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**9))
-    with pytest.raises(UserError, match=r"takes 5.4 GB of a host that has 5.0: offload less"):
-        run.memory_needed(vla, ds_config)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=6 * 10**9))
+    assert memory.memory_needed(vla, ds_config, ranks=8).endswith(" host_gb 5.4")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**9))
+    with pytest.raises(UserError, match=r"5.4 GB.* 5.0: offload less"):
+        memory.memory_needed(vla, ds_config, ranks=8)
 
 
 @pytest.mark.parametrize("image_size", [28, 112])
@@ -342,7 +340,7 @@ def test_the_estimate_of_activations(image_size):
     images = torch.randint(0, 255, (4, 1, image_size, image_size, 3), dtype=torch.uint8)
     for recompute in (False, True):
         vla, kept = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)), {}
-        estimate = run.activations(vla, recompute)
+        estimate = memory.activations(vla, recompute)
         if recompute:
             vla.recompute_activations()
         parameters = {param.untyped_storage().data_ptr() for param in vla.parameters()}
@@ -358,19 +356,19 @@ def test_the_estimate_of_activations(image_size):
         assert 0.8 * numbers < estimate < (4 if recompute else 1.2) * numbers, (recompute, numbers, estimate)
 
 
-def test_what_other_ways_would_take_is_told(monkeypatch):
-    """The log's line memory_if against what memory_needed says of models that are trained in these ways."""
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
+def test_what_other_ways_would_take_is_told():
+    """The line memory_if of `python -m machinery.memory` against what memory_needed says of models that are trained in these ways."""
     cfg = TrainConfig(**{key: value for key, value in MODEL.items() if key in SHAPE}, action_dim=7)
 
     def make():
         return VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)).bfloat16()
 
     def needed(vla, json_name="one_small_gpu"):
-        told = run.memory_needed(vla, json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())).split()
+        ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())
+        told = memory.memory_needed(vla, ds_config, ranks=1).split()
         return sum(map(float, told[2:7:2]))  # but for the activations
 
-    adapted, last_layer, told = make(), make(), run.memory_if(make()).split()
+    adapted, last_layer, told = make(), make(), memory.memory_if(make()).split()
     adapted.freeze(False, False, False)
     add_adapters(adapted, 32, 16.0, seed=7)
     expected = {"lora_bf16_gb": needed(adapted)}
@@ -392,7 +390,7 @@ def test_out_of_memory_ends_with_advice(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         ranks.run_job(program)
     told = capsys.readouterr().err
-    assert "error: the GPU's memory is full: take a smaller per_device_batch_size" in told
+    assert "error: the GPU's memory is full" in told and "per_device_batch_size" in told
     assert "Traceback" not in told
 
 

@@ -176,7 +176,7 @@ def test_export_in_bf16_and_several_shards(run, tmp_path, monkeypatch):
     expected = tensors(run)
     exported = tensors(tmp_path / "hf")
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in exported.items())
-    with pytest.raises(CheckpointError, match="exists: remove it or name another directory"):
+    with pytest.raises(CheckpointError, match=r"exists: .*another directory"):
         export_vla.export(str(run), tmp_path / "hf", "hf")
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=files[1].name):
@@ -294,7 +294,7 @@ def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"tokenizer: .*''"):  # nothing else is asked for
             start_from(TrainConfig(hf_token=where), None)
         assert huggingface_hub.get_token() == token  # what every download asks for
-    with pytest.raises(ValueError, match="'nowhere' is neither a file nor an environment variable"):
+    with pytest.raises(ValueError, match=r"hf_token.*'nowhere'"):
         start_from(TrainConfig(hf_token="nowhere"), None)
 
 
@@ -409,21 +409,23 @@ import json, os, sys, psutil, deepspeed, torch
 sys.path.insert(0, {root!r})
 deepspeed.init_distributed()
 from machinery.config import TrainConfig
-from machinery.run import training_flops
-from train_vla import build_model
+from machinery.checkpoint import Tensors
+from machinery.memory import training_flops
+from machinery.weights import Weights
+from train_vla import make_vla
 from action_tokenizer import load_tokenizer
 tokenizer = load_tokenizer({tokenizer!r}, True)
 llm = dict(model_type="llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12,
            num_attention_heads=8)
-cfg = TrainConfig(vision_backbone={towers!r}, llm_backbone=llm, image_size=28, action_dim=4, base_vlm="any")
+cfg = TrainConfig(vision_backbone={towers!r}, llm_backbone=llm, image_size=28, action_dim=4)
 ds = json.load(open({ds!r})) | dict(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
 before = psutil.Process().memory_info().rss
-vla = build_model(cfg, tokenizer, ds, None)
+vla = make_vla(cfg, tokenizer, Weights(Tensors("any"), {{}}), True, ds)
 import resource
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 size = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in vla.parameters())
 print(f"rank {{torch.distributed.get_rank()}} grown {{(peak - before) / size:.3f}}", flush=True)
-whole = build_model(cfg, tokenizer, {{}}, None)  # work is counted alike however it is sharded
+whole = make_vla(cfg, tokenizer, None, False, {{}})  # work is counted alike however it is sharded
 assert training_flops(vla, 20) == training_flops(whole, 20) > 0
 """
 
