@@ -310,44 +310,29 @@ def evaluate(
     frames."""
     learned = open_mixture(policy, cfg, train=True)
     mixture = learned if on_train_frames else open_mixture(policy, cfg, train=False)
-    known = 0  # training samples that the model has seen, if they were drawn from this mixture
+    seen = 0  # training samples of this mixture that the model has learned from
     own = (Path(checkpoint.where) / "checkpoint.json").exists()
     if own and cfg.data_mix == policy.cfg.data_mix:
         ours = Checkpoint(checkpoint.where)
         step = ours.meta["step"]
-        known = cfg.global_batch_size * step
-    if on_train_frames and known:
-        samples = min(samples, known)
-        frames = choose_frames(mixture, known - samples, samples)
+        seen = cfg.global_batch_size * step
+    if on_train_frames and seen:
+        samples = min(samples, seen)
+        frames = choose_frames(mixture, seen - samples, samples)
     else:
         samples = min(samples, int(mixture.sizes.sum()))
         frames = choose_frames(mixture, 0, samples)
 
-    results = {}
-    tokens: dict[str, list] = {"teacher_forced": [], "greedy": [], "inference": [], "true": []}
-    for dataset in np.unique(frames[:, 0]).tolist():
-        name = mixture.names[dataset]
-        chosen = frames[frames[:, 0] == dataset]
-        answers = collect(policy, mixture, chosen)
-        for key in tokens:
-            tokens[key].append(answers[key])
-        size = learned.sizes[dataset]
-        index = np.linspace(0, size - 1, min(samples, size)).astype(np.int64)
-        numbers = np.full(len(index), dataset)
-        frequent = most_frequent_tokens(learned, numbers, learned.rows(numbers, index))
-        results[name] = measure(mixture, dataset, chosen[:, 1], answers, frequent)
-        report(name, results[name])
-
-    every = {key: np.concatenate(parts) for key, parts in tokens.items()}
+    results, tokens = score_datasets(policy, mixture, learned, frames, samples)
     accuracy = {}
-    if known:
+    if seen:
         batch = cfg.global_batch_size
         logged = logged_accuracy(ours.run_dir, step, samples, batch, on_train_frames)
         if logged:
             accuracy["logged"] = logged
     for key in ("teacher_forced", "greedy", "inference"):
-        accuracy[key] = float((every[key] == every["true"]).mean())
-    agreement = float((every["greedy"] == every["inference"]).mean())
+        accuracy[key] = float((tokens[key] == tokens["true"]).mean())
+    agreement = float((tokens["greedy"] == tokens["inference"]).mean())
     line = f"{'train' if on_train_frames else 'held-out'} frames {len(frames)}"
     for key, value in accuracy.items():
         line += f" accuracy_{key} {value:.4f}"
@@ -366,6 +351,30 @@ def evaluate(
         raise DataError(mismatch)
     if mismatch:
         print(f"warning: {mismatch}")
+
+
+def score_datasets(
+    policy: Policy, mixture: Mixture, learned: Mixture, frames: np.ndarray, samples: int
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Answer frames (R, 3) and print the scores: -> ({dataset: scores}, tokens (R, T) by name).
+
+    learned: training frames; the most frequent tokens of up to `samples` of each dataset are the
+        baseline"""
+    results = {}
+    tokens: dict[str, list] = {"teacher_forced": [], "greedy": [], "inference": [], "true": []}
+    for dataset in np.unique(frames[:, 0]).tolist():
+        name = mixture.names[dataset]
+        chosen = frames[frames[:, 0] == dataset]
+        answers = collect(policy, mixture, chosen)
+        for key in tokens:
+            tokens[key].append(answers[key])
+        size = learned.sizes[dataset]
+        index = np.linspace(0, size - 1, min(samples, size)).astype(np.int64)
+        numbers = np.full(len(index), dataset)
+        frequent = most_frequent_tokens(learned, numbers, learned.rows(numbers, index))
+        results[name] = measure(mixture, dataset, chosen[:, 1], answers, frequent)
+        report(name, results[name])
+    return results, {key: np.concatenate(parts) for key, parts in tokens.items()}
 
 
 def choose_frames(mixture: Mixture, first: int, samples: int) -> np.ndarray:

@@ -137,7 +137,7 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
 def test_mistakes_name_the_cure(colours, monkeypatch, capsys, tmp_path):
     for arguments, message in (
             (["--data_mix", "nothing_like_it"], "nothing_like_it"),
-            (["--data_root_dir", tmp_path], "0 of 2 datasets.*cold, warmer")):
+            (["--data_root_dir", tmp_path], "cold, warmer: ")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             evaluate(monkeypatch, capsys, colours, tmp_path, *arguments)
     write_colours(tmp_path, "unseen", 1.0)

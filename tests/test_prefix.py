@@ -110,7 +110,7 @@ def test_out_of_range_prefixes_are_clipped_as_in_training():
 @pytest.mark.parametrize("changes", [{"max_prefix": 2}, {"parallel_decoding": True, "max_prefix": 8},
                                      {"parallel_decoding": True, "max_prefix": -1}])
 def test_a_max_prefix_without_meaning_is_refused(changes, tiny):
-    with pytest.raises(UserError, match="max_prefix: "):
+    with pytest.raises(UserError, match="max_prefix"):
         load_config(tiny(action_chunk=8, **changes))
 
 

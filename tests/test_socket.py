@@ -196,8 +196,9 @@ def test_cameras_state_chunk_and_prefix(changes):
 
 def test_history_is_for_http():
     policy = tiny_policy(window_size=2)
+    policy.norm_stats["a"]["action"]["mean"] = [0.0] * 4
     with running(policy) as (port, *_), talking(port) as (ask, *_):
-        assert "window_size" in ask(seen(picture(0, 0), unnorm_key=None))
+        assert "window_size" in ask(seen(picture(0, 0), unnorm_key="a"))
 
 
 def test_32_clients_at_once_get_what_one_would(server, vla):
