@@ -1,6 +1,7 @@
 """Where a run starts: its own checkpoint alone, under its own config; from any folder; offline."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -127,22 +128,6 @@ def test_from_another_directory(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # what is written goes here
 
 
-@pytest.mark.parametrize("changes, message", [
-    (["data_root_dir=nowhere/at/all"], "nowhere/at/all/metaworld_demo"),
-    (["data_root_dir=configs"], "configs/metaworld_demo: no TFDS dataset there"),
-    (["learning_rte=1"], "learning_rte: unknown key; did you mean 'learning_rate'?"),
-])
-def test_what_is_missing_is_said_before_pytorch_is_imported(changes, message, tmp_path):
-    """Which takes seconds."""
-    command = [sys.executable, "-X", "importtime", ROOT / "train_vla.py", "--config",
-               ROOT / "configs/demo.yaml", "--set", *changes]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    error = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
-    assert done.returncode == 1 and message in error
-    assert "pydantic" in done.stderr and " torch" not in done.stderr and " deepspeed" not in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump({**TINY, "tokenizer": "some/tokenizer", "run_root_dir": str(tmp_path)}))
@@ -150,7 +135,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
     how["env"] |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(**how, text=True, capture_output=True, timeout=120)  # its client would try longer
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: tokenizer: 'some/tokenizer' is none: the hub does not answer" in done.stderr
+    assert re.search("error: tokenizer: .*'some/tokenizer'.*hub does not answer", done.stderr), done.stderr
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------------------

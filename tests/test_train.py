@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
     "changes, words",
     [
         ({"learnin_rate": 1e-3}, "learnin_rate: .*learning_rate"),
-        ({"global_batch_size": 10}, "global_batch_size 10 .*per_device_batch_size 4 x 1 ranks"),
+        ({"global_batch_size": 10}, "global_batch_size 10 .*per_device_batch_size"),
         ({"expected_world_size": 8}, "expected_world_size .*8.* 1 ranks"),
         ({"cameras": ["front"]}, "cameras: .*'front'.* primary"),
         ({"data_root_dir": "/nowhere"}, "/nowhere/metaworld_demo"),
@@ -202,10 +202,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
         ({"datasets": {"metaworld_demo": {"primary": "front"}}}, "observation/front"),
         ({"arch_specifier": "mlp"}, "arch_specifier 'mlp'.*linear"),
         ({"freeze_llm_backbone": True}, "unfreeze_last_llm_layer"),
-        ({"llm_backbone": {"hidden_size": 32}}, "'hidden_size'"),
-        ({"llm_backbone": {"model_type": "llama", "hidden_size": "32"}}, "'hidden_size'.* int"),
-        ({"data_mix": {"metaworld_demo": 1e308}}, "data_mix: .*metaworld_demo.*1e\\+308"),
-        ({"pretrained_checkpoint": "openvla/openvla-7b"}, "is_resume: false"),
+        ({"pretrained_checkpoint": "openvla/openvla-7b"}, "openvla/openvla-7b: .*checkpoint"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_leaves_nothing_behind(changes, words, tiny, tmp_path,
