@@ -8,6 +8,7 @@ ids; ["wait", process ids] -> their exit statuses; or ["shell", command] -> its 
 the project's programs is run as __main__.
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -36,7 +37,8 @@ def main(listener: socket.socket) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")  # as run.py does
     for module in [*PROGRAMS.values(), *LATER]:
-        importlib.import_module(module)
+        with contextlib.suppress(Exception):  # the command fails with it, and no other
+            importlib.import_module(module)
     listener.settimeout(1)
     handlers: set[int] = set()
     begun = False
@@ -93,7 +95,7 @@ def start(shell: str, environ: dict, script: str, arguments: list, output: str) 
         os.environ.update(environ)
         sys.argv = [script, *arguments]
         if script in PROGRAMS:
-            sys.modules[PROGRAMS[script]].main()
+            importlib.import_module(PROGRAMS[script]).main()
         else:
             runpy.run_path(script, run_name="__main__")
         status = 0
