@@ -8,23 +8,29 @@ import fcntl
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 # before numpy and torch: the tests' tensors are tiny, and further threads would only spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import forks
 import numpy as np
+import psutil
 import pytest
 import yaml
 from hypothesis import settings
 
+from machinery import frames
 from machinery.config import TrainConfig
 from machinery.rlds import write_rlds
 
+frames.index = forks.index
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests/fixtures"
 RLDS = FIXTURES / "rlds"
@@ -252,6 +258,122 @@ def read_metrics(runs: Path) -> dict[int, dict]:
         values = json.loads(line)
         steps.setdefault(values["step"], {}).update(values)
     return steps
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Jobs to which a test does something while they run
+
+
+class Job:
+    """A job that runs while the test does something to it."""
+
+    def __init__(self, path: Path, **command):
+        self.output = path
+        with open(path, "w") as output:
+            self.process = subprocess.Popen(**command, stdout=output, stderr=subprocess.STDOUT,
+                                            start_new_session=True)
+        self.sessions = [self.process.pid]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, rank 0 first: children of `deepspeed`'s only child."""
+        (launcher,) = psutil.Process(self.process.pid).children()
+        return sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
+
+    def members(self) -> list[psutil.Process]:
+        """Its living processes."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) in self.sessions and process.status() != "zombie":
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                pass
+        return found
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """To every process, as a terminal and SLURM do."""
+        for process in self.members():
+            process.send_signal(number)
+
+    def wait(self, seconds: float = 300) -> tuple[int, str, float]:
+        """-> (exit status, all it printed, how long it took)"""
+        start = time.time()
+        while self.running() or self.members():  # ranks may outlive the launcher, workers their rank
+            assert time.time() - start < seconds, self.output.read_text()
+            time.sleep(0.1)
+        return self.status(), printed(self.output), time.time() - start
+
+    def status(self) -> int:
+        return self.process.wait()
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.status()
+
+
+class Forked(Job):
+    """The same without a launcher: ranks that the commands' server has forked."""
+
+    def __init__(self, commands, count: int, config, *arguments, script="train_vla.py"):
+        self.commands, self.output, self.statuses = commands, commands.new_output(), None
+        arguments = ["--config", config, *arguments]
+        environs = places(count) if count > 1 else [{}]
+        self.sessions = commands.start(*(("", environ, script, arguments, self.output)
+                                         for environ in environs))
+
+    def ranks(self) -> list[psutil.Process]:
+        return [psutil.Process(pid) for pid in self.sessions]
+
+    def running(self) -> bool:
+        return all(process.status() != "zombie" for process in self.ranks())
+
+    def status(self) -> int:
+        """The first that is not 0."""
+        if self.statuses is None:
+            self.statuses = self.commands.wait(self.sessions)
+        return next(filter(None, self.statuses), 0)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a job as a user does; whatever is left of it when the test ends is killed."""
+    jobs = []
+
+    def start(**command) -> Job:
+        jobs.append(Job(tmp_path / f"output{len(jobs)}", **command))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture
+def fork(commands):
+    """Start a job without a launcher: fork(ranks, config, *arguments)."""
+    jobs = []
+
+    def start(*job, **how) -> Forked:
+        jobs.append(Forked(commands, *job, **how))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+def wait_for_steps(runs: Path, steps: int, job: Job) -> None:
+    """Until the only run below `runs` has logged so many steps."""
+    for _ in range(6000):
+        logs = list(runs.glob("*/metrics.jsonl"))
+        if logs and logs[0].read_text().count("\n") >= steps:
+            return
+        assert job.running(), job.output.read_text()
+        time.sleep(0.1)
+    raise AssertionError(job.output.read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------
