@@ -30,7 +30,6 @@ from machinery import frames
 from machinery.config import TrainConfig
 from machinery.rlds import write_rlds
 
-frames.index = forks.index
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests/fixtures"
 RLDS = FIXTURES / "rlds"
@@ -40,6 +39,21 @@ LLAMA_TOKENIZER = GOLDEN_MODEL / "tokenizer_llama"
 # It runs by its name, alone: a process that has drawn with Mesa and has TensorFlow, as other tests have, ends
 # in a segmentation fault (in either order; metaworld 3.1.1, Mesa 22.3, TensorFlow 2.21).
 collect_ignore = ["test_metaworld.py"]
+
+
+
+def pytest_configure() -> None:
+    frames.index = forks.index
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """For --dist loadgroup: tests that share a module's fixture run on one worker, the others anywhere."""
+    for item in items:
+        found = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in found):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
@@ -202,10 +216,14 @@ def printed(output: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory):
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
+def shared(tmp_path_factory) -> Path:
+    """The folder that all xdist workers of a session see."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def commands(shared, tmp_path_factory):
     commands = Commands(shared, tmp_path_factory.mktemp("commands"))
     yield commands
     commands.connection.close()
@@ -409,15 +427,21 @@ def write_colours(root: Path, name: str, scale: float, cameras: int = 1) -> Path
 
 
 @pytest.fixture(scope="session")
-def colours(tmp_path_factory, plain_run):
-    """A run in float32 that has learned two datasets of write_colours, `cold` and `warmer`, well."""
-    path = tmp_path_factory.mktemp("colours")
-    for name, scale in (("cold", 0.1), ("warmer", 0.3)):
-        write_colours(path, name, scale)
-    config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
-              "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")}, "learning_rate": 3e-3,
-              "max_steps": 100, "log_interval": 5, "run_root_dir": str(path / "runs"), "run_id": "colours"}
-    (path / "colours.yaml").write_text(yaml.safe_dump(config))
-    done = plain_run(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json")
-    assert done.returncode == 0, done.text
+def colours(shared, plain_run):
+    """A run in float32 that has learned two datasets of write_colours, `cold` and `warmer`, well. One xdist
+    worker trains it for all."""
+    path = shared / "colours"
+    with open(shared / "colours.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.mkdir()
+            for name, scale in (("cold", 0.1), ("warmer", 0.3)):
+                write_colours(path, name, scale)
+            config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
+                      "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")},
+                      "learning_rate": 3e-3, "max_steps": 100, "log_interval": 5,
+                      "run_root_dir": str(path / "runs"), "run_id": "colours"}
+            (path / "colours.yaml").write_text(yaml.safe_dump(config))
+            done = plain_run(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json")
+            assert done.returncode == 0, done.text
     return path / "runs/colours"
