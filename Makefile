@@ -12,10 +12,10 @@ break: .venv/core  # tell what "make demo" has trained something wrong, and see 
 	python examples/break/break.py
 
 test: .venv/dev  # nearly everything, on the CPU
-	python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadgroup
 
 slow: .venv/dev  # the tests that take longest
-	python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 TORCH_COMPILE_BACKEND=inductor python -m pytest -q -m slow
 
 check: .venv/dev
 	ruff check .

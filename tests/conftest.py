@@ -3,24 +3,30 @@
 tests/fixtures holds data made by running the official OpenVLA code (see its README); nothing in it is ours.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 # before numpy and torch: the tests' tensors are tiny, and further threads would only spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import forks
 import numpy as np
+import psutil
 import pytest
 import yaml
 from hypothesis import settings
 
+from machinery import frames
 from machinery.config import TrainConfig
 from machinery.rlds import write_rlds
 
@@ -33,6 +39,21 @@ LLAMA_TOKENIZER = GOLDEN_MODEL / "tokenizer_llama"
 # It runs by its name, alone: a process that has drawn with Mesa and has TensorFlow, as other tests have, ends
 # in a segmentation fault (in either order; metaworld 3.1.1, Mesa 22.3, TensorFlow 2.21).
 collect_ignore = ["test_metaworld.py"]
+
+
+
+def pytest_configure() -> None:
+    frames.index = forks.index
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """For --dist loadgroup: tests that share a module's fixture run on one worker, the others anywhere."""
+    for item in items:
+        found = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in found):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
@@ -157,8 +178,10 @@ class Commands:
                              env=env, pass_fds=[number], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def ask(self, request: str, values):
-        print(json.dumps([request, values], default=str), file=self.lines, flush=True)
-        reply = self.lines.readline()
+        reply = ""
+        with contextlib.suppress(ConnectionError):
+            print(json.dumps([request, values], default=str), file=self.lines, flush=True)
+            reply = self.lines.readline()
         assert reply, f"tests/forks.py ended: {self.log.read_text()}"
         return json.loads(reply)
 
@@ -193,10 +216,14 @@ def printed(output: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory):
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
+def shared(tmp_path_factory) -> Path:
+    """The folder that all xdist workers of a session see."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def commands(shared, tmp_path_factory):
     commands = Commands(shared, tmp_path_factory.mktemp("commands"))
     yield commands
     commands.connection.close()
@@ -252,6 +279,122 @@ def read_metrics(runs: Path) -> dict[int, dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Jobs to which a test does something while they run
+
+
+class Job:
+    """A job that runs while the test does something to it."""
+
+    def __init__(self, path: Path, **command):
+        self.output = path
+        with open(path, "w") as output:
+            self.process = subprocess.Popen(**command, stdout=output, stderr=subprocess.STDOUT,
+                                            start_new_session=True)
+        self.sessions = [self.process.pid]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, rank 0 first: children of `deepspeed`'s only child."""
+        (launcher,) = psutil.Process(self.process.pid).children()
+        return sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
+
+    def members(self) -> list[psutil.Process]:
+        """Its living processes."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) in self.sessions and process.status() != "zombie":
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                pass
+        return found
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """To every process, as a terminal and SLURM do."""
+        for process in self.members():
+            process.send_signal(number)
+
+    def wait(self, seconds: float = 300) -> tuple[int, str, float]:
+        """-> (exit status, all it printed, how long it took)"""
+        start = time.time()
+        while self.running() or self.members():  # ranks may outlive the launcher, workers their rank
+            assert time.time() - start < seconds, self.output.read_text()
+            time.sleep(0.1)
+        return self.status(), printed(self.output), time.time() - start
+
+    def status(self) -> int:
+        return self.process.wait()
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.status()
+
+
+class Forked(Job):
+    """The same without a launcher: ranks that the commands' server has forked."""
+
+    def __init__(self, commands, count: int, config, *arguments, script="train_vla.py"):
+        self.commands, self.output, self.statuses = commands, commands.new_output(), None
+        arguments = ["--config", config, *arguments]
+        environs = places(count) if count > 1 else [{}]
+        self.sessions = commands.start(*(("", environ, script, arguments, self.output)
+                                         for environ in environs))
+
+    def ranks(self) -> list[psutil.Process]:
+        return [psutil.Process(pid) for pid in self.sessions]
+
+    def running(self) -> bool:
+        return all(process.status() != "zombie" for process in self.ranks())
+
+    def status(self) -> int:
+        """The first that is not 0."""
+        if self.statuses is None:
+            self.statuses = self.commands.wait(self.sessions)
+        return next(filter(None, self.statuses), 0)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a job as a user does; whatever is left of it when the test ends is killed."""
+    jobs = []
+
+    def start(**command) -> Job:
+        jobs.append(Job(tmp_path / f"output{len(jobs)}", **command))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture
+def fork(commands):
+    """Start a job without a launcher: fork(ranks, config, *arguments)."""
+    jobs = []
+
+    def start(*job, **how) -> Forked:
+        jobs.append(Forked(commands, *job, **how))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+def wait_for_steps(runs: Path, steps: int, job: Job) -> None:
+    """Until the only run below `runs` has logged so many steps."""
+    for _ in range(6000):
+        logs = list(runs.glob("*/metrics.jsonl"))
+        if logs and logs[0].read_text().count("\n") >= steps:
+            return
+        assert job.running(), job.output.read_text()
+        time.sleep(0.1)
+    raise AssertionError(job.output.read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------
 # A model that has learned to look, for what acts with it
 
 
@@ -284,15 +427,21 @@ def write_colours(root: Path, name: str, scale: float, cameras: int = 1) -> Path
 
 
 @pytest.fixture(scope="session")
-def colours(tmp_path_factory, plain_run):
-    """A run in float32 that has learned two datasets of write_colours, `cold` and `warmer`, well."""
-    path = tmp_path_factory.mktemp("colours")
-    for name, scale in (("cold", 0.1), ("warmer", 0.3)):
-        write_colours(path, name, scale)
-    config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
-              "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")}, "learning_rate": 3e-3,
-              "max_steps": 100, "log_interval": 5, "run_root_dir": str(path / "runs"), "run_id": "colours"}
-    (path / "colours.yaml").write_text(yaml.safe_dump(config))
-    done = plain_run(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json")
-    assert done.returncode == 0, done.text
+def colours(shared, plain_run):
+    """A run in float32 that has learned two datasets of write_colours, `cold` and `warmer`, well. One xdist
+    worker trains it for all."""
+    path = shared / "colours"
+    with open(shared / "colours.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.mkdir()
+            for name, scale in (("cold", 0.1), ("warmer", 0.3)):
+                write_colours(path, name, scale)
+            config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
+                      "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")},
+                      "learning_rate": 3e-3, "max_steps": 100, "log_interval": 5,
+                      "run_root_dir": str(path / "runs"), "run_id": "colours"}
+            (path / "colours.yaml").write_text(yaml.safe_dump(config))
+            done = plain_run(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json")
+            assert done.returncode == 0, done.text
     return path / "runs/colours"

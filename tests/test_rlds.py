@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -187,15 +186,14 @@ def test_a_stale_table_is_never_used(written, tmp_path):
     assert open_table(written, tmp_path / "index").path != first.path
 
 
-def test_many_processes_build_one_table(written, tmp_path):
-    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-            "from pathlib import Path; import test_rlds\n"
-            f"table = test_rlds.open_table(Path({str(written)!r}), Path({str(tmp_path / 'index')!r}))\n"
-            "print(table.path, table.path.stat().st_ctime_ns, len(table.frames))")
-    with ThreadPoolExecutor(4) as pool:
-        outputs = list(pool.map(lambda _: subprocess.run([sys.executable, "-c", code], capture_output=True,
-                                                         text=True, check=True).stdout, range(4)))
-    assert len(set(outputs)) == 1
+def test_many_processes_build_one_table(written, tmp_path, commands):
+    script = tmp_path / "open.py"
+    script.write_text(
+        "from pathlib import Path; import test_rlds\n"
+        f"table = test_rlds.open_table(Path({str(written)!r}), Path({str(tmp_path / 'index')!r}))\n"
+        "print(table.path, table.path.stat().st_ctime_ns, len(table.frames))")
+    done = commands(*(("", {}, script, []) for _ in range(4)))
+    assert all(status == 0 for status, _ in done) and len({text for _, text in done}) == 1, done
     assert not list((tmp_path / "index").rglob("*.tmp"))
 
 

@@ -10,9 +10,8 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, launch_command, read_metrics
+from conftest import ROOT, TINY, launch_command, read_metrics, wait_for_steps
 from safetensors import safe_open
-from test_faults import Job, wait_for_steps
 
 from machinery import checkpoint
 from machinery.checkpoint import Checkpoint, list_checkpoints
@@ -141,12 +140,10 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
 # ---- Ctrl-C ------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_saves_and_ends(tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**TINY, "max_steps": 5000, "num_workers": 1,
-                                                     "run_root_dir": str(tmp_path / "runs")}))
-    job = Job(tmp_path / "output", **launch_command(tmp_path / "c.yaml", launcher="python"))
+def test_ctrl_c_saves_and_ends(tiny, tmp_path, fork):
+    job = fork(1, tiny(max_steps=5000, num_workers=1))
     wait_for_steps(tmp_path / "runs", 2, job)
-    os.killpg(job.process.pid, signal.SIGINT)  # a terminal sends it to all processes, workers too
+    job.send(signal.SIGINT)  # a terminal sends it to all processes, workers too
     status, text, _ = job.wait()
     assert status == 0 and "stopped by SIGINT at step" in text and "Traceback" not in text, text
     (saved,) = list_checkpoints(next((tmp_path / "runs").iterdir()) / "checkpoints")
@@ -166,16 +163,17 @@ time.sleep(600)
 """
 
 
-def test_a_second_ctrl_c_kills(tmp_path):
+def test_a_second_ctrl_c_kills(tmp_path, fork):
     """But not what a launcher passes on of the first, moments later."""
-    process = subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL)
-    while process.stdout.readline() != "ready\n":
-        assert process.poll() is None
+    (tmp_path / "waiting.py").write_text(WAITING)
+    job = fork(1, "none", script=tmp_path / "waiting.py")
+    while "ready" not in job.output.read_text():
+        assert job.running(), job.output.read_text()
+        time.sleep(0.05)
     for _ in range(2):
-        process.send_signal(signal.SIGINT)
+        job.send(signal.SIGINT)
         time.sleep(0.3)
-    assert process.poll() is None
+    assert job.running()
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    job.send(signal.SIGINT)
+    assert job.wait()[0] == 130
