@@ -255,7 +255,7 @@ def test_magic_soup_trains_and_every_dataset_is_reported(data_mix, count, magic_
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(values))
     done = ranks(2, tmp_path / "soup.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
-    assert f"warning: {BROKEN}: left out 1 bad episodes, the first: " in done.text
+    assert f"warning: {BROKEN}: 1 bad episodes are left out, the first: " in done.text
     metrics = read_metrics(tmp_path / "runs")[20]
     names = [name for name, _, _ in oxe.resolve_mixture(data_mix)]
     assert len(names) == count
