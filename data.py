@@ -141,9 +141,10 @@ class Mixture:
         self.stretches = [self._stretches(dataset) for dataset in range(len(tables))]
         self.sizes = np.array([count.sum() for _, count, _ in self.stretches])  # in this split
         if not self.sizes.all():
-            empty = self.tables[int(np.argmin(self.sizes))].directory
+            empty = self.tables[int(np.argmin(self.sizes))]
             split = "training" if train else "held-out"
-            raise DataError(f"{empty}: no {split} frame with an instruction")
+            raise DataError(f"{empty.directory}: no {split} frame with an instruction in its "
+                            f"splits {', '.join(empty.splits)}")
 
     def _stretches(self, dataset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """This split's frames, as stretches of adjacent rows: of each the first row, the count,

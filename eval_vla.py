@@ -427,7 +427,8 @@ def data_config(policy: Policy, args: argparse.Namespace) -> TrainConfig:
     cfg = cfg.model_copy(update={"data_root_dir": find_input(cfg.data_root_dir)})
     if args.unnorm_key:
         known = policy.dataset_statistics(args.unnorm_key)  # raises UserError
-    for name, *_ in oxe.find_datasets(cfg):
+    found = oxe.find_datasets(cfg.data_root_dir, cfg.data_mix, cfg.datasets, cfg.cameras)
+    for name, *_ in found:
         if name in policy.norm_stats:
             continue
         if args.unnorm_key:

@@ -30,7 +30,7 @@ import numpy as np
 from machinery.config import PROJECT, Recipe, UserError
 from machinery.files import take_lock
 
-TABLE_VERSION = 1  # change it when a table would hold other numbers (tests/fixtures/frame_tables)
+TABLE_VERSION = 1  # change it when a table would hold other numbers (tests/frame_tables.json)
 
 
 class DataError(UserError):

@@ -15,7 +15,6 @@ from machinery.config import RECIPES, Recipe, TrainConfig, UserError, load_table
 from machinery.fields import check_recipe
 from machinery.frames import DataError, FrameTable, find_dataset
 
-CAMERAS = ("primary", "secondary", "wrist")
 _table = load_table("open_x_embodiment")
 DATASETS: dict[str, Recipe] = RECIPES.validate_python(_table["datasets"])
 MIXTURES: dict[str, dict[str, float]] = _table["mixtures"]  # {name: {dataset: weight}}

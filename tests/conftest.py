@@ -113,6 +113,22 @@ def open_mixture(cfg: TrainConfig, tokenizer=None, train: bool = True):
     return Mixture(cfg.model_copy(update=data_facts(cfg, tables)), tables, tokenizer, train)
 
 
+@pytest.fixture(scope="module")
+def index_here():
+    """Index without the process of frames.index, which takes a second to start."""
+    from machinery import frames
+    from machinery.config import Recipe
+    from machinery.rlds import build_frame_table
+
+    def index(job: dict) -> None:
+        places = {key: Path(job[key]) for key in ("directory", "path")}
+        build_frame_table(**{**job, **places, "recipe": Recipe(**job["recipe"])})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames, "index", index)
+        yield
+
+
 def ds_json(path: Path, stage: int, bf16: bool = True, **changes) -> Path:
     """One of the repository's JSONs, possibly in float32 or with other keys, as a new file."""
     config = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
