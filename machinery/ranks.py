@@ -186,10 +186,9 @@ def stop_if_not_finite(
 
 
 LESS_MEMORY = (  # advice if a GPU has too little memory
-    'lower per_device_batch_size, or set "activation_checkpointing": {} in the JSON; or choose by '
-    "the line memory_if: lora_rank: 32, with frozen_weights: int8, the last layer "
-    "(freeze_vision_backbone, freeze_llm_backbone, unfreeze_last_llm_layer), zero2_offload.json; "
-    "or use more GPUs and a higher ZeRO stage")
+    'lower per_device_batch_size, or set "activation_checkpointing": {} in the JSON; or train less '
+    "(lora_rank: 32, frozen_weights: int8); or use more GPUs and a higher ZeRO stage. python -m "
+    "machinery.memory computes what fits")
 
 
 def run_job(program: Callable[[], None]) -> None:

@@ -116,7 +116,7 @@ class Run:
         for name in cfg.features:  # the user's own datasets
             recipe = cfg.datasets[name.partition(":")[0]]
             self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
-        for finding in oxe.mixture_notes(cfg, mixture):
+        for finding in [] if self.quiet else oxe.mixture_notes(cfg, mixture):
             self.line(f"warning: {finding}")
         if not held_out:
             self.line("warning: no evaluation: a dataset has no held-out frames")
