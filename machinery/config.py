@@ -196,8 +196,6 @@ class TrainConfig(BaseModel):
         return {key: value for key, value in values.items() if key != "max_length"}
 
 
-FILLED_IN = ("action_dim", "proprio_dim", "features")  # the last three keys
-
 
 # ---- Reading the YAML --------------------------------------------------------------------------
 
