@@ -69,7 +69,8 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
     numbers = range(run.step * accumulation, total_steps * accumulation)
     # fork the workers now: pages this process touches later would be copied for each of them
     loader = make_loader(batches, cfg.num_workers, numbers)
-    engine = make_engine(cfg, ds_config, tokenizer, weights, run)
+    engine = make_engine(cfg, with_yaml_values(ds_config, cfg, accumulation), tokenizer, weights,
+                         run)
     run.describe(cfg, ds_config, mixture, held_out)
     preemption = Preemption()  # SIGTERM and the like
     metrics = Metrics(mixture.names, engine.device, mixture.action_tokenizer)
@@ -149,7 +150,6 @@ def open_data(cfg: TrainConfig, tables: list, tokenizer) -> tuple[Mixture, Mixtu
 
 def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights | None, run: Run):
     """Build the model, shard it with DeepSpeed as the JSON says, and load its weights."""
-    ds_config = with_yaml_values(ds_config, cfg, accumulation_steps(cfg, dist.get_world_size()))
     vla = build_model(cfg, ds_config, tokenizer, weights, run)
     # AdamW works on float32 copies of the trained parameters; under ZeRO each rank keeps a share
     with contextlib.redirect_stdout(io.StringIO()):  # it prints 18 lines about memory
@@ -174,8 +174,9 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
                                cfg.unfreeze_last_llm_layer)
     if weights:
         missing = weights.tensors.check(vla)  # modules that start with random weights
-        run.line(f"weights_from {weights.tensors.where}"
-                 + (f" except {', '.join(missing)}" if missing else ""))
+        if cfg.rests_on_base or not run.checkpoint:
+            run.line(f"weights_from {weights.tensors.where}"
+                     + (f" except {', '.join(missing)}" if missing else ""))
     if cfg.lora_rank:
         add_adapters(vla, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         trained_parts += f" lora_rank {cfg.lora_rank}"
