@@ -76,7 +76,11 @@ class Run:
         if own:
             self.checkpoint = open_checkpoint(own[-1])
         elif cfg.pretrained_checkpoint and cfg.is_resume:
-            self.checkpoint = open_checkpoint(Path(cfg.pretrained_checkpoint))
+            path = Path(cfg.pretrained_checkpoint)
+            if not (path / "checkpoint.json").exists():
+                raise UserError(f"pretrained_checkpoint {path} is not a checkpoint of this project: "
+                                "set is_resume: false to start from its weights")
+            self.checkpoint = open_checkpoint(path)
         else:
             self.checkpoint = None
         self.step = 0
