@@ -225,7 +225,7 @@ def test_a_base_in_openvlas_format_and_adapters_on_adapters(runs, tmp_path, plai
 
 
 def test_what_cannot_be_is_refused(tmp_path, tiny, plain_run):
-    with pytest.raises(UserError, match="lora_rank.*set base_vlm"):
+    with pytest.raises(UserError, match=r"lora_rank.*set base_vlm"):
         load_config(tiny(lora_rank=4))
     path = tiny(base_vlm=str(ROOT), frozen_weights="int8", lora_rank=4)
     done = plain_run(path, "--deepspeed_config", "ds_configs/zero3.json")
