@@ -33,16 +33,19 @@ from machinery.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from machinery.config import TrainConfig, UserError, run_directory
+from machinery.config import TrainConfig, UserError, run_directory, walk
 from machinery.files import atomic, take_lock
 from machinery.images import contact_sheet
-from machinery.weights import describe_base, start_from
+from machinery.weights import SHAPE, describe_base, start_from
 
 # keys that give the weights their meaning: a checkpoint is useless under another value
 MEANING = """vision_backbone llm_backbone tokenizer add_action_tokens arch_specifier prompt_style
     image_size freeze_vision_backbone freeze_llm_backbone unfreeze_last_llm_layer lora_rank
     lora_alpha frozen_weights cameras use_proprio window_size action_chunk parallel_decoding
     action_normalization""".split()
+# keys that determine its batches: a run continues with the same ones only
+BATCHES = """base_vlm data_mix datasets balance_weights image_aug skip_bad_episodes max_prefix seed
+    global_batch_size""".split()
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them), and those about speed
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
@@ -78,8 +81,8 @@ class Run:
         elif cfg.pretrained_checkpoint and cfg.is_resume:
             path = Path(cfg.pretrained_checkpoint)
             if not (path / "checkpoint.json").exists():
-                raise UserError(f"pretrained_checkpoint {path} is not a checkpoint of this project: "
-                                "set is_resume: false to start from its weights")
+                raise UserError(f"pretrained_checkpoint {path} is not a checkpoint of this "
+                                "project: set is_resume: false to start from its weights")
             self.checkpoint = open_checkpoint(path)
         else:
             self.checkpoint = None
@@ -266,40 +269,36 @@ def settle(cfg: TrainConfig) -> dict:
 
 
 def resumed_config(cfg: TrainConfig, run: Run) -> TrainConfig:
-    """The config with the checkpoint's own values of MEANING. Raises UserError if the YAML sets
-    another one; a change of any other key is only logged."""
-    path = run.checkpoint.run_dir / "config.json"
+    """The config with the values of MEANING that the checkpoint was trained with. Raises UserError
+    if the YAML sets another value of a key that may not change."""
+    run_dir = run.checkpoint.run_dir
     try:
-        own = TrainConfig(**json.loads(path.read_text()))
+        own = TrainConfig(**json.loads((run_dir / "config.json").read_text()))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot interpret the checkpoint without it: {error}"
-                              ) from error
-    kept = {}
-    for key in TrainConfig.model_fields:
-        was, now = getattr(own, key), getattr(cfg, key)
-        if key in MEANING:
-            kept[key] = was
-        if key not in cfg.model_fields_set or same(key, was, now):
+        raise CheckpointError(f"{run_dir / 'config.json'}: cannot interpret the checkpoint without "
+                              f"it: {error}") from error
+    fixed = MEANING + BATCHES if run_dir == run.path.resolve() else MEANING
+    was = dict(walk(own.model_dump()))  # {"datasets.my_robot.primary": "image", ...}
+    now = dict(walk(cfg.model_dump()))
+    for path in was | now:
+        key = path.partition(".")[0]
+        filled_in = key in SHAPE and key not in cfg.model_fields_set  # by the weights it began with
+        if key not in fixed or filled_in or same(path, was.get(path), now.get(path)):
             continue
-        if key in MEANING:
-            raise UserError(f"{key} was {was!r} and is now {now!r}, but {run.checkpoint.path} was "
-                            "trained with the former: set it back, or set run_id and is_resume: "
-                            "false to start another run")
-        if run.checkpoint.run_dir == run.path.resolve():
-            run.line(f"changed {key} from {was!r} to {now!r}")
-    return cfg.model_copy(update=kept)
+        raise UserError(f"{path} was {was.get(path)!r} and is now {now.get(path)!r}, but "
+                        f"{run.checkpoint.path} continues a training with the former: set it back, "
+                        "or set run_id to start another run")
+    return cfg.model_copy(update={key: getattr(own, key) for key in MEANING})
 
 
-def same(key: str, was, now) -> bool:
+def same(path: str, was, now) -> bool:
     """Do two values of a key mean the same? Files may have moved, and a run knows all fields of
     its language model, not only those in the YAML."""
-    if key in ("base_vlm", "pretrained_checkpoint", "tokenizer") and was and now:
+    if path in ("base_vlm", "pretrained_checkpoint", "tokenizer") and was and now:
         return Path(was).name == Path(now).name
-    if key == "llm_backbone" and isinstance(now, str):
-        return was.get("_name_or_path") == now
-    if key == "llm_backbone":
-        return all(was.get(field) == value for field, value in now.items())
-    return was == now
+    if path.startswith("llm_backbone"):
+        return was == now or now is None or isinstance(now, dict | str)
+    return was == now or (isinstance(was, dict) and isinstance(now, dict))  # their parts follow
 
 
 def data_facts(cfg: TrainConfig, tables: list) -> dict:

@@ -87,6 +87,7 @@ def start(shell: str, environ: dict, script: str, arguments: list, output: str) 
     """Run a program in a fork -> its process id."""
     if shell:
         subprocess.run(shell, shell=True, check=True)
+    Path(output).touch()  # its reader may come before the fork
     pid = os.fork()
     if pid:
         return pid

@@ -118,7 +118,7 @@ def test_a_run_is_not_continued_on_other_data(finished, tmp_path, plain_run):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     done = plain_run(tmp_path / "tiny.yaml")
     assert done.returncode == 1, done.text
-    was = "datasets.metaworld_demo.action was 'action' and is 'action[:3], action[-1:] invert' now"
+    was = "datasets.metaworld_demo.action was 'action' and is now 'action[:3], action[-1:] invert'"
     assert was in done.text, done.text
     for name in ("dataset_statistics.json", "config.yaml"):
         assert (copy / name).read_text() == (run / name).read_text()
