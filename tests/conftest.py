@@ -202,7 +202,9 @@ class Commands:
         return json.loads(reply)
 
     def new_output(self) -> Path:
-        return self.outputs / f"output{next(self.numbers)}"
+        path = self.outputs / f"output{next(self.numbers)}"
+        path.touch()
+        return path
 
     def start(self, *jobs) -> list[int]:
         """jobs: as above, with the file that the output is appended to -> their process ids"""

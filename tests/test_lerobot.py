@@ -4,6 +4,7 @@ A picture carries its camera, episode and frame as sixteen black or white square
 place shows. check_lerobot.py, in the same folder as the converter, does the like with LeRobot's own package.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -225,10 +226,12 @@ def command(source: Source, out, *arguments) -> dict:
 
 
 def convert(source: Source, out, *arguments) -> str:
-    """Run the converter -> what it printed."""
-    done = subprocess.run(**command(source, out, *arguments), capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """Run the converter in this process -> what it printed."""
+    _, *words = command(source, out, *arguments)["args"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        converter.main()
+    return printed.getvalue()
 
 
 def refused(source: Source, out, fps=None, episodes=None) -> str:
