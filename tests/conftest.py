@@ -265,10 +265,12 @@ def ranks(commands):
     """Train on several ranks without a launcher, for every test that is not about one -> the exit status (of
     the first rank that failed) and the text of all."""
 
-    def run(count: int, config, *arguments, script: str = "train_vla.py") -> SimpleNamespace:
+    def run(count: int, config, *arguments, script: str = "train_vla.py", environ: dict | None = None
+            ) -> SimpleNamespace:
         output = commands.new_output()
         arguments = ["--config", config, *arguments]
-        started = commands.start(*(("", place, script, arguments, output) for place in places(count)))
+        started = commands.start(*(("", {**place, **(environ or {})}, script, arguments, output)
+                                   for place in places(count)))
         failed = [status for status in commands.wait(started) if status]
         return SimpleNamespace(returncode=failed[0] if failed else 0, text=printed(output))
 

@@ -6,7 +6,7 @@ the loss in a checkpoint's name. "altered" names a function of DeepSpeed whose s
 After each cell rank 0 prints {"collective ranks": elements that it carried}.
 
 Compiled cells use the environment's TORCH_COMPILE_BACKEND. The default captures, partitions and
-recomputes as inductor does, but generates no C++, which takes minutes; `make slow` runs inductor.
+recomputes as inductor does, but generates no C++, which takes minutes. `make slow` runs inductor, too.
 """
 
 import argparse
