@@ -61,9 +61,9 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         status = 1
         try:
-            neighbour = start_job()
+            neighbor = start_job()
             train_vla.train(config.TrainConfig(**cfg), ds_config)
-            neighbour.release()
+            neighbor.release()
             status = 0
         except BaseException as error:
             print(f"error: {type(error).__name__} {error}", flush=True)

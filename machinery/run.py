@@ -73,8 +73,9 @@ class Run:
             self.claim()
         elif not self.quiet:  # fail before gigabytes of weights are read
             parent = next(folder for folder in self.path.parents if folder.exists())
-            if not os.access(parent, os.W_OK):
-                raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not writable")
+            if not (parent.is_dir() and os.access(parent, os.W_OK)):
+                raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not a folder that "
+                                "can be written to")
         own = list_checkpoints(self.path / "checkpoints")
         if own:
             self.checkpoint = open_checkpoint(own[-1])
