@@ -280,7 +280,7 @@ def find_conflicts(cfg: TrainConfig) -> Iterator[str]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line for pydantic's first problem: key, value and what is expected."""
+    """One line for pydantic's first problem: key, value and expectation."""
     # the deepest: of a union's alternatives the one that fits best
     problem = max(error.errors(), key=lambda problem: len(problem["loc"]))
     place = [str(part) for part in problem["loc"] if isinstance(part, str)]
