@@ -41,6 +41,7 @@ import train_vla
 from machinery import config
 from machinery.checkpoint import Checkpoint, list_checkpoints
 from machinery.ranks import start_job
+from machinery.run import settle
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
@@ -62,7 +63,7 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
         status = 1
         try:
             neighbor = start_job()
-            train_vla.train(config.TrainConfig(**cfg), ds_config)
+            train_vla.train(ds_config=ds_config, **settle(config.TrainConfig(**cfg)))
             neighbor.release()
             status = 0
         except BaseException as error:
