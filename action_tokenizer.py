@@ -25,6 +25,7 @@ from machinery.config import UserError, load_table
 
 PROMPTS = load_table("prismatic")["prompts"]  # how each base model is asked; `pure` is above
 SENTENCEPIECE_SPACE = "\u2581"  # Llama's vocabulary writes a space as this character
+IGNORE_INDEX = -100  # label of tokens that are not learned, cross_entropy's default
 MAX_PROMPT = 512  # tokens; Open X-Embodiment's longest prompts have about 100
 
 
@@ -53,17 +54,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str,
     question = question.replace("<image>", "")  # as Prismatic does: it marks an image in a chat
     text = PROMPTS[prompt_style].format(question=question)
     ids = tokenizer(text, add_special_tokens=True).input_ids
-    first = tokenizer.bos_token_id  # the image patches will follow this token
-    if first is None:  # some vocabularies, such as Qwen's, have no <s>
-        first = tokenizer.eos_token_id
-    if ids[0] != first:
-        ids = [first, *ids]
+    begin = tokenizer.bos_token_id  # <s>: the image patches will follow this token
+    if begin is None:  # some vocabularies, such as Qwen's, have none
+        begin = tokenizer.eos_token_id
+    if ids[0] != begin:
+        ids = [begin, *ids]
     # OpenVLA tokenizes "Out: " + action; Llama's tokenizer makes that last space a token of its own
     space = tokenizer.convert_tokens_to_ids(SENTENCEPIECE_SPACE)
     if space not in (None, tokenizer.unk_token_id):
         ids = [*ids, space]
     if len(ids) > MAX_PROMPT:
-        raise UserError(f"instruction of {len(ids)} tokens: shorten it: {instruction[:100]!r}")
+        raise UserError(f"prompt of {len(ids)} tokens: shorten {instruction[:100]!r}")
     return ids
 
 
@@ -116,7 +117,7 @@ def normalize(values: np.ndarray, stats: Mapping, kind: str) -> np.ndarray:
     deviation 1 ("normal"). Bit for bit as OpenVLA does.
 
     stats: "action" or "proprio" of dataset_statistics.json. Dimensions whose mask is false, such
-    as a gripper in 0..1, pass unchanged. Constant dimensions become 0 even then (not in "normal").
+    as a gripper in 0..1, pass unchanged. With bounds, constant dimensions become 0, masked or not.
     """
     mask = np.array(stats.get("mask", [True] * values.shape[-1]))
     if kind == "normal":

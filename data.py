@@ -17,13 +17,11 @@ import signal
 import numpy as np
 import torch
 
-from action_tokenizer import ActionTokenizer, normalize, prompt_ids
+from action_tokenizer import IGNORE_INDEX, ActionTokenizer, normalize, prompt_ids
 from machinery import oxe
 from machinery.config import Recipe, TrainConfig
 from machinery.frames import DataError, FrameTable, follow_rank, frame_table
 from machinery.images import augment, center_crop, decode_image, draw_augmentation
-
-IGNORE_INDEX = -100  # label of tokens that are not learned, cross_entropy's default
 
 # ---- Which frame comes when ----------------------------------------------------------------------
 
@@ -48,8 +46,8 @@ def permute(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     arguments broadcast.
     """
     index, n, key = (a.astype(np.uint64) for a in np.broadcast_arrays(index, n, key))
-    half = np.floor(np.log2(np.maximum(n, 2) - np.uint64(1)) / 2)
-    bits = np.uint64(1) + half.astype(np.uint64)  # b: a number is two halves of b bits
+    bits = 1 + np.floor(np.log2(np.maximum(n, 2) - np.uint64(1)) / 2)
+    bits = bits.astype(np.uint64)  # b: a number is two halves of b bits
     mask = (np.uint64(1) << bits) - np.uint64(1)
     out = index.copy()
     todo = np.arange(out.size)  # positions whose result is not below n yet
@@ -94,11 +92,11 @@ def interleave(shares: np.ndarray, first: int, count: int) -> tuple[np.ndarray, 
     # then take more visits of each dataset than `count` samples can need
     until = np.ceil((first + count + len(shares)) * shares - phase).clip(0) + 1
     taken = (until - skipped).clip(0).astype(np.int64)  # (D,)
-    # list them, dataset by dataset: A A A A B B
+    # list them, dataset by dataset; in the example above A A A A A A B B
     dataset = np.repeat(datasets, taken)
-    position = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)  # 0 1 2 3 0 1
+    position = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)  # 0..5 0 1
     visit = skipped.astype(np.int64)[dataset] + position
-    # sort them by due time: A A A B A B
+    # sort them by due time, A A A B A A A B, and cut out `count` of them: A B A
     order = np.argsort(due(dataset, visit), kind="stable")
     order = order[first - int(skipped.sum()) :][:count]
     return dataset[order], visit[order]
@@ -147,8 +145,8 @@ class Mixture:
                             f"splits {', '.join(empty.splits)}")
 
     def _stretches(self, dataset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This split's frames, as stretches of adjacent rows: of each the first row, the count,
-        and the count with all before it."""
+        """This split's frames, as stretches of adjacent rows -> (first row, count, cumulative
+        count) of each."""
         first, count = oxe.kept_episodes(self.tables[dataset], self.train)
         if self.recipes[dataset].skip_idle:
             actions = functools.partial(self.actions, dataset)
@@ -167,10 +165,10 @@ class Mixture:
         """Number of a frame within its dataset's split -> its row in the frame table."""
         row = np.empty_like(index)
         for d in np.unique(dataset):
-            first, count, total = self.stretches[d]
+            first, count, end = self.stretches[d]
             number = index[dataset == d]
-            stretch = np.searchsorted(total, number, side="right")
-            before = total[stretch] - count[stretch]
+            stretch = np.searchsorted(end, number, side="right")
+            before = end[stretch] - count[stretch]
             row[dataset == d] = first[stretch] + number - before
         return row
 
@@ -308,7 +306,8 @@ class TrainBatches(torch.utils.data.Dataset):
             return error
 
     def batch(self, drawn: list[tuple[int, int, int, int]]) -> dict[str, torch.Tensor]:
-        """The batch of these samples. In training, a prefix of random length is given of each."""
+        """The batch of these samples. With max_prefix, training leaves some of each chunk's first
+        steps visible, a random number (VLA.insert_queries)."""
         mixture, cfg = self.mixture, self.mixture.cfg
         augmented = cfg.image_aug and mixture.train
         samples = []

@@ -18,15 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from action_tokenizer import ActionTokenizer
-from machinery.backbones import (
-    build_llm,
-    build_tower,
-    check_window,
-    llm_config,
-    normalize_pixels,
-    round_up,
-)
+from action_tokenizer import IGNORE_INDEX, ActionTokenizer
+from machinery import backbones
 from machinery.config import TrainConfig, UserError
 
 
@@ -48,14 +41,14 @@ class VLA(nn.Module):
         towers = {}
         for name, arguments in cfg.vision_backbone.items():
             key = f"{name}_featurizer" if len(cfg.vision_backbone) > 1 else "featurizer"
-            towers[key] = build_tower(cfg.image_size, **arguments)
+            towers[key] = backbones.build_tower(cfg.image_size, **arguments)
         self.vision_backbone = nn.ModuleDict(towers)
         self.num_patches = next(iter(towers.values())).patch_embed.num_patches
 
-        config = llm_config(cfg.llm_backbone, len(tokenizer))
-        check_window(config, self.sequence_length(num_text=128))  # rarely is a prompt longer
+        config = backbones.llm_config(cfg.llm_backbone, len(tokenizer))
+        backbones.check_window(config, self.sequence_length(num_text=128))  # few prompts are longer
         with llm_context or nullcontext():
-            self.llm_backbone = nn.ModuleDict({"llm": build_llm(config)})
+            self.llm_backbone = nn.ModuleDict({"llm": backbones.build_llm(config)})
         hidden = config.hidden_size
         features = sum(tower.embed_dim for tower in towers.values())
         projector = build_projector(cfg.arch_specifier, features, hidden)
@@ -93,7 +86,7 @@ class VLA(nn.Module):
         token, which predicts a1, to a7, which predicts </s>.
         """
         inputs = self.embed(images, input_ids, proprio)  # (B, S, hidden), S = L + patches (+ 1)
-        first = (labels != -100).int().argmax(1, keepdim=True)  # (B, 1), a1's position in the text
+        first = (labels != IGNORE_INDEX).int().argmax(1, keepdim=True)  # (B, 1), a1's in the text
         wanted = first + torch.arange(self.num_action_tokens + 1, device=labels.device)  # (B, T+1)
         targets = labels.gather(1, wanted)  # (B, T + 1): a1 .. a7, </s>
         wanted = wanted + inputs.shape[1] - labels.shape[1]  # their positions behind the patches
@@ -103,8 +96,9 @@ class VLA(nn.Module):
         # Padding is on the right, where causal attention never looks: without a mask, the fast
         # attention kernels apply
         hidden = self.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        logits = self.llm.get_output_embeddings()(at_positions(hidden, wanted - 1)).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B, T + 1, vocabulary)
+        hidden = at_positions(hidden, wanted - 1)  # (B, T + 1, hidden)
+        logits = self.llm.get_output_embeddings()(hidden).float()  # (B, T + 1, vocabulary)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return loss, logits.argmax(-1)[:, :-1], targets[:, :-1]
 
     def embed(self, images, input_ids, proprio=None):
@@ -120,8 +114,8 @@ class VLA(nn.Module):
         return torch.cat([text[:, :1], extra, text[:, 1:]], dim=1)
 
     def insert_queries(self, inputs, positions, prefix_length=0):
-        """Replace the action tokens by learned queries, except the first prefix_length of them,
-        which are given (a robot that is still moving has begun the chunk already).
+        """Replace the action tokens with learned queries. The first prefix_length tokens stay: they
+        are actions that the robot is already executing while this chunk is predicted.
 
         inputs (B, S, hidden); positions (B, T), the action tokens'; prefix_length int or (B, 1)
         """
@@ -139,9 +133,9 @@ class VLA(nn.Module):
         pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         towers = self.vision_backbone.values()
         if pixels.shape[1] == 3:
-            return [normalize_pixels(pixels, tower) for tower in towers]
+            return [backbones.normalize_pixels(pixels, tower) for tower in towers]
         pairs = zip(pixels.split(3, dim=1), towers, strict=True)
-        return [normalize_pixels(own, tower) for own, tower in pairs]
+        return [backbones.normalize_pixels(own, tower) for own, tower in pairs]
 
     def patch_features(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
         """For each tower (B, 3, H, W) -> (B, patches, sum of the towers' widths)."""
@@ -179,7 +173,7 @@ class VLA(nn.Module):
     def sequence_length(self, num_text: int) -> int:
         """Tokens that the language model sees with a prompt of num_text, rounded up to 64."""
         tokens = num_text + self.num_images * self.num_patches + self.num_action_tokens
-        return round_up(tokens + self.cfg.use_proprio)
+        return backbones.round_up(tokens + self.cfg.use_proprio)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -193,7 +187,7 @@ class VLA(nn.Module):
         Blocks of a kind share one compilation, and DeepSpeed's work between modules stays outside.
         recompute: as recompute_activations, but inside the compiled graph.
         """
-        import torch._functorch.config as functorch
+        import torch._functorch.config as functorch  # no public setting does this
 
         functorch.activation_memory_budget = 0.0 if recompute else 1.0  # 0: keep a block's inputs
         for tower in self.vision_backbone.values():

@@ -9,15 +9,8 @@ resumes from the newest checkpoint. torchrun starts it too, and plain `python` o
 
 import contextlib
 import io
-import logging
 import math
-import os
-import warnings
 from functools import partial
-
-if os.environ.get("RANK", "0") != "0":  # only rank 0 prints the warnings of libraries
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
 
 import deepspeed
 import torch
@@ -25,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_device
+from machinery import zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError, exit_with_one_line, parse_command_line
 from machinery.frames import DataError
@@ -34,16 +28,6 @@ from machinery.metrics import Metrics, evaluate
 from machinery.ranks import Preemption, patient_group, run_job, stop_if_not_finite
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
-from machinery.zero import (
-    adapt,
-    build_sharded,
-    check_json,
-    gather_per_block,
-    parameter_groups,
-    set_learning_rate,
-    set_tensors,
-    with_yaml_values,
-)
 from model import VLA
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -66,24 +50,23 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
     # batch k is a function of (seed, k), so resuming means counting from another k
     batches = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size,
                            rank, world_size)
-    numbers = range(run.step * accumulation, total_steps * accumulation)
+    micro_batches = range(run.step * accumulation, total_steps * accumulation)
     # fork the workers now: pages this process touches later would be copied for each of them
-    loader = make_loader(batches, cfg.num_workers, numbers)
-    engine = make_engine(cfg, with_yaml_values(ds_config, cfg, accumulation), tokenizer, weights,
-                         run)
+    loader = make_loader(batches, cfg.num_workers, micro_batches)
+    engine = make_engine(cfg, ds_config, accumulation, tokenizer, weights, run)
     run.describe(cfg, ds_config, mixture, held_out)
     preemption = Preemption()  # SIGTERM and the like
     metrics = Metrics(mixture.names, engine.device, mixture.action_tokenizer)
-    sample = mixture.draw(0, min(cfg.eval_samples, 10**6))[:2]
-    baseline = most_frequent_tokens(mixture, *sample) if held_out else None
+    dataset, rows, _ = mixture.draw(0, min(cfg.eval_samples, 10**6))  # enough for the baseline
+    baseline = most_frequent_tokens(mixture, dataset, rows) if held_out else None
 
     for step in run.steps(total_steps):
         lr = scheduled_learning_rate(cfg, step, total_steps)
-        set_learning_rate(engine, lr)
+        zero.set_learning_rate(engine, lr)
         losses = []
         for _ in range(accumulation):
-            batch = metrics.timed(loader, step + 1)
-            if step == run.step and not losses:
+            batch = metrics.wait_for_batch(loader, step + 1)
+            if step == run.step and not losses:  # the run's first micro-batch
                 run.first_batch(batch, mixture)
             loss, predicted, true = engine(**to_device(batch, engine.device))
             engine.backward(loss)  # adds up gradients; DeepSpeed divides the loss by accumulation
@@ -93,21 +76,21 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
 
         done = step + 1
         last = done == total_steps
-        stop = preemption.requested()  # the same answer on all ranks
+        stop = preemption.requested()  # the same on all ranks, as what follows must be
         save_now = cfg.keep_checkpoints != "none" and (stop or due(cfg.save_interval, done, last))
         evaluate_now = held_out and not stop and due(cfg.eval_interval, done, last)
         log_now = save_now or evaluate_now or due(cfg.log_interval, done, last)
-        if log_now or engine.skipped_steps:  # DeepSpeed skips a step with infinite gradients
+        if log_now or engine.skipped_steps:  # counts steps with NaN or infinite gradients
             values = {"epoch": done * cfg.global_batch_size // mixture.epoch_length,
                       "learning_rate": lr, "grad_norm": float(engine.get_global_grad_norm()),
                       **metrics.average(cfg, total_steps - done)}  # here the host waits for the GPU
             values |= utilization(engine.module, batch, values["samples_per_second"])
-            run.metrics(done, values)
+            run.log(done, values)
             stop_if_not_finite(values, losses, done, batches)  # ends the training
         if save_now:
             run.save(engine, done, values["epoch"], values["loss"], must=last or stop)
         if evaluate_now:
-            run.metrics(done, evaluate(engine, held_out, cfg, baseline, done))
+            run.log(done, evaluate(engine, held_out, cfg, baseline, done))
         if save_now or evaluate_now:
             metrics.start_clock()
         if stop and not last:
@@ -148,14 +131,16 @@ def open_data(cfg: TrainConfig, tables: list, tokenizer) -> tuple[Mixture, Mixtu
     return mixture, held_out
 
 
-def make_engine(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights | None, run: Run):
+def make_engine(cfg: TrainConfig, ds_config: dict, accumulation: int, tokenizer,
+                weights: Weights | None, run: Run):
     """Build the model, shard it with DeepSpeed as the JSON says, and load its weights."""
+    ds_config = zero.with_yaml_values(ds_config, cfg, accumulation)
     vla = build_model(cfg, ds_config, tokenizer, weights, run)
-    # AdamW works on float32 copies of the trained parameters; under ZeRO each rank keeps a share
+    groups = zero.parameter_groups(vla, cfg.weight_decay)
+    # in bf16, AdamW steps on float32 copies of the trained parameters; ZeRO divides these by rank
     with contextlib.redirect_stdout(io.StringIO()):  # it prints 18 lines about memory
-        engine, *_ = deepspeed.initialize(model=vla, config=ds_config,
-                                          model_parameters=parameter_groups(vla, cfg.weight_decay))
-    adapt(engine)
+        engine, *_ = deepspeed.initialize(model=vla, config=ds_config, model_parameters=groups)
+    zero.correct_engine(engine)
     if cfg.zero_speed:
         from machinery import zero_speed  # faster parts for ZeRO-2 and 3; nothing else imports it
 
@@ -190,7 +175,7 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
     elif recompute:
         vla.recompute_activations()
     if zero3:
-        gather_per_block([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
+        zero.gather_per_block([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
     run.line(memory_needed(vla, ds_config, dist.get_world_size()))
     count, trained = vla.count_parameters()
     run.line(f"model {trained_parts} parameters {count / 1e6:.3f}M trainable {trained / 1e6:.3f}M "
@@ -201,9 +186,9 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
 
 def make_vla(cfg: TrainConfig, tokenizer, weights: Weights | None, zero3: bool,
              ds_config: dict) -> VLA:
-    """The model on the GPU, with random weights. If `weights` will replace them, no GPU ever holds
-    the whole language model twice: under ZeRO-3 each rank makes only its share of every layer,
-    and otherwise the layers take no memory until `fill` reads them in the training's dtype."""
+    """The model on the GPU, with random weights. If `weights` will replace them, the language
+    model takes no memory for random ones: under ZeRO-3 each layer is sharded as soon as it is
+    made, and otherwise matrices have no values until `fill` reads them in the training's dtype."""
     given = {name.split(".")[0] for name in weights.tensors.shapes} if weights else set()
     towers = {name: dict(tower) for name, tower in cfg.vision_backbone.items()}
     for tower in towers.values():
@@ -212,15 +197,17 @@ def make_vla(cfg: TrainConfig, tokenizer, weights: Weights | None, zero3: bool,
     cfg = cfg.model_copy(update={"vision_backbone": towers})
     with torch.device(get_accelerator().current_device_name()):
         if weights and zero3:
-            return build_sharded(partial(VLA, cfg, tokenizer), ds_config)
+            return zero.build_sharded(partial(VLA, cfg, tokenizer), ds_config)
         return VLA(cfg, tokenizer, parameters_without_memory() if weights else None)
 
 
 def load_weights(engine, cfg: TrainConfig, weights: Weights | None, run: Run) -> None:
     """Load the weights that training begins with, or a checkpoint, into the sharded engine."""
     if weights and (cfg.rests_on_base or not run.checkpoint):
-        zero3 = engine.zero_optimization_stage() == 3  # else frozen parameters are there already
-        set_tensors(engine, weights.tensors.read, ("weight",), frozen=zero3)
+        # without ZeRO-3, `fill` has read them already, but rounded to the training's dtype: give
+        # AdamW's float32 copies the exact values. Under ZeRO-3, nothing has been read yet
+        zero3 = engine.zero_optimization_stage() == 3
+        zero.set_tensors(engine, weights.tensors.read, ("weight",), frozen=zero3)
     if run.checkpoint:
         load_checkpoint(engine, run.checkpoint)  # weights, AdamW's two moments and its step count
         run.line(f"resumed {run.checkpoint.path} step {run.step}")
@@ -243,7 +230,7 @@ def main() -> None:
     """Command line."""
     with exit_with_one_line():
         cfg, ds_config = parse_command_line(__doc__)
-        check_json(ds_config)
+        zero.check_json(ds_config)
     run_job(lambda: train(ds_config=ds_config, **settle(cfg)))
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     if args.only:
         zero_speed.apply = functools.partial(zero_speed.apply, only=args.only.split("+"))
     if args.deepcompile:
-        train_vla.gather_per_block = lambda modules: None  # DeepCompile removes the hooks it is for
+        train_vla.zero.gather_per_block = lambda modules: None  # DeepCompile removes the hooks it is for
         deepspeed.initialize = functools.partial(initialize_and_compile, deepspeed.initialize)
     train_vla.main()
 

@@ -16,12 +16,12 @@ import numpy as np
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
 from machinery.frames import FrameTable
 
-ROWS = 200_000  # frames to look at: all of most datasets; for Open X-Embodiment, it takes a second
-FEW_ROWS = 4096  # of these, for what is slower
+ROWS = 200_000  # frames to look at: most datasets have fewer, and more would take seconds
+FEW_ROWS = 4096  # of these, for the slower findings
 
 
 class Finding(NamedTuple):
-    severity: str  # "high": spoils a training, which prints it; "middle": worth knowing
+    severity: str  # "high": spoils a training, which prints it; "medium": worth knowing
     text: str  # which dimension, camera or episodes, and the evidence in numbers
     cure: str
 
@@ -42,7 +42,7 @@ def findings(table: FrameTable, normalization: str, action_chunk: int) -> list[F
     found += image_findings(frames, table.cameras)
     found += text_findings(frames, episodes, table.instructions)
     found += action_findings(few["action"], stats, normalization)
-    found += turn_findings(frames["action"], episodes, table.targets)
+    found += wrap_findings(frames["action"], episodes, table.targets)
     found += idle_findings(frames["action"], stats, table.targets)
     if action_chunk > 1:
         found += target_findings(frames, episodes, stats, table.targets)
@@ -50,7 +50,7 @@ def findings(table: FrameTable, normalization: str, action_chunk: int) -> list[F
         found += copy_findings(few, stats)
         if normalization == "normal":
             found += state_findings(table.statistics["proprio"])
-    return sorted(found, key=lambda finding: finding.severity)  # "high" < "middle"
+    return sorted(found, key=lambda finding: finding.severity)  # "high" < "medium"
 
 
 def sample(table: FrameTable) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +80,7 @@ def round_trip(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.
 
     stats: "action" of dataset_statistics.json; kind: of normalization
     """
-    tokenizer = ActionTokenizer(512)
+    tokenizer = ActionTokenizer(512)  # any vocabulary: ids are decoded again at once
     tokens = tokenizer.encode(normalize(recorded, stats, kind))
     returned = unnormalize(tokenizer.decode(tokens), stats, kind)
     raw = ~np.array(stats["mask"])
@@ -106,7 +106,7 @@ def action_findings(actions: np.ndarray, stats: Mapping, kind: str) -> list[Find
     found = []
     for d, normalized in enumerate(stats["mask"]):
         span = high[d] - low[d]
-        reach = f"goes from {low[d]:.4g} to {high[d]:.4g}"
+        reach = f"ranges from {low[d]:.4g} to {high[d]:.4g}"
         if span == 0:
             text = f"never changes (always {low[d]:.4g})"
             cure = "the model learns 0 for it; leave it out of the recipe if that is wrong"
@@ -120,7 +120,7 @@ def action_findings(actions: np.ndarray, stats: Mapping, kind: str) -> list[Find
             text = f"is raw and {reach} with many values between, like a position or an angle"
             cure = "remove raw (or `absolute`) from the recipe, so that it is normalized"
         elif normalized and kind == "bounds_q99" and (q01[d] == q99[d] or back["lost"][d] > 0.5):
-            text = (f"{reach}, but 98 % of it are within {q01[d]:.4g}..{q99[d]:.4g}: the rest is "
+            text = (f"{reach}, but 98% of it is within {q01[d]:.4g}..{q99[d]:.4g}: the rest is "
                     "clipped, and will never be commanded")
             cure = "action_normalization: bounds"
         elif back["clipped"][d] > 0.05:
@@ -178,7 +178,7 @@ def target_findings(frames: np.ndarray, episodes: np.ndarray, stats: Mapping, ta
     return [Finding("high", text, "write `target` after them in the recipe")]
 
 
-def turn_findings(actions: np.ndarray, episodes: np.ndarray, target: np.ndarray) -> list[Finding]:
+def wrap_findings(actions: np.ndarray, episodes: np.ndarray, target: np.ndarray) -> list[Finding]:
     """Dimensions that wrap: an angle that jumps from pi to -pi, or a difference of such angles. The
     range that is normalized is then that of the jumps, and motion gets a bin or two."""
     inside = np.ones(len(actions), bool)
@@ -260,11 +260,11 @@ def table_findings(table: FrameTable) -> list[Finding]:
     unused = sorted({*table.splits} - {"train", "val"})
     if unused:
         text = f"its split {', '.join(unused)} is neither trained nor evaluated on, only counted"
-        found.append(Finding("middle", text, "call held-out episodes val"))
+        found.append(Finding("medium", text, "call held-out episodes val"))
     unlabeled = int((~table.episodes["labeled"] & (table.episodes["count"] > 0)).sum())
     if unlabeled:
         text = f"{unlabeled} of {len(table.episodes)} episodes have no instruction"
-        found.append(Finding("middle", text, "they are left out; write one into every step"))
+        found.append(Finding("medium", text, "they are left out; write one into every step"))
     return found
 
 
@@ -277,7 +277,7 @@ def idle_findings(actions: np.ndarray, stats: Mapping, target: np.ndarray) -> li
     idle = still.all(1).mean() if moving.any() else 0.0
     if idle <= 0.05:
         return []
-    return [Finding("middle", f"{idle:.0%} of all frames command no motion, and policies copy such "
+    return [Finding("medium", f"{idle:.0%} of all frames command no motion, and policies copy such "
                     "pauses", "remove them")]
 
 

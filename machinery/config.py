@@ -1,7 +1,8 @@
 """Configuration: a YAML file describes the training, a DeepSpeed JSON how it is sharded.
 
 Recipe and TrainConfig list every key of the YAML. The functions below them read and check both
-files, find paths, and find this process's rank. Nothing here imports PyTorch, which takes seconds.
+files, find paths, and find this process's rank. Nothing here imports PyTorch: rlds.py's many
+processes start without it.
 """
 
 import argparse
@@ -196,7 +197,6 @@ class TrainConfig(BaseModel):
         return {key: value for key, value in values.items() if key != "max_length"}
 
 
-
 # ---- Reading the YAML --------------------------------------------------------------------------
 
 
@@ -254,7 +254,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         cfg = TrainConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}") from None
-    for problem in find_conflicts(cfg):
+    problem = next(find_conflicts(cfg), None)
+    if problem:
         raise UserError(f"{path}: {problem}")
     return cfg
 
@@ -280,7 +281,7 @@ def find_conflicts(cfg: TrainConfig) -> Iterator[str]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line for pydantic's first problem: key, value and expectation."""
+    """One line for pydantic's first problem: key, value and the problem."""
     # the deepest: of a union's alternatives the one that fits best
     problem = max(error.errors(), key=lambda problem: len(problem["loc"]))
     place = [str(part) for part in problem["loc"] if isinstance(part, str)]

@@ -142,9 +142,9 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
         except OSError as error:
             raise DataError(f"{directory}: no frame table can be written to {path.parent}: set "
                             f"index_dir to a folder that is writable ({error})") from error
-        with lock or contextlib.nullcontext():
+        with lock or contextlib.nullcontext():  # None: a file system without locks
             if not path.exists():
-                if lock:  # so what is there belongs to a process that was killed
+                if lock:  # nobody else is indexing: remove the rest of a killed process
                     for leftover in path.parent.glob(f"{name}.*.tmp"):
                         shutil.rmtree(leftover)
                 index(job | {"directory": str(directory), "path": str(path)})

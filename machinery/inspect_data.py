@@ -79,7 +79,7 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
         else:
             recipe, source = guess_recipe(step_features(directory), directory), "guessed"
         if cfg and not cfg.use_proprio and recipe.state == Recipe().state:
-            recipe = replace(recipe, state="0")  # not named, and not used
+            recipe = replace(recipe, state="0")  # the YAML needs no state: read none
         kind = cfg.action_normalization if cfg else "bounds_q99"
         subjects.append(Subject(name, directory, recipe, source, kind))
     return subjects

@@ -16,7 +16,8 @@ from torch import nn
 class Product(torch.autograd.Function):
     """x (..., in), number (out, in) int8, scale (out,) -> scale * (number x), (..., out).
 
-    PyTorch's own autograd would keep the bf16 numbers until the backward pass, and save nothing.
+    PyTorch's own autograd would keep the bf16 numbers until the backward pass, which saves no
+    memory.
     """
 
     @staticmethod
@@ -47,7 +48,7 @@ class Int8Linear(nn.Linear):
 
 
 def shrink(layer: nn.Linear) -> None:
-    """Replace a layer's weight (out, in) by 8-bit numbers, on its device. It cannot be trained.
+    """Replace a layer's weight (out, in) with 8-bit numbers, on its device. It cannot be trained.
 
     The scale is rounded to the weight's dtype before the division, so that multiplying by it later
     adds no error.

@@ -34,7 +34,7 @@ def memory_needed(vla: VLA, ds_config: dict, ranks: int) -> str:
             raise UserError(f"weights, gradients and optimizer take {on_gpu / 1e9:.1f} GB, "
                             f"this GPU has {available / 1e9:.1f}: {LESS_MEMORY}")
     available = psutil.virtual_memory().total
-    if held.get("host", 0) > available:  # the kernel would kill the job after minutes of loading
+    if held.get("host", 0) > available:  # else the kernel would kill the job while it is allocated
         raise UserError(f"offloading takes {held['host'] / 1e9:.1f} GB, this host has "
                         f"{available / 1e9:.1f}: offload less (zero3_partial_offload.json has a "
                         "ratio), or train less (lora_rank: 32)")
@@ -91,7 +91,7 @@ def activations(vla: VLA, recompute: bool) -> float:
 
 
 def memory_if(vla: VLA) -> str:
-    """A line: the memory of one GPU if less were trained, or the host helped. Freezes `vla`."""
+    """A line: the memory of one GPU if less were trained, or some were offloaded. Freezes `vla`."""
     layers = linear_layers(vla).values()
     weights = 2 * vla.count_parameters()[0]
     adapters = 18 * 32 * sum(layer.in_features + layer.out_features for layer in layers)

@@ -31,7 +31,7 @@ class Metrics:
         self.started = time.perf_counter()
         self.data_seconds = 0.0
 
-    def timed(self, loader, step: int) -> dict:
+    def wait_for_batch(self, loader, step: int) -> dict:
         """The next batch, for this step. Counts how long it took to arrive."""
         asked = time.perf_counter()
         batch = next_batch(loader, step)
@@ -79,8 +79,8 @@ class Metrics:
 def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray, step: int) -> dict:
     """Loss, accuracy and L1 on held-out frames, always the same ones.
 
-    baseline (T,): the most frequent id of each action token in training. Its accuracy comes along:
-    a policy that ignores the image reaches as much.
+    baseline (T,): the most frequent id of each action token in training. Its accuracy is reported
+    too: a policy that ignores the image does as well.
     """
     micro_batch = cfg.per_device_batch_size
     global_batch = micro_batch * dist.get_world_size()

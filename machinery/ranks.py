@@ -7,6 +7,7 @@ on all ranks.
 """
 
 import functools
+import logging
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -120,7 +122,7 @@ class Neighbor:
             os._exit(1)
 
     def release(self) -> None:
-        """End in good order: send the message to the next rank, and wait for the previous one's."""
+        """End cleanly: send the message to the next rank, and wait for the previous one's."""
         if dist.get_world_size() > 1:
             following = (dist.get_rank() + 1) % dist.get_world_size()
             dist.send(torch.zeros(1), following, group=self.group)
@@ -224,6 +226,9 @@ def start_job() -> Neighbor:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are enough
     # how far the host may run ahead of the GPU: the towers' backward pass has thousands of kernels
     os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")
+    if os.environ["RANK"] != "0":  # only rank 0 prints the warnings of libraries
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     # DeepSpeed would do it after the model is made
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()

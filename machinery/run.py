@@ -26,6 +26,7 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
+from action_tokenizer import IGNORE_INDEX
 from data import Mixture, open_tables
 from machinery import oxe
 from machinery.checkpoint import (
@@ -58,7 +59,7 @@ class Run:
     """A run. Only rank 0 writes.
 
     path: its directory; checkpoint: the one to continue from, opened, or None; step: how many
-    steps have been made; base: what its checkpoints are based on, see weights.describe_base
+    steps it has taken; base: what its checkpoints are based on, see weights.describe_base
     """
 
     def __init__(self, cfg: TrainConfig):
@@ -75,8 +76,8 @@ class Run:
         elif not self.quiet:  # fail before gigabytes of weights are read
             parent = next(folder for folder in self.path.parents if folder.exists())
             if not (parent.is_dir() and os.access(parent, os.W_OK)):
-                raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not a folder that "
-                                "can be written to")
+                raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not a "
+                                "writable folder")
         own = list_checkpoints(self.path / "checkpoints")
         if own:
             self.checkpoint = open_checkpoint(own[-1])
@@ -117,7 +118,7 @@ class Run:
 
     def describe(self, cfg: TrainConfig, ds_config: dict, mixture: Mixture,
                  held_out: Mixture | None) -> None:
-        """Write the files that describe the run, now that all is opened, and start its log."""
+        """Write the files that describe the run, now that everything is open, and start its log."""
         shares = " ".join(f"{name}:{share:.4f}"
                           for name, share in zip(mixture.names, mixture.shares, strict=True))
         self.line(f"data frames {mixture.sizes.sum()} epoch_frames {mixture.epoch_length} "
@@ -144,7 +145,7 @@ class Run:
 
     def open_log(self) -> None:
         """Start or continue the files. Lines logged after the checkpoint that training resumes from
-        are dropped: those steps are about to be made again."""
+        are dropped: those steps are about to be repeated."""
         # TensorBoard's own switch against importing TensorFlow, whose builds may crash beside torch
         sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
         from torch.utils.tensorboard import SummaryWriter
@@ -165,11 +166,11 @@ class Run:
             sys.stdout.flush()
 
     def steps(self, total: int):
-        """The numbers of the steps to be made, with a progress bar on a terminal."""
+        """The numbers of the steps that remain, with a progress bar on a terminal."""
         return tqdm(range(self.step, total), "train", initial=self.step, total=total, unit="step",
                     disable=True if self.quiet else None)
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float]) -> None:
         """The most important numbers on the terminal, all in metrics.jsonl and TensorBoard."""
         if self.quiet:
             return
@@ -199,8 +200,9 @@ class Run:
         times = math.ceil(224 / batch["images"].shape[2])  # small images are enlarged
         samples = zip(batch["images"][:8], batch["input_ids"][:8], batch["labels"][:8], strict=True)
         for images, ids, labels in samples:
-            answer = labels[labels != -100]
-            prompt = mixture.tokenizer.decode(ids[: int((labels != -100).int().argmax())])
+            learned = labels != IGNORE_INDEX
+            answer = labels[learned]
+            prompt = mixture.tokenizer.decode(ids[: int(learned.int().argmax())])
             first_action = answer[: mixture.cfg.action_dim].numpy()
             action = " ".join(f"{a:.2f}" for a in mixture.action_tokenizer.decode(first_action))
             row = np.concatenate(images.numpy(), axis=1)
@@ -282,12 +284,12 @@ def resumed_config(cfg: TrainConfig, run: Run) -> TrainConfig:
     fixed = MEANING + BATCHES if run_dir == run.path.resolve() else MEANING
     was = dict(walk(own.model_dump()))  # {"datasets.my_robot.primary": "image", ...}
     now = dict(walk(cfg.model_dump()))
-    for path in was | now:
-        key = path.partition(".")[0]
+    for name in was | now:
+        key = name.partition(".")[0]
         filled_in = key in SHAPE and key not in cfg.model_fields_set  # by the weights it began with
-        if key not in fixed or filled_in or same(path, was.get(path), now.get(path)):
+        if key not in fixed or filled_in or same(name, was.get(name), now.get(name)):
             continue
-        raise UserError(f"{path} was {was.get(path)!r} and is now {now.get(path)!r}, but "
+        raise UserError(f"{name} was {was.get(name)!r} and is now {now.get(name)!r}, but "
                         f"{run.checkpoint.path} continues a training with the former: set it back, "
                         "or set run_id to start another run")
     return cfg.model_copy(update={key: getattr(own, key) for key in MEANING})

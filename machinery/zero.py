@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps each parameter, and the few places where we correct DeepSpeed.
 
 The names used below are internals of DeepSpeed, checked with 0.19.8. Read find_slice first: it
-shows where each ZeRO stage keeps a parameter. zero_speed.py replaces parts of DeepSpeed by faster
+shows where each ZeRO stage keeps a parameter. zero_speed.py replaces parts of DeepSpeed with faster
 ones; nothing here depends on it.
 """
 
@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
 def check_json(ds_config: dict) -> None:
     """Build now what DeepSpeed would build from the JSON only after the data are indexed and the
     weights loaded. Raises UserError with DeepSpeed's or PyTorch's own message."""
-    try:
+    try:  # with any batch size: the YAML sets it, and DeepSpeed wants one
         zero = DeepSpeedConfig({**ds_config, "train_micro_batch_size_per_gpu": 1}).zero_config
     except Exception as error:
         raise UserError(f"--deepspeed_config: {one_line(error)[:300]}") from error
@@ -39,7 +39,8 @@ def check_json(ds_config: dict) -> None:
     except Exception as error:
         raise UserError(f"--deepspeed_config: optimizer.params: {one_line(error)}") from error
 
-    # DeepSpeed accepts these two. The first loses the run at its first checkpoint
+    # two mistakes that DeepSpeed accepts: nvme, which would fail at the first checkpoint, and a
+    # ratio with PyTorch's AdamW
     for part in (zero.offload_optimizer, zero.offload_param):
         if part and part.device == "nvme":
             raise UserError("--deepspeed_config: device nvme: checkpoints need memory: use cpu")
@@ -67,6 +68,7 @@ class Slice:
 
     def view(self, engine, kind: str) -> torch.Tensor:
         """kind "weight", "exp_avg" or "exp_avg_sq" -> a view (count,) of the live tensor."""
+        # of two optimizers, the last one steps on the GPU
         state = optimizers(engine)[-1 if self.flat.is_cuda else 0].state[self.flat]
         if kind in MOMENTS and kind not in state:  # AdamW has not stepped yet
             state.update({moment: torch.zeros_like(self.flat.data) for moment in MOMENTS})
@@ -94,7 +96,7 @@ def find_slice(engine, param: torch.nn.Parameter) -> Slice | None:
         there = mapping.lp_fragment_address  # in the parameter
         return Slice(flat, here.start, there.start, here.numel)
 
-    flat = param  # stage 0 in float32 has only one copy ...
+    flat = param  # stage 0 in float32 has only one copy ... (DeepSpeed says fp16 for bf16, too)
     groups = zip(getattr(optimizer, "fp32_groups", ()), getattr(optimizer, "fp16_groups", ()),
                  strict=True)
     for masters, weights in groups:  # ... in bf16 a float32 copy of each parameter
@@ -199,7 +201,7 @@ def set_frozen(name: str, param: torch.nn.Parameter, read: Callable) -> None:
     values = read(name, first, first + len(part), "weight")
     if values is not None:
         part.copy_(values)
-        param.ds_secondary_tensor = None  # hpZ's copy: the next forward pass makes it anew
+        param.ds_secondary_tensor = None  # hpZ's copy: the next forward pass recreates it
 
 
 def describe_parameters(module: torch.nn.Module) -> dict[str, tuple[list[int], bool]]:
@@ -245,8 +247,8 @@ def need_gradient(module: torch.nn.Module, inputs: tuple) -> None:
     inputs[0].requires_grad_()
 
 
-def adapt(engine) -> None:
-    """Correct a new engine."""
+def correct_engine(engine) -> None:
+    """Correct a new engine: AdamW's step count, the norm without ZeRO, a race in ZeRO-2."""
     trained = [param for param in engine.module.parameters() if param.requires_grad]
     for param in trained:
         find_slice(engine, param)  # with another DeepSpeed: fail here, not at the first checkpoint
@@ -282,8 +284,8 @@ def report_norm(engine) -> None:
 
 def with_yaml_values(ds_config: dict, cfg: TrainConfig, accumulation: int) -> dict:
     """The JSON plus the values that the YAML sets."""
-    # the learning rate is set before every step; 0 makes a step of DeepSpeed's own harmless, which
-    # it takes while it initializes
+    # DeepSpeed takes a step of its own while it initializes, which a learning rate of 0 makes
+    # harmless. Training sets the rate before every step
     params = {**ds_config["optimizer"].get("params", {}), "lr": 0.0,
               "weight_decay": cfg.weight_decay}
     return {"steps_per_print": 1 << 60, **ds_config,

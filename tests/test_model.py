@@ -17,8 +17,8 @@ from conftest import GOLDEN_MODEL, ROOT, TINY
 from act import Policy
 from action_tokenizer import load_tokenizer
 from machinery.config import TrainConfig
+from machinery.zero import parameter_groups
 from model import VLA
-from train_vla import parameter_groups
 
 TINY_FUSED = json.loads((GOLDEN_MODEL / "tiny_fused.json").read_text())
 ARRAYS = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN_MODEL / "tiny_fused.npz").items()}

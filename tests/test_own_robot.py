@@ -20,7 +20,7 @@ from act import Policy, load_vla
 from action_tokenizer import load_tokenizer, unnormalize
 from data import Mixture
 from machinery import checks, oxe
-from machinery.checks import action_findings, copy_findings, findings, round_trip, turn_findings
+from machinery.checks import action_findings, copy_findings, findings, round_trip, wrap_findings
 from machinery.config import Recipe, TrainConfig, UserError, load_config
 from machinery.convention import convention, recorded
 from machinery.frames import DataError, FrameTable, find_dataset
@@ -173,7 +173,7 @@ def findings_of(actions: np.ndarray, recipe: Recipe, kind: str) -> list[str]:
     target, raw = action_masks(recipe, widths)
     stats = statistics(frames, 1, ~raw)["action"]
     found = action_findings(frames["action"], stats, kind)
-    return [str(finding) for finding in found + turn_findings(frames["action"], episodes, target)]
+    return [str(finding) for finding in found + wrap_findings(frames["action"], episodes, target)]
 
 
 def notes(mixture: Mixture) -> list[str]:
@@ -630,7 +630,7 @@ def test_angles_that_go_round_are_named(turn, name, words, tmp_path):
     angle = (0.45 + np.cumsum(rng.uniform(-0.02, 0.03, (20, 30, 2)), 1)) * turn
     angle[..., 0] = (angle[..., 0] + turn / 2) % turn - turn / 2  # and the other is unwound
     table = index(write_arm(tmp_path, [*angle]), Recipe(primary="image", action=f"action {words}"))
-    (finding,) = turn_findings(table.frames["action"], table.episodes, table.targets)
+    (finding,) = wrap_findings(table.frames["action"], table.episodes, table.targets)
     assert finding.text.startswith(f"action dimension 0 jumps by about {name} in ")
     assert finding in findings(table, "bounds_q99", 1) and "unwrap" in finding.cure
 
@@ -649,7 +649,7 @@ def test_big_tables_are_looked_at_by_episodes(tmp_path, monkeypatch):
 def test_steps_to_and_fro_do_not_go_round(tmp_path):
     steps = list(np.random.RandomState(0).choice([-6.0, 0.0, 6.0], (10, 30, 3)))
     table = index(write_arm(tmp_path, steps), Recipe(primary="image", action="action", absolute=0))
-    assert not turn_findings(table.frames["action"], table.episodes, table.targets)
+    assert not wrap_findings(table.frames["action"], table.episodes, table.targets)
 
 
 @pytest.mark.parametrize("ahead, told", [(0, True), (1, False)])

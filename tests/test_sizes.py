@@ -45,7 +45,7 @@ def test_how_much_there_is_to_read():
     longest = {name: count for path in files for name, count in functions(path).items() if count > 40}
     print(f"\nlesson {sum(lesson.values())} {lesson}\ntokens {tokens}\n"
           f"functions above 40 lines {longest}")
-    assert sum(lesson.values()) <= 980
+    assert sum(lesson.values()) <= 960
     assert tokens["lesson"] <= 7500 and tokens["training"] <= 33_600 and tokens["all"] <= 58_500
     assert {path.name: lines(path) for path in files if lines(path) > 475} == {}
     assert {name for name, count in longest.items() if count > 55} <= {"train_vla.py:train"}
@@ -60,6 +60,8 @@ def test_the_lesson_knows_nothing_of_deepspeeds_insides():
     tree = ast.parse((ROOT / "train_vla.py").read_text())
     verbs = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
              and f"{node.module}.py".replace(".", "/", 1) in rooms for alias in node.names}
-    assert verbs <= {"load_checkpoint", "Weights", "adapt", "build_sharded", "check_json",
-                     "gather_per_block", "parameter_groups", "set_learning_rate", "set_tensors",
-                     "with_yaml_values", "fill", "parameters_without_memory"}
+    assert verbs <= {"load_checkpoint", "Weights", "fill", "parameters_without_memory"}
+    verbs = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+             and isinstance(node.value, ast.Name) and node.value.id == "zero"}
+    assert verbs == {"build_sharded", "check_json", "correct_engine", "gather_per_block",
+                     "parameter_groups", "set_learning_rate", "set_tensors", "with_yaml_values"}
