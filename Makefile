@@ -15,7 +15,7 @@ test: .venv/dev  # nearly everything, on the CPU
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadgroup
 
 slow: .venv/dev  # the tests that take longest
-	OMP_NUM_THREADS=1 TORCH_COMPILE_BACKEND=inductor python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 python -m pytest -q -m slow
 
 check: .venv/dev
 	ruff check .

@@ -162,7 +162,7 @@ class Policy:
             raise UserError(f"an image of shape {image.shape} and type {image.dtype}: expected "
                             "(height, width, 3) uint8")
         means = [(0.0, 0.0, 0.0)]
-        if cfg.image_resize_strategy == "letterbox":  # margins in each tower's own mean colour
+        if cfg.image_resize_strategy == "letterbox":  # margins in each tower's own mean color
             means = [tower.mean for tower in self.vla.vision_backbone.values()]
         channels = []
         for mean in means:
@@ -355,7 +355,7 @@ def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.
 
     "lanczos" is the resize of training data. The others are bicubic and OpenVLA's processors use
     them for acting: "resize-naive", "resize-crop" (cut off the longer side) and "letterbox" (pad
-    with the colour `fill`).
+    with the color `fill`).
     """
     if strategy == "lanczos" or image.shape[:2] == (size, size):
         return resize_image(image, size)

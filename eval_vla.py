@@ -6,7 +6,7 @@
                                                                    any model on the data of a YAML
 
 For each dataset and action dimension this prints the accuracy of the action tokens and the L1
-error, normalised (-1..1) and in the dataset's units. Beside each is the value for always answering
+error, normalized (-1..1) and in the dataset's units. Beside each is the value for always answering
 the most frequent bin of the training data. eval.json keeps the numbers and eval.png shows some
 episodes, recorded and predicted; both go into the run's directory. A low open-loop error does not
 prove a good policy, but a high one proves a bad one. The third command gives the baseline for
@@ -23,7 +23,7 @@ red and blue, another resize, prompt or statistics. So the same frames are answe
 The first reproduces the training log (accuracy_logged; there the weights still changed and images
 were augmented). The last two agree token for token (`agreement`) if acting prepares the inputs
 correctly. If they do not, that is a warning, and with --on-train-frames an error. A model trained
-with augmentation gets the same centre crop in all three.
+with augmentation gets the same center crop in all three.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def measure(
     answers: tokens (R, T) by name, and `actions` (R, action_chunk, action_dim)
     frequent: the most frequent token for each of the T
 
-    Accuracy and normalised L1 are training's: of tokens and of their bins' centres. L1 in the
+    Accuracy and normalized L1 are training's: of tokens and of their bins' centers. L1 in the
     dataset's units is against the recorded actions, up to the end of the episode.
     """
     tokenizer = mixture.action_tokenizer
@@ -204,7 +204,7 @@ def verdict(
         mismatch = (f"{1 - agreement:.1%} of the action tokens differ between acting on the "
                     f"recorded images (accuracy {inference:.3f}) and training's inputs "
                     f"({greedy:.3f}), so acting prepares them differently: compare "
-                    f"image_resize_strategy ({strategy}), the order of colours and cameras, the "
+                    f"image_resize_strategy ({strategy}), the order of colors and cameras, the "
                     "prompt and the statistics")
     if forced - greedy > TOLERANCE:
         remarks.append(f"note: accuracy {forced:.3f} after the recorded tokens, {greedy:.3f} after "
@@ -232,7 +232,7 @@ def report(name: str, result: dict) -> None:
 
 # ---- The picture -------------------------------------------------------------------------------
 
-COLOURS = {"recorded": "black", "predicted": "darkorange"}
+COLORS = {"recorded": "black", "predicted": "darkorange"}
 WIDTH, HEIGHT = 520, 120  # pixels of one curve
 LEFT, TOP = 90, 76  # margins
 
@@ -266,9 +266,9 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
         text = table.instructions[table.frames["instruction"][first]]
         title = f"{mixture.names[dataset]}, episode {table.episode_of(first)}, {len(rows)} frames"
         pen.multiline_text((x, 6), f"{title}\n{text[:50]}", "black", large)
-        for i, (label, colour) in enumerate(COLOURS.items()):
-            pen.line((x + 110 * i, 60, x + 24 + 110 * i, 60), colour, 3)
-            pen.text((x + 30 + 110 * i, 52), label, colour, small)
+        for i, (label, color) in enumerate(COLORS.items()):
+            pen.line((x + 110 * i, 60, x + 24 + 110 * i, 60), color, 3)
+            pen.text((x + 30 + 110 * i, 52), label, color, small)
         for dim, label in enumerate(robot.action):
             top = TOP + dim * HEIGHT
             box = (x, top + 18, x + WIDTH - LEFT - 16, top + HEIGHT - 4)
@@ -292,7 +292,7 @@ def draw_curves(
     for label, curve in curves.items():
         x = np.linspace(left, right, len(curve))
         y = bottom - 4 - (curve - low) / (high - low) * (bottom - top - 8)
-        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), COLOURS[label], 2)
+        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), COLORS[label], 2)
 
 
 # ---- The program -------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def choose_frames(mixture: Mixture, first: int, samples: int) -> np.ndarray:
 
 
 def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
-    """The data, normalised by the model's own statistics. A dataset that the model does not know
+    """The data, normalized by the model's own statistics. A dataset that the model does not know
     gives the policy its statistics."""
     tables = open_tables(cfg)
     action_dim = data_facts(cfg, tables)["action_dim"]

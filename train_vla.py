@@ -2,8 +2,8 @@
 
     deepspeed train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/zero2.json
 
-The YAML describes what is trained (machinery/config.py lists every key), the JSON how it is
-sharded. `train` is the whole program: data, model, engine, then the loop. The same command again
+The YAML describes the training (machinery/config.py lists every key), the JSON how it is sharded
+over GPUs. `train` is the whole program: data, model, engine, then the loop. The same command again
 resumes from the newest checkpoint. torchrun starts it too, and plain `python` on one device.
 """
 
@@ -52,7 +52,7 @@ from model import VLA
 def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
           weights: Weights | None) -> None:
     """Train, on every rank of the job. All but ds_config comes from machinery.run.settle, which has
-    filled in what the YAML leaves open: cfg is final."""
+    filled in the keys that the YAML leaves open: cfg is final."""
     rank = dist.get_rank()
     world_size = dist.get_world_size()
     accumulation = accumulation_steps(cfg, world_size)
@@ -217,7 +217,7 @@ def make_vla(cfg: TrainConfig, tokenizer, weights: Weights | None, zero3: bool,
 
 
 def load_weights(engine, cfg: TrainConfig, weights: Weights | None, run: Run) -> None:
-    """Load what the training begins with, or continues from, into the sharded engine."""
+    """Load the weights that training begins with, or a checkpoint, into the sharded engine."""
     if weights and (cfg.rests_on_base or not run.checkpoint):
         zero3 = engine.zero_optimization_stage() == 3  # else frozen parameters are there already
         set_tensors(engine, weights.tensors.read, ("weight",), frozen=zero3)

@@ -41,6 +41,7 @@ import train_vla
 from machinery import config
 from machinery.checkpoint import Checkpoint, list_checkpoints
 from machinery.ranks import start_job
+from machinery.run import settle
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
@@ -61,9 +62,9 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         status = 1
         try:
-            neighbour = start_job()
-            train_vla.train(config.TrainConfig(**cfg), ds_config)
-            neighbour.release()
+            neighbor = start_job()
+            train_vla.train(ds_config=ds_config, **settle(config.TrainConfig(**cfg)))
+            neighbor.release()
             status = 0
         except BaseException as error:
             print(f"error: {type(error).__name__} {error}", flush=True)

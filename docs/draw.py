@@ -14,14 +14,14 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize  # noqa: E402
 
-INK, GREY, LIGHT = "#222222", "#777777", "#f0f0f0"
+INK, GRAY, LIGHT = "#222222", "#777777", "#f0f0f0"
 BLUE, GREEN, ORANGE, RED = "#cfe2f7", "#d5ecd2", "#ffe0b5", "#f6cfcf"
 WORDS = {
     "en": {"image": "256 patches", "prompt": "In: What action should the robot ...? Out:",
            "input": "input", "predicted": "prediction", "label": "label", "none": "no label",
            "loss": "The model predicts a token at every position; the loss compares 8 of them with labels",
            "one": "One number of an action, to its token and back", "robot": "the robot moved",
-           "norm": "normalized", "bin": "bin of 256", "id": "token id", "centre": "bin center",
+           "norm": "normalized", "bin": "bin of 256", "id": "token id", "center": "bin center",
            "back": "sent to the robot",
            "lost": "rounding error: {:.3f} mm (half a bin: {:.3f} mm)",
            "file": "file", "table": "frame table", "sample": "sample", "batch": "batch k", "rank": "rank r",
@@ -32,7 +32,7 @@ WORDS = {
            "input": "输入", "predicted": "预测", "label": "标签", "none": "无标签",
            "loss": "模型在每个位置都预测下一个词元, 损失只比较其中 8 个",
            "one": "动作中的一个数: 编码与还原", "robot": "机器人移动了", "norm": "归一化",
-           "bin": "256 个区间之一", "id": "词元 id", "centre": "区间中心", "back": "发给机器人",
+           "bin": "256 个区间之一", "id": "词元 id", "center": "区间中心", "back": "发给机器人",
            "lost": "舍入误差: {:.3f} mm (半个区间: {:.3f} mm)",
            "file": "文件", "table": "帧表", "sample": "样本", "batch": "第 k 批", "rank": "第 r 个进程",
            "stage": "ZeRO-{}", "weight": "权重", "gradient": "梯度", "copy": "float32 副本",
@@ -70,8 +70,8 @@ class Picture:
         self.parts.append(f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" '
                           f'fill="{fill}"{weight}>{escape(str(words))}</text>')
 
-    def arrow(self, x1, y1, x2, y2, colour=INK):
-        self.parts.append(f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}" '
+    def arrow(self, x1, y1, x2, y2, color=INK):
+        self.parts.append(f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{color}" '
                           'stroke-width="1.5" marker-end="url(#tip)"/>')
 
     def save(self, name: str):
@@ -84,15 +84,15 @@ class Picture:
         (FOLDER / name).write_text("\n".join(body))
 
 
-def follow(metres: float, low: float, high: float) -> tuple[float, int, int, float, float]:
+def follow(meters: float, low: float, high: float) -> tuple[float, int, int, float, float]:
     """A move in meters -> normalized, bin, token id, bin center, meters again, with the project's code."""
     stats = {"q01": [low], "q99": [high], "min": [low - 1], "max": [high + 1]}
     tokenizer = ActionTokenizer(32000)  # Llama-2's vocabulary
-    normalised = normalize(np.float32([metres]), stats, "bounds_q99")
-    token = tokenizer.encode(normalised)
-    centre = tokenizer.decode(token)
-    back = unnormalize(centre, stats, "bounds_q99")
-    return float(normalised[0]), int(32000 - token[0]), int(token[0]), float(centre[0]), float(back[0])
+    normalized = normalize(np.float32([meters]), stats, "bounds_q99")
+    token = tokenizer.encode(normalized)
+    center = tokenizer.decode(token)
+    back = unnormalize(center, stats, "bounds_q99")
+    return float(normalized[0]), int(32000 - token[0]), int(token[0]), float(center[0]), float(back[0])
 
 
 def sequence(words: dict, name: str) -> None:
@@ -102,7 +102,7 @@ def sequence(words: dict, name: str) -> None:
     columns += [(token, 38, ORANGE) for token in tokens[:-1]] + [("</s>", 42, BLUE)]
     x = 104
     for row, y in (("input", 52), ("predicted", 108), ("label", 164)):
-        picture.text(8, y + 22, words[row], 13, "start", GREY)
+        picture.text(8, y + 22, words[row], 13, "start", GRAY)
     for i, (label, width, fill) in enumerate(columns):
         picture.box(x, 52, width, 34, fill)
         picture.text(x + width / 2, 74, label, 12.5 if i == 2 else 14)
@@ -114,25 +114,25 @@ def sequence(words: dict, name: str) -> None:
             picture.text(x - 19, 130, token, 13)
             picture.arrow(x - 10, 142, x + 8, 164)
         else:
-            picture.text(x + width / 2, 186, words["none"], 13, fill=GREY)
+            picture.text(x + width / 2, 186, words["none"], 13, fill=GRAY)
         x += width + 2
     picture.text(8, 26, words["loss"], 15, "start", bold=True)
-    low, high, metres = -0.02, 0.02, 0.0075
-    normalised, index, token, centre, back = follow(metres, low, high)
+    low, high, meters = -0.02, 0.02, 0.0075
+    normalized, index, token, center, back = follow(meters, low, high)
     picture.text(8, 248, words["one"], 15, "start", bold=True)
-    steps = [(words["robot"], f"{metres:.5f} m", f"q01 {low:g}, q99 {high:g}"),
-             (words["norm"], f"{normalised:.4f}", "2 (x - q01) / (q99 - q01) - 1"),
+    steps = [(words["robot"], f"{meters:.5f} m", f"q01 {low:g}, q99 {high:g}"),
+             (words["norm"], f"{normalized:.4f}", "2 (x - q01) / (q99 - q01) - 1"),
              (words["bin"], f"{index}", "np.digitize"), (words["id"], f"{token}", f"32000 - {index}"),
-             (words["centre"], f"{centre:.4f}", "bin_centers"),
+             (words["center"], f"{center:.4f}", "bin_centers"),
              (words["back"], f"{back:.5f} m", "unnormalize")]
     for i, (label, value, rule) in enumerate(steps):
         picture.box(8 + 156 * i, 264, 132, 62, ORANGE if i == 3 else LIGHT)
-        picture.text(74 + 156 * i, 283, label, 13, fill=GREY)
+        picture.text(74 + 156 * i, 283, label, 13, fill=GRAY)
         picture.text(74 + 156 * i, 312, value, 18, bold=True)
-        picture.text(74 + 156 * i, 346, rule, 11, fill=GREY)
+        picture.text(74 + 156 * i, 346, rule, 11, fill=GRAY)
         if i:
             picture.arrow(8 + 156 * i - 23, 295, 8 + 156 * i - 2, 295)
-    lost = words["lost"].format(abs(back - metres) * 1e3, (high - low) / 255 / 2 * 1e3)
+    lost = words["lost"].format(abs(back - meters) * 1e3, (high - low) / 255 / 2 * 1e3)
     picture.text(8, 382, lost, 14, "start")
     picture.save(name)
 
@@ -146,7 +146,7 @@ def data(words: dict, chain: dict, name: str) -> None:
         picture.text(x + 84, 32, words[key], 16, bold=True)
         for j, line in enumerate(lines):
             picture.text(x + 84, 56 + 20 * j, line, 12.5)
-        picture.text(x + 84, 138, PLACES[key], 12.5, fill=GREY)
+        picture.text(x + 84, 138, PLACES[key], 12.5, fill=GRAY)
         if i:
             picture.arrow(x - 18, 62, x - 1, 62)
     picture.save(name)

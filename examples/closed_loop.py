@@ -28,8 +28,8 @@ def open_folder(path: Path, conditions: dict) -> None:
 def wilson(successes: int, trials: int) -> list[float]:
     """The 95% interval of a success rate (Wilson, 1927)."""
     z, p = 1.96, successes / trials
-    centre, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return [round(min(1.0, max(0.0, (centre + sign * half) / (1 + z * z / trials))), 4) for sign in (-1, 1)]
+    center, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
+    return [round(min(1.0, max(0.0, (center + sign * half) / (1 + z * z / trials))), 4) for sign in (-1, 1)]
 
 
 def rate(outcomes: list[bool]) -> dict:
@@ -52,11 +52,11 @@ def draw_chart(title: str, bars: list[tuple[str, dict, str]], path: Path, left: 
     chart = Image.new("RGB", (left + width + 70, line * (len(bars) + 2)), "white")
     pen = ImageDraw.Draw(chart)
     pen.text((8, 2), title, "black", font)
-    for i, (name, entry, colour) in enumerate(bars):
+    for i, (name, entry, color) in enumerate(bars):
         y = line * (i + 1) + 4
         low, high = (left + int(width * edge) for edge in entry["interval"])
         pen.text((8, y), name, "black", font)
-        pen.rectangle((left, y + 2, left + int(width * entry["rate"]), y + 12), colour)
+        pen.rectangle((left, y + 2, left + int(width * entry["rate"]), y + 12), color)
         pen.line((low, y + 7, high, y + 7), "black")
         pen.text((left + width + 8, y), f"{entry['rate']:.0%}", "black", font)
     chart.save(path)
@@ -101,8 +101,8 @@ def draw_films(films: list[tuple[str, Path, bool]], out: Path, length: int = 80)
             sheet.paste(film[min(moment, len(film) - 1)], (x, y + line))
             pen.multiline_text((x + 4, y + 2), "\n".join(words), "black", font)
             if moment >= len(film) - 1:
-                colour = "#00c000" if success else "#e00000"
-                pen.rectangle((x, y + line, x + side - 1, y + line + side - 1), outline=colour, width=4)
+                color = "#00c000" if success else "#e00000"
+                pen.rectangle((x, y + line, x + side - 1, y + line + side - 1), outline=color, width=4)
         sheets.append(sheet)
     (out / "rollouts.webp").write_bytes(encode_film(sheets, last=2000, pace=pace, quality=60))
     sheets[-1].save(out / "rollouts_end.png")

@@ -44,14 +44,14 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
 
     spec: the config's fields, with model_type, or a directory or hub id to read them from. Dropout
     is set to 0: a step then depends on its batch only, and recomputed activations are the same.
-    Raises UserError for a kind that was not tested and for misspelt fields.
+    Raises UserError for a kind that was not tested and for misspelled fields.
     """
     if isinstance(spec, str):
         config = AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec))
     else:
         config = AutoConfig.for_model(**spec)
         known = {*vars(type(config)()), *config.attribute_map}
-        for key in spec.keys() - known:  # transformers ignores them: misspelt, or of an old version
+        for key in spec.keys() - known:  # transformers ignores them: misspelled, or old
             if suggestion := nearest(key, known, 0.85):
                 raise UserError(f"llm_backbone: unknown key {key!r}{suggestion}")
     if config.model_type not in LANGUAGE_MODELS:

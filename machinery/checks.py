@@ -1,6 +1,6 @@
 """Findings: faults in a dataset that raise no error but spoil a training.
 
-`findings` looks at a frame table and returns what is wrong, with numbers and the cure. Training
+`findings` looks at a frame table and returns its problems, with numbers and the cure. Training
 prints the findings of high severity when it starts, `python data.py --inspect DIR` prints all.
 
 The central measurement is `round_trip`: an action that is recorded, normalized and encoded as

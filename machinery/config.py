@@ -71,7 +71,7 @@ class Recipe:
     # field list; the words `target` and `raw` describe its dimensions ...
     action: str = "action"
     # ... or these two keys do: how many of the last dimensions are `target raw` (default 1, a
-    # gripper), and how many are `target`, normalised or not (joint positions)
+    # gripper), and how many are `target`, normalized or not (joint positions)
     absolute: NotNegative | None = None
     targets: NotNegative = 0
     instruction: str = "language_instruction"  # key of the text, in the step or in the episode
@@ -143,12 +143,12 @@ class TrainConfig(BaseModel):
     parallel_decoding: bool = False  # predict all tokens of a chunk at once, not one after another
     max_prefix: NotNegative = 0  # parallel_decoding: up to this many steps of a chunk may be given
     action_normalization: Literal["bounds_q99", "bounds", "normal"] = "bounds_q99"
-    image_aug: bool = False  # random crop and colours, as in OpenVLA
+    image_aug: bool = False  # random crop and colors, as in OpenVLA
     skip_bad_episodes: bool = False  # skip (and count) broken episodes; damaged files stop
     index_dir: str | None = None  # folder of the frame tables; default: beside each dataset
     num_workers: NotNegative = 4  # DataLoader processes per rank
 
-    # optimisation
+    # optimization
     epochs: Positive = 1000  # length of the run, unless max_steps is set
     max_steps: Positive | None = None  # overrides epochs
     expected_world_size: int | None = None  # required number of GPUs; default: any
@@ -280,7 +280,7 @@ def find_conflicts(cfg: TrainConfig) -> Iterator[str]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line for pydantic's first problem: key, value and what is expected."""
+    """One line for pydantic's first problem: key, value and expectation."""
     # the deepest: of a union's alternatives the one that fits best
     problem = max(error.errors(), key=lambda problem: len(problem["loc"]))
     place = [str(part) for part in problem["loc"] if isinstance(part, str)]

@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (not what it points to) or a folder, if there is one."""
+    """Delete a file, a link (not its target) or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

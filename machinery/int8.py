@@ -22,7 +22,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, number, scale):
         ctx.save_for_backward(number, scale)
-        # scaled in float32: in bf16, torch.compile would recognise the pattern and use its own
+        # scaled in float32: in bf16, torch.compile would recognize the pattern and use its own
         # kernel, which takes 32 ms on an H100 instead of 0.05 (bench/act_latency.py's profile)
         return (F.linear(x, number.to(x.dtype)).float() * scale).to(x.dtype)
 

@@ -24,8 +24,8 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 
 
 
 def memory_needed(vla: VLA, ds_config: dict, ranks: int) -> str:
-    """A line for the log: what each GPU keeps all the time, about what the activations of a
-    micro-batch take, and what is offloaded to the host. Raises UserError if that cannot fit."""
+    """A line for the log: memory that each GPU keeps all the time, an estimate for the activations
+    of a micro-batch, and memory of the host. Raises UserError if that cannot fit."""
     held = memory_held(vla, ds_config, ranks)
     on_gpu = held["weights"] + held["gradients"] + held["optimizer"]
     if torch.cuda.is_available():
@@ -91,7 +91,7 @@ def activations(vla: VLA, recompute: bool) -> float:
 
 
 def memory_if(vla: VLA) -> str:
-    """A line: what one GPU would keep if less were trained, or the host helped. Freezes `vla`."""
+    """A line: the memory of one GPU if less were trained, or the host helped. Freezes `vla`."""
     layers = linear_layers(vla).values()
     weights = 2 * vla.count_parameters()[0]
     adapters = 18 * 32 * sum(layer.in_features + layer.out_features for layer in layers)
@@ -178,7 +178,7 @@ def main() -> None:
         cfg = load_config(args.config, args.set)
         ds_config = load_ds_config(args.deepspeed_config)
         cfg, tokenizer, _ = start_from(cfg, None)
-        cfg = cfg.model_copy(update={"action_dim": cfg.action_dim or 7})  # the data would say
+        cfg = cfg.model_copy(update={"action_dim": cfg.action_dim or 7})  # from the data, in a run
         with torch.device("meta"):
             vla = VLA(cfg, tokenizer)
         vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone,

@@ -173,7 +173,7 @@ def mixture_shares(weights: np.ndarray, frames: np.ndarray, balance: bool = True
 
 
 def mixture_notes(cfg: TrainConfig, mixture) -> list[str]:
-    """What the log should warn of at the start of a training on a data.Mixture, a line each."""
+    """Warnings for the start of a training on a data.Mixture, a line each."""
     refused = left_out(cfg.data_mix, cfg.datasets)
     notes = [f"{name}: left out: {why}" for name, why in refused.items()]
     for name, table in zip(mixture.names, mixture.tables, strict=True):

@@ -1,7 +1,7 @@
 """Starting and stopping all ranks of a job together: signals, dead ranks, broken numbers.
 
 A rank that stops on its own leaves the others waiting in a collective, for minutes and silently. So
-ranks stop together: Preemption lets all of them stop after the same step, Neighbour ends a rank
+ranks stop together: Preemption lets all of them stop after the same step, Neighbor ends a rank
 within moments of another's death, and stop_if_not_finite depends only on numbers that are the same
 on all ranks.
 """
@@ -97,7 +97,7 @@ def launchers() -> list[int]:
 # ---- Dead ranks --------------------------------------------------------------------------------
 
 
-class Neighbour:
+class Neighbor:
     """Ends this process when the previous rank dies, and so, around the ring, all ranks of the job.
 
     A thread waits for a message that is only sent at the very end of the program. When a process
@@ -199,9 +199,9 @@ def run_job(program: Callable[[], None]) -> None:
     """
     try:
         with exit_with_one_line():
-            neighbour = start_job()
+            neighbor = start_job()
             program()
-            neighbour.release()
+            neighbor.release()
     except SystemExit as stop:
         print(f"\n{stop}", file=sys.stderr, flush=True)  # below the progress bar
         os._exit(1)
@@ -209,14 +209,14 @@ def run_job(program: Callable[[], None]) -> None:
         print(f"\nerror: the GPU's memory is full: {LESS_MEMORY}", file=sys.stderr, flush=True)
         os._exit(1)
     except Exception:
-        time.sleep(2)  # if another rank's death is the cause, Neighbour ends this rank meanwhile
+        time.sleep(2)  # if another rank's death is the cause, Neighbor ends this rank meanwhile
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
 
 
-def start_job() -> Neighbour:
+def start_job() -> Neighbor:
     """Connect the ranks. The environment has their places (config.set_rank_env)."""
     # a CPU extension that training does not use: it takes a minute to compile, and a job killed
     # meanwhile leaves a lock at which all later jobs wait forever
@@ -228,7 +228,7 @@ def start_job() -> Neighbour:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
     share_cores()
-    return Neighbour()
+    return Neighbor()
 
 
 def share_cores() -> None:

@@ -1,7 +1,7 @@
 """A training run's directory: what describes it, its log, and where its training starts.
 
     runs/demo+n1+b32+x7/
-        config.yaml, config.json    all keys, with what was filled in
+        config.yaml, config.json    all keys, including those that were filled in
         dataset_statistics.json     how actions are normalized, in OpenVLA's format
         ds_config.json, tokenizer/
         metrics.jsonl               a line for each line of the log, with more numbers
@@ -9,7 +9,8 @@
         events.out.tfevents.*       TensorBoard's curves
         checkpoints/step-...        see checkpoint.py
 
-A run that has a checkpoint resumes from its own. `settle` fills in what the YAML leaves open.
+A run that has a checkpoint resumes from its own. `settle` fills in the keys that the YAML
+leaves open.
 """
 
 import json
@@ -75,8 +76,9 @@ class Run:
             self.claim()
         elif not self.quiet:  # fail before gigabytes of weights are read
             parent = next(folder for folder in self.path.parents if folder.exists())
-            if not os.access(parent, os.W_OK):
-                raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not writable")
+            if not (parent.is_dir() and os.access(parent, os.W_OK)):
+                raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not a folder that "
+                                "can be written to")
         own = list_checkpoints(self.path / "checkpoints")
         if own:
             self.checkpoint = open_checkpoint(own[-1])
@@ -117,7 +119,7 @@ class Run:
 
     def describe(self, cfg: TrainConfig, ds_config: dict, mixture: Mixture,
                  held_out: Mixture | None) -> None:
-        """Write what the run is, now that everything has been opened, and start its log."""
+        """Write the files that describe the run, now that all is opened, and start its log."""
         shares = " ".join(f"{name}:{share:.4f}"
                           for name, share in zip(mixture.names, mixture.shares, strict=True))
         self.line(f"data frames {mixture.sizes.sum()} epoch_frames {mixture.epoch_length} "
@@ -191,8 +193,8 @@ class Run:
             self.line(f"warning: not logged: {error}")
 
     def first_batch(self, batch: dict, mixture: Mixture) -> None:
-        """Show what the model is about to see: a prompt and an action here, and in first_batch.png
-        and TensorBoard all images of some samples, oldest first, with instruction and action."""
+        """Show the model's first inputs: a prompt and an action here, and in first_batch.png and
+        TensorBoard all images of some samples, oldest first, with instruction and action."""
         if self.quiet:
             return
         tiles = []
@@ -251,8 +253,8 @@ def step_of(line: str) -> float:
 
 
 def settle(cfg: TrainConfig) -> dict:
-    """Fill in what the YAML leaves open -> the arguments of train_vla.train: cfg, run, tables (of
-    the data), tokenizer, weights (or None).
+    """Fill in the keys that the YAML leaves open -> the arguments of train_vla.train: cfg, run,
+    tables (of the data), tokenizer, weights (or None).
 
     First the run that continues, then the data, then the weights that training begins with. From
     here on the config does not change. Raises UserError if it contradicts one of these.

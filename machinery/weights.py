@@ -340,7 +340,7 @@ def safetensors_files(path: Path) -> list[SafetensorsFile]:
 def open_language_model(where: str, num_tokens: int) -> Weights:
     """A plain causal language model, by directory or hub id, for a vocabulary of num_tokens.
 
-    The vocabulary is rounded up to a multiple of 64. New rows are drawn as at initialisation.
+    The vocabulary is rounded up to a multiple of 64. New rows are drawn as at initialization.
     """
     rows = round_up(num_tokens)
     tensors = Tensors(where)

@@ -115,7 +115,7 @@ def optimizers(engine) -> list[torch.optim.Optimizer]:
 
 def set_optimizer_step(engine, step: int) -> None:
     """Set AdamW's step count, which its bias correction depends on. A new run needs it, too: while
-    it initialises in bf16 stage 0, DeepSpeed counts a step (at learning rate 0)."""
+    it initializes in bf16 stage 0, DeepSpeed counts a step (at learning rate 0)."""
     for optimizer in optimizers(engine):
         for state in optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):

@@ -265,10 +265,12 @@ def ranks(commands):
     """Train on several ranks without a launcher, for every test that is not about one -> the exit status (of
     the first rank that failed) and the text of all."""
 
-    def run(count: int, config, *arguments, script: str = "train_vla.py") -> SimpleNamespace:
+    def run(count: int, config, *arguments, script: str = "train_vla.py", environ: dict | None = None
+            ) -> SimpleNamespace:
         output = commands.new_output()
         arguments = ["--config", config, *arguments]
-        started = commands.start(*(("", place, script, arguments, output) for place in places(count)))
+        started = commands.start(*(("", {**place, **(environ or {})}, script, arguments, output)
+                                   for place in places(count)))
         failed = [status for status in commands.wait(started) if status]
         return SimpleNamespace(returncode=failed[0] if failed else 0, text=printed(output))
 
@@ -416,9 +418,9 @@ def wait_for_steps(runs: Path, steps: int, job: Job) -> None:
 # A model that has learned to look, for what acts with it
 
 
-def write_colours(root: Path, name: str, scale: float, cameras: int = 1) -> Path:
+def write_colors(root: Path, name: str, scale: float, cameras: int = 1) -> Path:
     """A dataset whose actions tell what the model saw: dimension 0 is +-scale for the image's red, 1 for its
-    blue, and the gripper's 0 or 1 comes from the instruction. The colour is in the outer quarters of a wide
+    blue, and the gripper's 0 or 1 comes from the instruction. The color is in the outer quarters of a wide
     image, so cropping that away or swapping red and blue shows."""
     import tensorflow_datasets as tfds  # here: it takes a second
 
@@ -445,21 +447,21 @@ def write_colours(root: Path, name: str, scale: float, cameras: int = 1) -> Path
 
 
 @pytest.fixture(scope="session")
-def colours(shared, plain_run):
-    """A run in float32 that has learned two datasets of write_colours, `cold` and `warmer`, well. One xdist
+def colors(shared, plain_run):
+    """A run in float32 that has learned two datasets of write_colors, `cold` and `warmer`, well. One xdist
     worker trains it for all."""
-    path = shared / "colours"
-    with open(shared / "colours.lock", "w") as lock:
+    path = shared / "colors"
+    with open(shared / "colors.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             path.mkdir()
             for name, scale in (("cold", 0.1), ("warmer", 0.3)):
-                write_colours(path, name, scale)
+                write_colors(path, name, scale)
             config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
                       "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")},
                       "learning_rate": 3e-3, "max_steps": 100, "log_interval": 5,
-                      "run_root_dir": str(path / "runs"), "run_id": "colours"}
-            (path / "colours.yaml").write_text(yaml.safe_dump(config))
-            done = plain_run(path / "colours.yaml", "--deepspeed_config", "ds_configs/cpu.json")
+                      "run_root_dir": str(path / "runs"), "run_id": "colors"}
+            (path / "colors.yaml").write_text(yaml.safe_dump(config))
+            done = plain_run(path / "colors.yaml", "--deepspeed_config", "ds_configs/cpu.json")
             assert done.returncode == 0, done.text
-    return path / "runs/colours"
+    return path / "runs/colors"

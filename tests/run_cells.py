@@ -6,7 +6,7 @@ the loss in a checkpoint's name. "altered" names a function of DeepSpeed whose s
 After each cell rank 0 prints {"collective ranks": elements that it carried}.
 
 Compiled cells use the environment's TORCH_COMPILE_BACKEND. The default captures, partitions and
-recomputes as inductor does, but generates no C++, which takes minutes; `make slow` runs inductor.
+recomputes as inductor does, but generates no C++, which takes minutes. `make slow` runs inductor, too.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
     carried: Counter[str] = Counter()
     for collective, tensor in COLLECTIVES.items():
         count(collective, tensor, carried)  # before DeepSpeed takes hold of them
-    neighbour = ranks.start_job()
+    neighbor = ranks.start_job()
     gc.freeze()  # DeepSpeed collects garbage whenever it starts: skip everything that was imported
     for name, cell in cells.items():
         print(f"cell {name}", flush=True)
@@ -82,5 +82,5 @@ def main() -> None:
             print(f"carried {name} {json.dumps(carried)}", flush=True)
         gc.collect()  # an engine and its hooks refer to each other
     gc.unfreeze()
-    neighbour.release()
+    neighbor.release()
     train_vla.dist.destroy_process_group()

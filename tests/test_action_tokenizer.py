@@ -1,4 +1,4 @@
-"""Actions and prompts as OpenVLA tokenises them."""
+"""Actions and prompts as OpenVLA tokenizes them."""
 
 import json
 

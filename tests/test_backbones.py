@@ -77,7 +77,7 @@ def test_other_kinds_are_refused(spec):
         llm_config({"model_type": spec}, 500)
 
 
-def test_misspelt_fields():
+def test_misspelled_fields():
     with pytest.raises(UserError, match=r"llm_backbone.*num_hiden_layers.*'num_hidden_layers'"):
         llm_config({"model_type": "llama", "num_hiden_layers": 7}, 500)
     llm_config({"model_type": "llama", "pretraining_tp": 1, "rope_theta": 1e6}, 500)  # of older versions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, read_metrics, write_colours
+from conftest import TINY, read_metrics, write_colors
 from PIL import Image
 
 import eval_vla
@@ -24,9 +24,9 @@ def evaluate(monkeypatch, capsys, run, out, *arguments) -> tuple[dict, str]:
     return json.loads((out / "eval.json").read_text()), capsys.readouterr().out
 
 
-def test_held_out_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
-    facts, printed = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32)
-    logged = read_metrics(colours.parent)[100]
+def test_held_out_frames_reproduce_the_log(colors, monkeypatch, capsys, tmp_path):
+    facts, printed = evaluate(monkeypatch, capsys, colors, tmp_path, "--samples", 32)
+    logged = read_metrics(colors.parent)[100]
     accuracy = facts["accuracy"]
     assert accuracy["logged"] == logged["eval/accuracy"]
     assert accuracy["teacher_forced"] == pytest.approx(accuracy["logged"], abs=1e-6)
@@ -44,7 +44,7 @@ def test_held_out_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_pat
     assert (picture == [255, 140, 0]).all(-1).sum() > 500  # the predicted curves
 
 
-def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
+def test_train_frames_reproduce_the_log(colors, monkeypatch, capsys, tmp_path):
     """The frames are the last ones before the checkpoint: those of steps 96 to 100, which the log's last line
     averages."""
     asked, collect = [], eval_vla.collect
@@ -54,8 +54,8 @@ def test_train_frames_reproduce_the_log(colours, monkeypatch, capsys, tmp_path):
         return collect(policy, mixture, frames)
 
     monkeypatch.setattr(eval_vla, "collect", noting)
-    facts, _ = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 80, "--on-train-frames")
-    assert facts["accuracy"]["logged"] == pytest.approx(read_metrics(colours.parent)[100]["accuracy"])
+    facts, _ = evaluate(monkeypatch, capsys, colors, tmp_path, "--samples", 80, "--on-train-frames")
+    assert facts["accuracy"]["logged"] == pytest.approx(read_metrics(colors.parent)[100]["accuracy"])
     assert facts["accuracy"]["inference"] == pytest.approx(facts["accuracy"]["logged"], abs=0.05)
     assert facts["frames"] == 80 and facts["mismatch"] is None
     last = np.stack(asked[0][0].draw(95 * 16, 80), axis=1)
@@ -67,13 +67,13 @@ def swapped(see):
     return lambda policy, image: see(policy, np.asarray(image)[..., ::-1].copy())
 
 
-def test_swapped_colours_are_noticed(colours, monkeypatch, capsys, tmp_path):
+def test_swapped_colors_are_noticed(colors, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(Policy, "prepare_image", swapped(Policy.prepare_image))
-    facts, printed = evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32)
+    facts, printed = evaluate(monkeypatch, capsys, colors, tmp_path, "--samples", 32)
     assert facts["accuracy"]["inference"] < 0.8 < facts["accuracy"]["teacher_forced"]
-    assert "warning: " in printed and "the order of colours" in printed
-    with pytest.raises(SystemExit, match=r"error: .* of the action tokens .*order of colours"):
-        evaluate(monkeypatch, capsys, colours, tmp_path, "--samples", 32, "--on-train-frames")
+    assert "warning: " in printed and "the order of colors" in printed
+    with pytest.raises(SystemExit, match=r"error: .* of the action tokens .*order of colors"):
+        evaluate(monkeypatch, capsys, colors, tmp_path, "--samples", 32, "--on-train-frames")
 
 
 def changed_run(run, path, **changes):
@@ -84,8 +84,8 @@ def changed_run(run, path, **changes):
     return path
 
 
-def test_another_resize_is_noticed(colours, monkeypatch, capsys, tmp_path):
-    run = changed_run(colours, tmp_path / "run", image_resize_strategy="resize-crop")
+def test_another_resize_is_noticed(colors, monkeypatch, capsys, tmp_path):
+    run = changed_run(colors, tmp_path / "run", image_resize_strategy="resize-crop")
     with pytest.raises(SystemExit, match=r"image_resize_strategy.*resize-crop"):
         evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, "--on-train-frames")
 
@@ -96,16 +96,16 @@ def test_few_frames_do_not_warn():
     assert "0.600" in eval_vla.verdict(accuracy, 1.0, 1024, "lanczos")[1][0]
 
 
-def test_a_config_that_is_not_the_training_s_is_noticed(colours, monkeypatch, capsys, tmp_path):
+def test_a_config_that_is_not_the_training_s_is_noticed(colors, monkeypatch, capsys, tmp_path):
     """Then both paths agree, but are less accurate than the log."""
-    run = changed_run(colours, tmp_path / "run", prompt_style="phi", action_normalization="normal")
+    run = changed_run(colors, tmp_path / "run", prompt_style="phi", action_normalization="normal")
     facts, printed = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 64, "--on-train-frames")
     assert facts["mismatch"] is None and "warning" in printed and "config.json" in printed
 
 
 def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tmp_path, plain_run):
     """Acting prepares every kind of input as training does."""
-    write_colours(tmp_path, "arm", 0.2, cameras=2)
+    write_colors(tmp_path, "arm", 0.2, cameras=2)
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "image_aug": True,
               "use_proprio": True,
               "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
@@ -126,7 +126,7 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
         given.clear()
         facts, _ = evaluate(monkeypatch, capsys, run, tmp_path, "--samples", 32, *extra)
         assert facts["agreement"] == 1
-        if not extra:  # training's evaluation uses the centre crop, too
+        if not extra:  # training's evaluation uses the center crop, too
             assert facts["accuracy"]["teacher_forced"] == pytest.approx(facts["accuracy"]["logged"], abs=1e-6)
         assert len(facts["datasets"]["arm"]["inference"]["l1_units_per_dim"]) == 3
         for training, acting in ((given[0], given[1]), (given[2], given[3])):  # two batches
@@ -134,14 +134,14 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
             assert training[1] == acting[1] and torch.equal(training[2], acting[2])
 
 
-def test_mistakes_name_the_cure(colours, monkeypatch, capsys, tmp_path):
+def test_mistakes_name_the_cure(colors, monkeypatch, capsys, tmp_path):
     for arguments, message in (
             (["--data_mix", "nothing_like_it"], "nothing_like_it"),
             (["--data_root_dir", tmp_path], "cold, warmer: ")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            evaluate(monkeypatch, capsys, colours, tmp_path, *arguments)
-    write_colours(tmp_path, "unseen", 1.0)
-    run = changed_run(colours, tmp_path / "run", datasets={"unseen": {"primary": "image"}})
+            evaluate(monkeypatch, capsys, colors, tmp_path, *arguments)
+    write_colors(tmp_path, "unseen", 1.0)
+    run = changed_run(colors, tmp_path / "run", datasets={"unseen": {"primary": "image"}})
     unseen = ["--data_mix", "unseen", "--data_root_dir", tmp_path]
     with pytest.raises(SystemExit, match=r"unnorm_key 'hot'.*'cold', 'warmer'"):
         evaluate(monkeypatch, capsys, run, tmp_path, *unseen, "--unnorm_key", "hot")

@@ -45,7 +45,7 @@ TEXTS = ["pick up the cube", "leg den Würfel in die Schale", "把方块放进�
 
 
 def pattern(camera: int, episode: int, frame: int, size: tuple[int, int]) -> np.ndarray:
-    """A picture that says which it is; its colour drifts from frame to frame."""
+    """A picture that says which it is; its color drifts from frame to frame."""
     bits = np.array([*f"{camera:02b}{episode:05b}{frame:09b}"], np.uint8).reshape(4, 4)
     rows, columns = (np.arange(side) * 4 // side for side in size)
     light = 40 + 170 * bits[rows][:, columns]
@@ -54,8 +54,8 @@ def pattern(camera: int, episode: int, frame: int, size: tuple[int, int]) -> np.
 
 def read_pattern(image: np.ndarray) -> tuple[int, int, int]:
     """(camera, episode, frame) of a picture of any size."""
-    centres = [[(2 * i + 1) * side // 8 for i in range(4)] for side in image.shape[:2]]
-    bits = "".join("01"[int(image[y, x, 0]) > 125] for y in centres[0] for x in centres[1])
+    centers = [[(2 * i + 1) * side // 8 for i in range(4)] for side in image.shape[:2]]
+    bits = "".join("01"[int(image[y, x, 0]) > 125] for y in centers[0] for x in centers[1])
     return int(bits[:2], 2), int(bits[2:7], 2), int(bits[7:], 2)
 
 

@@ -35,7 +35,7 @@ rollout = load_rollout()
 
 @pytest.fixture
 def picture() -> np.ndarray:
-    """Smooth, so that JPEG and resizing change little; another colour at each corner, and a white frame."""
+    """Smooth, so that JPEG and resizing change little; another color at each corner, and a white frame."""
     y, x = np.mgrid[:256, :256].astype(np.float32)
     picture = np.stack([255 - x, y, x], -1).clip(0, 255).astype(np.uint8)
     picture[:6] = picture[-6:] = picture[:, :6] = picture[:, -6:] = 255
@@ -46,7 +46,7 @@ def picture() -> np.ndarray:
 
 
 def test_the_defaults_are_openvlas():
-    assert Protocol() == Protocol(image_size=256, turn=180, jpeg_quality=95, centre_crop=True,
+    assert Protocol() == Protocol(image_size=256, turn=180, jpeg_quality=95, center_crop=True,
                                   settling_steps=10, max_steps=None, opens_at=1)
     assert {suite: MAX_STEPS[f"libero_{suite}"] for suite in ("spatial", "object", "goal", "10", "90")} == {
         "spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
@@ -61,16 +61,16 @@ def test_pictures_are_turned(picture):
 
 def test_pictures_are_cropped(picture):
     """The frame of 6 pixels lies in what the crop cuts off: 2.6 % of a side, each side."""
-    seen, whole = see(picture, Protocol(), 224), see(picture, Protocol(centre_crop=False), 224)
+    seen, whole = see(picture, Protocol(), 224), see(picture, Protocol(center_crop=False), 224)
     assert seen.shape == whole.shape == (224, 224, 3)
     assert (whole[[0, -1]] > 240).all() and not (seen[[0, -1]] > 240).all(-1).any()
 
 
 def test_pictures_go_through_jpeg_and_lanczos():
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    plain = Protocol(turn=0, jpeg_quality=0, centre_crop=False)
+    plain = Protocol(turn=0, jpeg_quality=0, center_crop=False)
     assert np.array_equal(see(noise, plain, 224), resize_image(noise, 224))
-    through = see(noise, Protocol(turn=0, centre_crop=False), 224).astype(int)
+    through = see(noise, Protocol(turn=0, center_crop=False), 224).astype(int)
     assert 5 < np.abs(through - resize_image(noise, 224)).mean() < 60
     assert np.array_equal(see(noise, plain, 256), noise)
 
@@ -303,7 +303,7 @@ def test_openvlas_recipe_and_openvlas_files(recorded, tmp_path):
     (exported / "config.json").write_text(json.dumps(config))
     done = python("rollout.py", "--checkpoint", exported, "--suite", "libero_object", "--tasks", 3,
                   "--trials", 1, "--max_steps", 2, "--device", "cpu", "--out", tmp_path / "out")
-    for point in ("unnorm_key libero_object_no_noops", "centre_crop True", "opens_at 1", "turn 180",
+    for point in ("unnorm_key libero_object_no_noops", "center_crop True", "opens_at 1", "turn 180",
                   "jpeg_quality 95", "settling_steps 10", "image_size 256", "seeds 0"):
         assert point in done.stdout, point
     assert "0/1" in done.stdout
@@ -318,7 +318,7 @@ def test_rollouts_do_not_depend_on_what_else_is_played(recorded, tmp_path):
                 datasets={"libero_scripted": recipe}, cameras=["primary", "wrist"], use_proprio=True)
     common = ["--checkpoint", run, "--suite", "libero_object", "--device", "cpu", "--max_steps", 5]
     done = python("rollout.py", *common, "--tasks", 3, "--trials", 2, "--out", tmp_path / "a", "--workers", 1)
-    for point in ("opens_at 0", "centre_crop False", "max_steps 5", "execute 2"):
+    for point in ("opens_at 0", "center_crop False", "max_steps 5", "execute 2"):
         assert point in done.stdout, point
     python("rollout.py", *common, "--tasks", 3, "--trials", 1, "--out", tmp_path / "b", "--workers", 1)
     python("rollout.py", *common, "--tasks", 4, 3, "--trials", 2, "--out", tmp_path / "b", "--workers", 2)

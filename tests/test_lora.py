@@ -278,12 +278,12 @@ def test_a_layer_in_8_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_trained_model_in_8_bits_says_the_same(dtype, colours):
-    cfg = TrainConfig(**json.loads((colours / "config.json").read_text()))
+def test_a_trained_model_in_8_bits_says_the_same(dtype, colors):
+    cfg = TrainConfig(**json.loads((colors / "config.json").read_text()))
     mixture = open_mixture(cfg, load_tokenizer(cfg.tokenizer, True), train=False)
     batch = TrainBatches(mixture, 64, 64, rank=0, world_size=1)[0]
     del batch["dataset"]
-    vla = load_vla(colours, dtype=dtype).vla
+    vla = load_vla(colors, dtype=dtype).vla
     with torch.no_grad():
         _, expected, _ = vla(**batch)
         for layer in linear_layers(vla).values():

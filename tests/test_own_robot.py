@@ -34,13 +34,13 @@ from model import VLA
 pytestmark = pytest.mark.usefixtures("index_here")
 F = tfds.features
 PNG, JPEG = (F.Image(shape=(None, None, 3), encoding_format=kind) for kind in ("png", "jpeg"))
-GREY = np.full((16, 16, 3), 128, np.uint8)
+GRAY = np.full((16, 16, 3), 128, np.uint8)
 TOKENIZER = load_tokenizer(TINY["tokenizer"], True)
 
 
 def write_arm(root: Path, actions: list[np.ndarray], name: str = "arm", split: str = "train",
               version: str = "1.0.0", observation=(), step=(), episode=()) -> Path:
-    """A dataset with actions (T, A), one for each episode, a grey picture `image` and the text "open".
+    """A dataset with actions (T, A), one for each episode, a gray picture `image` and the text "open".
 
     observation, step, episode: {key: (feature, value)} instead or in addition, None to leave it out; a value
     may be a function of the episode's and the step's number."""
@@ -48,7 +48,7 @@ def write_arm(root: Path, actions: list[np.ndarray], name: str = "arm", split: s
     of_step = {"action": (kind, lambda e, t: np.float32(actions[e][t])), **dict(step)}
     of_step = {"language_instruction": (F.Text(), "open"), **of_step}
     of_step = {key: entry for key, entry in of_step.items() if entry}
-    seen = {"image": (PNG, GREY), **dict(observation)}
+    seen = {"image": (PNG, GRAY), **dict(observation)}
     seen = {key: entry for key, entry in seen.items() if entry}
 
     def kinds(entries) -> dict:
@@ -211,7 +211,7 @@ def test_training_and_inspecting_say_so(opened, commands, plain_run, tiny, tmp_p
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Target or change, normalised or raw
+# 2. Target or change, normalized or raw
 
 
 def joints(speed: float = 0.3) -> list[np.ndarray]:
@@ -384,7 +384,7 @@ def test_a_closed_gripper_stays_closed(opened, tmp_path):
     mixture = opened({"action": "action[:6], action[6:] /255 invert target raw",
                       "state": "state[2:] /10, state[:1]"}, use_proprio=True)
     policy = tiny_policy(mixture)
-    view, asked = GREY.repeat(2, 0), np.array([2.0, 5.0, 105.0])
+    view, asked = GRAY.repeat(2, 0), np.array([2.0, 5.0, 105.0])
     got = policy.predict_action(view, "open", proprio=asked)
     tokens = policy.generate(*policy.prepare([view], ["open"], None, [[10.5, 2.0]]))
     standard = policy.actions(tokens, None)[0]
@@ -423,9 +423,9 @@ TWO = ["open", "pull"]
      "language_instruction", {}),
     ({"step": {"language_instruction": (F.Tensor(shape=(), dtype=np.float32), np.float32(1))}},
      "language_instruction", {}),
-    ({"observation": {"image": (F.Sequence(PNG), [GREY, GREY])}}, "observation/image", {}),
-    ({"observation": {"image": (F.Sequence(PNG, length=2), [GREY, GREY])}}, "observation/image", {}),
-    ({"observation": {"image": (F.Tensor(shape=(16, 16, 3), dtype=np.uint8), GREY)}}, "observation/image",
+    ({"observation": {"image": (F.Sequence(PNG), [GRAY, GRAY])}}, "observation/image", {}),
+    ({"observation": {"image": (F.Sequence(PNG, length=2), [GRAY, GRAY])}}, "observation/image", {}),
+    ({"observation": {"image": (F.Tensor(shape=(16, 16, 3), dtype=np.uint8), GRAY)}}, "observation/image",
      {}),
     ({"observation": {"image": (F.Text(), "picture.png")}}, "observation/image", {}),
     ({"observation": {"state": (F.Text(), "ready")}}, "observation/state", {"state": "state"}),
@@ -445,7 +445,7 @@ def test_what_gives_not_one_value_is_refused_by_name(features, name, recipe, tmp
 @pytest.mark.parametrize("name, features", [
     ("language_instruction", {"step": {"language_instruction": (
         F.Tensor(shape=(2,), dtype=np.str_), np.array(TWO, object))}}),
-    ("observation/image", {"observation": {"image": (F.Tensor(shape=(16, 16, 3), dtype=np.uint8), GREY)}}),
+    ("observation/image", {"observation": {"image": (F.Tensor(shape=(16, 16, 3), dtype=np.uint8), GRAY)}}),
 ])
 def test_training_refuses_it_when_it_indexes(name, features, opened, tmp_path):
     write_arm(tmp_path, random_actions(7), **features)
@@ -498,12 +498,12 @@ def test_bytes_after_a_picture_change_nothing(after):
 # 5. Cameras: any number, any names
 
 
-def colour(red: int, green: int, blue: int) -> tuple:
+def color(red: int, green: int, blue: int) -> tuple:
     return PNG, np.full((16, 16, 3), [red, green, blue], np.uint8)
 
 
-VIEWS = {"image": colour(9, 0, 0), "cam_high": colour(50, 0, 0), "cam_left": colour(0, 60, 0),
-         "hand": colour(0, 0, 70), "torso": colour(80, 80, 0)}
+VIEWS = {"image": color(9, 0, 0), "cam_high": color(50, 0, 0), "cam_left": color(0, 60, 0),
+         "hand": color(0, 0, 70), "torso": color(80, 80, 0)}
 NAMED = {"cameras": {"top": "cam_high", "left": "cam_left", "torso camera": "torso"}, "wrist": "hand"}
 
 
@@ -531,7 +531,7 @@ def test_cameras_have_any_names(cameras, opened, tmp_path):
     with pytest.raises(UserError, match=f"botom: .*{', '.join(cameras)}"):
         parse_request(json.dumps(body).encode(), policy)
     with pytest.raises(UserError, match=f"botom: expected {', '.join(cameras)}"):
-        policy.predict_action({**dict([*views.items()][1:]), "botom": GREY}, "open")
+        policy.predict_action({**dict([*views.items()][1:]), "botom": GRAY}, "open")
 
 
 @pytest.mark.parametrize("cameras, known", [(["secondary"], "left, primary, top, torso camera, wrist"),
@@ -666,7 +666,7 @@ def test_actions_that_are_the_state_of_their_frame_are_told(ahead, told, tmp_pat
 
 
 def test_a_guess_gives_every_camera_one_name(tmp_path):
-    picture = {"image": None} | {name: (PNG, GREY) for name in ("front", "gripper", "primary", "wrist")}
+    picture = {"image": None} | {name: (PNG, GRAY) for name in ("front", "gripper", "primary", "wrist")}
     (subject,) = find_subjects(write_arm(tmp_path, random_actions(7), observation=picture).parent, None, None)
     assert subject.recipe.camera_names == {"primary": "primary", "secondary": "front", "wrist": "wrist",
                                            "gripper": "gripper"}
@@ -678,7 +678,7 @@ def test_a_broken_picture_is_named(tmp_path):
     with pytest.raises(ValueError, match="JPEG or PNG"):
         decode_native(bytes(broken))
     directory = write_arm(tmp_path, random_actions(7), observation={
-        "image": (PNG, lambda e, t: bytes(broken) if (e, t) == (0, 0) else GREY)})
+        "image": (PNG, lambda e, t: bytes(broken) if (e, t) == (0, 0) else GRAY)})
     (subject,) = find_subjects(directory.parent, None, None)
     with pytest.raises(DataError, match=r"record 0: .*JPEG or PNG.*--check"):
         draw(subject.table(None, False), subject.recipe, tmp_path / "sheet.png")
@@ -719,14 +719,14 @@ def test_a_version_belongs_in_the_mixture(opened, tmp_path):
 
 
 def test_each_of_three_cameras_is_drawn(opened, tmp_path):
-    write_arm(tmp_path, random_actions(7), observation={key: (PNG, GREY) for key in "abc"})
+    write_arm(tmp_path, random_actions(7), observation={key: (PNG, GRAY) for key in "abc"})
     mixture = opened({"primary": "a|b|c"})
     drawn = [mixture.cameras_shown(0, row, epoch)[0] for row in (0, 8, 16) for epoch in range(100)]
     assert all(80 < drawn.count(key) < 120 for key in "abc"), drawn
 
 
 def test_a_picture_of_floats_is_no_camera(opened, tmp_path):
-    """TFDS puts each number's four bytes in a PNG, as if they were colours."""
+    """TFDS puts each number's four bytes in a PNG, as if they were colors."""
     depth = np.linspace(0.5, 2, 256, dtype=np.float32).reshape(16, 16)
     png = io.BytesIO()
     Image.fromarray(depth.view(np.uint8).reshape(16, 16, 4)).save(png, "PNG")
@@ -745,7 +745,7 @@ def test_a_picture_of_floats_is_no_camera(opened, tmp_path):
 
 def test_inspecting_reads_what_is_there(commands, tmp_path):
     """The version that is asked for, by its own recipe; a guess that can be read; a picture's name first."""
-    depth = {"depth": (PNG, GREY), "state": (F.Sequence(np.float32), [1.0, 2.0])}
+    depth = {"depth": (PNG, GRAY), "state": (F.Sequence(np.float32), [1.0, 2.0])}
     write_arm(tmp_path, random_actions(7), observation=depth)
     write_arm(tmp_path, random_actions(4), "other", version="1.0.0")
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump({
@@ -1101,7 +1101,7 @@ def test_a_whole_robot(name, dims, state, commands, plain_run, tiny, tmp_path):
     got = policy.predict_action(asked, "open", proprio=now)
     assert got.shape == (8, dims) and len(robot.action) == dims and len(robot.state) == state
     np.testing.assert_array_equal(got, policy.predict_action([*asked.values()], "open", proprio=now))
-    # within what was recorded, in its units: a gripper in metres, fingers in degrees
+    # within what was recorded, in its units: a gripper in meters, fingers in degrees
     stats, scale = policy.norm_stats[name]["action"], np.ones(dims)
     if name == "bimanual":
         scale[[6, 13]] = 0.08

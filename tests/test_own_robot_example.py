@@ -20,7 +20,7 @@ STATE = np.array([0.3, 1.5, -0.9, 0])
 
 
 class PaperArm:
-    """A robot that is where it was told to be, and shows it as two grey pictures."""
+    """A robot that is where it was told to be, and shows it as two gray pictures."""
 
     cameras = ("outside", "wrist")
     action_names = state_names = ("shoulder", "elbow", "wrist", "gripper")
@@ -30,8 +30,8 @@ class PaperArm:
         self.at, self.told, self.instruction = STATE, [], "touch the red disc"
 
     def look(self) -> dict:
-        grey = int(50 + 60 * self.at[0])
-        return {"images": {name: np.full((48, 64, 3), grey, np.uint8) for name in self.cameras},
+        gray = int(50 + 60 * self.at[0])
+        return {"images": {name: np.full((48, 64, 3), gray, np.uint8) for name in self.cameras},
                 "state": self.at.astype(np.float32)}
 
     def move(self, action) -> None:

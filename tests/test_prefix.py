@@ -142,10 +142,10 @@ def test_it_learns_to_continue_the_prefix(changes, tmp_path, plain_run):
     features = {"steps": f.Dataset({
         "observation": {"image": f.Image(shape=(32, 32, 3), encoding_format="jpeg")},
         "action": f.Tensor(shape=(2,), dtype=np.float32), "language_instruction": f.Text()})}
-    grey = {"image": np.full((32, 32, 3), 120, np.uint8)}
+    gray = {"image": np.full((32, 32, 3), 120, np.uint8)}
 
     def episode(side: int) -> dict:
-        return {"steps": [{"observation": grey, "language_instruction": "pass it", "action": np.float32(
+        return {"steps": [{"observation": gray, "language_instruction": "pass it", "action": np.float32(
             [side * 0.4, draw.uniform(0, 1)])} for _ in range(6)]}
 
     splits = {split: [episode(side) for side in (-1, 1) * count]
@@ -162,5 +162,5 @@ def test_it_learns_to_continue_the_prefix(changes, tmp_path, plain_run):
     for side in (-1, 1):
         for steps in (1, 2):
             prefix = [[side * 0.4, 0.3]] * steps
-            got = policy.predict_action(grey["image"], "pass it", prefix=prefix)
+            got = policy.predict_action(gray["image"], "pass it", prefix=prefix)
             np.testing.assert_allclose(got[:, 0], side * 0.4, atol=0.02)

@@ -63,7 +63,7 @@ def test_a_run_goes_on_without_what_it_began_with(runs, begun):
     assert done.returncode == 1 and f"error: '{begun / 'base'}'" in done.text, done.text
 
 
-CHANGES = {  # what a YAML may say otherwise under the same run_id -> whether the run honours it
+CHANGES = {  # what a YAML may say otherwise under the same run_id -> whether the run honors it
     "cameras": (["primary", "primary"], False), "action_chunk": (4, False), "window_size": (2, False),
     "use_proprio": (True, False), "parallel_decoding": (True, False),
     "action_normalization": ("normal", False),
@@ -77,9 +77,9 @@ CHANGES = {  # what a YAML may say otherwise under the same run_id -> whether th
 @pytest.mark.parametrize("key", CHANGES)
 def test_another_config_under_the_same_run_is_refused_by_name_or_honoured(key, runs):
     path, go_on = runs
-    (value, honoured), before = CHANGES[key], contents(path / "tuned")
+    (value, honored), before = CHANGES[key], contents(path / "tuned")
     done = go_on(max_steps=3, run_id="tuned", **{key: value})
-    if honoured:
+    if honored:
         assert done.returncode == 0 and "resumed" in done.text, done.text
         assert yaml.safe_load((path / "tuned/config.yaml").read_text())[key] == value
         if key == "learning_rate":

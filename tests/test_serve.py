@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY, write_colours
+from conftest import ROOT, TINY, write_colors
 from PIL import Image
 
 import serve_vla
@@ -66,14 +66,14 @@ def serving(run, directory, port=0):
 
 
 @pytest.fixture(scope="module")
-def server(colours, tmp_path_factory):
-    with serving(colours, tmp_path_factory.mktemp("server")) as (_, port, log):
+def server(colors, tmp_path_factory):
+    with serving(colors, tmp_path_factory.mktemp("server")) as (_, port, log):
         yield port, log
 
 
 @pytest.fixture(scope="module")
-def vla(colours):
-    return load_vla(colours)
+def vla(colors):
+    return load_vla(colors)
 
 
 def json_numpy(array: np.ndarray) -> dict:
@@ -97,7 +97,7 @@ def text(data: bytes) -> str:
 
 
 def picture(red: int, blue: int, seed: int = 0) -> np.ndarray:
-    """An image that the model learned to act on (conftest.write_colours), of varying size."""
+    """An image that the model learned to act on (conftest.write_colors), of varying size."""
     draw = np.random.RandomState(seed)
     image = draw.randint(100, 150, (draw.randint(28, 60), draw.randint(40, 90), 3)).astype(np.uint8)
     quarter = image.shape[1] // 4
@@ -152,15 +152,15 @@ def test_the_readme_s_client(server, vla):
         names["act"](data, "hold it", "hot")
 
 
-def test_speed_up_needs_a_gpu(colours):
-    done = subprocess.run([sys.executable, ROOT / "serve_vla.py", "--checkpoint", colours, "--device", "cpu",
+def test_speed_up_needs_a_gpu(colors):
+    done = subprocess.run([sys.executable, ROOT / "serve_vla.py", "--checkpoint", colors, "--device", "cpu",
                            "--speed_up"], capture_output=True, text=True)
     assert done.returncode == 2 and "it needs --device cuda" in done.stderr
 
 
-def test_health(server, colours):
+def test_health(server, colors):
     assert Client(server[0]).send(b"", "/health", "GET") == (200, {
-        "status": "ok", "model": str(colours), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
+        "status": "ok", "model": str(colors), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
         "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0,
         "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")}})
 
@@ -192,7 +192,7 @@ def test_32_clients_at_once_get_what_one_would(server, vla):
 
 
 def test_cameras_history_state_and_chunks(tmp_path, plain_run):
-    write_colours(tmp_path, "arm", 0.2, cameras=2)
+    write_colors(tmp_path, "arm", 0.2, cameras=2)
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "use_proprio": True,
               "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
               "window_size": 2, "action_chunk": 2, "max_steps": 60, "learning_rate": 3e-3,

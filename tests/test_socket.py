@@ -28,14 +28,14 @@ from serve_vla import Batcher, Service
 
 
 @pytest.fixture(scope="module")
-def server(colours, tmp_path_factory):
-    with serving(colours, tmp_path_factory.mktemp("server")) as (_, port, log):
+def server(colors, tmp_path_factory):
+    with serving(colors, tmp_path_factory.mktemp("server")) as (_, port, log):
         yield port, log
 
 
 @pytest.fixture(scope="module")
-def vla(colours):
-    return load_vla(colours)
+def vla(colors):
+    return load_vla(colors)
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +118,16 @@ def test_openpis_client_gets_the_right_actions(openpi, server, vla):
         assert sum(pool.map(ask_many, range(2))) == 1000
 
 
-def test_after_a_restart_it_connects_again(openpi, colours, vla, tmp_path):
+def test_after_a_restart_it_connects_again(openpi, colors, vla, tmp_path):
     image = picture(1, 0)
     asked = {"observation/image": image, "prompt": "hold it", "unnorm_key": "warmer"}
     expected = vla.predict_action(image, "hold it", "warmer")[None]
-    with serving(colours, tmp_path) as (_, port, _):
+    with serving(colors, tmp_path) as (_, port, _):
         before = openpi("127.0.0.1", port)
         np.testing.assert_array_equal(before.infer(asked)["actions"], expected)
     with pytest.raises(ConnectionClosed):
         before.infer(asked)
-    with serving(colours, tmp_path, port):
+    with serving(colors, tmp_path, port):
         np.testing.assert_array_equal(openpi("127.0.0.1", port).infer(asked)["actions"], expected)
 
 

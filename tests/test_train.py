@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(what, message, finished, tmp_pa
         ({"datasets": {"metaworld_demo": {"primary": "front"}}}, "observation/front"),
         ({"arch_specifier": "mlp"}, "arch_specifier 'mlp'.*linear"),
         ({"freeze_llm_backbone": True}, "unfreeze_last_llm_layer"),
-        ({"pretrained_checkpoint": "openvla/openvla-7b"}, "openvla/openvla-7b: .*checkpoint"),
+        ({"pretrained_checkpoint": "openvla/openvla-7b"}, "openvla/openvla-7b .*is_resume: false"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_leaves_nothing_behind(changes, words, tiny, tmp_path,
@@ -320,12 +320,12 @@ CORES = r"""
 import os, threading
 import torch
 from machinery import ranks
-neighbour = ranks.start_job()
+neighbor = ranks.start_job()
 loader = threading.Thread(target=torch.set_num_threads, args=[1])  # DataLoader's, which pins memory for a GPU
 loader.start()
 loader.join()
 os.write(1, f"rank {os.environ['RANK']} threads {torch.get_num_threads()}\n".encode())
-neighbour.release()
+neighbor.release()
 torch.distributed.destroy_process_group()
 """
 

@@ -277,6 +277,18 @@ def test_compiling_and_recomputing_change_nothing(runs):
         np.testing.assert_allclose(read(found, "grad_norm"), read(expected, "grad_norm"), rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_nor_does_compiling_with_inductor(tmp_path_factory, ranks):
+    """The test above is of run_cells.py's backend, which captures and partitions alike, and generates no C++."""
+    root = tmp_path_factory.mktemp("inductor")
+    plain = cell(root, "zero0-x2-full-recompute0-accumulation1", "zero0", 2, bf16=False)
+    (root / "cells.json").write_text(json.dumps(plain | compiled_cells(root)))
+    done = ranks(2, root / "cells.json", script="tests/run_cells.py",
+                 environ={"TORCH_COMPILE_BACKEND": "inductor"})
+    assert done.returncode == 0, done.text[-5000:]
+    test_compiling_and_recomputing_change_nothing(root)
+
+
 def test_memory_that_autograd_still_looks_at_is_not_used_again():
     """WeightsAhead reuses the memory of gathered weights, unless autograd keeps a view of it."""
     ahead, memory = WeightsAhead(50_000_000), torch.zeros(256)

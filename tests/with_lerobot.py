@@ -39,9 +39,9 @@ def pattern(camera: int, episode: int, frame: int, size: tuple[int, int]) -> np.
 
 def read_pattern(image: np.ndarray) -> list[int]:
     """(H, W, 3) uint8 -> [camera, episode, frame]."""
-    centres = [[(2 * i + 1) * side // 8 for i in range(4)] for side in image.shape[:2]]
+    centers = [[(2 * i + 1) * side // 8 for i in range(4)] for side in image.shape[:2]]
     bits = "".join("01"[int(image[y - 2 : y + 3, x - 2 : x + 3, 0].mean() > 125)]
-                   for y in centres[0] for x in centres[1])
+                   for y in centers[0] for x in centers[1])
     return [int(bits[:2], 2), int(bits[2:7], 2), int(bits[7:], 2)]
 
 

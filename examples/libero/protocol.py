@@ -33,7 +33,7 @@ class Protocol:
     turn: int = 180
     jpeg_quality: int = 95  # compress images once with JPEG, as in the training data; 0: do not
     # the middle 90% of the area, required after training on random crops of that size
-    centre_crop: bool = True
+    center_crop: bool = True
     settling_steps: int = 10  # waiting steps: LIBERO lets objects drop onto the table
     max_steps: int | None = None  # after settling; default: the suite's (MAX_STEPS)
     # the model's gripper is 0..1, and this is open; LIBERO's is -1..1, and -1 is open
@@ -47,7 +47,7 @@ def see(picture: np.ndarray, protocol: Protocol, size: int) -> np.ndarray:
     if protocol.jpeg_quality:
         picture = decode_native(jpeg(picture, protocol.jpeg_quality))
     picture = resize_image(np.ascontiguousarray(picture), size)  # Lanczos
-    return center_crop(picture, size) if protocol.centre_crop else picture
+    return center_crop(picture, size) if protocol.center_crop else picture
 
 
 def jpeg(picture: np.ndarray, quality: int) -> bytes:

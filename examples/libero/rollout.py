@@ -164,7 +164,7 @@ class Player:
         self.opens_at = int(robot.action[-1] == STANDARD[-1])
         # OpenVLA's own files do not record it; all it published for LIBERO was trained on random
         # crops
-        self.centre_crop = cfg.image_aug if "image_aug" in cfg.model_fields_set else True
+        self.center_crop = cfg.image_aug if "image_aug" in cfg.model_fields_set else True
         self.policy.cfg = cfg.model_copy(update={"image_aug": False})  # `see` has already cropped
 
     def act(self, questions: list[tuple]) -> list[np.ndarray]:
@@ -192,7 +192,7 @@ class Remote:
         self.cameras, self.size = self.health["cameras"], 224
         self.execute = execute or self.health["action_shape"][0]
         self.opens_at = int(self.health["action"][self.key][-1] == STANDARD[-1])
-        self.centre_crop = False  # the server crops if its model needs it
+        self.center_crop = False  # the server crops if its model needs it
 
     def get(self, path: str, request: dict | None):
         """The reply to a request. Raises UserError with the server's error message."""
@@ -304,7 +304,7 @@ def parse_arguments() -> argparse.Namespace:
     points.add_argument("--turn", type=int, choices=[0, 180], default=default.turn,
                         help="rotation of the images in degrees")
     points.add_argument("--jpeg_quality", type=int, default=default.jpeg_quality, help="0: no JPEG")
-    points.add_argument("--centre_crop", choices=["yes", "no"],
+    points.add_argument("--center_crop", choices=["yes", "no"],
                         help="default: on for OpenVLA's checkpoints, as trained for ours, off for servers")
     points.add_argument("--settling_steps", type=int, default=default.settling_steps)
     points.add_argument("--max_steps", type=int, help="after settling; default: the suite's")
@@ -363,7 +363,7 @@ def open_player(args: argparse.Namespace) -> tuple[Player | Remote, dict, Path]:
 
 def protocol_of(args: argparse.Namespace, player: Player | Remote) -> Protocol:
     """The points of the protocol, completed from the model."""
-    crop = player.centre_crop if args.centre_crop is None else args.centre_crop == "yes"
+    crop = player.center_crop if args.center_crop is None else args.center_crop == "yes"
     opens_at = player.opens_at if args.opens_at is None else args.opens_at
     return Protocol(args.image_size, args.turn, args.jpeg_quality, crop, args.settling_steps,
                     args.max_steps or MAX_STEPS[args.suite], opens_at)

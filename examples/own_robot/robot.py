@@ -17,7 +17,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen
 import mujoco
 import numpy as np
 
-COLOURS = {"red": "0.9 0.1 0.1 1", "green": "0.1 0.7 0.2 1", "blue": "0.1 0.3 0.9 1"}
+COLORS = {"red": "0.9 0.1 0.1 1", "green": "0.1 0.7 0.2 1", "blue": "0.1 0.3 0.9 1"}
 # meters: shoulder to elbow, elbow to wrist, wrist to fingertips
 UPPER, LOWER, HAND = 0.20, 0.18, 0.10
 SPEED = 0.12  # radians that the expert turns a joint per step
@@ -37,7 +37,7 @@ MODEL = f"""
     <geom type="plane" size="3 3 0.01" rgba="0.85 0.82 0.75 1"/>
     <camera name="outside" pos="0.20 0 0.85" xyaxes="0 -1 0 1 0 0" fovy="46"/>
     {"".join(f'<body name="{name}" mocap="true"><geom type="cylinder" size="{REACHED} 0.004" '
-             f'rgba="{rgba}"/></body>' for name, rgba in COLOURS.items())}
+             f'rgba="{rgba}"/></body>' for name, rgba in COLORS.items())}
     <body name="upper" pos="0 0 0.08">
       <joint name="shoulder" axis="0 0 1"/>
       <geom type="cylinder" size="0.035 0.05" rgba="0.2 0.2 0.2 1"/>
@@ -88,7 +88,7 @@ class Arm:
         self.discs = rng.uniform(0.30, 0.41, 3)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
         self.data.mocap_pos[:, :2] = self.discs
         self.goal = int(rng.integers(3))
-        self.instruction = f"touch the {[*COLOURS][self.goal]} disc"
+        self.instruction = f"touch the {[*COLORS][self.goal]} disc"
         self.target = np.array([-0.6, 1.2, -0.6, 0]) + np.append(rng.uniform(-0.5, 0.5, 3), 0)
         self.data.qpos[:3] = self.data.ctrl[:3] = self.target[:3]
         mujoco.mj_forward(self.model, self.data)
