@@ -344,4 +344,4 @@ def to_device(batch: dict, device) -> dict:
 
 
 if __name__ == "__main__":  # python data.py --inspect DIR
-    runpy.run_module("machinery.inspect_data", run_name="__main__")
+    runpy.run_module("machinery.inspect_data", run_name="__main__", alter_sys=True)

@@ -276,7 +276,9 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     black = subject.source == "registered"  # in OpenVLA's own datasets, no image is a black one
     check = partial(check_episodes, table.path, table.directory, black)
     parts = np.array_split(np.arange(len(table.episodes)), min(len(table.episodes), 256))
-    listed: dict[str, dict[str, str]] = {}  # {file: {record: reason}}
+    path = bad_episodes_file(table.directory, index_dir)
+    # {file: {record: reason}}; an earlier check's are in table.bad, and not looked at again
+    listed: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
     count = len(table.bad)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"),
                              end_with_parent) as pool:
@@ -289,8 +291,7 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     for file, records in listed.items():
         for record, reason in records.items():
             print(f"bad episode {table.directory / file}: record {record}: {reason}")
-    path = bad_episodes_file(table.directory, index_dir)
-    if listed or path.exists():
+    if listed:
         path.write_text(json.dumps(listed, indent=1))
     cure = " (skip_bad_episodes: true leaves them out)" if listed else ""
     print(f"checked {subject.name} episodes {len(table.episodes)} frames {len(table.frames)} "

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
-from action_tokenizer import IGNORE_INDEX
+from action_tokenizer import IGNORE_INDEX, MAX_PROMPT, prompt_ids
 from data import Mixture, open_tables
 from machinery import oxe
 from machinery.checkpoint import (
@@ -37,6 +37,7 @@ from machinery.checkpoint import (
 )
 from machinery.config import TrainConfig, UserError, run_directory, walk
 from machinery.files import atomic, take_lock
+from machinery.frames import DataError
 from machinery.images import contact_sheet
 from machinery.weights import SHAPE, describe_base, start_from
 
@@ -45,9 +46,9 @@ MEANING = """vision_backbone llm_backbone tokenizer add_action_tokens arch_speci
     image_size freeze_vision_backbone freeze_llm_backbone unfreeze_last_llm_layer lora_rank
     lora_alpha frozen_weights cameras use_proprio window_size action_chunk parallel_decoding
     action_normalization""".split()
-# keys that determine its batches: a run continues with the same ones only
-BATCHES = """base_vlm data_mix datasets balance_weights image_aug skip_bad_episodes max_prefix seed
-    global_batch_size""".split()
+# keys that determine its start and its batches: a run continues with the same ones only
+BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights image_aug
+    skip_bad_episodes max_prefix seed global_batch_size""".split()
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them), and those about speed
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
@@ -267,6 +268,7 @@ def settle(cfg: TrainConfig) -> dict:
     if run.step:
         check_statistics(run.checkpoint.run_dir, tables)
     cfg, tokenizer, weights = start_from(cfg, run.checkpoint)
+    check_instructions(cfg, tables, tokenizer)
     if cfg.rests_on_base and not run.checkpoint:
         run.base = describe_base(cfg.pretrained_checkpoint or cfg.base_vlm, weights.tensors)
     return {"cfg": cfg, "run": run, "tables": tables, "tokenizer": tokenizer, "weights": weights}
@@ -281,7 +283,8 @@ def resumed_config(cfg: TrainConfig, run: Run) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir / 'config.json'}: cannot interpret the checkpoint without "
                               f"it: {error}") from error
-    fixed = MEANING + BATCHES if run_dir == run.path.resolve() else MEANING
+    own_run = run_dir.resolve() == run.path.resolve()  # runs/ may be a link
+    fixed = MEANING + BATCHES if own_run else MEANING
     was = dict(walk(own.model_dump()))  # {"datasets.my_robot.primary": "image", ...}
     now = dict(walk(cfg.model_dump()))
     for name in was | now:
@@ -317,6 +320,18 @@ def data_facts(cfg: TrainConfig, tables: list) -> dict:
                 if name.partition(":")[0] in cfg.datasets}
     return {"action_dim": next(iter(action_dims.values())), "features": features,
             "proprio_dim": max(proprio_dims) if cfg.use_proprio else 0}
+
+
+def check_instructions(cfg: TrainConfig, tables: list, tokenizer) -> None:
+    """Raise DataError for an instruction that is too long for a prompt: training would stop only
+    when it draws that frame, perhaps after days, and again whenever it resumes."""
+    for *_, table in tables:
+        for text in table.instructions:
+            if len(text.encode()) > MAX_PROMPT // 2:  # bytes; a token has at least one
+                try:
+                    prompt_ids(tokenizer, text, cfg.prompt_style)
+                except UserError as error:
+                    raise DataError(f"{table.directory}: {error}") from error
 
 
 def check_statistics(run_dir: Path, tables: list) -> None:

@@ -39,11 +39,13 @@ def check_json(ds_config: dict) -> None:
     except Exception as error:
         raise UserError(f"--deepspeed_config: optimizer.params: {one_line(error)}") from error
 
-    # two mistakes that DeepSpeed accepts: nvme, which would fail at the first checkpoint, and a
-    # ratio with PyTorch's AdamW
+    # three mistakes that DeepSpeed accepts: nvme, which would fail at the first checkpoint,
+    # offload_param below stage 3, which has no effect, and a ratio with PyTorch's AdamW
     for part in (zero.offload_optimizer, zero.offload_param):
         if part and part.device == "nvme":
             raise UserError("--deepspeed_config: device nvme: checkpoints need memory: use cpu")
+    if zero.offload_param and zero.offload_param.device == "cpu" and zero.stage != 3:
+        raise UserError("--deepspeed_config: offload_param: needs stage 3: remove it")
     if torch_adam and zero.offload_optimizer and zero.offload_optimizer.ratio < 1:
         raise UserError("--deepspeed_config: offload_optimizer.ratio: PyTorch's AdamW cannot be on "
                         "two devices: remove torch_adam and fused")

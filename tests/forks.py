@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from machinery import frames, rlds  # noqa: E402
 
-PROGRAMS = {"data.py": "machinery.inspect_data", "eval_vla.py": "eval_vla", "export_vla.py": "export_vla",
-            "train_vla.py": "train_vla", "tests/run_cells.py": "run_cells"}
+PROGRAMS = {"eval_vla.py": "eval_vla", "export_vla.py": "export_vla", "train_vla.py": "train_vla",
+            "tests/run_cells.py": "run_cells"}
 # what a training imports later: DeepSpeed's Muon compiles something and so imports all of inductor
-LATER = ["transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.muon.muon_optimizer",
-         "torch.utils.tensorboard"]
+LATER = ["machinery.inspect_data", "transformers.models.llama.modeling_llama",
+         "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard"]
 LONGEST = 1200  # seconds; a command that hangs is killed
 CLONE_NEWNS = 0x20000  # a command's mounts are seen by this process and its children only
 
