@@ -74,7 +74,7 @@ def compare(base: str, image: np.ndarray, folder: Path, args) -> None:
     export(str(folder / "native"), folder / "hf", "hf")
     policy = load_vla(folder / "hf")
     vla, style = policy.vla, policy.cfg.prompt_style
-    prompt = PROMPTS[style].format(q=f"What action should the robot take to {INSTRUCTION}?")
+    prompt = PROMPTS[style].format(question=f"What action should the robot take to {INSTRUCTION}?")
     Image.fromarray(image).save(folder / "image.png")
     subprocess.run([args.openvla_python, ROOT / "bench/openvla_peer.py", args.openvla, "answer",
                     folder / "hf", folder / "image.png", folder / "official.npz", "--prompt", prompt],

@@ -39,6 +39,7 @@ from machinery.config import TrainConfig, UserError, run_directory, walk
 from machinery.files import atomic, take_lock
 from machinery.frames import DataError
 from machinery.images import contact_sheet
+from machinery.ranks import patient_group
 from machinery.weights import SHAPE, describe_base, start_from
 
 # keys that give the weights their meaning: a checkpoint is useless under another value
@@ -80,6 +81,12 @@ class Run:
                 raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not a "
                                 "writable folder")
         own = list_checkpoints(self.path / "checkpoints")
+        newest = [None] * dist.get_world_size()
+        dist.all_gather_object(newest, own[-1].name if own else None, group=patient_group())
+        if len(set(newest)) > 1:  # ranks that resume and ranks that start would wait for each other
+            raise UserError(f"{self.path}: not all ranks see the same newest checkpoint: "
+                            f"{sorted(map(str, set(newest)))}: let all machines share run_root_dir "
+                            "and start again")
         if own:
             self.checkpoint = open_checkpoint(own[-1])
         elif cfg.pretrained_checkpoint and cfg.is_resume:
