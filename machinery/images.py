@@ -49,7 +49,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 
 # ---- Crops and colors ----------------------------------------------------------------------------
 
-CROP_SIDE = 0.9**0.5  # crops keep 90 % of the area
+CROP_SIDE = 0.9**0.5  # crops keep 90% of the area
 
 
 def crop(image: np.ndarray, top: float, left: float, size: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Frozen weights in 8 bits: integers in -127..127, and a scale for each output row.
 
     W[i, j] is about scale[i] * number[i, j]          a byte each instead of bf16's two; errors are
-                                                      below 0.4 % of the row's largest weight
+                                                      below 0.4% of the row's largest weight
 
 Products are computed in the training's own dtype. The numbers are cast to bf16 (exactly) while a
 layer computes, and again in the backward pass: only the bytes are kept in between. `shrink`

@@ -5,7 +5,7 @@ Hu et al., 2021, and OpenVLA's finetune.py:
     y = W x + b + alpha / rank * B (A x)            W (out, in), A (rank, in), B (out, rank)
 
 A starts random and B zero, so that the first step computes exactly what the base does. For
-OpenVLA-7B, A and B of rank 32 have 1.5 % of the parameters. Gradients, AdamW's moments and
+OpenVLA-7B, A and B of rank 32 have 1.5% of the parameters. Gradients, AdamW's moments and
 checkpoints shrink as much; what remains is the base itself, which int8.py halves. To act or to be
 exported, B A is added to W: nothing is slower than before.
 

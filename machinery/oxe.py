@@ -26,7 +26,7 @@ REFUSED: dict[str, str] = _table["refused"]  # {dataset: why OpenVLA does not tr
 def kept_episodes(table: FrameTable, train: bool) -> tuple[np.ndarray, np.ndarray]:
     """The episodes of a split: (first frame, number of frames), each (E,) int64.
 
-    OpenVLA's rules: with a "val" split, train on "train"; otherwise on the first 95 % of its
+    OpenVLA's rules: with a "val" split, train on "train"; otherwise on the first 95% of its
     episodes (rounded half to even). Episodes without any instruction are left out.
     """
     split = np.array(table.splits)[table.episodes["split"]]

@@ -310,8 +310,10 @@ def same(path: str, was, now) -> bool:
     its language model, not only those in the YAML."""
     if path in ("base_vlm", "pretrained_checkpoint", "tokenizer") and was and now:
         return Path(was).name == Path(now).name
-    if path.startswith("llm_backbone"):
-        return was == now or now is None or isinstance(now, dict | str)
+    if path == "llm_backbone" and isinstance(now, str):
+        return Path(was.get("_name_or_path", now)).name == Path(now).name
+    if path.startswith("llm_backbone."):
+        return now in (None, was)
     return was == now or (isinstance(was, dict) and isinstance(now, dict))  # their parts follow
 
 

@@ -121,6 +121,8 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
     llm = json.loads(llm_config(cfg.llm_backbone, len(tokenizer)).to_json_string())
     if isinstance(cfg.llm_backbone, str):
         llm["_name_or_path"] = cfg.llm_backbone
+    elif "_name_or_path" in cfg.llm_backbone:  # of a run that continues
+        llm["_name_or_path"] = cfg.llm_backbone["_name_or_path"]
     return cfg.model_copy(update={"llm_backbone": llm}), tokenizer, weights
 
 

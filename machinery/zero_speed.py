@@ -234,7 +234,7 @@ def scatter(params: list, dtype: torch.dtype) -> list[torch.Tensor]:
 def copy_weights_pinned(engine) -> None:
     """Copy weights that ZeRO-3 stepped on in host memory to the GPU by way of pinned memory.
 
-    DeepSpeed rounds each group into new memory, which the GPU reads slowly: the 60 % of a 7B that
+    DeepSpeed rounds each group into new memory, which the GPU reads slowly: the 60% of a 7B that
     ds_configs/zero3_partial_offload.json keeps on the host take 2 s, and 0.5 s here.
     """
     zero = engine.optimizer
