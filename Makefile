@@ -12,7 +12,7 @@ break: .venv/core  # tell what "make demo" has trained something wrong, and see 
 	python examples/break/break.py
 
 test: .venv/dev  # nearly everything, on the CPU
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadscope
 
 slow: .venv/dev  # the tests that take longest
 	OMP_NUM_THREADS=1 python -m pytest -q -m slow
