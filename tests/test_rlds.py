@@ -172,10 +172,10 @@ def test_table_holds_every_frame(written, tmp_path):
     assert table.frames["instruction"][-1] == 1
 
 
-def test_bytes_per_frame():
+def test_bytes_per_frame(tmp_path):
     recipe = oxe.DATASETS["bridge_orig"]
     directory = find_dataset(RLDS / "data", "bridge_orig")
-    table = frame_table(directory, recipe, ["image_0"], False)
+    table = frame_table(directory, recipe, ["image_0"], False, index_dir=str(tmp_path))
     assert table.frames.dtype.itemsize == 44
 
 
