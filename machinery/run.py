@@ -69,7 +69,8 @@ class Run:
         of its checkpoint."""
         self.quiet = dist.get_rank() != 0
         self.path = run_directory(cfg)
-        self.keep_checkpoints = 0 if cfg.keep_checkpoints == "none" else cfg.keep_checkpoints
+        self.saves = cfg.keep_checkpoints != "none"
+        self.keep_checkpoints = cfg.keep_checkpoints  # 0: all
         self.on_save_error = cfg.on_save_error
         self.lock = None
         self.started = time.time()
@@ -229,8 +230,10 @@ class Run:
             seconds = time.time() - self.started
             self.line(f"done steps {total} seconds {seconds:.0f} run {self.path}")
         else:
-            self.line(f"stopped by {reason} at step {step} of {total}: run the same command again "
-                      "to continue")
+            cure = "run the same command again to continue"
+            if not self.saves:
+                cure = "nothing was saved (keep_checkpoints: none)"
+            self.line(f"stopped by {reason} at step {step} of {total}: {cure}")
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
