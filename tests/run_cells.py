@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from deepspeed.utils import groups
 
 import train_vla
 from machinery import config, ranks, run
@@ -81,6 +82,7 @@ def main() -> None:
         if train_vla.dist.get_rank() == 0:
             print(f"carried {name} {json.dumps(carried)}", flush=True)
         gc.collect()  # an engine and its hooks refer to each other
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed keeps hpZ's until the process ends
     gc.unfreeze()
     neighbor.release()
     train_vla.dist.destroy_process_group()
