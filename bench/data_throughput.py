@@ -30,13 +30,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from action_tokenizer import load_tokenizer
-from data import Mixture, TrainBatches, open_tables
+from data import Mixture, TrainBatches, make_loader, open_tables
 from machinery import oxe
 from machinery.config import TrainConfig
 from machinery.frames import find_dataset
 from machinery.recipes import standardize
 from machinery.rlds import _index_shard, step_features, write_rlds
-from train_vla import make_loader
 
 OPENVLA = '''
 import sys, time, types, psutil

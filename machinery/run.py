@@ -65,8 +65,8 @@ class Run:
     """
 
     def __init__(self, cfg: TrainConfig):
-        """Raises UserError if another job trains in the run, or if `cfg` would change the meaning
-        of its checkpoint."""
+        """Raises UserError if another job trains in the run, if ranks see different checkpoints, or
+        if training would not start where `cfg` expects it."""
         self.quiet = dist.get_rank() != 0
         self.path = run_directory(cfg)
         self.saves = cfg.keep_checkpoints != "none"
@@ -135,8 +135,9 @@ class Run:
         for name in cfg.features:  # the user's own datasets
             recipe = cfg.datasets[name.partition(":")[0]]
             self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
-        for finding in [] if self.quiet else oxe.mixture_notes(cfg, mixture):
-            self.line(f"warning: {finding}")
+        if not self.quiet:
+            for finding in oxe.mixture_notes(cfg, mixture):
+                self.line(f"warning: {finding}")
         if not held_out:
             self.line("warning: no evaluation: a dataset has no held-out frames")
         self.line(f"startup_s {time.time() - self.started:.1f}")

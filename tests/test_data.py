@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 import data
 from action_tokenizer import load_tokenizer
-from data import TrainBatches, collate, interleave, permute
+from data import TrainBatches, collate, interleave, make_loader, permute
 from machinery.config import TrainConfig
 from machinery.frames import DataError
 from machinery.images import augment, decode_image, draw_augmentation
-from train_vla import make_loader
 
 pytestmark = pytest.mark.usefixtures("index_here")
 TOKENIZER = load_tokenizer(str(LLAMA_TOKENIZER))
