@@ -15,6 +15,7 @@ checkpoints keep their meaning:
 256 edges enclose only 255 intervals: bin 256, which only +1.0 reaches, decodes like bin 255.
 """
 
+import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
@@ -50,7 +51,8 @@ def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedToke
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str,
                prompt_style: str = "pure") -> list[int]:
     """Token ids from <s> up to where the action begins, the same for training and acting."""
-    question = f"What action should the robot take to {instruction.lower()}?"
+    instruction = unicodedata.normalize("NFC", instruction).lower()  # one form of each accent
+    question = f"What action should the robot take to {instruction}?"
     question = question.replace("<image>", "")  # as Prismatic does: it marks an image in a chat
     text = PROMPTS[prompt_style].format(question=question)
     ids = tokenizer(text, add_special_tokens=True).input_ids

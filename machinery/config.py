@@ -69,7 +69,7 @@ class Recipe:
     wrist: str | None = None
     cameras: dict[str, str] = field(default_factory=dict)  # more cameras: {name: key}
     state: str = "state"  # field list, concatenated to `proprio`
-    # field list; the words `target` and `raw` describe its dimensions ...
+    # field list; the words `target`, `change` and `raw` describe its dimensions ...
     action: str = "action"
     # ... or these two keys do: how many of the last dimensions are `target raw` (default 1, a
     # gripper), and how many are `target`, normalized or not (joint positions)
@@ -78,6 +78,10 @@ class Recipe:
     instruction: str = "language_instruction"  # key of the text, in the step or in the episode
     trim: bool = False  # Bridge: drop the first step (action zero) and the last (no action)
     skip_idle: bool = False  # DROID: drop frames without motion (oxe.is_idle)
+    names: dict[str, list[str]] = field(default_factory=dict)  # {feature: names of its numbers}
+    # OpenVLA's: is_first and is_last inside a record are ignored, and without a split `val` the
+    # last 5% of the episodes are held out (false: some of each instruction, oxe.held_out)
+    openvla_rules: bool = False
 
     @property
     def camera_names(self) -> dict[str, str]:
@@ -192,8 +196,12 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_old_keys(cls, values: dict) -> dict:
-        """Ignore max_length, which runs of earlier versions have saved. It changed no result."""
+    def read_old_runs(cls, values: dict) -> dict:
+        """Ignore max_length, which runs of earlier versions have saved. It changed no result. And
+        their recipes without openvla_rules: they followed these rules."""
+        for recipe in values.get("datasets", {}).values():
+            if values.get("action_dim") and isinstance(recipe, dict):
+                recipe.setdefault("openvla_rules", True)
         return {key: value for key, value in values.items() if key != "max_length"}
 
 

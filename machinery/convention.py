@@ -9,7 +9,8 @@ recipe is inverted for an action on its way to the robot, and applied to a state
     the model predicts 0.25, the robot gets 191.25
 
 A helper that has no inverse (delta, rel2abs, ...) leaves its dimensions in standard form. Clipped
-values are clipped again; binarized values are returned unchanged.
+values are clipped again; binarized values are returned unchanged. A quaternion that was recorded
+with w first (wxyz) is returned so.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from machinery.config import Recipe, TrainConfig, UserError
-from machinery.fields import CONSTANT, SCALE, Field, parse_fields
-from machinery.recipes import apply, feature_name
+from machinery.fields import SCALE, Field, parse_fields
+from machinery.recipes import apply, take_columns
 
 STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
 
@@ -29,8 +30,8 @@ STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
 class Convention:
     """The form in which one dataset's robot takes actions and reports states.
 
-    action, state: a label for each number: the name of a recorded feature, such as "gripper" or
-        "joints[3]", or the recipe's words for a number in standard form
+    action, state: a label for each number: its name in the recipe, or that of a recorded feature,
+        such as "gripper" or "joints[3]", or the recipe's words for a number in standard form
     to_robot: standard actions (..., A) -> (..., len(action))
     actions_from_robot: the inverse of to_robot
     from_robot: states (B, len(state)) -> standard states (B, P)
@@ -96,27 +97,49 @@ def invert_helpers(values: np.ndarray, helpers: list[str]) -> np.ndarray:
     return values
 
 
-def column_names(field: Field, features: dict[str, int]) -> list[tuple[str, int]]:
-    """(name, column in its feature) of each standard dimension that a field makes."""
-    if constant := CONSTANT.fullmatch(field.key):
-        return [(field.key, i) for i in range(int(constant[2] or 1))]
-    if "euler" in field.helpers:
-        return [(field.key, i) for i in range(3)]
-    width = features[field.key]
-    names = [field.key] if width == 1 else [f"{field.key}[{i}]" for i in range(width)]
-    return list(zip(names, range(width), strict=True))[field.columns]
-
-
-# ---- Actions -----------------------------------------------------------------------------------
-
-
 class Dimension(NamedTuple):
-    """One dimension of the standard action: column `column` of feature `key`, after `helpers`."""
+    """One dimension in standard form: column `column` of feature `key`, after `helpers`."""
 
-    key: str
+    key: str | None  # None: a constant, which the recipe adds
     column: int
     label: str
     helpers: list[str]
+
+
+def number_labels(name: str, width: int, names: dict[str, list[str]]) -> list[str]:
+    """A label for each of a feature's numbers."""
+    labels = [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
+    return names.get(name) or [label.removeprefix("observation/") for label in labels]
+
+
+def dimensions_of(field: Field, features: dict[str, int], names: dict[str, list[str]]
+                  ) -> list[Dimension]:
+    """The standard dimensions that a field makes. features: {feature: numbers in a step}."""
+    if field.constant:
+        return [Dimension(None, i, field.key, field.helpers) for i in range(field.constant[1])]
+    width = features[field.key]
+    columns = [*range(width)] if "unzip" in field.helpers else [*range(width)[field.columns]]
+    if field.wxyz:
+        columns = columns[1:] + columns[:1]
+    if invertible(field):
+        labels = number_labels(field.key, width, names)
+        return [Dimension(field.key, i, labels[i], field.helpers) for i in columns]
+    count = 3 if "euler" in field.helpers else len(columns)
+    words = " ".join([field.key.removeprefix("observation/"), *field.helpers])
+    return [Dimension(field.key, i, f"{words}[{i}]", []) for i in range(count)]
+
+
+def dimension_names(recipe: Recipe, features: dict[str, int]) -> tuple[list[str], list[str]]:
+    """Labels of the dimensions of a dataset's standard actions and states (none if not indexed)."""
+    labels = []
+    for fields in (parse_fields(recipe.action), parse_fields(recipe.state, "observation/")):
+        known = all(field.constant or field.key in features for field in fields)
+        labels.append([dimension.label for field in fields if known
+                       for dimension in dimensions_of(field, features, recipe.names)])
+    return labels[0], labels[1]
+
+
+# ---- Actions -----------------------------------------------------------------------------------
 
 
 def undo(
@@ -126,14 +149,8 @@ def undo(
 
     stats: of the dataset's actions."""
     fields = parse_fields(recipe.action)
-    dimensions = []
-    for field in fields:
-        for i, (name, column) in enumerate(column_names(field, features)):
-            if invertible(field):
-                dimensions.append(Dimension(field.key, column, name, field.helpers))
-            else:
-                label = f"{' '.join([field.key, *field.helpers])}[{i}]"
-                dimensions.append(Dimension(field.key, column, label, []))
+    dimensions = [dimension for field in fields
+                  for dimension in dimensions_of(field, features, recipe.names)]
     if all(invertible(field) for field in fields):
         places = recorded_order(dimensions)
     else:  # the robot takes the standard form, inverted where that is possible
@@ -165,7 +182,7 @@ def recorded_order(dimensions: list[Dimension]) -> list[list[int]]:
     features = list(dict.fromkeys(dimension.key for dimension in dimensions))
     places: dict[tuple[int, int], list[int]] = {}
     for place, dimension in enumerate(dimensions):
-        if not CONSTANT.fullmatch(dimension.key):  # the recipe adds constants; the robot has none
+        if dimension.key is not None:  # the recipe adds constants; the robot has none
             number = (features.index(dimension.key), dimension.column)
             places.setdefault(number, []).append(place)
     return [places[number] for number in sorted(places)]
@@ -177,22 +194,13 @@ def recorded_order(dimensions: list[Dimension]) -> list[list[int]]:
 def redo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[str], Callable]:
     """-> (labels of the robot's state, the function from the robot's to standard states). If the
     recipe needs several steps or unrecorded features, the robot must send the standard form."""
-    fields = []
-    widths = {}  # {feature: numbers in a step}
-    for field in parse_fields(recipe.state):
-        if not all(map(is_pointwise, field.helpers)):
-            return standard_state(stats), np.asarray
-        if not CONSTANT.fullmatch(field.key):
-            field = field._replace(key=feature_name(field.key, "observation/"))
-            widths[field.key] = features.get(field.key)
-        fields.append(field)
-    if not widths or None in widths.values():
+    fields = parse_fields(recipe.state, "observation/")
+    pointwise = all(is_pointwise(word) for field in fields for word in field.helpers)
+    widths = {field.key: features.get(field.key) for field in fields if not field.constant}
+    if not pointwise or not widths or None in widths.values():
         return standard_state(stats), np.asarray
-    labels = []
-    for name in widths:
-        every_column = Field(name, slice(None), [], False, False)
-        for label, _ in column_names(every_column, features):
-            labels.append(label.removeprefix("observation/"))
+    labels = [label for name, width in widths.items()
+              for label in number_labels(name, width, recipe.names)]
 
     def from_robot(states: np.ndarray) -> np.ndarray:
         states = np.asarray(states, np.float32)
@@ -203,10 +211,11 @@ def redo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[st
         blocks = dict(zip(widths, np.split(states, starts, axis=1), strict=True))
         columns = []
         for field in fields:
-            if constant := CONSTANT.fullmatch(field.key):
-                columns.append(np.full((len(states), int(constant[2] or 1)), int(constant[1])))
+            if field.constant:
+                value, width = field.constant
+                columns.append(np.full((len(states), width), value))
             else:
-                columns.append(apply(blocks[field.key][:, field.columns], field.helpers))
+                columns.append(apply(take_columns(blocks[field.key], field), field.helpers))
         return np.concatenate(columns, axis=1).astype(np.float32)
 
     return labels, from_robot

@@ -22,7 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ import numpy as np
 from machinery.config import PROJECT, Recipe, UserError
 from machinery.files import take_lock
 
-TABLE_VERSION = 1  # change it when a table would hold other numbers (tests/frame_tables.json)
+TABLE_VERSION = 2  # change it when a table would hold other numbers (tests/frame_tables.json)
 
 
 class DataError(UserError):
@@ -63,8 +63,8 @@ class FrameTable:
 
     frames: per frame  `offset`, `length` (one each per camera; length 0: no image), `instruction`
             (number), `action` (float32, standardized but not normalized), `proprio` if asked for
-    episodes: per episode  `split`, `shard`, `record` (numbers), `first`, `count` (its frames),
-            `labeled` (has it an instruction?)
+    episodes: per episode  `split`, `shard`, `record` (numbers; several episodes of one if it holds
+            several executions), `first`, `count` (its frames), `labeled` (has it an instruction?)
     """
 
     def __init__(self, path: Path, directory: Path):
@@ -79,7 +79,10 @@ class FrameTable:
         self.statistics = meta["statistics"]  # see rlds.statistics
         self.bad = meta["bad_episodes"]  # which were left out, and why
         self.targets = np.array(meta["targets"])  # (A,) bool: is the action's dimension a target?
+        self.declared = np.array(meta["declared"])  # (A,) bool: does the recipe call it one or not?
         self.features = meta["features"]  # {feature of the recipe: its numbers per step}
+        self.unused = meta["unused"]  # what the steps hold besides
+        self.openvla_rules = meta["openvla_rules"]  # see Recipe
         row = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in meta["frame"]])
         self.frames = np.memmap(path / "frames.bin", row, "r")
         self.episodes = np.load(path / "episodes.npy")
@@ -131,8 +134,8 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     directory = directory.resolve()
     bad_episodes = bad_episodes_file(directory, index_dir)
     known_bad = json.loads(bad_episodes.read_text()) if bad_episodes.exists() else {}
-    job = {"recipe": asdict(recipe), "cameras": cameras, "load_proprio": load_proprio,
-           "skip_bad": skip_bad_episodes, "known_bad": known_bad}
+    job = {"recipe": asdict(replace(recipe, names={})), "cameras": cameras,
+           "load_proprio": load_proprio, "skip_bad": skip_bad_episodes, "known_bad": known_bad}
     name = digest((TABLE_VERSION, job, data_files(directory)))
     path = table_folder(directory, index_dir) / name
     if not path.exists():
@@ -148,7 +151,13 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
                     for leftover in path.parent.glob(f"{name}.*.tmp"):
                         shutil.rmtree(leftover)
                 index(job | {"directory": str(directory), "path": str(path)})
-    return FrameTable(path, directory)
+    table = FrameTable(path, directory)
+    for name, labels in recipe.names.items():
+        width = table.features.get(name, len(labels))
+        if len(labels) != width:
+            raise DataError(f"{directory}: names: {name} has {width} numbers and {len(labels)} "
+                            "names in its recipe: correct them")
+    return table
 
 
 def data_files(directory: Path) -> list[tuple[str, int, int]]:

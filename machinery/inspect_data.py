@@ -33,7 +33,7 @@ from machinery.config import (
     load_config,
     one_line,
 )
-from machinery.fields import check_recipe
+from machinery.fields import check_recipe, parse_fields, recipe_values
 from machinery.frames import (
     DataError,
     FrameTable,
@@ -42,6 +42,7 @@ from machinery.frames import (
     find_dataset,
     frame_table,
 )
+from machinery.guess import action_fields, state_fields
 from machinery.images import contact_sheet, decode_image, decode_native
 from machinery.recipes import Feature
 from machinery.rlds import step_features
@@ -71,11 +72,13 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
     for name in dataset_names(folder, data_mix, cfg):
         name, _, version = name.partition(":")
         directory = locate(folder, name, version)
-        if cfg and name in cfg.datasets:
-            recipe, source = cfg.datasets[name], config
+        own = cfg.datasets if cfg else {}
+        recipe = oxe.find_recipe(name, directory, own)
+        source = config if name in own else str(directory / "recipe.yaml")
+        if name in oxe.DATASETS and name not in own:
+            source = "registered"
+        elif recipe:
             check_recipe(name, recipe)
-        elif name in oxe.DATASETS:
-            recipe, source = oxe.DATASETS[name], "registered"
         else:
             recipe, source = guess_recipe(step_features(directory), directory), "guessed"
         if cfg and not cfg.use_proprio and recipe.state == Recipe().state:
@@ -132,24 +135,20 @@ def guess_recipe(features: dict[str, Feature], directory: Path, action: str | No
     """A recipe for a dataset without one: images by name, else in order; `action`, unless it is
     given; any text. Raises DataError if that is not enough."""
     steps = {name: feature for name, feature in features.items() if feature.of_step}
-    actions = [name for name in (action, "action", "actions") if name in steps]
-    texts = [name for name, feature in steps.items() if feature.kind == "Text"]
+    action = action or action_fields(steps)
+    texts = []
     for name, feature in features.items():
         named = any(part in name for part in TEXTS)
-        if feature.kind == "Text" and not feature.of_step and named:
+        is_text = feature.dtype.kind == "O" and feature.shape == () and feature.kind != "Image"
+        if is_text and (named or (feature.of_step and feature.kind == "Text")):
             texts.append(name)
-    texts.sort(key=lambda name: [part not in name for part in TEXTS])
+    texts.sort(key=lambda name: (name not in steps, [part not in name for part in TEXTS]))
     images = [relative(name) for name, feature in steps.items() if feature.kind == "Image"]
     images.sort(key=lambda name: "depth" in name.lower())  # last
-    if not (actions and texts and images):
+    if not (action and texts and images):
         raise DataError(f"{directory}: cannot guess action, image and instruction among "
                         f"{sorted(features)}: describe it under `datasets:` in a YAML, and add "
                         "--config")
-    state = "0"
-    for name in ("state", "observation/proprio", "observation/state"):  # the best last
-        feature = steps.get(name)
-        if feature and feature.dtype.kind in "biuf" and None not in feature.shape:
-            state = relative(name)
     wrist = [name for name in images if any(part in name.lower() for part in WRIST)]
     outside = [name for name in images if name not in wrist]
     for names in (wrist, outside):  # a camera of exactly that name comes first
@@ -157,7 +156,8 @@ def guess_recipe(features: dict[str, Feature], directory: Path, action: str | No
     cameras = dict(zip(("primary", "secondary"), outside, strict=False))
     cameras |= dict(zip(("wrist",), wrist, strict=False))
     others = {name.strip("/"): name for name in outside[2:] + wrist[1:]}  # by their own names
-    return Recipe(**cameras, cameras=others, action=actions[0], instruction=texts[0], state=state)
+    return Recipe(**cameras, cameras=others, action=action, instruction=texts[0],
+                  state=state_fields(steps))
 
 
 def guess_action(recipe: Recipe, table: FrameTable) -> Recipe:
@@ -170,11 +170,16 @@ def guess_action(recipe: Recipe, table: FrameTable) -> Recipe:
         words.append(" target raw" if is_gripper else " target" if target else "")
     if not any(words):
         return recipe
-    fields, start = [], 0
-    for same, group in itertools.groupby(words):
-        stop = start + len(list(group))
-        fields.append(f"{recipe.action}[{start}:{stop}]{same}")
-        start = stop
+    fields = []
+    for field in parse_fields(recipe.action):
+        width = table.features[field.key]
+        start = 0
+        for same, group in itertools.groupby(words[:width]):
+            stop = start + len(list(group))
+            columns = "" if stop - start == width else f"[{start}:{stop}]"
+            fields.append(f"{field.key}{columns}{same}")
+            start = stop
+        words = words[width:]
     return replace(recipe, action=", ".join(fields))
 
 
@@ -186,9 +191,8 @@ def relative(name: str) -> str:
 
 def as_yaml(subject: Subject) -> str:
     """The recipe, for a YAML."""
-    default = vars(Recipe())
-    values = {key: value for key, value in vars(subject.recipe).items() if value != default[key]}
-    return yaml.safe_dump({"datasets": {subject.name: values}}, sort_keys=False, width=1000)
+    values = {"datasets": {subject.name: recipe_values(subject.recipe)}}
+    return yaml.safe_dump(values, sort_keys=False, width=1000)
 
 
 # ---- What a dataset contains ---------------------------------------------------------------------

@@ -5,18 +5,21 @@ user's own dataset is described in the same words in the YAML (`datasets:`). fie
 words, recipes.py applies them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from machinery.checks import findings
 from machinery.config import RECIPES, Recipe, TrainConfig, UserError, load_table, nearest
-from machinery.fields import check_recipe
+from machinery.fields import check_recipe, read_recipe
 from machinery.frames import DataError, FrameTable, find_dataset
 
 _table = load_table("open_x_embodiment")
-DATASETS: dict[str, Recipe] = RECIPES.validate_python(_table["datasets"])
+DATASETS: dict[str, Recipe] = RECIPES.validate_python(
+    {name: {**recipe, "openvla_rules": True} for name, recipe in _table["datasets"].items()})
 MIXTURES: dict[str, dict[str, float]] = _table["mixtures"]  # {name: {dataset: weight}}
 REFUSED: dict[str, str] = _table["refused"]  # {dataset: why OpenVLA does not train on it}
 
@@ -26,19 +29,61 @@ REFUSED: dict[str, str] = _table["refused"]  # {dataset: why OpenVLA does not tr
 def kept_episodes(table: FrameTable, train: bool) -> tuple[np.ndarray, np.ndarray]:
     """The episodes of a split: (first frame, number of frames), each (E,) int64.
 
-    OpenVLA's rules: with a "val" split, train on "train"; otherwise on the first 95% of its
-    episodes (rounded half to even). Episodes without any instruction are left out.
+    With a "val" split, train on "train"; otherwise on the episodes of "train" that are not held
+    out. Episodes without any instruction are left out.
     """
     split = np.array(table.splits)[table.episodes["split"]]
     chosen = split == "train"
     if "val" not in table.splits:
-        boundary = round(95 * int(chosen.sum()) / 100)
-        in_train = np.cumsum(chosen) <= boundary
-        chosen &= in_train == train
+        chosen &= held_out(table, chosen) != train
     elif not train:
         chosen = split == "val"
     chosen = table.episodes[chosen & table.episodes["labeled"]]
     return chosen["first"].astype(np.int64), chosen["count"].astype(np.int64)
+
+
+def held_out(table: FrameTable, chosen: np.ndarray) -> np.ndarray:
+    """Which of the chosen episodes (E,) bool to evaluate on, (E,) bool: 5% of them.
+
+    By OpenVLA's rules the last ones (rounded half to even). Otherwise a twentieth, and at least
+    one, of the episodes of each instruction that has five, then of all others together. Each
+    instruction keeps an episode to train on, unless every one has a single episode. The draw
+    depends on the data only: appended episodes change little of it.
+    """
+    total = int(chosen.sum())
+    if table.openvla_rules:
+        return chosen & (np.cumsum(chosen) > round(95 * total / 100))
+    texts = instructions_of(table, chosen & table.episodes["labeled"])
+    left = Counter(text for episode in texts.values() for text in episode)
+    wanted = {text: -(-count // 20) for text, count in left.items() if count >= 5}
+    draw = np.random.RandomState(0).rand(len(chosen))  # of an episode: the same when more follow
+    order = sorted(texts, key=draw.__getitem__)
+    held = np.zeros(len(chosen), bool)
+    for each in (True, False):
+        for episode in order:
+            spare = all(left[text] > 1 for text in texts[episode])
+            due = any(wanted.get(text, 0) > 0 for text in texts[episode])
+            if spare and not held[episode] and (due if each else held.sum() < round(total / 20)):
+                held[episode] = True
+                left.subtract(texts[episode])
+                for text in texts[episode]:
+                    wanted[text] = wanted.get(text, 0) - 1
+    if not held.any():
+        held[order[: round(total / 20)]] = True
+    return held
+
+
+def instructions_of(table: FrameTable, chosen: np.ndarray) -> dict[int, set[str]]:
+    """{episode: its instructions, as they read without spaces and capitals} of chosen ones."""
+    number = np.repeat(np.arange(len(table.episodes)), table.episodes["count"])
+    pairs = number * len(table.instructions) + table.frames["instruction"]
+    plain = [" ".join(text.lower().split()) for text in table.instructions]
+    texts = {episode: set() for episode in np.flatnonzero(chosen).tolist()}
+    for pair in np.unique(pairs).tolist():
+        episode, text = divmod(pair, len(table.instructions))
+        if episode in texts:
+            texts[episode].add(plain[text])
+    return texts
 
 
 def is_idle(normalized: np.ndarray) -> np.ndarray:
@@ -110,6 +155,32 @@ def expand_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recipe
     if data_mix in MIXTURES and data_mix not in own:
         return MIXTURES[data_mix]
     return {data_mix: 1.0}
+
+
+def find_recipe(name: str, directory: Path, own: Mapping[str, Recipe]) -> Recipe | None:
+    """The recipe of the dataset in a directory: the YAML's (own), OpenVLA's, or the one beside it
+    (recipe.yaml), which also fills in for {} and for names that the YAML's leaves out."""
+    recipe = own.get(name, DATASETS.get(name))
+    beside = read_recipe(directory)
+    if recipe is None or beside is None:
+        return recipe or beside
+    if recipe == Recipe():
+        return beside
+    return replace(recipe, names=recipe.names or beside.names) if name in own else recipe
+
+
+def read_recipes(cfg: TrainConfig) -> TrainConfig:
+    """The config with the recipes that are beside its datasets (find_recipe)."""
+    recipes = dict(cfg.datasets)
+    for name in expand_mixture(cfg.data_mix, recipes):
+        plain = name.partition(":")[0]
+        try:
+            recipe = find_recipe(plain, find_dataset(cfg.data_root_dir, name), recipes)
+        except DataError:  # no such dataset: find_datasets reports all of them
+            continue
+        if recipe and recipe != DATASETS.get(plain):
+            recipes[plain] = recipe
+    return cfg.model_copy(update={"datasets": recipes})
 
 
 def left_out(data_mix: str | Mapping[str, float], own: Mapping[str, Recipe] | None = None

@@ -7,7 +7,9 @@ once per episode, and convention.py for single actions and states of a robot tha
 
 import ctypes.util
 import functools
+import itertools
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from machinery.config import Recipe
-from machinery.fields import CONSTANT, Field, parse_fields
+from machinery.fields import Field, feature_name, has_words, parse_fields
 from machinery.frames import DataError
 
 # ---- Helpers: (T, k) -> (T, m) -------------------------------------------------------------------
@@ -204,6 +206,54 @@ class Feature(NamedTuple):
         return f"{self.kind} of shape {self.shape} {dtype} per {owner}"
 
 
+class Execution:
+    """Some of a record's steps, read as rlds.Steps."""
+
+    def __init__(self, steps, span: slice, length: int, decoded: dict):
+        """length: steps of the record; decoded: its features, for all executions in it"""
+        self.steps = steps
+        self.features = steps.features
+        self.span = span
+        self.length = length
+        self.decoded = decoded
+
+    def __getitem__(self, name: str):
+        if name not in self.decoded:
+            self.decoded[name] = self.steps[name]
+        values = self.decoded[name]
+        return self.part(name, values) if self.features[name].of_step else values
+
+    def spans(self, name: str) -> np.ndarray:
+        return self.part(name, self.steps.spans(name))
+
+    def part(self, name: str, values):
+        return per_step(name, values, self.length)[self.span]
+
+
+def executions(steps) -> list:
+    """The executions in a record (rlds.Steps), usually one. is_first begins one, and is_last ends
+    one. If it is true for several steps in a row, the first of them begins it, the last ends it."""
+    bounds = set()
+    for name, turn in (("is_first", 1), ("is_last", -1)):
+        feature = steps.features.get(name)
+        if feature and feature.of_step and feature.shape in ((), (1,)):
+            flags = np.asarray(steps[name], np.int8).reshape(-1)
+            length = len(flags)
+            bounds |= {*(np.flatnonzero(np.diff(flags) == turn) + 1).tolist()}
+    if not bounds:
+        return [steps]
+    decoded = {}
+    return [Execution(steps, slice(first, stop), length, decoded)
+            for first, stop in itertools.pairwise([0, *sorted(bounds), length])]
+
+
+def standardize_record(steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool
+                       ) -> list[dict]:
+    """Each episode in a record (rlds.Steps) in standard form."""
+    parts = [steps] if recipe.openvla_rules else executions(steps)
+    return [standardize(part, recipe, cameras, load_proprio) for part in parts]
+
+
 def standardize(steps, recipe: Recipe, cameras: list[str | None], load_proprio: bool) -> dict:
     """One episode (rlds.Steps) in standard form, T frames after trimming.
 
@@ -213,9 +263,8 @@ def standardize(steps, recipe: Recipe, cameras: list[str | None], load_proprio: 
 
     Raises DataError if a feature does not have one value per step.
     """
-    keys = [field.key for field in parse_fields(recipe.action)]
-    key = next(key for key in keys if not CONSTANT.fullmatch(key))
-    length = len(steps[feature_name(key, "")])
+    key = next(field.key for field in parse_fields(recipe.action) if not field.constant)
+    length = len(steps[key])
     trimmed = int(recipe.trim)  # steps at both ends
     frames = slice(trimmed, length - trimmed)
     count = max(length - 2 * trimmed, 0)
@@ -243,13 +292,12 @@ def read_fields(fields: str, steps, prefix: str, first: int, length: int) -> lis
     """Evaluate a field list on the steps first .. length - 1 -> the columns of each field,
     (length - first, width) float32."""
     columns = []
-    for field in parse_fields(fields):
-        constant = CONSTANT.fullmatch(field.key)
-        if constant:
-            value, width = int(constant[1]), int(constant[2] or 1)
+    for field in parse_fields(fields, prefix):
+        if field.constant:
+            value, width = field.constant
             columns.append(np.full((length - first, width), value, np.float32))
             continue
-        values = per_step(field.key, steps[feature_name(field.key, prefix)], length)[first:]
+        values = per_step(field.key, steps[field.key], length)[first:]
         if isinstance(values, list):
             values = np.array(values, object)
         elif values.dtype.kind in "bui":  # 3 - 5 is -2 in recipes, not 65534
@@ -268,15 +316,18 @@ def per_step(name: str, values, length: int):
 
 
 def take_columns(values: np.ndarray, field: Field) -> np.ndarray:
-    """(T, all columns) -> (T, those of the field). Raises DataError for columns that are not there,
-    which NumPy would leave out."""
+    """(T, all columns) -> (T, those of the field), with w last. Raises DataError for columns that
+    are not there, which NumPy would leave out, and for a quaternion that is not 4."""
     width = values.shape[1]
     bounds = (field.columns.start or 0, field.columns.stop or 0)
     taken = values[:, field.columns]
     if not taken.shape[1] or max(map(abs, bounds)) > width:
         raise DataError(f"field {field.key!r}: has {width} columns, and the recipe takes "
                         f"[{bounds[0]}:{bounds[1] or ''}]")
-    return taken
+    if (field.wxyz or "euler" in field.helpers) and taken.shape[1] != 4:
+        raise DataError(f"field {field.key!r}: a quaternion has 4 columns, not {taken.shape[1]}: "
+                        f"name them, as in {field.key}[3:7]")
+    return np.roll(taken, -1, axis=1) if field.wxyz else taken
 
 
 def read_instructions(values: np.ndarray | list[bytes]) -> list[bytes]:
@@ -299,11 +350,6 @@ def decode_code_points(row: bytes) -> bytes:
     return text.encode()
 
 
-def feature_name(key: str, prefix: str) -> str:
-    """A recipe's key -> the feature's name within a step."""
-    return key[1:] if key.startswith("/") else prefix + key
-
-
 def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Which dimensions of the action are targets, and which are raw: each (A,) bool.
 
@@ -313,7 +359,7 @@ def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndar
     fields = parse_fields(recipe.action)
     target = np.repeat([field.target for field in fields], widths)
     raw = np.repeat([field.raw for field in fields], widths)
-    if target.any() or raw.any():
+    if has_words(fields):
         return target, raw
     absolute = recipe.absolute or 0
     if recipe.absolute is None and not recipe.targets:
@@ -326,6 +372,21 @@ def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndar
     return from_end <= targets, from_end <= absolute
 
 
+def declared(recipe: Recipe, widths: list[int]) -> np.ndarray:
+    """Which dimensions of the action the recipe calls targets or changes, (A,) bool."""
+    fields = parse_fields(recipe.action)
+    if has_words(fields):
+        return np.repeat([field.target or field.change for field in fields], widths)
+    total = sum(widths)
+    return np.arange(total, 0, -1) <= max(recipe.absolute or 0, recipe.targets)
+
+
+def unzipped(recipe: Recipe, widths: list[int]) -> dict[str, int]:
+    """{feature: numbers per step} of those that unzip reads. Only their content shows it."""
+    fields = zip(parse_fields(recipe.action), widths, strict=True)
+    return {field.key: width for field, width in fields if "unzip" in field.helpers}
+
+
 # ---- Does a recipe fit a dataset? ----------------------------------------------------------------
 
 
@@ -336,14 +397,11 @@ def check_features(features: Mapping[str, Feature], recipe: Recipe, cameras: lis
     Raises DataError for a feature that the dataset does not have, or not in a form that gives one
     value per step: most other forms would be read as something else.
     """
-    fields = [(field, "") for field in parse_fields(recipe.action)]
+    fields = parse_fields(recipe.action)
     if load_proprio:
-        fields += [(field, "observation/") for field in parse_fields(recipe.state)]
-    uses = []
-    for field, prefix in fields:
-        if not CONSTANT.fullmatch(field.key):
-            use = "zlib" if "unzip" in field.helpers else "number"
-            uses.append((feature_name(field.key, prefix), use))
+        fields += parse_fields(recipe.state, "observation/")
+    uses = [(field.key, "zlib" if "unzip" in field.helpers else "number")
+            for field in fields if not field.constant]
     for key in cameras:
         if key is not None:
             uses.append((feature_name(key, "observation/"), "image"))
@@ -373,3 +431,24 @@ ACCEPTED = {
     "image": "a camera must be an Image feature (JPEG or PNG of uint8), one per step",
     "text": "an instruction must be one Text per step, or one per episode",
 }
+
+
+NO_STATE = re.compile(r"is_(first|last|terminal)|reward|discount|timestamp|index|embedding", re.I)
+
+
+def unused(features: Mapping[str, Feature], recipe: Recipe) -> list[str]:
+    """What each step records and the recipe leaves out: numbers that may be states or actions, and
+    images. Each is named with its size."""
+    fields = parse_fields(recipe.action) + parse_fields(recipe.state, "observation/")
+    used = {field.key for field in fields}
+    for keys in recipe.camera_names.values():
+        used |= {feature_name(key, "observation/") for key in keys.split("|")}
+    found = []
+    for name, feature in features.items():
+        if name in used or not feature.of_step or NO_STATE.search(name):
+            continue
+        if feature.kind.startswith("Image"):
+            found.append(f"{name} ({feature.kind})")
+        elif feature.dtype.kind in "biuf" and None not in feature.shape:
+            found.append(f"{name} ({math.prod(feature.shape)} numbers)")
+    return found

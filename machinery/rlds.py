@@ -17,6 +17,7 @@ import json
 import os
 import struct
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -28,10 +29,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from machinery import recipes
 from machinery.config import Recipe, UserError
 from machinery.files import atomic
 from machinery.frames import DataError, end_with_parent
-from machinery.recipes import Feature, action_masks, check_features, standardize
+from machinery.recipes import Feature
 
 EPISODE = np.dtype([("split", "u1"), ("shard", "<u4"), ("record", "<u4"), ("first", "<i8"),
                     ("count", "<u4"), ("labeled", "?")])
@@ -186,7 +188,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
     """
     features = step_features(directory)
     try:
-        widths_of_features = check_features(features, recipe, cameras, load_proprio)
+        widths_of_features = recipes.check_features(features, recipe, cameras, load_proprio)
     except UserError as error:
         raise DataError(f"{directory}: {error}") from error
     splits = open_builder(directory).info.splits  # in TFDS' order, in which statistics are sums
@@ -194,7 +196,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
     for number, split in enumerate(splits.values()):
         for file, count in zip(split.filepaths, split.shard_lengths, strict=True):
             shards.append((number, Path(file), count))
-    transform = functools.partial(standardize, recipe=recipe, cameras=cameras,
+    transform = functools.partial(recipes.standardize_record, recipe=recipe, cameras=cameras,
                                   load_proprio=load_proprio)
     read = functools.partial(_index_shard, features=features, transform=transform,
                              skip_bad=skip_bad, known_bad=known_bad)
@@ -208,7 +210,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
                             f"{bad[:1]}")
         np.save(scratch / "episodes.npy", episodes)
         frames = np.memmap(scratch / "frames.bin", dtype, "r")
-        target, raw = action_masks(recipe, action_widths)
+        target, raw = recipes.action_masks(recipe, action_widths)
         (scratch / "table.json").write_text(json.dumps({
             "splits": list(splits),
             "shards": [file.name for _, file, _ in shards],
@@ -216,7 +218,10 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
             "instructions": instructions,
             "bad_episodes": bad,
             "targets": target.tolist(),
-            "features": widths_of_features,
+            "declared": recipes.declared(recipe, action_widths).tolist(),
+            "features": widths_of_features | recipes.unzipped(recipe, action_widths),
+            "unused": recipes.unused(features, recipe),
+            "openvla_rules": recipe.openvla_rules,
             "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
             "statistics": statistics(frames, len(episodes), ~raw),
         }))
@@ -261,10 +266,10 @@ def collect(shards: list[tuple[int, Path, int]], read: Callable, out: Path, skip
 
 def _index_shard(file: Path, count: int, features: Mapping[str, Feature], transform: Callable,
                  skip_bad: bool, known_bad: Mapping[str, Mapping[str, str]]) -> tuple:
-    """One shard of `count` records -> (frame rows, [(record, frames, labeled)], distinct
-    instructions, widths of the action's fields, [reason of each bad episode]).
+    """One shard of `count` records -> (frame rows, [(record, frames, labeled)] of each episode,
+    distinct instructions, widths of the action's fields, [reason of each bad record]).
 
-    Unless bad episodes are skipped, it stops once it has found a bad one and a good one.
+    Unless bad records are skipped, it stops once it has found a bad one and a good one.
     """
     rows = []
     episodes = []
@@ -272,32 +277,35 @@ def _index_shard(file: Path, count: int, features: Mapping[str, Feature], transf
     texts = {}  # {instruction: number}
     widths = None
     known = known_bad.get(file.name, {})
+    record = -1
     for record, (offset, data) in enumerate(read_records(file)):
         try:
             if str(record) in known:
                 raise DataError(known[str(record)])
-            episode = transform(Steps(data, offset, features))
-            frames, instructions = frame_rows(episode)
+            parts = transform(Steps(data, offset, features))
+            tables = [frame_rows(part) for part in parts]
         except (ValueError, LookupError, TypeError, zlib.error) as error:
             bad.append(f"record {record}: {error}")
-        else:
+            tables = []
+        for frames, instructions in tables:
+            widths = parts[0]["widths"]
             frames["instruction"] = [texts.setdefault(text, len(texts)) for text in instructions]
             rows.append(frames)
             episodes.append((record, len(frames), any(text.strip() for text in instructions)))
-            widths = episode["widths"]
         if bad and episodes and not skip_bad:
             break
     else:
-        if len(episodes) + len(bad) != count:
-            raise DataError(f"{file}: has {len(episodes) + len(bad)} records, but {count} by "
-                            "dataset_info.json: copy or download it again")
+        if record + 1 != count:
+            raise DataError(f"{file}: has {record + 1} records, but {count} by dataset_info.json: "
+                            "copy or download it again")
     return np.concatenate(rows) if rows else None, episodes, list(texts), widths, bad
 
 
 def frame_rows(episode: dict) -> tuple[np.ndarray, list[str]]:
     """An episode in standard form (see standardize) -> its rows, its instructions. Raises
     ValueError for numbers that are not finite, and texts that are not UTF-8."""
-    instructions = [text.decode() for text in episode["instructions"]]
+    texts = [text.decode("utf-8-sig") for text in episode["instructions"]]
+    instructions = [unicodedata.normalize("NFC", text) for text in texts]  # one form of each accent
     cameras = episode["images"].shape[1:2]
     columns = [("offset", "<i8", cameras), ("length", "<u4", cameras), ("instruction", "<u4")]
     numbers = {key: episode[key] for key in ("action", "proprio") if episode[key] is not None}

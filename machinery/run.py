@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,7 @@ def settle(cfg: TrainConfig) -> dict:
     First the run that continues, then the data, then the weights that training begins with. From
     here on the config does not change. Raises UserError if it contradicts one of these.
     """
+    cfg = oxe.read_recipes(cfg)
     run = Run(cfg)
     if run.checkpoint:
         cfg = resumed_config(cfg, run)
@@ -294,6 +296,11 @@ def resumed_config(cfg: TrainConfig, run: Run) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir / 'config.json'}: cannot interpret the checkpoint without "
                               f"it: {error}") from error
+    recipes = dict(cfg.datasets)
+    for name in recipes.keys() & own.datasets.keys():  # the same episodes stay held out
+        recipes[name] = replace(recipes[name], names=own.datasets[name].names,
+                                openvla_rules=own.datasets[name].openvla_rules)
+    cfg = cfg.model_copy(update={"datasets": recipes})
     own_run = run_dir.resolve() == run.path.resolve()  # runs/ may be a link
     fixed = MEANING + BATCHES if own_run else MEANING
     was = dict(walk(own.model_dump()))  # {"datasets.my_robot.primary": "image", ...}

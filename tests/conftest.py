@@ -112,8 +112,10 @@ def data_config(tmp_path):
 def open_mixture(cfg: TrainConfig, tokenizer=None, train: bool = True):
     """As a training opens its data."""
     from data import Mixture, open_tables
+    from machinery.oxe import read_recipes
     from machinery.run import data_facts
 
+    cfg = read_recipes(cfg)
     tables = open_tables(cfg)
     return Mixture(cfg.model_copy(update=data_facts(cfg, tables)), tables, tokenizer, train)
 
