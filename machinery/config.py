@@ -79,8 +79,7 @@ class Recipe:
     trim: bool = False  # Bridge: drop the first step (action zero) and the last (no action)
     skip_idle: bool = False  # DROID: drop frames without motion (oxe.is_idle)
     names: dict[str, list[str]] = field(default_factory=dict)  # {feature: names of its numbers}
-    # OpenVLA's: is_first and is_last inside a record are ignored, and without a split `val` the
-    # last 5% of the episodes are held out (false: some of each instruction, oxe.held_out)
+    # a record is one episode despite is_first; without `val`, hold out the last 5% (oxe.held_out)
     openvla_rules: bool = False
 
     @property
@@ -197,12 +196,13 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def read_old_runs(cls, values: dict) -> dict:
-        """Ignore max_length, which runs of earlier versions have saved. It changed no result. And
-        their recipes without openvla_rules: they followed these rules."""
-        for recipe in values.get("datasets", {}).values():
-            if values.get("action_dim") and isinstance(recipe, dict):
-                recipe.setdefault("openvla_rules", True)
-        return {key: value for key, value in values.items() if key != "max_length"}
+        """Of earlier versions: max_length changed no result, and recipes had openvla_rules."""
+        values = {key: value for key, value in values.items() if key != "max_length"}
+        recipes = values.get("datasets", {}) if values.get("action_dim") else {}
+        for name, recipe in recipes.items():
+            if isinstance(recipe, dict):
+                values["datasets"] = {**values["datasets"], name: {"openvla_rules": True, **recipe}}
+        return values
 
 
 # ---- Reading the YAML --------------------------------------------------------------------------

@@ -178,14 +178,17 @@ def undo(
 
 def recorded_order(dimensions: list[Dimension]) -> list[list[int]]:
     """For each recorded number, its places in the standard action: several if the recipe takes it
-    several times. Features come in the recipe's order, the columns of a feature in their own."""
+    several times, the least changed first. Features come in the recipe's order, the columns of a
+    feature in their own."""
     features = list(dict.fromkeys(dimension.key for dimension in dimensions))
     places: dict[tuple[int, int], list[int]] = {}
     for place, dimension in enumerate(dimensions):
         if dimension.key is not None:  # the recipe adds constants; the robot has none
             number = (features.index(dimension.key), dimension.column)
             places.setdefault(number, []).append(place)
-    return [places[number] for number in sorted(places)]
+    lossy = [sum(word in ("clip", "binarize") for word in dimension.helpers)
+             for dimension in dimensions]
+    return [sorted(places[number], key=lossy.__getitem__) for number in sorted(places)]
 
 
 # ---- States ------------------------------------------------------------------------------------

@@ -111,6 +111,9 @@ def check_recipe(name: str, recipe: Recipe) -> None:
         problem = "action: a field is either target or change: remove one"
     elif all(field.constant for field in fields):
         problem = "action: name a feature: it has only constants"
+    elif any(field.constant and (field.helpers or field.columns != slice(None))
+             for field in fields + parse_fields(recipe.state)):
+        problem = "helpers and columns do nothing to a constant (0, 1*2): remove them"
     elif has_words(parse_fields(recipe.state)):
         problem = "state: remove target and raw, or change: they are for actions"
     elif twice:

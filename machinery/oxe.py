@@ -47,42 +47,41 @@ def held_out(table: FrameTable, chosen: np.ndarray) -> np.ndarray:
 
     By OpenVLA's rules the last ones (rounded half to even). Otherwise a twentieth, and at least
     one, of the episodes of each instruction that has five, then of all others together. Each
-    instruction keeps an episode to train on, unless every one has a single episode. The draw
-    depends on the data only: appended episodes change little of it.
+    instruction keeps an episode to train on, unless none has two. The draw depends on the data
+    only, and appended episodes change little of it.
     """
-    total = int(chosen.sum())
     if table.openvla_rules:
-        return chosen & (np.cumsum(chosen) > round(95 * total / 100))
+        return chosen & (np.cumsum(chosen) > round(95 * int(chosen.sum()) / 100))
     texts = instructions_of(table, chosen & table.episodes["labeled"])
     left = Counter(text for episode in texts.values() for text in episode)
-    wanted = {text: -(-count // 20) for text, count in left.items() if count >= 5}
-    draw = np.random.RandomState(0).rand(len(chosen))  # of an episode: the same when more follow
+    due = Counter({text: -(-count // 20) for text, count in left.items() if count >= 5})
+    draw = np.random.RandomState(0).rand(len(chosen))  # an episode's does not depend on later ones
     order = sorted(texts, key=draw.__getitem__)
-    held = np.zeros(len(chosen), bool)
-    for each in (True, False):
+    least = round(len(texts) / 20)
+    held = []
+    for of_each in (True, False):
         for episode in order:
-            spare = all(left[text] > 1 for text in texts[episode])
-            due = any(wanted.get(text, 0) > 0 for text in texts[episode])
-            if spare and not held[episode] and (due if each else held.sum() < round(total / 20)):
-                held[episode] = True
-                left.subtract(texts[episode])
-                for text in texts[episode]:
-                    wanted[text] = wanted.get(text, 0) - 1
-    if not held.any():
-        held[order[: round(total / 20)]] = True
-    return held
+            own = texts[episode]
+            needed = any(due[text] > 0 for text in own) if of_each else len(held) < least
+            if needed and all(left[text] > 1 for text in own):
+                held.append(episode)
+                left.subtract(own)
+                due.subtract(own)
+        order = sorted({*order} - {*held}, key=draw.__getitem__)
+    mask = np.zeros(len(chosen), bool)
+    mask[held or order[:least]] = True
+    return mask
 
 
 def instructions_of(table: FrameTable, chosen: np.ndarray) -> dict[int, set[str]]:
-    """{episode: its instructions, as they read without spaces and capitals} of chosen ones."""
+    """{episode: its instructions, in lower case and without double spaces} of the chosen ones."""
     number = np.repeat(np.arange(len(table.episodes)), table.episodes["count"])
-    pairs = number * len(table.instructions) + table.frames["instruction"]
+    pairs = np.unique(number * len(table.instructions) + table.frames["instruction"])
     plain = [" ".join(text.lower().split()) for text in table.instructions]
     texts = {episode: set() for episode in np.flatnonzero(chosen).tolist()}
-    for pair in np.unique(pairs).tolist():
-        episode, text = divmod(pair, len(table.instructions))
-        if episode in texts:
-            texts[episode].add(plain[text])
+    for episode, text in zip(*np.divmod(pairs, len(table.instructions)), strict=True):
+        if episode in texts and plain[text]:
+            texts[int(episode)].add(plain[text])
     return texts
 
 
