@@ -13,6 +13,7 @@ values are clipped again; binarized values are returned unchanged. A quaternion 
 with w first (wxyz) is returned so.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -134,9 +135,16 @@ def dimension_names(recipe: Recipe, features: dict[str, int]) -> tuple[list[str]
     labels = []
     for fields in (parse_fields(recipe.action), parse_fields(recipe.state, "observation/")):
         known = all(field.constant or field.key in features for field in fields)
-        labels.append([dimension.label for field in fields if known
-                       for dimension in dimensions_of(field, features, recipe.names)])
+        labels.append(distinct([dimension for field in fields if known
+                                for dimension in dimensions_of(field, features, recipe.names)]))
     return labels[0], labels[1]
+
+
+def distinct(dimensions: list[Dimension]) -> list[str]:
+    """Their labels. If several are the same, these get their feature's name."""
+    labels = Counter(dimension.label for dimension in dimensions)
+    return [f"{key}.{label}" if key and labels[label] > 1 else label
+            for key, _, label, _ in dimensions]
 
 
 # ---- Actions -----------------------------------------------------------------------------------
@@ -173,7 +181,8 @@ def undo(
                 standard[..., place] = apply(actions[..., number], helpers)
         return standard
 
-    return [dimensions[first].label for first, *_ in places], to_robot, actions_from_robot
+    labels = distinct([dimensions[first] for first, *_ in places])
+    return labels, to_robot, actions_from_robot
 
 
 def recorded_order(dimensions: list[Dimension]) -> list[list[int]]:
@@ -202,8 +211,8 @@ def redo(recipe: Recipe, features: dict[str, int], stats: dict) -> tuple[list[st
     widths = {field.key: features.get(field.key) for field in fields if not field.constant}
     if not pointwise or not widths or None in widths.values():
         return standard_state(stats), np.asarray
-    labels = [label for name, width in widths.items()
-              for label in number_labels(name, width, recipe.names)]
+    labels = distinct([Dimension(name, i, label, []) for name, width in widths.items()
+                       for i, label in enumerate(number_labels(name, width, recipe.names))])
 
     def from_robot(states: np.ndarray) -> np.ndarray:
         states = np.asarray(states, np.float32)

@@ -163,9 +163,11 @@ def find_recipe(name: str, directory: Path, own: Mapping[str, Recipe]) -> Recipe
     beside = read_recipe(directory)
     if recipe is None or beside is None:
         return recipe or beside
-    if recipe == Recipe():
-        return beside
-    return replace(recipe, names=recipe.names or beside.names) if name in own else recipe
+    if name not in own:
+        return recipe
+    names = recipe.names or beside.names
+    empty = replace(recipe, names={}) == Recipe()
+    return replace(beside if empty else recipe, names=names)
 
 
 def read_recipes(cfg: TrainConfig) -> TrainConfig:

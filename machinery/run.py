@@ -136,6 +136,9 @@ class Run:
         for name in cfg.features:  # the user's own datasets
             recipe = cfg.datasets[name.partition(":")[0]]
             self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
+            unused = mixture.tables[mixture.names.index(name)].unused
+            if unused:
+                self.line(f"unused {name} {', '.join(unused)}")
         if not self.quiet:
             for finding in oxe.mixture_notes(cfg, mixture):
                 self.line(f"warning: {finding}")

@@ -281,6 +281,40 @@ def test_what_training_takes_acts(drawn, seed):
             np.testing.assert_allclose(column, values[name][:, int(number or 0)], atol=1e-4)
 
 
+@settings(max_examples=200)
+@given(recipes(), st.integers(0, 99))
+def test_states_come_in_as_they_were_recorded(drawn, seed):
+    """The robot sends its own state, or the standard form if the recipe cannot make that of one step."""
+    state, widths = drawn
+    draw = np.random.RandomState(seed)
+    recipe = Recipe(primary="image", action="action", state=state)
+    values = {name: draw.uniform(0.1, 0.9, (6, width)).astype(np.float32) for name, width in widths.items()}
+    values = {f"observation/{name}": rows for name, rows in values.items()} | values
+    features = {name: Feature(rows.shape[1:], np.dtype("f4"), "Tensor") for name, rows in values.items()}
+    features["language_instruction"] = Feature((), np.dtype(object), "Text")
+    try:
+        check_recipe("arm", recipe)
+        numbers = check_features(features, recipe, [], True)
+        episode = standardize(Episode(values), recipe, [], True)
+    except UserError:
+        return
+    frames = np.zeros(6, [(key, "<f4", episode[key].shape[1:]) for key in ("action", "proprio")])
+    for key in ("action", "proprio"):
+        frames[key] = episode[key]
+    robot = recorded(recipe, numbers, statistics(frames, 1, np.ones(episode["action"].shape[1], bool)))
+    names, width = dimension_names(recipe, numbers)[1], episode["proprio"].shape[1]
+    assert len(names) == width
+    if robot.state[0] == "proprio[0]":
+        assert len(robot.state) == width
+        return
+    sent = []
+    for key in dict.fromkeys(field.key for field in parse_fields(state, "observation/") if not field.constant):
+        sent.append(values[key])
+    sent = np.concatenate(sent, axis=1)
+    assert len(robot.state) == sent.shape[1]
+    np.testing.assert_allclose(robot.from_robot(sent), episode["proprio"], atol=1e-5)
+
+
 def compress(row: np.ndarray) -> bytes:
     return zlib.compress(row.astype("<f4").tobytes())
 
@@ -359,9 +393,23 @@ def test_a_recipe_in_the_yaml_comes_first_and_keeps_the_names(opened, tmp_path):
     mixture = opened({"action": "action[1:] target"})
     assert mixture.recipes[0].action == "action[1:] target"
     assert tiny_policy(mixture).convention("arm").action == ["y", "z", "grip"]
-    renamed = opened({"action": "action[1:] target", "names": {"action": ["a", "b", "c", "d"]}})
+    other = {"names": {"action": ["a", "b", "c", "d"]}}
+    (only_names,) = opened(datasets={"arm": other}).recipes
+    assert only_names.primary == "image" and only_names.names == other["names"]
+    renamed = opened({"action": "action[1:] target", **other})
     assert tiny_policy(renamed).convention("arm").action == ["b", "c", "d"]
     assert renamed.tables[0].path == mixture.tables[0].path  # nothing is indexed again
+
+
+def test_the_same_name_in_two_features():
+    names = {"left": ["motor_0", "grip"], "right": ["motor_0", "motor_1"], "observation/left": ["grip", "motor_0"]}
+    recipe = Recipe(action="right target, left target, 0*2", state="left", names=names)
+    stats = {key: [0.0] * 6 for key in ("min", "mean")} | {"max": [1.0] * 6}
+    widths = dict.fromkeys(names, 2)
+    robot = recorded(recipe, widths, {"action": stats, "proprio": stats})
+    assert robot.action == ["right.motor_0", "motor_1", "left.motor_0", "grip"]
+    assert robot.state == ["grip", "motor_0"]
+    assert dimension_names(recipe, widths)[0] == [*robot.action, "0*2", "0*2"]
 
 
 @pytest.mark.parametrize("text, message", [
