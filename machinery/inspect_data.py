@@ -213,7 +213,7 @@ def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
     texts = " | ".join(map(repr, table.instructions[:8]))
     print(f"instructions {len(table.instructions)} e.g. {texts}")
     print_statistics(table, subject.kind, with_state=subject.recipe.state != "0")
-    for finding in survey(table, subject.recipe, subject.kind):  # as for any chunk
+    for finding in survey(table, subject.kind):  # as for any chunk
         print(f"warning: {finding}")
     for reason in table.bad:
         print(f"warning: bad episode: {reason}")

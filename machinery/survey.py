@@ -12,15 +12,13 @@ policy cannot give better actions than these.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
-from machinery.config import Recipe
-from machinery.convention import column_names
-from machinery.fields import CONSTANT, parse_fields
 from machinery.files import atomic
 from machinery.frames import FrameTable, digest, end_with_parent
 from machinery.survey_numbers import (
@@ -91,9 +89,8 @@ KINDS = {  # in the order in which a training prints them
 }
 
 
-def survey(table: FrameTable, recipe: Recipe, normalization: str = "bounds_q99",
-           action_chunk: int = 2, pictures: bool = True, accept: Collection[str] = ()
-           ) -> list[Finding]:
+def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: int = 2,
+           pictures: bool = True, accept: Collection[str] = ()) -> list[Finding]:
     """Whatever is wrong with a dataset, the worst first.
 
     normalization: one of TrainConfig.action_normalization; action_chunk: steps that are predicted
@@ -104,7 +101,7 @@ def survey(table: FrameTable, recipe: Recipe, normalization: str = "bounds_q99",
     if len(sample.rows):
         held_out = held_out_episodes(table, sample.numbers)
         action, *state = signals(sample, table, normalization)
-        found += number_findings(sample, table, recipe, normalization, action_chunk)
+        found += number_findings(sample, table, normalization, action_chunk)
         found += language_findings(table, sample, held_out)
         found += missing_pictures(table, sample)
         if pictures:
@@ -118,8 +115,8 @@ def survey(table: FrameTable, recipe: Recipe, normalization: str = "bounds_q99",
     return sorted(found, key=lambda finding: (finding.severity, order.index(finding.kind)))
 
 
-def number_findings(sample: Sample, table: FrameTable, recipe: Recipe, normalization: str,
-                    action_chunk: int) -> list[Finding]:
+def number_findings(sample: Sample, table: FrameTable, normalization: str, action_chunk: int
+                    ) -> list[Finding]:
     """The findings about actions and states."""
     found = []
     every = signals(sample, table, normalization)
@@ -130,12 +127,10 @@ def number_findings(sample: Sample, table: FrameTable, recipe: Recipe, normaliza
         found += pace_findings(sample, signal) if signal.place.any() else []
     action, *state = every
     found += jump_findings(sample, state[0] if state else action)
-    said, filled = words_of(recipe, table)
-    stats = table.statistics["action"]
-    found += action_findings(sample, action, stats, normalization, filled)
+    found += action_findings(sample, action, table.statistics["action"], normalization)
     found += idle_findings(sample, action)
     if action_chunk > 1:
-        found += target_findings(sample, action, table, said)
+        found += target_findings(sample, action, table)
     if state:
         found += copy_findings(sample, action, state[0])
         found += delay_findings(sample, action, state[0])
@@ -176,12 +171,8 @@ def round_trip(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.
     }
 
 
-def action_findings(sample: Sample, signal: Signal, stats: Mapping, kind: str, filled: np.ndarray
-                    ) -> list[Finding]:
-    """Dimensions of the actions that do not come back: a finding for each reason.
-
-    filled: (A,) bool, constants of the recipe, which are meant
-    """
+def action_findings(sample: Sample, signal: Signal, stats: Mapping, kind: str) -> list[Finding]:
+    """Dimensions of the actions that do not come back: a finding for each reason."""
     actions = signal.values[:: len(signal.values) // 4096 + 1]
     back = round_trip(actions, stats, kind)
     low, high, q01, q99 = (np.array(stats[key]) for key in ("min", "max", "q01", "q99"))
@@ -191,8 +182,6 @@ def action_findings(sample: Sample, signal: Signal, stats: Mapping, kind: str, f
         reach = f"ranges from {low[d]:.4g} to {high[d]:.4g}"
         many = len(np.unique(actions[:, d])) > 16
         what, severity = "range", "high"
-        if filled[d]:
-            continue
         if span == 0:
             what = "range" if normalized else "gripper"
             severity = "medium" if normalized else "high"
@@ -233,26 +222,10 @@ def action_findings(sample: Sample, signal: Signal, stats: Mapping, kind: str, f
 # ---- What the recipe means -----------------------------------------------------------------------
 
 
-def words_of(recipe: Recipe, table: FrameTable) -> tuple[np.ndarray, np.ndarray]:
-    """Which dimensions of the actions the recipe calls a target or a change, and which it fills
-    with a constant: (A,) bool each."""
-    said, filled = [], []
-    for field in parse_fields(recipe.action):
-        constant = CONSTANT.fullmatch(field.key)
-        known = constant or field.key in table.features
-        width = len(column_names(field, table.features)) if known else 0
-        said += [field.target or getattr(field, "change", False)] * width
-        filled += [bool(constant)] * width
-    if len(said) != len(table.targets):  # a compressed string, of unknown width
-        said = filled = [False] * len(table.targets)
-    return np.array(said, bool), np.array(filled, bool)
-
-
-def target_findings(sample: Sample, signal: Signal, table: FrameTable, said: np.ndarray
-                    ) -> list[Finding]:
+def target_findings(sample: Sample, signal: Signal, table: FrameTable) -> list[Finding]:
     """Dimensions that look like targets but are changes, though the recipe does not say so."""
     likely = looks_like_targets(table.frames, table.episodes, table.statistics["action"])
-    dims = np.flatnonzero(~table.targets & ~said & likely)
+    dims = np.flatnonzero(~table.targets & ~table.declared & likely)
     if not len(dims):
         return []
     text = (f"{signal.name(dims)} look like targets (joint angles, a pose), not like changes: past "
@@ -310,14 +283,12 @@ def missing_pictures(table: FrameTable, sample: Sample) -> list[Finding]:
 # ---- The program that a training starts ----------------------------------------------------------
 
 
-def cached_survey(job: dict, name: str, path: str, directory: str, recipe: dict) -> list[Finding]:
-    """The survey of one dataset, which is kept beside its frame table."""
-    table = FrameTable(Path(path), Path(directory))
-    options = {"normalization": job["normalization"], "action_chunk": job["action_chunk"]}
-    file = table.path / f"survey-{digest((SURVEY_VERSION, recipe, options))}.json"
+def cached_survey(table: FrameTable, options: dict) -> list[Finding]:
+    """The survey of one dataset, which is kept in the folder of its frame table."""
+    file = table.path / f"survey-{digest((SURVEY_VERSION, options))}.json"
     if file.exists():
         return [Finding(**values) for values in json.loads(file.read_text())]
-    found = survey(table, Recipe(**recipe), **options)
+    found = survey(table, **options)
     try:
         with atomic(file) as scratch:
             scratch.write_text(json.dumps([finding._asdict() for finding in found]))
@@ -326,56 +297,59 @@ def cached_survey(job: dict, name: str, path: str, directory: str, recipe: dict)
     return found
 
 
-def starts_open(directory: str, path: str) -> float | None:
-    """The mean of a raw last dimension in the first frames of all episodes. None without one."""
-    table = FrameTable(Path(path), Path(directory))
+def gripper_start(table: FrameTable) -> float | None:
+    """The mean of the last dimension in the episodes' first frames, if it is a raw gripper."""
     if table.statistics["action"]["mask"][-1]:
         return None
     first = table.first_frames[table.episodes["count"] > 0]
     return float(table.frames["action"][first, -1].mean())
 
 
+def inverted_grippers(tables: Mapping[str, FrameTable]) -> dict[str, Finding]:
+    """{dataset: finding} of those whose gripper begins closed if that of others begins open."""
+    starts = {name: gripper_start(table) for name, table in tables.items()}
+    starts = {name: start for name, start in starts.items() if start is not None}
+    opened = [name for name, start in starts.items() if start > 0.9]
+    closed = [name for name, start in starts.items() if start < 0.1]
+    if not (opened and closed):
+        return {}
+    found = {}
+    for name in closed:
+        text = (f"its gripper begins at {starts[name]:.2g}, that of {opened[0]} at "
+                f"{starts[opened[0]]:.2g}: is 1 closed in one of them?")
+        found[name] = Finding("gripper", "high", text, "write `invert` in its recipe", "action")
+    return found
+
+
 def mixture_lines(job: dict) -> list[str]:
     """The lines that a training prints about its datasets.
 
-    job: datasets (list of name, path, directory, recipe), normalization, action_chunk, accept
+    job: datasets ({name: (frame table, directory)}), options of `survey`, accept
     """
+    tables = {name: FrameTable(Path(path), Path(directory))
+              for name, (path, directory) in job["datasets"].items()}
+    inverted = inverted_grippers(tables)
     found = []  # (dataset, finding)
-    opening = {}
-    for dataset in job["datasets"]:
-        name = dataset["name"]
-        accepted = {kind.rpartition(".")[2] for kind in job["accept"]
-                    if kind.rpartition(".")[0] in ("", name)}
-        found += [(name, finding) for finding in cached_survey(job, **dataset)
-                  if finding.kind not in accepted]
-        start = starts_open(dataset["directory"], dataset["path"])
-        if start is not None and "gripper" not in accepted:
-            opening[name] = start
-    opened = [name for name, start in opening.items() if start > 0.9]
-    closed = [name for name, start in opening.items() if start < 0.1]
-    if opened and closed:
-        few = min(opened, closed, key=len)
-        text = (f"its gripper begins at {opening[few[0]]:.2g}, that of {max(opened, closed, key=len)[0]} at "
-                f"{opening[max(opened, closed, key=len)[0]]:.2g}: one of them is inverted")
-        cure = "write `invert` in the recipe in which 1 is closed"
-        found += [(few[0], Finding("gripper", "high", text, cure, "action"))]
+    for name, table in tables.items():
+        every = cached_survey(table, job["options"])
+        if name in inverted:
+            every.append(inverted[name])
+        found += [(name, finding) for finding in every
+                  if not {finding.kind, f"{name}.{finding.kind}"} & {*job["accept"]}]
     order = [*KINDS]
     found.sort(key=lambda pair: (pair[1].severity, order.index(pair[1].kind)))
-    shown = [pair for pair in found if pair[1].severity == "high"][:MOST]
+    shown = [pair for pair in found[:MOST] if pair[1].severity == "high"]
     lines = [f"warning: {name}: {finding}" for name, finding in shown]
-    hidden = {}
-    for name, _ in found[len(shown) :]:
-        hidden[name] = hidden.get(name, 0) + 1
-    for name, count in hidden.items():
-        directory = next(d["directory"] for d in job["datasets"] if d["name"] == name)
-        lines.append(f"more_findings {count} {name}: python data.py --inspect {directory}")
+    for name, count in Counter(name for name, _ in found[len(shown) :]).items():
+        lines.append(f"more_findings {count} {name}: python data.py --inspect "
+                     f"{tables[name].directory}")
     return lines
 
 
 def main() -> None:
-    """Print the lines of the job on standard input."""
+    """Print the lines of the job in the argument."""
     end_with_parent()
-    print("\n".join(mixture_lines(json.load(sys.stdin))))
+    print("\n".join(mixture_lines(json.loads(sys.argv[1]))))
 
 
 if __name__ == "__main__":

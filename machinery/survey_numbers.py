@@ -406,7 +406,8 @@ def rotation_vector(sample: Sample, signal: Signal, taken: set[int]) -> list[Fin
     for start in range(signal.values.shape[1] - 2):
         vector = signal.values[:, start : start + 3].astype(np.float64)
         angle = np.linalg.norm(vector, axis=1)
-        if {start, start + 1, start + 2} & taken or angle.max() < 2.6:
+        # a recorder keeps it below pi, or lets it grow to a turn
+        if {start, start + 1, start + 2} & taken or not 2.6 < angle.max() < 6.6:
             continue
         half = angle / 2
         axis = vector / np.maximum(angle, 1e-9)[:, None]
@@ -414,8 +415,10 @@ def rotation_vector(sample: Sample, signal: Signal, taken: set[int]) -> list[Fin
         turned = np.abs((unit * np.roll(unit, 1, axis=0)).sum(1))
         step = np.abs(signal.steps[:, start : start + 3])
         size = np.linalg.norm(step, axis=1)
-        # one orientation (within 23 degrees), and another vector; not one angle that wraps
-        flips = sample.joined & (turned > 0.98) & (size > 3) & (step.max(1) < 0.98 * size)
+        # one orientation (within 23 degrees), and the opposite vector; not one angle that wraps
+        opposite = (axis * np.roll(axis, 1, axis=0)).sum(1) < -0.8
+        flips = sample.joined & (turned > 0.98) & (size > 4.5) & opposite
+        flips &= step.max(1) < 0.98 * size
         both = np.zeros(len(angle), bool)
         if angle.max() < np.pi + 0.02 and (angle > 2.6).mean() > 0.05:  # as of a rotation vector
             few = np.flatnonzero(angle > 2.6)

@@ -145,7 +145,8 @@ def run_lengths(flags: np.ndarray) -> np.ndarray:
 
 def same_picture(table: FrameTable, row: int, camera: int, other_row: int, other: int) -> bool:
     try:
-        return table.read_image(int(row), camera) == table.read_image(int(other_row), other)
+        data = table.read_image(int(row), camera)
+        return data != b"" and data == table.read_image(int(other_row), other)
     except (ValueError, OSError):
         return False
 

@@ -76,14 +76,15 @@ def jump_findings(sample: Sample, signal: Signal) -> list[Finding]:
         found.append(sample.finding("jumps", signal.of, np.flatnonzero(dims), jumps * motion, text,
                                     cure, severity))
     steps = signal.steps[:, dims] / signal.span[dims]
-    beside = np.roll(steps, 1, axis=0) + np.roll(steps, -1, axis=0)
     size = np.linalg.norm(steps, axis=1)
+    moving = size > 0.3 * (np.median(size[size > 0]) if size.any() else 1)
+    dropped = inner & ~jumps
+    for shift in (1, -1):  # before and after: in the same direction, but 2.5 times as far
+        beside = np.roll(steps, shift, axis=0)
+        length = np.roll(size, shift)
+        cosine = (steps * beside).sum(1) / np.maximum(size * length, 1e-12)
+        dropped &= np.roll(inner & moving, shift) & (cosine > 0.9) & (size > 2.5 * length)
     sizes = np.maximum(np.roll(size, 1), np.roll(size, -1))
-    cosine = (steps * beside).sum(1) / np.maximum(size * np.linalg.norm(beside, axis=1), 1e-12)
-    inner[1:] &= inner[:-1]
-    moving = sizes > 0.2 * np.median(size[size > 0]) if size.any() else sizes > 0
-    # in the same direction, but 2.5 times as far as before and after
-    dropped = inner & moving & (cosine > 0.9) & (size > 2.5 * sizes) & ~jumps
     share = dropped.mean()
     if dropped.sum() > 2 and share > 0.005:
         factor = np.median(size[dropped] / sizes[dropped])

@@ -274,7 +274,7 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
     recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions)})
     subject = Subject(name, path, recipe, "converted")
     table = subject.table(None, skip_bad_episodes=True)
-    for finding in survey(table, recipe, subject.kind):
+    for finding in survey(table, subject.kind):
         print(f"warning: {finding}")
     if dataset.fps / step > 20:
         print(f"warning: {dataset.fps / step:g} frames a second: consecutive frames hardly differ, and "
