@@ -25,6 +25,7 @@ from machinery.survey_numbers import (
     Finding,
     Sample,
     Signal,
+    odd_episodes,
     rotation_findings,
     scale_findings,
     signals,
@@ -121,13 +122,16 @@ def number_findings(sample: Sample, table: FrameTable, normalization: str, actio
     found = []
     every = signals(sample, table, normalization)
     for signal in every:
-        found += scale_findings(sample, signal, normalization)
+        odd, factor = odd_episodes(sample, signal)
+        found += scale_findings(sample, signal, normalization, odd, factor)
         found += rotation_findings(sample, signal)
         found += end_findings(sample, signal)
-        found += pace_findings(sample, signal) if signal.place.any() else []
+        found += pace_findings(sample, signal, odd.any(1))
+    explained = {dim for finding in found if finding.of == "action" for dim in finding.dims
+                 if finding.kind in ("episode_scale", "outliers", "jitter", "wraps")}
     action, *state = every
     found += jump_findings(sample, state[0] if state else action)
-    found += action_findings(sample, action, table.statistics["action"], normalization)
+    found += action_findings(sample, action, table, normalization, explained)
     found += idle_findings(sample, action)
     if action_chunk > 1:
         found += target_findings(sample, action, table)
@@ -171,8 +175,11 @@ def round_trip(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.
     }
 
 
-def action_findings(sample: Sample, signal: Signal, stats: Mapping, kind: str) -> list[Finding]:
-    """Dimensions of the actions that do not come back: a finding for each reason."""
+def action_findings(sample: Sample, signal: Signal, table: FrameTable, kind: str,
+                    explained: Collection[int]) -> list[Finding]:
+    """Dimensions of the actions that do not come back: a finding for each reason. explained: those
+    whose range another finding explains."""
+    stats = table.statistics["action"]
     actions = signal.values[:: len(signal.values) // 4096 + 1]
     back = round_trip(actions, stats, kind)
     low, high, q01, q99 = (np.array(stats[key]) for key in ("min", "max", "q01", "q99"))
@@ -181,10 +188,13 @@ def action_findings(sample: Sample, signal: Signal, stats: Mapping, kind: str) -
         span = high[d] - low[d]
         reach = f"ranges from {low[d]:.4g} to {high[d]:.4g}"
         many = len(np.unique(actions[:, d])) > 16
-        what, severity = "range", "high"
+        what = "range"
+        severity = "high"
+        if d in explained:
+            continue
         if span == 0:
             what = "range" if normalized else "gripper"
-            severity = "medium" if normalized else "high"
+            severity = "medium" if normalized or table.openvla_rules else "high"
             text = f"never changes (always {low[d]:.4g})"
             cure = "the model learns 0 for it; leave it out of the recipe if that is wrong"
         elif not normalized and max(-low[d], high[d]) > 1.001:

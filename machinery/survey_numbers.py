@@ -173,11 +173,11 @@ def bounds(stats: Mapping, kind: str) -> tuple[np.ndarray, np.ndarray]:
 # ---- Scale ---------------------------------------------------------------------------------------
 
 
-def scale_findings(sample: Sample, signal: Signal, kind: str) -> list[Finding]:
-    """Values that take the bins from all others: of a few episodes in another unit, and single
+def scale_findings(sample: Sample, signal: Signal, kind: str, odd: np.ndarray, factor: float
+                   ) -> list[Finding]:
+    """odd, factor: from odd_episodes. Values that take the bins from all others: of a few episodes in another unit, and single
     outliers; and dimensions that hold noise only, which normalization scales up."""
     found = []
-    odd, factor = odd_episodes(sample, signal)  # (E, D)
     if odd.any():
         dims = np.flatnonzero(odd.any(0))
         bad = odd.any(1)
@@ -187,8 +187,7 @@ def scale_findings(sample: Sample, signal: Signal, kind: str) -> list[Finding]:
         cure = "convert these episodes, or leave them out"
         found.append(sample.finding("episode_scale", signal.of, dims, bad[sample.episode], text,
                                     cure))
-    odd_frames = odd[sample.episode]
-    found += outliers(sample, signal, odd_frames, kind)
+    found += outliers(sample, signal, odd[sample.episode], kind)
     return found + jitter(sample, signal)
 
 
@@ -207,20 +206,22 @@ def odd_episodes(sample: Sample, signal: Signal) -> tuple[np.ndarray, float]:
         return odd, 1.0
     level, motion, away = (x[:, active] / np.maximum(typical_x[active], 1e-30)
                            for x, typical_x in zip((level, motion, away), typical, strict=True))
+    place = signal.place[active]
     larger = np.minimum(motion, away)  # (E, active)
-    smaller = np.maximum(motion, level)
+    smaller = np.where(place & (motion > 0), np.maximum(motion, level), 1)
     # operators and tasks differ by factors of 2 or 3; units by 57, 100 or 1000
-    all_larger = np.median(larger, axis=1) > 10
-    all_smaller = (np.median(smaller, axis=1) < 0.1) & (motion > 0).all(1)
-    all_smaller &= active.sum() > 2 and signal.place[active].all()  # or it is a pause
+    all_larger = (np.median(larger, axis=1) > 10)[:, None]
+    # a pause has small changes, too
+    all_smaller = ((smaller < 0.1).sum(1) > max(2, 0.5 * place.sum()))[:, None]
     # one dimension only: not one that others hardly use, and a few episodes do
     used = typical[2][active] > 0.02 * np.median(typical[2][active])
-    part = (larger > 10 * (1 + ~all_larger[:, None])) & (all_larger[:, None] | used)
-    part |= all_smaller[:, None] & (smaller < 0.1)
+    part = (larger > np.where(all_larger, 10, 20)) & (all_larger | used)
+    part |= part.any(1)[:, None] & (larger > 8)
+    part |= all_smaller & (smaller < 0.1)
     if part.any(1).mean() > 0.4:
         return odd, 1.0
     odd[:, active] = part
-    ratio = np.sqrt(motion * np.maximum(away, level))[part]
+    ratio = np.where(all_smaller, smaller, np.sqrt(motion * away))[part]
     return odd, float(np.median(ratio)) if part.any() else 1.0
 
 
@@ -266,8 +267,8 @@ def jitter(sample: Sample, signal: Signal) -> list[Finding]:
     typical = np.quantile(reach[reach > 0], 0.75)
     share = reach / typical
     # successive values of noise are independent, so its steps are larger than its deviation
-    deviation = np.sqrt(sample.per_episode(signal.values.astype(np.float64) ** 2)
-                        - sample.per_episode(signal.values) ** 2).mean(0)
+    centered = signal.values - sample.per_episode(signal.values)[sample.episode]
+    deviation = centered.std(0)
     noisy = signal.steps.std(0) > 0.7 * deviation
     # changes are as independent as noise: only much smaller ones are surely noise
     tiny = np.where(signal.place, 1e-3, 1e-4)

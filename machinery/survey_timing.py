@@ -31,9 +31,9 @@ def end_findings(sample: Sample, signal: Signal) -> list[Finding]:
         bad = np.zeros(len(signal.values), bool)
         if dims.any():
             jump = np.abs(signal.steps[:, dims]) / signal.span[dims]
-            usual = np.quantile(jump[inner].max(1), 0.99)
+            usual = np.quantile(jump[inner], 0.99, axis=0)
             # 3 times the usual largest step, and a fifth of the range
-            jumps = jump[step[long]].max(1) > max(3 * usual, 0.2)
+            jumps = (jump[step[long]] > np.maximum(3 * usual, 0.2)).any(1)
             bad[rows[jumps]] = True
         elif signal.of == "action" and not (signal.values[inner] == 0).all(1).mean() > 0.1:
             bad[rows[zero]] = True  # zero changes are rare elsewhere
@@ -60,14 +60,19 @@ def jump_findings(sample: Sample, signal: Signal) -> list[Finding]:
     inner[sample.last] = False
     if dims.sum() < 2 or not inner.any():
         return []
-    # 15 % of all ranges at once, and 6 times what 19 of 20 steps reach: no robot moves so
-    usual = np.quantile(motion[inner], 0.95)
+    # 15 % of all ranges at once, and 6 times what 19 of 20 steps reach: no robot moves so. Half as
+    # much is enough if it is sudden, and ends where the episode begins
+    usual, most = np.quantile(motion[inner], [0.95, 0.99])
     jumps = inner & (motion > max(0.15, 6 * usual))
+    beside = np.max([np.roll(motion, shift) for shift in (-2, -1, 1, 2)], axis=0)
+    sudden = inner & (motion > max(0.08, most)) & (motion > 3 * beside)
+    start = signal.values[sample.first[sample.episode]][:, dims]
+    away = (np.abs(signal.values[:, dims] - start) / signal.span[dims]).mean(1)
+    back = (jumps | sudden) & (away < 0.5 * motion)
+    jumps |= back
     found = []
     if jumps.any():
-        start = signal.values[sample.first[sample.episode[jumps]]][:, dims]
-        away = (np.abs(signal.values[jumps][:, dims] - start) / signal.span[dims]).mean(1)
-        back = (away < 0.5 * motion[jumps]).mean() > 0.5
+        back = back.sum() > 0.5 * jumps.sum()
         episodes = np.unique(sample.episode[jumps])
         text = f"{signal.of} jumps {sample.where(jumps)}"
         text += ", back to where they begin: several executions in one record?" if back else ""
@@ -96,8 +101,9 @@ def jump_findings(sample: Sample, signal: Signal) -> list[Finding]:
     return found
 
 
-def pace_findings(sample: Sample, signal: Signal) -> list[Finding]:
-    """States that are repeated while the robot moves, and episodes of another rate."""
+def pace_findings(sample: Sample, signal: Signal, odd_unit: np.ndarray) -> list[Finding]:
+    """States that are repeated while the robot moves, and episodes of another rate. odd_unit: (E,)
+    bool, episodes whose unit differs."""
     motion = signal.motion
     if not (signal.continuous & signal.place).any() or not motion.any():
         return []
@@ -116,6 +122,7 @@ def pace_findings(sample: Sample, signal: Signal) -> list[Finding]:
     speed = sample.per_episode(np.sqrt(motion)) ** 2
     ratio = speed / max(np.median(speed), 1e-12)
     odd = (ratio > 4) | ((ratio < 0.25) & (sample.count > 10))  # people differ by a factor of 2
+    odd &= ~odd_unit
     if len(speed) >= 5 and odd.any() and odd.mean() < 0.3:
         text = (f"{signal.of} moves {ratio[odd].min():.2g} to {ratio[odd].max():.2g} times as fast "
                 f"as in the median episode in {sample.episodes(odd)}: another rate?")
@@ -126,7 +133,10 @@ def pace_findings(sample: Sample, signal: Signal) -> list[Finding]:
 
 def idle_findings(sample: Sample, action: Signal) -> list[Finding]:
     """Many frames in which no motion is commanded."""
-    spread = action.quantiles[4] - action.quantiles[0]
+    # of the median episode: others may be in another unit
+    spread = np.median(np.maximum.reduceat(action.values, sample.first)
+                       - np.minimum.reduceat(action.values, sample.first), axis=0)
+    spread = np.where(spread > 0, spread, action.span)
     moving = spread > 0
     if not moving.any():
         return []
@@ -153,9 +163,10 @@ def idle_findings(sample: Sample, action: Signal) -> list[Finding]:
 
 def delay_findings(sample: Sample, action: Signal, state: Signal) -> list[Finding]:
     """Does the state follow the action, or precede it?"""
-    moves = np.where(action.place, action.steps, action.values)
     dims = np.flatnonzero(action.continuous & ~action.raw)
     parts = np.flatnonzero(state.continuous)
+    moves = limited(np.where(action.place, action.steps, action.values))
+    responses = limited(state.steps)
     lags = np.arange(-5, 11)
     if not len(dims) or not len(parts) or len(moves) < 200:
         return []
@@ -165,7 +176,7 @@ def delay_findings(sample: Sample, action: Signal, state: Signal) -> list[Findin
         same[: max(-lag, 0)] = False
         same[len(same) - max(lag, 0) :] = False
         same &= np.roll(sample.joined, -lag) & sample.joined
-        later = np.roll(state.steps, -lag, axis=0)[same][:, parts]
+        later = np.roll(responses, -lag, axis=0)[same][:, parts]
         curves.append(correlation(moves[same][:, dims], later))
     curves = np.stack(curves)  # (lags, dims, parts)
     partner = curves.max(0).argmax(1)
@@ -179,17 +190,27 @@ def delay_findings(sample: Sample, action: Signal, state: Signal) -> list[Findin
     late = lags < (0 if places else 1)  # a change is seen in the next frame, a target may be copied
     bad = np.zeros(len(moves))
     name = action.name(dims[sure])
-    if best in lags[late] and curve.max() > curve[~late].max() + 0.05:
+    if best in lags[late] and far_better(curve.max(), curve[~late].max()):
         ahead = -best if places else 1 - best
         text = (f"{name} follow the state instead of leading it, by {ahead} frames (correlation "
                 f"{curve.max():.2f}, {curve[~late].max():.2f} in the right order)")
         cure = f"shift the actions by {ahead} frames before recording"
         return [sample.finding("delay", "action", dims[sure], bad, text, cure)]
-    if best > 3 and curve.max() > curve[lags == 1].max() + 0.1:
+    if best > 3 and far_better(curve.max(), curve[lags == 1].max()):
         text = f"the state follows {name} after {best} frames (correlation {curve.max():.2f})"
         cure = f"predict action_chunk: {2 * best} or more, or shift the actions"
         return [sample.finding("delay", "action", dims[sure], bad, text, cure, "medium")]
     return []
+
+
+def far_better(one: float, other: float) -> bool:
+    """Is a correlation better by more than chance? Slow motions correlate at all delays."""
+    return one > other + 0.01 and 1 - one < 0.7 * (1 - other)
+
+
+def limited(values: np.ndarray) -> np.ndarray:
+    """(N, D) without outliers, which would decide a correlation."""
+    return np.clip(values, *np.quantile(values, [0.02, 0.98], axis=0))
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

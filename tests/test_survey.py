@@ -125,7 +125,7 @@ def test_episodes_in_another_unit(name, columns, factor, episodes):
 def test_any_few_episodes_in_another_unit(episodes, factor):
     findings = found(damaged("hand_pose", scaled([0, 1, 2], factor, sorted(episodes))))
     assert kinds(findings) == {"episode_scale"}
-    assert all({*finding.dims} == {0, 1, 2} for finding in findings)
+    assert all({*finding.dims} <= {0, 1, 2} for finding in findings)
 
 
 def spikes(of: str, column: int, value, every_n: int):
@@ -140,7 +140,7 @@ def spikes(of: str, column: int, value, every_n: int):
 @pytest.mark.parametrize("name, of, value, rate, kind", [
     ("bimanual", "actions", lambda draw, n: 655.35, 60, "bounds_q99"),
     ("bimanual", "states", lambda draw, n: 655.35, 60, "bounds_q99"),
-    ("arm_in_degrees", "states", lambda draw, n: draw.uniform(-6000, 6000, n), 50, "bounds_q99"),
+    ("arm_in_degrees", "states", lambda draw, n: draw.uniform(-6000, 6000, n), 25, "bounds_q99"),
     ("hand_pose", "actions", lambda draw, n: 40 * draw.randn(n), 40, "bounds_q99"),
     ("changes", "actions", lambda draw, n: 9.0, 70, "bounds_q99"),
     ("bimanual", "actions", lambda draw, n: -100.0, 900, "bounds"),
@@ -214,7 +214,7 @@ def test_any_angle_wraps_only_past_its_border(start, reach, turn):
 def test_changes_of_an_angle_that_wraps():
     def damage(robot):
         for values in robot.actions[::3]:
-            values[10, 5] -= 2 * np.pi
+            values[10, 5] -= 2 * np.pi * np.sign(values[10, 5])
     (finding,) = [f for f in found(damaged("changes", damage)) if f.kind == "wraps"]
     assert finding.dims == (5,)
 
@@ -307,7 +307,7 @@ def test_steps_that_are_filled_in(name, of, row, value, severity):
     (finding,) = [finding for finding in findings if finding.kind == "ends"]
     assert (finding.of, finding.severity) == (of[:-1], severity) and "trim: true" in finding.cure
     assert "zeros" in finding.text and ("last" in finding.text) == (row == -1)
-    assert kinds(findings) - {"ends"} <= {"quaternion_length"}
+    assert kinds(findings) - {"ends"} <= {"outliers"}  # zeros are 1 of 90 frames
 
 
 @pytest.mark.parametrize("name", ["bimanual", "arm_in_degrees", "hand_pose", "changes"])
