@@ -150,6 +150,8 @@ class TrainConfig(BaseModel):
     image_aug: bool = False  # random crop and colors, as in OpenVLA
     skip_bad_episodes: bool = False  # skip (and count) broken episodes; damaged files stop
     index_dir: str | None = None  # folder of the frame tables; default: beside each dataset
+    # findings of survey.py that are meant, as [idle] or, of one dataset of several, [my_robot.idle]
+    accept: list[str] = []
     num_workers: NotNegative = 4  # DataLoader processes per rank
 
     # optimization

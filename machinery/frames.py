@@ -188,13 +188,18 @@ def digest(values) -> str:
 def index(job: dict) -> None:
     """Run rlds.py in its own process, which has no PyTorch and so can fork many cheaply. Raises its
     DataError."""
+    with start_program("machinery.rlds", stdin=subprocess.PIPE) as process:
+        error, _ = process.communicate(json.dumps(job))
+    if process.returncode:
+        raise DataError(error.strip()
+                        or "indexing failed: see above, or was it killed for its memory?")
+
+
+def start_program(module: str, *arguments: str, **how) -> subprocess.Popen:
+    """Start a module of this project as a program whose output is read."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-P", "-m", "machinery.rlds"], input=json.dumps(job),
-                          text=True, stdout=subprocess.PIPE,
-                          env={**os.environ, "PYTHONPATH": path})
-    if done.returncode:
-        error = done.stdout.strip()
-        raise DataError(error or "indexing failed: see above, or was it killed for its memory?")
+    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], text=True,
+                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, **how)
 
 
 # ---- Processes that end with their parent --------------------------------------------------------

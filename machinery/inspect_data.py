@@ -23,7 +23,6 @@ import yaml
 from tqdm import tqdm
 
 from machinery import oxe
-from machinery.checks import findings, looks_like_targets, round_trip
 from machinery.config import (
     Recipe,
     TrainConfig,
@@ -46,6 +45,7 @@ from machinery.guess import action_fields, state_fields
 from machinery.images import contact_sheet, decode_image, decode_native
 from machinery.recipes import Feature
 from machinery.rlds import step_features
+from machinery.survey import looks_like_targets, round_trip, survey
 
 
 @dataclass
@@ -213,7 +213,7 @@ def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
     texts = " | ".join(map(repr, table.instructions[:8]))
     print(f"instructions {len(table.instructions)} e.g. {texts}")
     print_statistics(table, subject.kind, with_state=subject.recipe.state != "0")
-    for finding in findings(table, subject.kind, action_chunk=2):  # as for any chunk
+    for finding in survey(table, subject.kind):  # as for any chunk
         print(f"warning: {finding}")
     for reason in table.bad:
         print(f"warning: bad episode: {reason}")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from machinery.checks import findings
 from machinery.config import RECIPES, Recipe, TrainConfig, UserError, load_table, nearest
 from machinery.fields import check_recipe, read_recipe
 from machinery.frames import DataError, FrameTable, find_dataset
@@ -242,14 +241,3 @@ def mixture_shares(weights: np.ndarray, frames: np.ndarray, balance: bool = True
     shares = shares / shares.sum()
     primary = weights == (1.0 if 1.0 in weights else weights.max())
     return shares, int((frames / shares)[primary].max())
-
-
-def mixture_notes(cfg: TrainConfig, mixture) -> list[str]:
-    """Warnings for the start of a training on a data.Mixture, a line each."""
-    refused = left_out(cfg.data_mix, cfg.datasets)
-    notes = [f"{name}: left out: {why}" for name, why in refused.items()]
-    for name, table in zip(mixture.names, mixture.tables, strict=True):
-        for finding in findings(table, cfg.action_normalization, cfg.action_chunk):
-            if finding.severity == "high":
-                notes.append(f"{name}: {finding}")
-    return notes

@@ -16,6 +16,7 @@ leaves open.
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 import types
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from action_tokenizer import IGNORE_INDEX, MAX_PROMPT, prompt_ids
 from data import Mixture, open_tables
-from machinery import oxe
+from machinery import frames, oxe
 from machinery.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -54,6 +55,7 @@ BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights im
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them), and those about speed
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
+LONGEST_SURVEY = 300  # seconds; the other ranks wait, and NCCL for 10 minutes at most
 SPEED = """step_seconds data_seconds samples_per_second eta_seconds tflops_per_gpu mfu gpu_gb
     host_gb""".split()
 
@@ -139,9 +141,9 @@ class Run:
             unused = mixture.tables[mixture.names.index(name)].unused
             if unused:
                 self.line(f"unused {name} {', '.join(unused)}")
-        if not self.quiet:
-            for finding in oxe.mixture_notes(cfg, mixture):
-                self.line(f"warning: {finding}")
+        for name, why in oxe.left_out(cfg.data_mix, cfg.datasets).items():
+            self.line(f"warning: {name}: left out: {why}")
+        self.print_survey()
         if not held_out:
             self.line("warning: no evaluation: a dataset has no held-out frames")
         self.line(f"startup_s {time.time() - self.started:.1f}")
@@ -154,6 +156,36 @@ class Run:
             (self.path / f"{name}.json").write_text(json.dumps(values, indent=2))
         mixture.tokenizer.save_pretrained(self.path / "tokenizer")
         self.open_log()
+
+    # ---- The survey of the data ------------------------------------------------------------------
+
+    def start_survey(self, cfg: TrainConfig, tables: list) -> None:
+        """Look for faults in the data (survey.py) in a process that runs while the model is built.
+        """
+        if self.quiet:
+            return
+        job = {"datasets": {name: (str(table.path), str(table.directory))
+                            for name, _, _, table in tables},
+               "options": {"normalization": cfg.action_normalization,
+                           "action_chunk": cfg.action_chunk},
+               "accept": cfg.accept}
+        self.survey = frames.start_program("machinery.survey", json.dumps(job),
+                                           stderr=subprocess.DEVNULL)
+
+    def print_survey(self) -> None:
+        """Its findings. The training does not depend on them, and does not wait for long."""
+        if self.quiet:
+            return
+        try:
+            lines, _ = self.survey.communicate(timeout=LONGEST_SURVEY)
+        except subprocess.TimeoutExpired:
+            self.survey.kill()
+            lines, _ = self.survey.communicate()
+        if self.survey.returncode:
+            self.line("warning: the survey of the data failed or took too long: python data.py "
+                      "--inspect DIR repeats it")
+        for line in lines.splitlines():
+            self.line(line)
 
     # ---- The log ---------------------------------------------------------------------------------
 
@@ -281,6 +313,7 @@ def settle(cfg: TrainConfig) -> dict:
         cfg = resumed_config(cfg, run)
     tables = open_tables(cfg)  # fails on bad data before gigabytes of weights are downloaded
     cfg = cfg.model_copy(update=data_facts(cfg, tables))
+    run.start_survey(cfg, tables)
     if run.step:
         check_statistics(run.checkpoint.run_dir, tables)
     cfg, tokenizer, weights = start_from(cfg, run.checkpoint)

@@ -19,8 +19,8 @@ from PIL import Image
 from act import Policy, load_vla
 from action_tokenizer import load_tokenizer, unnormalize
 from data import Mixture
-from machinery import checks, oxe
-from machinery.checks import action_findings, copy_findings, findings, round_trip, wrap_findings
+from machinery import oxe
+from machinery.survey import action_findings, round_trip, survey
 from machinery.config import Recipe, TrainConfig, UserError, load_config
 from machinery.convention import convention, recorded
 from machinery.frames import DataError, FrameTable, find_dataset

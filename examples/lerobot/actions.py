@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machinery import checks
+from machinery import survey
 from machinery.rlds import EPISODE
 
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger", re.IGNORECASE)
@@ -82,7 +82,7 @@ def looks_like_targets(actions: list[np.ndarray], states: list[np.ndarray] | Non
     for name, values in columns.items():
         frames[name] = values
     stats = {f"q{q:02d}": np.quantile(frames["action"], q / 100, axis=0) for q in (1, 99)}
-    return checks.looks_like_targets(frames, episodes, stats).sum() > (stats["q99"] > stats["q01"]).sum() / 2
+    return survey.looks_like_targets(frames, episodes, stats).sum() > (stats["q99"] > stats["q01"]).sum() / 2
 
 
 def gripper_scale(values: np.ndarray, few: bool) -> int:

@@ -41,11 +41,11 @@ from lerobot_format import (
 )
 from tqdm import tqdm
 
-from machinery.checks import findings
 from machinery.config import Recipe, UserError, exit_with_one_line
 from machinery.frames import end_with_parent
 from machinery.inspect_data import Subject, as_yaml, guess_recipe
 from machinery.rlds import DataError, step_features, write_rlds
+from machinery.survey import survey
 
 JPEG_QUALITY = 95
 
@@ -274,7 +274,7 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
     recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions)})
     subject = Subject(name, path, recipe, "converted")
     table = subject.table(None, skip_bad_episodes=True)
-    for finding in findings(table, subject.kind, action_chunk=2):
+    for finding in survey(table, subject.kind):
         print(f"warning: {finding}")
     if dataset.fps / step > 20:
         print(f"warning: {dataset.fps / step:g} frames a second: consecutive frames hardly differ, and "
