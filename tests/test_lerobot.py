@@ -14,16 +14,23 @@ import subprocess
 import sys
 import time
 
+import mobile
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY, launch, read_metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import act
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
-from machinery.config import Recipe, UserError
+from machinery import inspect_data, oxe
+from machinery.config import Recipe, TrainConfig, UserError
 from machinery.convention import undo
+from machinery.fields import parse_fields
+from machinery.inspect_data import TO_TRAIN
+from machinery.kinds import assumptions, field_list, kind_by_name
 from machinery.recipes import action_masks, read_fields
 from machinery.rlds import Steps, read_records, step_features
 
@@ -34,11 +41,11 @@ import pyarrow.parquet as pq  # noqa: E402
 EXAMPLE = ROOT / "examples/lerobot"
 sys.path.insert(0, str(EXAMPLE))
 import convert as converter  # noqa: E402
-from actions import as_recipe, describe, idle_frames, kind_by_name, resample  # noqa: E402
+from resample import resample  # noqa: E402
 
 SO101 = [f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex",
                                       "wrist_roll", "gripper")]
-SIZES = {"front": (96, 128), "wrist": (64, 64), "top": (80, 80)}  # (height, width): cameras differ
+SIZES = {"front": (96, 128), "wrist": (64, 64), "top": (80, 80), "image": (64, 64)}  # (height, width)
 TEXTS = ["pick up the cube", "leg den Würfel in die Schale", "把方块放进碗里"]
 
 # ---- Writing -----------------------------------------------------------------------------------------------
@@ -98,13 +105,20 @@ def write_json(path, *values) -> None:
     path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in values), encoding="utf-8")
 
 
+ALL = slice(None)
+
+
 class Source:
     """A LeRobot dataset and what was written into it. kinds: {camera: "video" or "image"}; tasks: for each
-    episode, the task_index of each of its frames, or of all; action: (episode, length) -> its actions."""
+    episode, the task_index of each of its frames, or of all; action: (episode, length) -> its actions;
+    parts: {feature: (which, its columns)} of action and state; more: {feature: (episode, length) -> it}."""
 
     def __init__(self, root, version="v2.1", lengths=(7, 5, 9), kinds=None, width=6, names=SO101, fps=10,
-                 codec="libx264", tasks=None, texts=TEXTS, action=None, splits=None, **changes):
+                 codec="libx264", tasks=None, texts=TEXTS, action=None, splits=None, parts=None, more=None,
+                 images="observation.images.", **changes):
         self.root, self.version, self.lengths, self.fps = root / "source", version, lengths, fps
+        self.parts = parts or {"action": ("action", ALL), "observation.state": ("state", ALL)}
+        self.more, self.images = more or {}, images
         self.kinds = kinds or {"front": "video", "wrist": "video"}
         self.texts, self.codec = texts, codec
         draw = np.random.default_rng(3)
@@ -117,17 +131,23 @@ class Source:
         self.videos = {camera: {e: encode(self.pictures(camera, e), fps, codec)
                                 for e, length in enumerate(lengths) if length}
                        for camera, kind in self.kinds.items() if kind == "video"}
-        cameras = {f"observation.images.{camera}": {
+        cameras = {f"{self.images}{camera}": {
             "dtype": kind, "shape": [3, *SIZES[camera]], "names": ["channels", "height", "width"],
             "info": {"video.fps": fps, "video.is_depth_map": False} if kind == "video" else None}
             for camera, kind in self.kinds.items()}
-        vector = {"dtype": "float32", "shape": [width], "names": names}
+        vectors = {}
+        for key, (_, columns) in self.parts.items():
+            named = names[columns] if isinstance(names, list) else names
+            vectors[key] = {"dtype": "float32", "shape": [len(range(width)[columns])], "names": named}
+        for key, make in self.more.items():
+            values = make(0, lengths[0])
+            vectors[key] = {"dtype": str(values.dtype), "shape": [*values.shape[1:]] or [1], "names": None}
         plain = {"dtype": "int64", "shape": [1], "names": None}
         self.info = {
             "codebase_version": version, "robot_type": "so101", "total_episodes": len(lengths),
             "total_frames": sum(lengths), "total_tasks": len(texts), "chunks_size": 2, "fps": fps,
             "splits": splits or {"train": f"0:{len(lengths)}"},
-            "features": {"action": vector, "observation.state": vector, **cameras,
+            "features": {**vectors, **cameras,
                          "timestamp": {**plain, "dtype": "float32"},
                          **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), plain)},
             **changes}
@@ -141,10 +161,14 @@ class Source:
     def table(self, episode: int) -> pa.Table:
         """The rows of an episode: lists in one column, lists of a fixed size in another."""
         length = self.lengths[episode]
-        columns = {
-            "action": pa.array(self.action[episode].tolist(), pa.list_(pa.float32())),
-            "observation.state": pa.FixedSizeListArray.from_arrays(
-                pa.array(self.state[episode].reshape(-1)), self.state[episode].shape[1]),
+        columns = {}
+        for key, (which, part) in self.parts.items():
+            values = getattr(self, which)[episode][:, part]
+            columns[key] = (
+                pa.array(values.tolist(), pa.list_(pa.float32())) if which == "action" else
+                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
+        columns |= {key: pa.array(make(episode, length).tolist()) for key, make in self.more.items()}
+        columns |= {
             "timestamp": pa.array(np.arange(length, dtype=np.float32) / np.float32(self.fps)),
             "frame_index": pa.array(np.arange(length)), "episode_index": pa.array(np.full(length, episode)),
             "index": pa.array(np.arange(length) + sum(self.lengths[:episode])),
@@ -155,7 +179,7 @@ class Source:
                 for frame, picture in enumerate(self.pictures(camera, episode)):
                     Image.fromarray(picture).save(file := io.BytesIO(), "png")
                     rows.append({"bytes": file.getvalue(), "path": f"frame-{frame:06d}.png"})
-                columns[f"observation.images.{camera}"] = pa.array(
+                columns[f"{self.images}{camera}"] = pa.array(
                     rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
         return pa.table(columns)
 
@@ -173,7 +197,7 @@ class Source:
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(self.table(episode), path)
             for camera, videos in self.videos.items() if length else ():
-                key = f"observation.images.{camera}"
+                key = f"{self.images}{camera}"
                 path = self.root / self.info["video_path"].format(video_key=key, **where)
                 concatenate([videos[episode]], path)
 
@@ -199,7 +223,7 @@ class Source:
                 for table in part:
                     writer.write_table(table)  # a row group each
         for number, (camera, videos) in enumerate(self.videos.items()):
-            key, size = f"observation.images.{camera}", [2, 99][number]
+            key, size = f"{self.images}{camera}", [2, 99][number]
             for file in range(-(-len(rows) // size)):
                 part, seconds = range(file * size, min(file * size + size, len(rows))), 0.0
                 for episode in part:
@@ -260,17 +284,19 @@ def read_back(out, split="train") -> list[dict]:
 
 def recipe_of(printed: str) -> dict:
     """The YAML that was printed."""
-    return yaml.safe_load(printed.partition("copy and correct:\n")[2])
+    return yaml.safe_load(printed.partition(f"{TO_TRAIN}\n")[2].partition("\nwrote ")[0])
 
 
 def compare(source: Source, episodes: list[dict], numbers=None, keep=slice(None)) -> None:
-    """Every number and text equal, and every picture in its place and like the one that was encoded."""
+    """Every number and text equal, and every picture in its place and like the one that was encoded. An action
+    is the last target before the next frame."""
     numbers = [e for e, n in enumerate(source.lengths) if n] if numbers is None else numbers
     assert [e["episode_metadata/episode_index"].item() for e in episodes] == numbers
     for number, episode in zip(numbers, episodes, strict=True):
         frames = np.arange(source.lengths[number])[keep]
         assert np.array_equal(episode["observation/state"], source.state[number][frames])
-        assert np.array_equal(episode["action"], source.action[number][frames])
+        ends = np.append(frames[1:], source.lengths[number]) - 1
+        assert np.array_equal(episode["action"], source.action[number][ends])
         texts = [source.texts[task] for task in source.task[number][frames]]
         assert [text.decode() for text in episode["language_instruction"]] == texts
         for c, camera in enumerate(source.kinds):
@@ -310,7 +336,7 @@ def test_some_episodes_and_fewer_frames(tmp_path, version):
     source = Source(tmp_path, version, (70, 10, 33, 40), fps=30)
     printed = convert(source, tmp_path / "out", "--episodes", "0,2-3", "--fps", "10")
     compare(source, read_back(tmp_path / "out"), [0, 2, 3], slice(None, None, 3))
-    assert "fps 10 episodes 3 frames 49 idle_frames 0 (0.0%)" in printed
+    assert "fps 10 episodes 3 frames 49\n" in printed
     line = refused(source, tmp_path / "more", fps=31.0)
     assert line == "--fps 31: the dataset has 30: choose that or fewer"
     assert "has no frames of episode 9; it has 0 to 3" in refused(source, tmp_path / "more", episodes="2,9")
@@ -511,19 +537,105 @@ def test_what_is_only_told(tmp_path):
         printed = convert(source, tmp_path / version / "out")
         notes = [line for line in printed.splitlines() if line.startswith("note: ")]
         assert notes == [
+            f"note: tasks 0 and 2 have one text, {TEXTS[0]!r}: they become one instruction",
             *(f"note: {key}: names: null in meta/info.json does not name each of its dimensions: ranges "
               "alone tell what they are" for key in ("action", "observation.state")),
-            f"note: tasks 0 and 2 have one text, {TEXTS[0]!r}: they become one instruction",
             "note: episode 1 has no frames: it is left out"]
         compare(source, read_back(tmp_path / version / "out"))
     line = refused_where_it_exists(source, tmp_path / "v3.0/out")
-    assert line == f"{tmp_path / 'v3.0/out/my_robot'} exists: remove it, or choose another --name"
+    assert f"{tmp_path / 'v3.0/out/my_robot/1.0.0'} exists: remove it" in line
 
 
 def refused_where_it_exists(source: Source, out) -> str:
     with pytest.raises(UserError) as error:
         converter.convert(source.root, out, "my_robot", 64, None, None, None, 2)
     return str(error.value)
+
+
+# ---- What features are called ------------------------------------------------------------------------------
+
+JOINTS, GRIP = slice(0, 5), slice(5, 6)
+STYLES = {  # of whose datasets: (features, the recipe's state, its action's keys)
+    "openpi": ({"actions": ("action", ALL), "state": ("state", ALL)}, "/state", ["actions"]),
+    "openpi, of DROID": ({"actions": ("action", ALL), "joint_position": ("state", JOINTS),
+                          "gripper_position": ("state", GRIP)}, "/gripper_position, /joint_position",
+                         ["actions"]),
+    "AgiBot": ({"observation.states.joint.position": ("state", JOINTS),
+                "actions.joint.position": ("action", JOINTS),
+                "observation.states.effector.position": ("state", GRIP),
+                "actions.effector.position": ("action", GRIP)},
+               "states_effector_position, states_joint_position",
+               ["actions_joint_position", "actions_effector_position"]),
+    "ALOHA": ({"action": ("action", ALL), "observation.qpos": ("state", ALL),
+               "observation.effort": ("state", ALL)}, "qpos", ["action"]),
+    "DROID": ({"action": ("action", ALL), "action.joint_position": ("action", JOINTS),
+               "observation.state": ("state", ALL), "observation.state.joint_position": ("state", JOINTS)},
+              "state", ["action"]),
+    "nobody": ({"action": ("action", ALL), "numbers": ("state", ALL)}, "0", ["action"]),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_state_has_many_names(style, tmp_path):
+    """It is in the recipe, or a line says that there is none; and each feature is in one of the two."""
+    parts, state, keys = STYLES[style]
+    source = Source(tmp_path, lengths=(20, 21), kinds={"image": "image"}, parts=parts, images="",
+                    more={"next.done": lambda e, n: np.arange(n) == n - 1})
+    printed = convert(source, tmp_path / "out")
+    told = recipe_of(printed)
+    recipe = Recipe(**told["datasets"]["my_robot"])
+    assert recipe.state == state and told["use_proprio"] == (state != "0")
+    assert [*dict.fromkeys(field.key for field in parse_fields(recipe.action))] == keys
+    notes = [line for line in printed.splitlines() if line.startswith("note: ")]
+    assert any("no state" in line for line in notes) == (state == "0")
+    (unused,) = [line for line in printed.splitlines() if line.startswith("unused ")]
+    used = {field.key for field in parse_fields(recipe.action) + parse_fields(recipe.state, "observation/")}
+    kept = {converter.rlds_name(key) for key in parts} - used
+    assert {part.partition(" ")[0] for part in unused[7:].split(", ")} == {*kept, "next_done"}
+    episode = read_back(tmp_path / "out")[0]
+    assert np.array_equal(np.hstack([episode[key] for key in keys]), source.action[0])
+    states = read_fields(recipe.state, episode, "observation/", 0, 20)
+    if state != "0":
+        assert np.array_equal(np.sort(np.hstack(states)), np.sort(source.state[0]))
+    assert episode["next_done"].ravel().tolist() == [0] * 19 + [1]
+
+
+def test_gr00ts_slices_and_annotations(tmp_path):
+    """modality.json names the dimensions, and the task is the human's, not that of task_index."""
+    source = Source(tmp_path, lengths=(20, 21), kinds={"front": "image"}, names=[f"motor_{i}" for i in range(6)],
+                    more={"annotation.human.action.task_description": lambda e, n: np.full(n, 1 + e),
+                          "annotation.human.validity": lambda e, n: np.zeros(n, int)})
+    arm, hand = {"start": 0, "end": 5}, {"start": 5, "end": 6}
+    write_json(source.root / "meta/modality.json", {
+        "state": {"arm": arm, "gripper": hand}, "action": {"gripper": hand, "arm": {**arm, "absolute": False}}})
+    printed = convert(source, tmp_path / "out")
+    assert "action 0 name delta_arm[0] kind change" in printed and "action 5 name gripper kind target" in printed
+    assert re.search("^unused .*annotation_human_validity", printed, re.MULTILINE)
+    texts = [episode["language_instruction"][0].decode() for episode in read_back(tmp_path / "out")]
+    assert texts == TEXTS[1:]
+
+
+def test_a_feature_with_faults_is_left_out_with_a_line(tmp_path):
+    """Unless the robot acts by it."""
+    source = Source(tmp_path, lengths=(9, 8), kinds={"front": "image"}, more={
+        "observation.effort": lambda e, n: np.full((n, 2), np.nan if e else 1, np.float32),
+        "observation.extrinsics": lambda e, n: np.zeros((n, 3, 3), np.float32),
+        "notes": lambda e, n: np.full(n, "good")})
+    source.info["features"].pop("notes")
+    source.edit()
+    printed = convert(source, tmp_path / "out")
+    for key in ("observation.effort", "observation.extrinsics", "notes"):
+        assert re.search(f"note: {key}.* left out", printed), printed
+    assert {name for name in read_back(tmp_path / "out")[0] if name.startswith("observation")} == {
+        "observation/state", "observation/front"}
+
+
+def test_videos_with_more_frames_than_their_episodes(tmp_path):
+    source = Source(tmp_path, "v2.1", (7, 9), {"front": "video"})
+    path = source.root / "videos/chunk-000/observation.images.front/episode_000001.mp4"
+    path.write_bytes(encode([*source.pictures("front", 1), *source.pictures("front", 0)], 10, "libx264"))
+    printed = convert(source, tmp_path / "out")
+    assert f"warning: 1 videos have more frames than their episodes, the first {path} (16, its episodes 9)" in printed
 
 
 # ---- What actions mean -------------------------------------------------------------------------------------
@@ -549,27 +661,37 @@ def steps_of(episode: int, length: int, width: int, size: float) -> np.ndarray:
 
 ROBOTS = {  # name: (names, actions, the recipe)
     "so101": (SO101, lambda e, n: np.append(walk(e, n, -100, 100, 5), walk(e, n, 1, 99, 1), 1),
-              {"action": "action[:5] target, action[5:] /100 target raw"}),
+              "action[:5] target, action[5:] /100 clip target raw"),
     "so101, gripper hardly moves": (
         SO101, lambda e, n: np.append(walk(e, n, -100, 100, 5), walk(e, n, 1, 30, 1), 1),
-        {"action": "action target"}),
-    "aloha, no names": (None, lambda e, n: walk(e, n, -1.5, 1.5, 14), {"action": "action target"}),
+        "action target"),
+    "aloha, no names": (14, lambda e, n: walk(e, n, -1.5, 1.5, 14), "action target"),
     "aloha, names": ([f"{side}_{joint}" for side in ("left", "right") for joint in (
         "waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")],
         lambda e, n: np.hstack([walk(e, n, -1.5, 1.5, 6), walk(e, n, 0, 1, 1)] * 2),
-        {"action": "action[:6] target, action[6:7] target raw, action[7:13] target, action[13:] target raw"}),
+        "action[:6] target, action[6:7] clip target raw, action[7:13] target, action[13:] clip target raw"),
     "pose": ([*XYZ, "gripper"], lambda e, n: np.append(walk(e, n, 0.2, 0.7, 6), grip(e, n), 1),
-             {"action": "action[:6] target, action[6:] target raw"}),
+             "action[:6] target, action[6:] clip target raw"),
     "steps": ([*XYZ, "gripper"], lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n, 1, -1), 1),
-              {"action": "action[:6], action[6:] target raw"}),
-    "steps, no names": (None, lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n), 1),
-                        {"action": "action[:6], action[6:] target raw"}),
+              "action[:6] change, action[6:] target raw"),
+    "steps, no names": (7, lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n), 1),
+                        "action[:6] change, action[6:] clip target raw"),
+    "steps, 1 is closed": ([*XYZ, "close_gripper"],
+                           lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n, 1, -1), 1),
+                           "action[:6] change, action[6:] /-1 target raw"),
     "deltas by name": ([f"delta_{axis}" for axis in XYZ], lambda e, n: walk(e, n, 0.1, 0.2, 6),
-                       {"action": "action", "absolute": 0}),
-    "a base that drives": (["arm_shoulder_pan.pos", "arm_gripper.pos", "x.vel", "theta.vel"],
+                       "action change"),
+    "a base that drives": (["arm_shoulder_pan.pos", "arm_gripper_closed.pos", "x.vel", "theta.vel"],
                            lambda e, n: np.append(walk(e, n, 0, 100, 2), steps_of(e, n, 2, 1), 1),
-                           {"action": "action[:1] target, action[1:2] /100 target raw, action[2:]"}),
+                           "action[:1] target, action[1:2] /100 clip invert target raw, action[2:] change"),
 }
+
+
+def described(names: list[str] | int, *arguments) -> tuple[str, list]:
+    """-> (the recipe's action, the dimensions)."""
+    names = [f"action[{i}]" for i in range(names)] if isinstance(names, int) else names
+    dimensions = converter.describe(names, *arguments)
+    return field_list({"action": len(names)}, dimensions), dimensions
 
 
 @pytest.mark.parametrize("robot", ROBOTS)
@@ -577,9 +699,9 @@ def test_actions_come_back_in_the_robots_own_units(robot):
     """Described, made standard, turned into tokens and back, and given to the robot."""
     names, make, expected = ROBOTS[robot]
     recorded = [make(episode, 120) for episode in range(4)]
-    dimensions = describe("action", names, recorded, None, None)
-    assert as_recipe(dimensions) == expected
-    recipe, every = Recipe(**as_recipe(dimensions)), np.concatenate(recorded)
+    action, dimensions = described(names, recorded)
+    assert action == expected
+    recipe, every = Recipe(action=action), np.concatenate(recorded)
     columns = read_fields(recipe.action, {"action": every}, "", 0, len(every))
     standard = np.concatenate(columns, axis=1)
     _, raw = action_masks(recipe, [column.shape[1] for column in columns])
@@ -592,18 +714,19 @@ def test_actions_come_back_in_the_robots_own_units(robot):
     scales = np.array([dimension.scale for dimension in dimensions])
     half_bin = np.where(scales > 0, scales, np.ptp(every, axis=0) / 2) / 255
     assert (np.abs(back - every) <= 1.01 * half_bin + 1e-6).all()
+    unknown = sum(dimension.scale > 0 and dimension.closed is None for dimension in dimensions)
+    assert len(assumptions(dimensions)) == unknown
 
 
 def test_the_user_knows_better():
     """A keyboard's steps of -1, 0 and 1 are no gripper; what is said holds for all but grippers."""
     keys = np.random.default_rng(0).integers(-1, 2, (200, 3)).astype(np.float32)
     action = np.append(keys, grip(0, 200), 1)
-    assert as_recipe(describe("action", None, [action], None, None)) == {
-        "action": "action[:3], action[3:] target raw"}
+    assert described(4, [action])[0] == "action[:3] change, action[3:] clip target raw"
     joints = np.append(walk(0, 200, -1, 1, 3), grip(0, 200), 1)
-    for said, words in (("target", " target"), ("change", "")):
-        assert as_recipe(describe("action", ["x", "y", "z", "gripper"], [joints], None, said)) == {
-            "action": f"action[:3]{words}, action[3:] target raw"}
+    for said in ("target", "change"):
+        names = ["x", "y", "z", "gripper"]
+        assert described(names, [joints], None, said)[0] == f"action[:3] {said}, action[3:] clip target raw"
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -622,26 +745,81 @@ def test_held_out_episodes_alone_are_refused_at_once(tmp_path):
 def test_fewer_frames_a_second():
     names = ["joint.pos", "delta_x", "x.vel", "gripper"]
     values = np.stack([np.arange(8), np.ones(8), np.arange(8), np.arange(8) % 2], axis=1).astype(np.float32)
-    dimensions = describe("action", names, [values], None, None)
-    assert [dimension.kind for dimension in dimensions] == ["target", "change", "velocity", "target"]
-    slower = resample(values, dimensions, converter.kept_frames(8, 3.0))  # 0, 3, 6, and 2 are left
-    assert slower.tolist() == [[0, 3, 1, 0], [3, 3, 4, 1], [6, 2, 6.5, 0]]
+    _, dimensions = described(names, [values])
+    kinds = np.array([dimension.kind for dimension in dimensions])
+    assert kinds.tolist() == ["target", "change", "velocity", "target"]
+    slower = resample(values, kinds, converter.kept_frames(8, 3.0))  # 0, 3, 6, and 2 are left
+    assert slower.tolist() == [[2, 3, 1, 0], [5, 3, 4, 1], [7, 2, 6.5, 1]]
+    assert resample(values, kinds, np.arange(8)).tolist() == values.tolist()
     assert converter.kept_frames(8, 1.0).tolist() == [*range(8)]
     assert converter.kept_frames(10, 2.5).tolist() == [0, 2, 5, 8]  # 20 to 8 a second
     assert converter.frame_step(30.0, 10.0) == 3 and converter.frame_step(30.0, None) == 1
 
 
-def test_idle_frames():
-    still = np.zeros((10, 2), np.float32)
-    moving = np.arange(20, dtype=np.float32).reshape(10, 2)
-    joints = describe("action", ["a.pos", "b.pos"], [moving], None, None)
-    assert idle_frames([moving], joints) == 0
-    assert idle_frames([np.concatenate([moving[:1]] * 5 + [moving])], joints) == 5
-    deltas = describe("action", ["delta_x", "delta_y"], [moving], None, None)
-    assert idle_frames([moving, still], deltas) == 10 + 0  # the first of `moving` moves in one dimension
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.floats(1, 9), st.integers(0, 9))
+def test_a_slower_recording_arrives_at_the_same_place(length, step, seed):
+    """Changes and velocities cover the same way, targets end where the robot was sent last."""
+    values = np.random.default_rng(seed).normal(size=(length, 3))
+    frames = converter.kept_frames(length, step)
+    slower = resample(values, np.array(["target", "change", "velocity"]), frames)
+    ends = np.append(frames[1:], length)
+    assert np.array_equal(slower[:, 0], values[ends - 1, 0])
+    np.testing.assert_allclose(slower[:, 1].sum(), values[:, 1].sum(), atol=1e-9)
+    np.testing.assert_allclose((slower[:, 2] * (ends - frames)).sum(), values[:, 2].sum(), atol=1e-9)
+
+
+def test_a_command_shorter_than_a_written_frame_is_named(tmp_path):
+    """A button that is pressed for one frame, and not the joint that moves on."""
+
+    def action(episode: int, length: int) -> np.ndarray:
+        pressed = np.isin(np.arange(length), [4, 10])[:, None]  # of 3 to 5, and 9 to 11
+        return np.hstack([walk(episode, length, -90, 90, 5), 100 * pressed]).astype(np.float32)
+
+    source = Source(tmp_path, lengths=(30, 31), kinds={"front": "image"}, fps=30, action=action)
+    printed = convert(source, tmp_path / "out", "--fps", 10)
+    (line,) = [line for line in printed.splitlines() if "shorter than" in line]
+    assert re.match("warning: gripper.pos .* 4 .*--fps", line)
+    assert "shorter than" not in convert(source, tmp_path / "all")
 
 
 # ---- From a recording to a robot that acts -----------------------------------------------------------------
+
+
+def test_a_robot_that_nobody_has_seen(tmp_path, monkeypatch, capsys, plain_run):
+    """Converted from v3.0 at 10 of 30 frames a second, inspected and trained without an edit."""
+    monkeypatch.setattr(sys.modules[__name__], "SIZES", mobile.SIZES)
+    source = Source(tmp_path, "v3.0", (60,) * 10, {"head": "video", "hand": "video"}, names=mobile.NAMES, fps=30,
+                    width=11, action=mobile.actions, texts=mobile.TEXTS,
+                    parts={"action": ("action", ALL), "observation.state": ("state", slice(3, 11))})
+    config = tmp_path / "mobile.yaml"
+    printed = convert(source, tmp_path / "out", "--fps", 10, "--yaml", config)
+    assert "warning" not in printed and "assuming" not in printed, printed
+    told = recipe_of(printed)
+    assert told["datasets"] == {"my_robot": mobile.RECIPE}
+    monkeypatch.setattr(sys, "argv", ["data.py", "--inspect", str(tmp_path / "out/my_robot"), "--out",
+                                      str(tmp_path / "sheet.png")])
+    inspect_data.main()
+    inspected = capsys.readouterr().out
+    assert recipe_of(inspected.partition("contact_sheet")[0]) == told and "warning" not in inspected
+    done = plain_run(config, "--deepspeed_config", "ds_configs/cpu.json", "--set", "max_steps=1", "run_id=one",
+                     f"run_root_dir={tmp_path}/runs", "num_workers=0")
+    assert done.returncode == 0 and "warning: " not in done.text, done.text
+    (subject,) = inspect_data.find_subjects(tmp_path / "out/my_robot", None, None)
+    recorded = np.concatenate([episode["action"] for episode in read_back(tmp_path / "out")])
+    assert np.array_equal(recorded[:20, 3:], source.action[0][2::3, 3:])
+    mobile.check(act.load_vla(tmp_path / "runs/one"), subject.table(None, False), recorded)
+    with pytest.raises(UserError, match=f"{config} exists"):
+        converter.convert(source.root, tmp_path / "two", "my_robot", 64, None, None, None, 2, config)
+
+
+@pytest.mark.parametrize("folder, mix", [("source", None), ("source", "source"), ("", "source")])
+def test_a_lerobot_folder_is_sent_to_the_converter(tmp_path, folder, mix):
+    source = Source(tmp_path, lengths=(2, 3), kinds={"front": "image"})
+    with pytest.raises(UserError, match=rf"convert\.py --source {source.root} .*--name source --yaml source.yaml"):
+        inspect_data.find_subjects(tmp_path / folder, mix, None)
+    with pytest.raises(UserError, match=rf"convert\.py --source {source.root} "):
+        oxe.read_recipes(TrainConfig(data_root_dir=str(tmp_path / folder), data_mix=mix or "bridge"))
 
 
 @pytest.mark.slow
@@ -656,7 +834,7 @@ def test_so101_from_a_recording_to_acting(tmp_path):
     source = Source(tmp_path, "v3.0", (90,) * 20, fps=30, action=action, texts=TEXTS[:1], codec="libsvtav1")
     printed = convert(source, tmp_path / "out", "--fps", 10)
     told = recipe_of(printed)
-    assert told["datasets"]["my_robot"]["action"] == "action[:5] target, action[5:] /100 target raw"
+    assert told["datasets"]["my_robot"]["action"] == "action[:5] target, action[5:] /100 clip target raw"
     config = {**TINY, **told, "action_chunk": 8, "max_steps": 200, "run_id": "so101", "learning_rate": 3e-3,
               "log_interval": 50, "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "so101.yaml").write_text(yaml.safe_dump(config))
