@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing.queues
 import os
 import re
 import shutil
@@ -207,3 +208,17 @@ def follow_rank(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
+    # by default, a worker prints the traceback of what its threads fail at, and the rank waits
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_error
+    sys.excepthook = lambda *error: os._exit(1)
+
+
+class UnsentBatch(Exception):
+    """What a DataLoader worker sends instead of a batch that it cannot send."""
+
+
+def send_error(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:
+    """Send UnsentBatch in the place of `item`, a batch with its number."""
+    if isinstance(item[1], UnsentBatch):
+        os._exit(1)
+    queue.put((item[0], UnsentBatch(str(error))))

@@ -10,7 +10,6 @@ For a dataset without a recipe, one is guessed and printed for copying.
 import argparse
 import itertools
 import json
-import os
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from machinery.frames import (
     find_dataset,
     frame_table,
 )
+from machinery.host import cores
 from machinery.images import contact_sheet, decode_image, decode_native
 from machinery.recipes import Feature
 from machinery.rlds import step_features
@@ -280,7 +280,7 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     # {file: {record: reason}}; an earlier check's are in table.bad, and not looked at again
     listed: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
     count = len(table.bad)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"),
+    with ProcessPoolExecutor(cores(), get_context("fork"),
                              end_with_parent) as pool:
         bar = tqdm(pool.map(check, parts), f"check {subject.name}", len(parts), leave=False,
                    disable=None)

@@ -44,6 +44,7 @@ from tqdm import tqdm
 from machinery.checks import findings
 from machinery.config import Recipe, UserError, exit_with_one_line
 from machinery.frames import end_with_parent
+from machinery.host import cores
 from machinery.inspect_data import Subject, as_yaml, guess_recipe
 from machinery.rlds import DataError, step_features, write_rlds
 
@@ -298,7 +299,7 @@ def main() -> None:
     parser.add_argument("--episodes", metavar="0-9,12", help="only these")
     parser.add_argument("--action", choices=("target", "change"),
                         help="override the detected kind: positions to reach, or displacements")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     args = parser.parse_args()
     with exit_with_one_line():
         if args.image_size < 0 or args.workers < 1 or not re.fullmatch(r"[^./:][^/:]*", args.name):
