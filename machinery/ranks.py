@@ -31,7 +31,7 @@ from deepspeed.accelerator import get_accelerator
 from data import TrainBatches
 from machinery import host
 from machinery.config import UserError, exit_with_one_line
-from machinery.frames import STOP_SIGNALS, DataError, UnsentBatch
+from machinery.frames import FULL, STOP_SIGNALS, DataError
 
 
 @functools.cache
@@ -155,8 +155,6 @@ class Neighbor:
 # ---- Bad data and broken numbers ---------------------------------------------------------------
 
 
-FULL = ("(memory or /dev/shm is full, which in Docker has 64 MB, or too many files are open: lower "
-        "num_workers, or use docker run --shm-size 16g --ulimit nofile=65536)")
 LOADER = ("DataLoader worker (pid", "shared memory", "open files", "ancdata", "Pin memory thread")
 
 
@@ -176,9 +174,8 @@ def next_batch(batches: Iterator, step: int) -> dict:
         text = str(error).strip()
         if not any(words in text for words in LOADER):
             raise
-        raise DataError(f"{where}: {text.splitlines()[-1]} {FULL}") from error
-    if isinstance(batch, UnsentBatch):
-        raise DataError(f"{where}: DataLoader worker could not send: {batch} {FULL}")
+        cause = text.splitlines()[-1].partition(". ")[0]
+        raise DataError(f"{where}: {cause} {FULL}") from error
     if isinstance(batch, Exception):
         raise DataError(f"{where}: {batch}") from batch
     return batch
@@ -262,6 +259,7 @@ def start_job() -> Neighbor:
     host.memory()  # before any rank takes some
     deepspeed.init_distributed()
     share_cores()
+    threading.Thread(target=yield_cores, daemon=True).start()
     return Neighbor()
 
 
@@ -277,7 +275,6 @@ def share_cores() -> None:
     sharing = 1 if "OMP_NUM_THREADS" in os.environ else ranks.count(mine)
     threads = min(torch.get_num_threads(), host.cores())
     torch.set_num_threads(max(1, threads // sharing))
-    threading.Thread(target=yield_cores, daemon=True).start()
 
 
 SCHEDSTAT = Path("/proc/self/schedstat")  # missing in some kernels

@@ -35,8 +35,12 @@ def training() -> Iterator[psutil.Process]:
                 yield process
 
 
+stopped_by: list[int] = []  # signals
+
+
 def stop(number: int, frame) -> None:
     """Handle a signal: pass it on to the ranks. If there are none, end at once."""
+    stopped_by.append(number)
     ranks = list(training())
     for rank in ranks:
         rank.send_signal(number)
@@ -50,7 +54,8 @@ def stop(number: int, frame) -> None:
 
 
 def main() -> None:
-    """Run the command -> its exit status, after the last rank has ended."""
+    """Run the command, until the last rank has ended. The exit status is the command's. After a
+    signal it is 128 + the signal's number: with 0, Kubernetes would take the training as done."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher is killed become children of ours
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -63,6 +68,8 @@ def main() -> None:
     while launcher.poll() is None or any(training()):
         time.sleep(0.2)
     status = launcher.returncode
+    if stopped_by and status == 0:
+        status = -stopped_by[0]
     sys.exit(status if status >= 0 else 128 - status)
 
 
