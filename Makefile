@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: .venv/core  # train the small VLA and see that it learned (about eight minutes on two CPU cores)
-	deepspeed --num_gpus 1 train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/cpu.json
+	python -m machinery.supervise deepspeed --num_gpus 1 train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/cpu.json
 
 rollout: .venv/examples  # let what "make demo" has trained act in the simulator: success rates, picture, film
 	python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10

@@ -34,6 +34,7 @@ from data import Mixture, TrainBatches, make_loader, open_tables
 from machinery import oxe
 from machinery.config import TrainConfig
 from machinery.frames import find_dataset
+from machinery.host import cores
 from machinery.recipes import standardize
 from machinery.rlds import _index_shard, step_features, write_rlds
 
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--data_root_dir")
     parser.add_argument("--data_mix", default="libero_spatial_no_noops",
                         help="of Open X-Embodiment")
-    parser.add_argument("--workers", type=int, default=psutil.cpu_count())
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--image_aug", action="store_true")
     parser.add_argument("--samples", type=int, default=10_000)

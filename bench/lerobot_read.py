@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 from PIL import Image
 
+from machinery.host import cores
 from machinery.rlds import Steps, read_records, step_features
 
 
@@ -114,7 +115,7 @@ def speed(args, folder: Path) -> None:
     lerobot(args, "write", folder / "source", json.dumps(how))
     frames, size = sum(how["lengths"]), sum(p.stat().st_size for p in (folder / "source").rglob("*.mp4"))
     print(f"set codec {args.codec} size {args.size[0]}x{args.size[1]} frames {frames} cameras 2 mp4_bytes "
-          f"{size} cores {len(os.sched_getaffinity(0))} load {os.getloadavg()[0]:.1f}", flush=True)
+          f"{size} cores {cores()} load {os.getloadavg()[0]:.1f}", flush=True)
     start = time.perf_counter()
     convert(folder / "source", folder / "two", "--episodes", "0-1", "--workers", args.workers)
     two = time.perf_counter() - start
@@ -137,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--lerobot_python", required=True)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--codec", choices=("h264", "libsvtav1"), default="libsvtav1")
     parser.add_argument("--episodes", type=int, default=8)
     parser.add_argument("--size", type=int, nargs=2, default=[480, 640],

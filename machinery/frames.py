@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing.queues
 import os
 import re
 import shutil
@@ -232,3 +233,19 @@ def follow_rank(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
+    # by default, if threads of a worker fail, it prints a traceback, and the rank waits forever
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_error
+    sys.excepthook = lambda *error: os._exit(1)
+
+
+FULL = ("(memory or /dev/shm is full, which in Docker has 64 MB, or too many files are open: lower "
+        "num_workers, or use docker run --shm-size 16g --ulimit nofile=65536)")
+
+
+def send_error(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:
+    """In a DataLoader worker: send a DataError in the place of `item`, a batch's number and the
+    batch, which it could not send."""
+    number, batch = item
+    if isinstance(batch, Exception):
+        os._exit(1)
+    queue.put((number, DataError(f"DataLoader worker could not send its batch: {error} {FULL}")))

@@ -10,7 +10,6 @@ for copying, and with --yaml FILE written as a YAML to train with.
 
 import argparse
 import json
-import os
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from machinery.frames import (
     refuse_lerobot,
 )
 from machinery.guess import action_fields, state_fields
+from machinery.host import cores
 from machinery.images import contact_sheet, decode_image, decode_native
 from machinery.kinds import assumptions, field_list, guess_kinds
 from machinery.recipes import Feature
@@ -316,7 +316,7 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     # {file: {record: reason}}; an earlier check's are in table.bad, and not looked at again
     listed: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
     count = len(table.bad)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"),
+    with ProcessPoolExecutor(cores(), get_context("fork"),
                              end_with_parent) as pool:
         bar = tqdm(pool.map(check, parts), f"check {subject.name}", len(parts), leave=False,
                    disable=None)

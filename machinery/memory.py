@@ -9,9 +9,9 @@ weights, gradients and optimizer cannot fit. All sizes are in GB (1e9 bytes).
 
 import argparse
 
-import psutil
 import torch
 
+from machinery import host
 from machinery.config import UserError, exit_with_one_line, load_config, load_ds_config, ranks_here
 from machinery.lora import linear_layers
 from machinery.ranks import LESS_MEMORY
@@ -33,9 +33,9 @@ def memory_needed(vla: VLA, ds_config: dict, ranks: int) -> str:
         if on_gpu > available:
             raise UserError(f"weights, gradients and optimizer take {on_gpu / 1e9:.1f} GB, "
                             f"this GPU has {available / 1e9:.1f}: {LESS_MEMORY}")
-    available = psutil.virtual_memory().total
+    available = host.memory()
     if held.get("host", 0) > available:  # else the kernel would kill the job while it is allocated
-        raise UserError(f"offloading takes {held['host'] / 1e9:.1f} GB, this host has "
+        raise UserError(f"offloading takes {held['host'] / 1e9:.1f} GB, this host or container has "
                         f"{available / 1e9:.1f}: offload less (zero3_partial_offload.json has a "
                         "ratio), or train less (lora_rank: 32)")
     return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())

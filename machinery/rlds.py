@@ -14,7 +14,6 @@ import errno
 import functools
 import io
 import json
-import os
 import struct
 import sys
 import unicodedata
@@ -33,6 +32,7 @@ from machinery import recipes
 from machinery.config import Recipe, UserError
 from machinery.files import atomic
 from machinery.frames import DataError, end_with_parent
+from machinery.host import cores
 from machinery.recipes import Feature
 
 EPISODE = np.dtype([("split", "u1"), ("shard", "<u4"), ("record", "<u4"), ("first", "<i8"),
@@ -239,7 +239,7 @@ def collect(shards: list[tuple[int, Path, int]], read: Callable, out: Path, skip
     instructions = {}  # {text: number}
     rows = 0
     dtype = action_widths = None
-    workers = min(len(os.sched_getaffinity(0)), max(len(shards), 1))
+    workers = min(cores(), max(len(shards), 1))
     with (ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) as pool,
           open(out, "wb") as table,
           tqdm(total=len(shards), desc="index", unit="shard", leave=False, delay=1) as bar):

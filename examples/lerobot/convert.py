@@ -46,6 +46,7 @@ from machinery.config import UserError, exit_with_one_line
 from machinery.convention import number_labels
 from machinery.fields import write_recipe
 from machinery.frames import end_with_parent
+from machinery.host import cores
 from machinery.inspect_data import TO_TRAIN, Subject, as_yaml, guess_recipe, write_yaml
 from machinery.kinds import Dimension, assumptions, field_list, guess_kinds
 from machinery.rlds import EPISODE, DataError, step_features, write_rlds
@@ -346,7 +347,7 @@ def main() -> None:
     parser.add_argument("--action", choices=("target", "change"),
                         help="override the detected kind: positions to reach, or displacements")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     args = parser.parse_args()
     with exit_with_one_line():
         if args.image_size < 0 or args.workers < 1 or not re.fullmatch(r"[^./:][^/:]*", args.name):

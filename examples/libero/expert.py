@@ -25,6 +25,7 @@ from protocol import MAX_STEPS, Protocol, settle
 from simulator import Simulator, instructions
 
 from examples import closed_loop
+from machinery.host import cores
 
 STRIDE = 0.05  # m: the controller's displacement for an action of 1
 GAIN = 1.8  # multiplies the commanded distance, because the hand lags behind
@@ -151,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="how often the scripted expert succeeds")
     parser.add_argument("--trials", type=int, default=50,
                         help="start states of each task; LIBERO has 50")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     args = parser.parse_args()
     blocks = [range(first, min(first + 10, args.trials)) for first in range(0, args.trials, 10)]
     everything = []

@@ -29,6 +29,7 @@ from simulator import Simulator, instructions
 
 from examples.recording import episodes_from, open_scratch, record_all
 from machinery.config import UserError, exit_with_one_line
+from machinery.host import cores
 from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 1_000, "val": 100_000}
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tail", type=int, default=8, help="recorded steps after success")
     parser.add_argument("--name", default="libero_scripted")
     parser.add_argument("--out", type=Path, default=Path("datasets"))
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     args = parser.parse_args()
     recording, scratch = {"noise": args.noise, "tail": args.tail}, args.out / f".{args.name}.episodes"
     with exit_with_one_line():

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from examples import closed_loop
 from machinery.config import UserError, exit_with_one_line
 from machinery.convention import STANDARD
+from machinery.host import cores
 
 # --------------------------------------------------------------------------------------------------
 # Simulators
@@ -294,7 +295,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="actions executed per predicted chunk; default: all")
     parser.add_argument("--unnorm_key", help="the dataset whose units to use; default: the suite's")
     parser.add_argument("--out", type=Path, help="default: a folder in the run, or in this one")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--int8", action="store_true",
                         help="the language model's weights in 8 bits")

@@ -15,7 +15,6 @@ in examples/recording.py.
 import argparse
 import functools
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
 
 from examples.recording import episodes_from, open_scratch, record_all
 from machinery.config import exit_with_one_line
+from machinery.host import cores
 from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--tail", type=int, default=0, help="recorded steps after success")
     parser.add_argument("--name", default="metaworld_demo")
     parser.add_argument("--out", type=Path, default=Path("datasets"))
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     args = parser.parse_args()
     recording = {key: getattr(args, key) for key in ("cameras", *OPTICS, "noise", "tail", "experts")}
     scratch = args.out / f".{args.name}.episodes"

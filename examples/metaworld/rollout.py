@@ -16,7 +16,6 @@ demonstration has. Success is Meta-World's, at any of the first 500 simulator st
 import argparse
 import json
 import math
-import os
 import sys
 from collections import deque
 from multiprocessing import get_context
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from examples import closed_loop
 from examples.closed_loop import SIDE, draw_films, encode_film, open_folder, row
 from machinery.config import UserError, exit_with_one_line
+from machinery.host import cores
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
 
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--recording", type=Path,
                         help="the dataset's recording.json; default: found through the run")
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--int8", action="store_true",
                         help="the language model's weights in 8 bits")
