@@ -136,6 +136,10 @@ def make_engine(cfg: TrainConfig, ds_config: dict, accumulation: int, tokenizer,
     """Build the model, shard it with DeepSpeed as the JSON says, and load its weights."""
     ds_config = zero.with_yaml_values(ds_config, cfg, accumulation)
     vla = build_model(cfg, ds_config, tokenizer, weights, run)
+    import os
+    if os.environ.get("ZV_RECORD") == "1":
+        from machinery.recording import record_passes
+        record_passes(vla)
     groups = zero.parameter_groups(vla, cfg.weight_decay)
     # in bf16, AdamW steps on float32 copies of the trained parameters; ZeRO divides these by rank
     with contextlib.redirect_stdout(io.StringIO()):  # it prints 18 lines about memory
