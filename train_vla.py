@@ -26,6 +26,7 @@ from machinery.lora import add_adapters, linear_layers
 from machinery.memory import memory_needed, utilization
 from machinery.metrics import Metrics, evaluate
 from machinery.ranks import Preemption, patient_group, run_job, stop_if_not_finite
+from machinery.recording import record_passes
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
 from model import VLA
@@ -136,10 +137,6 @@ def make_engine(cfg: TrainConfig, ds_config: dict, accumulation: int, tokenizer,
     """Build the model, shard it with DeepSpeed as the JSON says, and load its weights."""
     ds_config = zero.with_yaml_values(ds_config, cfg, accumulation)
     vla = build_model(cfg, ds_config, tokenizer, weights, run)
-    import os
-    if os.environ.get("ZV_RECORD") == "1":
-        from machinery.recording import record_passes
-        record_passes(vla)
     groups = zero.parameter_groups(vla, cfg.weight_decay)
     # in bf16, AdamW steps on float32 copies of the trained parameters; ZeRO divides these by rank
     with contextlib.redirect_stdout(io.StringIO()):  # it prints 18 lines about memory
@@ -178,6 +175,7 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         vla.compile_blocks(recompute)
     elif recompute:
         vla.recompute_activations()
+    record_passes(vla, ds_config)  # LoRA and small models: Python launches a pass at once
     if zero3:
         zero.gather_per_block([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
     run.line(memory_needed(vla, ds_config, dist.get_world_size()))

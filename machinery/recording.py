@@ -1,86 +1,42 @@
-"""Record a training step's forward and backward pass once, and replay it.
+"""Record the forward and backward pass once as a CUDA graph, and replay it.
 
-A small model, or LoRA on a large one, computes for less time than Python needs to launch its
-kernels. A CUDA graph launches all of them at once. `record_passes` replaces a model's forward pass:
-the first micro-batch of each text length is recorded, and all others replay its recording, which
-computes the loss and the gradients. The backward pass then only hands these to DeepSpeed.
+LoRA or a small model keeps the GPU busy for less time than Python needs to launch the kernels. A
+CUDA graph launches all of them at once. The first micro-batch of each shape is recorded, later ones
+are copied to where the recording reads its inputs, and replayed:
 
-    replayed: copy the batch to where the recording reads it -> replay -> loss, gradients
+    VLA.forward      replays both passes: the loss, and all gradients in one row
+    loss.backward()  hands views of that row to the parameters, and so to DeepSpeed
 
-Weights are read where they were during the recording. That holds for ZeRO 0 to 2, which update them
-in place; ZeRO-3 gathers each weight into new memory.
+A recording reads the weights at fixed addresses. ZeRO 0 to 2 update them there; ZeRO-3 gathers
+each weight into new memory.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import import_utils
+from transformers import masking_utils
 
 from action_tokenizer import IGNORE_INDEX
 from model import VLA
 
-TEXT_STEP = 16  # text lengths are rounded up to a multiple, so that a few recordings suffice
-WARMUP = 2  # passes before a recording: torch.compile compiles, cuBLAS takes its workspace
+MAX_TRAINED = 500e6  # parameters. Larger models keep the GPU busy, and their gradients would be
+#                      held three times: in the recording, in its copy, and by DeepSpeed
+TEXT_STEP = 16  # text is padded to a multiple of it, so that few shapes need a recording
+WARMUP = 2  # passes before a recording: torch.compile and cuBLAS need memory of their own
 
 
-class Recording:
-    """One recorded forward and backward pass, for batches of one shape.
-
-    batch: VLA.forward's arguments, on the GPU; params: the trained parameters; pool: memory that
-    all recordings share, since only one is replayed at a time
-    """
-
-    def __init__(self, vla: VLA, batch: dict, params: dict[str, nn.Parameter], pool):
-        self.inputs = {name: value.clone() for name, value in batch.items()}
-        self.addresses = [param.data_ptr() for param in params.values()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), copies_of(vla, params) as leaves, without_explicit_masks():
-            for _ in range(WARMUP):
-                loss, *_ = VLA.forward(vla, **self.inputs)
-                torch.autograd.grad(loss, leaves, allow_unused=True)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool, stream=stream):
-                loss, predicted, true = VLA.forward(vla, **self.inputs)
-                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-                # in one row: a replay copies it at once
-                self.gradients = torch.cat([g.flatten() for g in gradients if g is not None])
-                self.results = loss.detach(), predicted, true
-        torch.cuda.current_stream().wait_stream(stream)
-        self.shapes = [None if g is None else g.shape for g in gradients]
-
-    def replay(self, batch: dict) -> tuple[torch.Tensor, ...]:
-        """-> loss, predicted, true as from VLA.forward, and all gradients in a row."""
-        for name, value in batch.items():
-            self.inputs[name].copy_(value, non_blocking=True)
-        self.graph.replay()
-        return *(result.clone() for result in self.results), self.gradients
-
-
-class Replay(torch.autograd.Function):
-    """A replayed pass, for autograd: the loss depends on the parameters."""
-
-    @staticmethod
-    def forward(ctx, recording: Recording, batch: dict, *params):
-        loss, predicted, true, ctx.gradients = recording.replay(batch)
-        ctx.shapes = recording.shapes
-        ctx.mark_non_differentiable(predicted, true)
-        return loss, predicted, true
-
-    @staticmethod
-    def backward(ctx, scale, *_):
-        row = ctx.gradients * scale  # a copy: the next replay overwrites the recording's
-        parts = iter(row.split([shape.numel() for shape in ctx.shapes if shape is not None]))
-        views = [None if shape is None else next(parts).view(shape) for shape in ctx.shapes]
-        return None, None, *views
-
-
-def record_passes(vla: VLA) -> None:
-    """Let `vla` record and replay its training passes. Call it before DeepSpeed makes its engine."""
-    recordings: dict[tuple, Recording] = {}
-    pool = torch.cuda.graph_pool_handle()
+def record_passes(vla: VLA, ds_config: dict) -> None:
+    """Let a model replay its training passes if that is possible and worthwhile. To be called
+    before DeepSpeed makes its engine."""
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    wanted = vla.cfg.cuda_graph and vla.count_parameters()[1] <= MAX_TRAINED
+    if not (wanted and stage < 3 and torch.cuda.is_available()):
+        return
+    recordings = {}
+    pool = torch.cuda.graph_pool_handle()  # one for all: only one recording is replayed at a time
 
     def forward(**batch):
         if not torch.is_grad_enabled():  # evaluation
@@ -88,43 +44,95 @@ def record_passes(vla: VLA) -> None:
         missing = -batch["input_ids"].shape[1] % TEXT_STEP
         batch["input_ids"] = F.pad(batch["input_ids"], (0, missing))
         batch["labels"] = F.pad(batch["labels"], (0, missing), value=IGNORE_INDEX)
-        params = {name: param for name, param in vla.named_parameters() if param.requires_grad}
-        key = tuple((name, value.shape) for name, value in batch.items())
-        addresses = [param.data_ptr() for param in params.values()]
-        if key not in recordings or recordings[key].addresses != addresses:
-            recordings[key] = Recording(vla, batch, params, pool)
-        return Replay.apply(recordings[key], batch, *params.values())
+        shape = tuple(value.shape for value in batch.values())
+        if shape not in recordings or recordings[shape].moved():
+            recordings[shape] = Recording(vla, batch, pool)
+        return Replay.apply(recordings[shape], batch, *recordings[shape].params)
 
     vla.forward = forward
 
 
+class Recording:
+    """Both passes for batches of one shape.
+
+    batch: VLA.forward's arguments, on the GPU. params: the parameters that receive gradients
+    """
+
+    def __init__(self, vla: VLA, batch: dict[str, torch.Tensor], pool):
+        trained = {name: p for name, p in vla.named_parameters() if p.requires_grad}
+        self.inputs = {name: value.clone() for name, value in batch.items()}
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), twins(vla, trained) as leaves, no_tracing():
+            for _ in range(WARMUP):
+                loss, *_ = VLA.forward(vla, **self.inputs)
+                torch.autograd.grad(loss, leaves, allow_unused=True)
+            with torch.cuda.graph(self.graph, pool, stream):
+                loss, predicted, true = VLA.forward(vla, **self.inputs)
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+                self.row = torch.cat([g.flatten() for g in gradients if g is not None])
+        torch.cuda.current_stream().wait_stream(stream)
+        self.results = loss.detach(), predicted, true
+        pairs = zip(trained.values(), gradients, strict=True)
+        self.params = [p for p, g in pairs if g is not None]  # a tower's last block has none
+        self.addresses = [p.data_ptr() for p in self.params]
+
+    def moved(self) -> bool:
+        """Are the weights elsewhere now?"""
+        return [p.data_ptr() for p in self.params] != self.addresses
+
+
+class Replay(torch.autograd.Function):
+    """A replayed recording, as a function of the parameters."""
+
+    @staticmethod
+    def forward(ctx, recording: Recording, batch: dict, *params):
+        for name, value in batch.items():
+            recording.inputs[name].copy_(value, non_blocking=True)
+        recording.graph.replay()
+        loss, predicted, true = (result.clone() for result in recording.results)
+        ctx.row = recording.row
+        ctx.shapes = [p.shape for p in params]
+        ctx.mark_non_differentiable(predicted, true)
+        return loss, predicted, true
+
+    @staticmethod
+    def backward(ctx, scale, *_):
+        row = ctx.row * scale  # a copy, because the next replay overwrites the recording's own
+        parts = row.split([shape.numel() for shape in ctx.shapes])
+        views = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+        return None, None, *views
+
+
 @contextmanager
-def copies_of(vla: VLA, params: dict[str, nn.Parameter]):
-    """Meanwhile, the model's trained parameters are other objects with the same memory. DeepSpeed's
-    hooks do not see them, and autograd has not yet tied them to the stream of earlier passes."""
-    places = {}
-    for module_name, module in vla.named_modules():
-        for name in module._parameters:
-            places[f"{module_name}.{name}".lstrip(".")] = module._parameters, name
-    leaves = {name: nn.Parameter(param.data) for name, param in params.items()}
-    for name, leaf in leaves.items():
-        owner, key = places[name]
-        owner[key] = leaf
+def twins(vla: VLA, params: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Meanwhile, other parameters take the places of `params` and share their memory.
+
+    Autograd ties a parameter to the stream on which it was first used, which is not the recording
+    one, and a recording must not wait for other streams. DeepSpeed's hooks do not see the twins.
+    """
+    own = {name: nn.Parameter(p.data) for name, p in params.items()}
+
+    def put(parameters: dict[str, nn.Parameter]) -> None:
+        for name, p in parameters.items():
+            module, _, key = name.rpartition(".")
+            vla.get_submodule(module)._parameters[key] = p
+
+    put(own)
     try:
-        yield list(leaves.values())
+        yield list(own.values())
     finally:
-        for name, param in params.items():
-            owner, key = places[name]
-            owner[key] = param
+        put(params)
 
 
 @contextmanager
-def without_explicit_masks():
-    """Meanwhile, transformers does not notice that a stream is being recorded: it would write out
-    the causal mask, and the blocks would be compiled anew inside the recording."""
-    noticed = import_utils.is_cuda_stream_capturing
-    import_utils.is_cuda_stream_capturing = lambda: False
+def no_tracing() -> Iterator[None]:
+    """Meanwhile, transformers does not notice the recording. It would write out the causal mask,
+    and the blocks would be compiled again, which a recording does not allow."""
+    noticed = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
     try:
         yield
     finally:
-        import_utils.is_cuda_stream_capturing = noticed
+        masking_utils.is_tracing = noticed
