@@ -26,6 +26,7 @@ from machinery.lora import add_adapters, linear_layers
 from machinery.memory import memory_needed, utilization
 from machinery.metrics import Metrics, evaluate
 from machinery.ranks import Preemption, patient_group, run_job, stop_if_not_finite
+from machinery.recording import record_passes
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
 from model import VLA
@@ -174,6 +175,7 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         vla.compile_blocks(recompute)
     elif recompute:
         vla.recompute_activations()
+    record_passes(vla, ds_config)  # LoRA and small models: Python launches a pass at once
     if zero3:
         zero.gather_per_block([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
     run.line(memory_needed(vla, ds_config, dist.get_world_size()))

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     StaticCache,
+    masking_utils,
 )
 
 from machinery.config import UserError, nearest, one_line, out_of_reach
@@ -63,6 +64,10 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
     return config
+
+
+# transformers looks for several samples in a row, and waits for the GPU to find out. Ours have one
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
