@@ -21,11 +21,12 @@ from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_de
 from machinery import zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError, exit_with_one_line, parse_command_line
+from machinery.connect import agree
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
 from machinery.memory import memory_needed, utilization
 from machinery.metrics import Metrics, evaluate
-from machinery.ranks import Preemption, patient_group, run_job, stop_if_not_finite
+from machinery.ranks import Preemption, run_job, stop_if_not_finite
 from machinery.recording import record_passes
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
@@ -128,7 +129,6 @@ def open_data(cfg: TrainConfig, tables: list, tokenizer) -> tuple[Mixture, Mixtu
         held_out = Mixture(cfg, tables, tokenizer, train=False)
     except DataError:
         held_out = None
-    dist.barrier(patient_group())  # a machine may have been indexing its copy of the data for hours
     return mixture, held_out
 
 
@@ -233,7 +233,7 @@ def main() -> None:
     with exit_with_one_line():
         cfg, ds_config = parse_command_line(__doc__)
         zero.check_json(ds_config)
-    run_job(lambda: train(ds_config=ds_config, **settle(cfg)))
+    run_job(lambda: train(ds_config=agree(ds_config), **settle(cfg)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from machinery.config import UserError
+from machinery.connect import gather, progress
 from machinery.files import remove
-from machinery.ranks import patient_group
 from machinery.zero import (
     MOMENTS,
     describe_parameters,
@@ -219,7 +220,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except CheckpointError as error:
         others = [other.name for other in list_checkpoints(path.parent) if other != path]
         cure = "The run has no other checkpoint"
-        if others:
+        if not path.exists():
+            cure = "It has been deleted: run the same command again"
+        elif others:
             cure = (f"To resume from the newest of {', '.join(others)}: `mv {path} "
                     f"{path}.damaged`")
         raise CheckpointError(f"{error}. {cure}") from None
@@ -238,7 +241,7 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     final = directory / tag
     scratch = directory / f"{tag}.tmp"  # one for all ranks, so files.atomic is not for this
     rank = dist.get_rank()
-    files = [None] * dist.get_world_size()
+    progress.at(f"save {tag}")
 
     def make_room():
         if rank == 0:
@@ -264,7 +267,7 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
     try:
         on_all_ranks(make_room)
         mine = on_all_ranks(write)
-        dist.all_gather_object(files, mine, group=patient_group())
+        files = gather(mine)
         on_all_ranks(publish)
     except CheckpointError as error:
         if rank == 0:
@@ -277,19 +280,18 @@ def save_checkpoint(engine, directory: Path, tag: str, meta: dict, keep: int) ->
 def on_all_ranks(action: Callable[[], object]):
     """Call `action` on every rank and return its result.
 
-    If it fails on any rank (OSError, CheckpointError), raises CheckpointError with the first
+    If it fails on any rank (OSError, UserError), raises CheckpointError with the first
     failure on all of them, so that none waits for a rank that gave up.
     """
     result = None
     error = None
-    errors = [None] * dist.get_world_size()
     try:
         result = action()
-    except (OSError, CheckpointError) as problem:
-        error = f"rank {dist.get_rank()}: {problem}"
-    dist.all_gather_object(errors, error, group=patient_group())
-    if any(errors):
-        raise CheckpointError(next(filter(None, errors)))
+    except (OSError, UserError) as problem:
+        error = f"rank {dist.get_rank()}: {problem} (on {socket.gethostname()})"
+    errors = [*filter(None, gather(error))]
+    if errors:
+        raise CheckpointError(errors[0])
     return result
 
 

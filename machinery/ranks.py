@@ -6,7 +6,6 @@ within moments of another's death, and stop_if_not_finite depends only on number
 on all ranks.
 """
 
-import functools
 import logging
 import math
 import os
@@ -31,14 +30,8 @@ from deepspeed.accelerator import get_accelerator
 from data import TrainBatches
 from machinery import host
 from machinery.config import UserError, exit_with_one_line
+from machinery.connect import connect, gather, patient_group, progress
 from machinery.frames import FULL, STOP_SIGNALS, DataError
-
-
-@functools.cache
-def patient_group() -> dist.ProcessGroup:
-    """All ranks, over TCP and without a timeout: for waiting on disks, beside NCCL's traffic."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
-
 
 # ---- Signals -----------------------------------------------------------------------------------
 
@@ -140,12 +133,14 @@ class Neighbor:
         try:
             dist.recv(torch.zeros(1), previous, group=self.group)
         except RuntimeError:
+            time.sleep(0.5)  # if this rank fails for the same reason, let it name the reason
             print(f"\nrank {dist.get_rank()} ends because rank {previous} ended",
                   file=sys.stderr, flush=True)
             os._exit(1)
 
     def release(self) -> None:
         """End cleanly: send the message to the next rank, and wait for the previous one's."""
+        progress.stop()
         if dist.get_world_size() > 1:
             following = (dist.get_rank() + 1) % dist.get_world_size()
             dist.send(torch.zeros(1), following, group=self.group)
@@ -166,6 +161,7 @@ def next_batch(batches: Iterator, step: int) -> dict:
     a traceback.
     """
     where = f"step {step} rank {dist.get_rank()}"
+    progress.at(f"load the data of step {step}")
     try:
         batch = next(batches)
     except (ConnectionError, EOFError) as error:  # a dying worker first closes its connections
@@ -178,6 +174,7 @@ def next_batch(batches: Iterator, step: int) -> dict:
         raise DataError(f"{where}: {cause} {FULL}") from error
     if isinstance(batch, Exception):
         raise DataError(f"{where}: {batch}") from batch
+    progress.at(f"compute step {step}")
     return batch
 
 
@@ -198,8 +195,7 @@ def stop_if_not_finite(
             mine = f"the loss on rank {dist.get_rank()} came from {'; '.join(records[:8])}"
             if len(records) > 8:
                 mine += f" and {len(records) - 8} more records"
-    reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, mine, group=patient_group())
+    reports = gather(mine)
     cause = next(filter(None, reports), "this step's losses were finite, the gradients were not")
     raise UserError(
         f"step {step}: loss {values['loss']} grad_norm {values['grad_norm']}: {cause}. Nothing of "
@@ -252,12 +248,13 @@ def start_job() -> Neighbor:
     if os.environ["RANK"] != "0":  # only rank 0 prints the warnings of libraries
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+    init_method = connect()
     # DeepSpeed would do it after the model is made
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # workers send batches as open files
     host.memory()  # before any rank takes some
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(init_method=init_method)
     share_cores()
     threading.Thread(target=yield_cores, daemon=True).start()
     return Neighbor()

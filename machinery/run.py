@@ -13,6 +13,7 @@ A run that has a checkpoint resumes from its own. `settle` fills in the keys tha
 leaves open.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,9 @@ import subprocess
 import sys
 import time
 import types
+import uuid
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +33,20 @@ from tqdm import tqdm
 
 from action_tokenizer import IGNORE_INDEX, MAX_PROMPT, prompt_ids
 from data import Mixture, open_tables
-from machinery import frames, oxe
+from machinery import connect, frames, oxe
 from machinery.checkpoint import (
     CheckpointError,
     list_checkpoints,
+    on_all_ranks,
     open_checkpoint,
     save_checkpoint,
 )
-from machinery.config import TrainConfig, UserError, run_directory, walk
+from machinery.config import PATHS, PROJECT, TrainConfig, UserError, run_directory, walk
+from machinery.connect import agree, gather, progress, wait_until
 from machinery.files import atomic, take_lock
-from machinery.frames import DataError
+from machinery.frames import DataError, FrameTable, digest
 from machinery.images import contact_sheet
-from machinery.ranks import patient_group
-from machinery.weights import SHAPE, describe_base, start_from
+from machinery.weights import SHAPE, describe_base, fingerprint, start_from
 
 # keys that give the weights their meaning: a checkpoint is useless under another value
 MEANING = """vision_backbone llm_backbone tokenizer add_action_tokens arch_specifier prompt_style
@@ -68,7 +72,7 @@ class Run:
     """
 
     def __init__(self, cfg: TrainConfig):
-        """Raises UserError if another job trains in the run, if ranks see different checkpoints, or
+        """Raises UserError if another job trains in the run, if not all ranks see its directory, or
         if training would not start where `cfg` expects it."""
         self.quiet = dist.get_rank() != 0
         self.path = run_directory(cfg)
@@ -77,37 +81,70 @@ class Run:
         self.on_save_error = cfg.on_save_error
         self.lock = None
         self.started = time.time()
-        if self.path.exists():
-            self.claim()
-        elif not self.quiet:  # fail before gigabytes of weights are read
-            parent = next(folder for folder in self.path.parents if folder.exists())
-            if not (parent.is_dir() and os.access(parent, os.W_OK)):
-                raise UserError(f"run_root_dir {cfg.run_root_dir}: {parent} is not a "
-                                "writable folder")
-        own = list_checkpoints(self.path / "checkpoints")
-        newest = [None] * dist.get_world_size()
-        dist.all_gather_object(newest, own[-1].name if own else None, group=patient_group())
-        if len(set(newest)) > 1:  # ranks that resume and ranks that start would wait for each other
-            raise UserError(f"{self.path}: not all ranks see the same newest checkpoint: "
-                            f"{sorted(map(str, set(newest)))}: let all machines share run_root_dir "
-                            "and start again")
-        if own:
-            self.checkpoint = open_checkpoint(own[-1])
-        elif cfg.pretrained_checkpoint and cfg.is_resume:
-            path = Path(cfg.pretrained_checkpoint)
-            if not (path / "checkpoint.json").exists():
-                raise UserError(f"pretrained_checkpoint {path} is not a checkpoint of this "
-                                "project: set is_resume: false to start from its weights")
-            self.checkpoint = open_checkpoint(path)
-        else:
-            self.checkpoint = None
+        self.prove_shared()
+        # rank 0 decides: other machines may list an older state of a network disk
+        newest, given = gather(None if self.quiet else self.find_checkpoint(cfg))[0]
+        self.checkpoint = None
+        if newest:
+            self.checkpoint = open_checkpoint(self.path / "checkpoints" / newest)
+        elif given:
+            self.checkpoint = open_checkpoint(Path(given))
         self.step = 0
         self.base = None
         if self.checkpoint:
             self.step = self.checkpoint.meta["step"]
             self.base = self.checkpoint.base
-        if not own:
+        if not newest:
             self.check_resume_point(cfg)
+
+    def prove_shared(self) -> None:
+        """Raise UserError on all ranks unless all of them read what rank 0 has just written into
+        the run's directory. Without this, the first checkpoint would fail after hours."""
+        progress.at(f"find {self.path}")
+        new = not self.path.exists()
+        token = uuid.uuid4().hex
+        proof = self.path / ".shared"
+        if not self.quiet:
+            if not new:
+                self.claim()
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                proof.write_text(token)
+            except OSError as error:
+                raise UserError(f"run_root_dir {self.path.parent}: not a writable folder: {error}"
+                                ) from error
+        token = gather(token)[0]
+
+        def unseen() -> str | None:
+            with contextlib.suppress(OSError):
+                for folder in (self.path.parent, self.path):
+                    os.listdir(folder)  # NFS remembers for a minute that a file was not there
+                if proof.read_text() == token:
+                    return None
+            return (f"{self.path} is not the folder that rank 0 writes to: set run_root_dir to one "
+                    "that all machines share")
+
+        try:
+            if self.saves:
+                on_all_ranks(lambda: wait_until(unseen, connect.SOON))
+        finally:
+            if not self.quiet:
+                proof.unlink()
+                if new:
+                    self.path.rmdir()
+
+    def find_checkpoint(self, cfg: TrainConfig) -> tuple[str | None, str | None]:
+        """The name of the run's newest checkpoint, and the path of another one to continue."""
+        own = list_checkpoints(self.path / "checkpoints")
+        if own:
+            return own[-1].name, None
+        path = cfg.pretrained_checkpoint
+        if not (path and cfg.is_resume):
+            return None, None
+        if not (Path(path) / "checkpoint.json").exists():
+            raise UserError(f"pretrained_checkpoint {path} is not a checkpoint of this "
+                            "project: set is_resume: false to start from its weights")
+        return None, path
 
     def claim(self) -> None:
         """Create the directory, and make sure that no other job trains in it."""
@@ -307,20 +344,47 @@ def settle(cfg: TrainConfig) -> dict:
     First the run that continues, then the data, then the weights that training begins with. From
     here on the config does not change. Raises UserError if it contradicts one of these.
     """
+    agree(settings(cfg))
     cfg = oxe.read_recipes(cfg)
     run = Run(cfg)
     if run.checkpoint:
         cfg = resumed_config(cfg, run)
+    progress.at("index the data")
     tables = open_tables(cfg)  # fails on bad data before gigabytes of weights are downloaded
     cfg = cfg.model_copy(update=data_facts(cfg, tables))
     run.start_survey(cfg, tables)
     if run.step:
         check_statistics(run.checkpoint.run_dir, tables)
+    agree({f"dataset {name}": frames_of(table) for name, _, _, table in tables})
+    progress.at("open the weights")
     cfg, tokenizer, weights = start_from(cfg, run.checkpoint)
+    agree({"tokenizer": digest(sorted(tokenizer.get_vocab().items())),
+           "weights": fingerprint(weights.tensors) if weights else None})
+    progress.at("build the model")
     check_instructions(cfg, tables, tokenizer)
     if cfg.rests_on_base and not run.checkpoint:
         run.base = describe_base(cfg.pretrained_checkpoint or cfg.base_vlm, weights.tensors)
     return {"cfg": cfg, "run": run, "tables": tables, "tokenizer": tokenizer, "weights": weights}
+
+
+def settings(cfg: TrainConfig) -> dict:
+    """What must be the same on all machines. Paths may differ, and so may num_workers."""
+    keys = {key: value for key, value in walk(cfg.model_dump(exclude={*PATHS, "num_workers"}))
+            if not isinstance(value, dict)}
+    lesson = [PROJECT / f"{name}.py" for name in ("action_tokenizer", "data", "model", "train_vla")]
+    code = [path.read_bytes() for path in (*lesson, *sorted(PROJECT.glob("machinery/*.py")))]
+    packages = {name: version(name) for name in ("torch", "deepspeed", "transformers", "timm")}
+    return {**packages, "code": digest(code), **keys}
+
+
+def frames_of(table: FrameTable) -> str:
+    """A dataset's fingerprint: its episodes, and the beginnings of its files. Statistics would not
+    do: their last digits may depend on the CPU that computed them."""
+    heads = []
+    for shard in table.shards[:16]:
+        with open(table.directory / shard, "rb") as file:
+            heads.append(file.read(4096))
+    return digest((table.shards, table.instructions, table.episodes.tobytes(), heads))
 
 
 def resumed_config(cfg: TrainConfig, run: Run) -> TrainConfig:
