@@ -321,9 +321,9 @@ def test_host_memory_for_what_is_offloaded_is_told_and_too_much_refused(monkeypa
     vla.count_parameters = lambda: (10**9, 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     ds_config = json.loads((ROOT / "ds_configs/zero3_partial_offload.json").read_text())
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=6 * 10**9))
+    monkeypatch.setattr(memory.host, "memory", lambda: 6 * 10**9)
     assert memory.memory_needed(vla, ds_config, ranks=8).endswith(" host_gb 5.4")
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**9))
+    monkeypatch.setattr(memory.host, "memory", lambda: 5 * 10**9)
     with pytest.raises(UserError, match=r"5.4 GB.* 5.0: offload less"):
         memory.memory_needed(vla, ds_config, ranks=8)
 
