@@ -433,7 +433,8 @@ ACCEPTED = {
 }
 
 
-NO_STATE = re.compile(r"is_(first|last|terminal)|reward|discount|timestamp|index|embedding", re.I)
+NO_STATE = re.compile(r"(^|/|next[._])(is_first|is_last|is_terminal|terminate_episode|reward|done|"
+                      r"success|discount|timestamp|((frame|episode|task|step)_)?index)$|embedding")
 
 
 def unused(features: Mapping[str, Feature], recipe: Recipe) -> list[str]:
@@ -450,5 +451,6 @@ def unused(features: Mapping[str, Feature], recipe: Recipe) -> list[str]:
         if feature.kind.startswith("Image"):
             found.append(f"{name} ({feature.kind})")
         elif feature.dtype.kind in "biuf" and None not in feature.shape:
-            found.append(f"{name} ({math.prod(feature.shape)} numbers)")
+            count = math.prod(feature.shape)
+            found.append(f"{name} ({count} number{'s' * (count > 1)})")
     return found

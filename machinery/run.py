@@ -174,10 +174,10 @@ class Run:
                   f"shares {shares}")
         for name in cfg.features:  # the user's own datasets
             recipe = cfg.datasets[name.partition(":")[0]]
-            self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
             unused = mixture.tables[mixture.names.index(name)].unused
             if unused:
                 self.line(f"unused {name} {', '.join(unused)}")
+            self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
         for name, why in oxe.left_out(cfg.data_mix, cfg.datasets).items():
             self.line(f"warning: {name}: left out: {why}")
         self.print_survey()

@@ -482,12 +482,14 @@ def test_what_is_not_numbers_is_not_guessed():
 def test_what_is_recorded_and_not_used_is_listed(tmp_path):
     more = {"depth": (PNG, GRAY), "qvel": (F.Tensor(shape=(7,), dtype=np.float32), np.zeros(7, np.float32)),
             "state": (F.Tensor(shape=(2,), dtype=np.int64), np.zeros(2, np.int64))}
-    step = {"reward": (np.float32, np.float32(0)), "language_embedding": (F.Tensor(shape=(512,), dtype=np.float32),
+    step = {"reward": (np.float32, np.float32(0)), "index_finger": (np.float32, np.float32(0)),
+            "next_done": (np.bool_, False), "frame_index": (np.int64, 0), "language_embedding": (F.Tensor(shape=(512,), dtype=np.float32),
             np.zeros(512, np.float32)), "action_abs": (F.Tensor(shape=(3,), dtype=np.float32), np.zeros(3, np.float32))}
     directory = write_arm(tmp_path, random_actions(7), observation=more, step={**step, **flags_every(8)})
     table = index(directory)
-    assert table.unused == ["action_abs (3 numbers)", "observation/depth (Image)", "observation/qvel (7 numbers)"]
-    recipe = Recipe(primary="image", wrist="depth", action="action, action_abs", state="0")
+    assert table.unused == ["action_abs (3 numbers)", "index_finger (1 number)",
+                            "observation/depth (Image)", "observation/qvel (7 numbers)"]
+    recipe = Recipe(primary="image", wrist="depth", action="action, action_abs, index_finger", state="0")
     assert frame_table(directory, recipe, ["image"], False, index_dir=tmp_path / "index").unused == [
         "observation/qvel (7 numbers)", "observation/state (2 numbers)"]
 
