@@ -37,6 +37,7 @@ from machinery.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from machinery.compiler import check_compile
 from machinery.config import TrainConfig, UserError, run_directory, walk
 from machinery.files import atomic, take_lock
 from machinery.frames import DataError
@@ -307,6 +308,8 @@ def settle(cfg: TrainConfig) -> dict:
     First the run that continues, then the data, then the weights that training begins with. From
     here on the config does not change. Raises UserError if it contradicts one of these.
     """
+    if cfg.compile:
+        check_compile()
     cfg = oxe.read_recipes(cfg)
     run = Run(cfg)
     if run.checkpoint:
