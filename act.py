@@ -8,6 +8,7 @@ tokens greedily (`tokens_of`), and turns them into numbers. `speed_up` makes the
 several times as fast for one robot and a GPU.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,9 @@ from transformers import StaticCache
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
 from machinery.backbones import cached_forward, make_cache, round_up
 from machinery.checkpoint import CheckpointError
-from machinery.config import TrainConfig, UserError
+from machinery.config import TrainConfig, UserError, one_line
 from machinery.convention import Convention, convention
+from machinery.description import check_size
 from machinery.images import center_crop, resize_image
 from machinery.lora import linear_layers
 from machinery.weights import fill, open_weights, parameters_without_memory
@@ -35,17 +37,33 @@ def load_vla(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     in_8_bits: bool = False,
+    center_crop: bool | None = None,
 ) -> "Policy":
     """Load a model to act with, from anything that weights.open_weights accepts.
 
-    Memory is that of the weights: for a 7B 15 GB in bf16, or 8.6 GB with the language model's
-    matrices in 8 bits (int8.py). Raises CheckpointError if weights are missing.
+    center_crop: show it the middle of each image, as a model needs that was trained with random
+    crops. None: as the checkpoint says, else not. Memory is that of the weights: for a 7B 15 GB in
+    bf16, or 8.6 GB with the language model's matrices in 8 bits (int8.py). Raises CheckpointError
+    if weights are missing.
     """
     weights = open_weights(where)
+    if center_crop is not None:
+        weights.config["image_aug"] = center_crop
+    elif "image_aug" not in weights.config:
+        print(f"note: {where} does not contain whether it was trained with random crops "
+              "(image_aug), as OpenVLA's fine-tuned models were: they need --center_crop yes",
+              file=sys.stderr)
     cfg = TrainConfig(**weights.config)
+    check_size(cfg, weights.tensors)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
-    with parameters_without_memory():
-        vla = VLA(cfg, tokenizer)
+    try:
+        with parameters_without_memory():
+            vla = VLA(cfg, tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # timm and transformers raise many kinds for values they cannot use
+        raise CheckpointError(f"{where}: its config.json does not describe a model: "
+                              f"{type(error).__name__}: {one_line(error)[:300]}") from error
     vla.llm.tie_weights()
     if missing := weights.tensors.check(vla):
         raise CheckpointError(f"{where}: missing {', '.join(missing)}, which acting needs")

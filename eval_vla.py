@@ -462,6 +462,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
+    parser.add_argument("--center_crop", choices=["yes", "no"],
+                        help="show the middle of each image; default: as the checkpoint says")
     parser.add_argument("--config", metavar="YAML", help="its data; default: the training's")
     parser.add_argument("--data_mix", help="another mixture or dataset")
     parser.add_argument("--data_root_dir", help="another folder of datasets")
@@ -473,10 +475,11 @@ def main() -> None:
                         help="PNG; the JSON goes beside it; default: in the run's directory")
     args = parser.parse_args()
     with exit_with_one_line():
+        crop = args.center_crop and args.center_crop == "yes"
         if torch.cuda.is_available():
-            policy = load_vla(args.checkpoint, "cuda", torch.bfloat16)
+            policy = load_vla(args.checkpoint, "cuda", torch.bfloat16, center_crop=crop)
         else:
-            policy = load_vla(args.checkpoint, "cpu", torch.float32)
+            policy = load_vla(args.checkpoint, "cpu", torch.float32, center_crop=crop)
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
         own = Path(tensors.where) / "checkpoint.json"

@@ -32,6 +32,7 @@ from action_tokenizer import load_tokenizer
 from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError
 from machinery.config import TrainConfig, exit_with_one_line
+from machinery.description import DESCRIPTION
 from machinery.files import atomic
 from machinery.lora import ADAPTER
 from machinery.weights import (
@@ -46,11 +47,6 @@ from machinery.weights import (
 
 SHARD_BYTES = 1 << 30
 HUB_CODE = "openvla/openvla-7b--"  # transformers finds the classes there (trust_remote_code=True)
-# the keys of TrainConfig that describe a model, as opposed to its training
-DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_size
-    image_resize_strategy action_chunk action_dim action_normalization add_action_tokens cameras
-    datasets features image_aug max_prefix parallel_decoding proprio_dim use_proprio
-    window_size""".split()
 
 
 def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:

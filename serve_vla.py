@@ -320,6 +320,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
+    parser.add_argument("--center_crop", choices=["yes", "no"],
+                        help="show the middle of each image; default: as the checkpoint says")
     parser.add_argument("--host", default="127.0.0.1",
                         help="address to listen on; 0.0.0.0: reachable from the network")
     parser.add_argument("--token", help="a file or environment variable with the clients' token")
@@ -351,7 +353,9 @@ def main() -> None:
         listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((args.host, args.port))
-        policy = load_vla(args.checkpoint, args.device, DTYPES[dtype], args.int8)
+        crop = args.center_crop and args.center_crop == "yes"
+        policy = load_vla(args.checkpoint, args.device, DTYPES[dtype], args.int8,
+                          crop)
         if not policy.norm_stats:
             raise CheckpointError(f"{args.checkpoint}: no dataset statistics, so it cannot act: "
                                   "give a VLA, not a plain VLM")

@@ -24,7 +24,8 @@ from transformers import (
     masking_utils,
 )
 
-from machinery.config import UserError, nearest, one_line, out_of_reach
+from machinery import hub
+from machinery.config import UserError, nearest, one_line
 
 # `model_type` of a transformers config. Linear, hybrid and latent attention (qwen3_next, jamba,
 # deepseek_v3, ...) would train, but could not act: they have no such cache.
@@ -40,6 +41,14 @@ def round_up(n: int, multiple: int = 64) -> int:
 # ---- The language model ------------------------------------------------------------------------
 
 
+def llm_fields(model_type: str) -> set[str]:
+    """The fields of a language model's transformers config that describe it."""
+    config = type(AutoConfig.for_model(model_type))()
+    own = vars(config).keys() - vars(PretrainedConfig()).keys()
+    return {*own, *config.attribute_map, "model_type", "rope_theta", "rope_scaling",
+            "partial_rotary_factor"}
+
+
 def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
     """The language model's transformers config, for a vocabulary of num_tokens, rounded up.
 
@@ -48,7 +57,11 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
     Raises UserError for a kind that was not tested and for misspelled fields.
     """
     if isinstance(spec, str):
-        config = AutoConfig.from_pretrained(spec, local_files_only=out_of_reach(spec))
+        folder = hub.fetch(spec, ["config.json"], ["config.json"])
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds
+            raise UserError(f"llm_backbone: {spec!r}: {one_line(error)[:300]}") from error
     else:
         config = AutoConfig.for_model(**spec)
         known = {*vars(type(config)()), *config.attribute_map}
@@ -122,19 +135,19 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises UserError if there is none, or if transformers would not begin a text as tokenizer.model
     does: Llama's puts a space before the first word, and some versions lose it without a warning.
     """
-    offline = out_of_reach(path)
     try:
+        folder = hub.fetch(path, ["*.json", "*.model", "*.txt", "*.jinja"],
+                           ["tokenizer.json|tokenizer.model"])
         # the class that follows tokenizer.json to the letter; AutoTokenizer's rebuild parts of it
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=offline)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         file = Path(tokenizer.init_kwargs.get("vocab_file") or "")
         if file.suffix != ".model" or file.with_name("tokenizer.json").exists():
             return tokenizer
         # with tokenizer.model only (Vicuna), only the class named beside it knows of that space
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=offline)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         expected = SentencePieceProcessor(model_file=str(file)).encode("In", out_type=str)
     except Exception as error:  # transformers raises many kinds
-        reason = "the hub does not answer" if offline else one_line(error)
-        raise UserError(f"tokenizer: cannot load {path!r}: {reason}") from error
+        raise UserError(f"tokenizer: cannot load {path!r}: {one_line(error)}") from error
     found = tokenizer.tokenize("In")
     if found[0][0] != expected[0][0]:
         raise UserError(f"tokenizer: {path!r}: transformers begins a text with {found[0]!r}, "
@@ -145,6 +158,11 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 # ---- Vision towers -----------------------------------------------------------------------------
 
+# what a model from elsewhere may set: arguments of timm's classes, not where it loads weights from
+TOWER_ARGUMENTS = {"model", *inspect.signature(timm.models.VisionTransformer).parameters,
+                   *inspect.signature(timm.models.Eva).parameters}
+SOURCES = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}  # set by the user
+
 
 def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """A timm ViT by name, with any of timm's arguments: pixels (B, 3, H, W) -> (B, patches, width).
@@ -153,6 +171,10 @@ def build_tower(image_size: int, *, model: str, pretrained: bool = False, **kwar
     register tokens. Prismatic chose it (prismatic/.../base_vision.py); checkpoints contain the last
     block, too. Raises UserError for other architectures, and if patches do not cover the image.
     """
+    known = timm.get_pretrained_cfg(model) if pretrained else None
+    if known and known.hf_hub_id and not known.hf_hub_filename and not kwargs.keys() & SOURCES:
+        folder = hub.fetch(known.hf_hub_id, ["model.safetensors"], ["model.safetensors"])
+        kwargs["pretrained_cfg_overlay"] = {"file": str(folder / "model.safetensors")}
     vit = timm.create_model(model, pretrained, num_classes=0, img_size=image_size, **kwargs)
     plain = isinstance(vit, (timm.models.VisionTransformer, timm.models.Eva))
     if not plain or any("running_mean" in name for name, _ in vit.named_buffers()):

@@ -136,7 +136,9 @@ class SafetensorsFile:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged, or a Git LFS pointer that was not pulled: "
                                   f"{error}") from error
-        self.shapes = {key: self.file.get_slice(key).get_shape() for key in self.file.keys()}
+        slices = {key: self.file.get_slice(key) for key in self.file.keys()}
+        self.shapes = {key: part.get_shape() for key, part in slices.items()}
+        self.dtypes = {key: part.get_dtype() for key, part in slices.items()}
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a flattened tensor."""
@@ -144,6 +146,14 @@ class SafetensorsFile:
         first = start // row
         rows = self.file.get_slice(key)[first : -(-stop // row)]
         return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
+def plain_name(name: str) -> str:
+    """The name of a file that another file lists. Raises CheckpointError for a path: the list may
+    have come from elsewhere."""
+    if "/" in name or name in ("", ".", ".."):
+        raise CheckpointError(f"{name!r} is not a file's name")
+    return name
 
 
 class Checkpoint(Tensors):
@@ -167,7 +177,7 @@ class Checkpoint(Tensors):
                 self.shapes[name] = facts["shape"]
                 self.trained[name] = facts["trainable"]
             for name in self.meta["files"]:
-                file = SafetensorsFile(self.path / name)
+                file = SafetensorsFile(self.path / plain_name(name))
                 for key, (count,) in file.shapes.items():
                     kind_and_parameter, _, first = key.rpartition("@")
                     piece = (int(first), int(first) + count, functools.partial(file.read, key))

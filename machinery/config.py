@@ -420,9 +420,10 @@ def out_of_reach(name: str) -> bool:
         return False
     if constants.HF_HUB_OFFLINE:
         return True
-    if urllib.request.getproxies().keys() - {"no"}:  # only the client can ask through a proxy
-        return False
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    proxied = urllib.request.getproxies().keys() & {hub.scheme, "all"}
+    if proxied and not urllib.request.proxy_bypass(hub.hostname):
+        return False  # only the client can ask through a proxy
     try:
         socket.create_connection((hub.hostname, hub.port or hub.scheme), timeout=3).close()
     except OSError:

@@ -41,6 +41,7 @@ from machinery.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from machinery.compiler import check_compile
 from machinery.config import PATHS, PROJECT, TrainConfig, UserError, run_directory, walk
 from machinery.connect import agree, gather, progress, wait_until
 from machinery.files import atomic, take_lock
@@ -345,6 +346,8 @@ def settle(cfg: TrainConfig) -> dict:
     here on the config does not change. Raises UserError if it contradicts one of these.
     """
     agree(settings(cfg))
+    if cfg.compile:
+        check_compile()
     cfg = oxe.read_recipes(cfg)
     run = Run(cfg)
     if run.checkpoint:

@@ -12,22 +12,20 @@ Nothing is unpickled but tensors: torch.load(weights_only=True).
 
 import contextlib
 import copy
-import fnmatch
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import google_crc32c
 import torch
-from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
 from action_tokenizer import load_tokenizer
+from machinery import hub
 from machinery.backbones import llm_config, round_up
 from machinery.checkpoint import (
     Checkpoint,
@@ -35,6 +33,7 @@ from machinery.checkpoint import (
     SafetensorsFile,
     Tensors,
     list_checkpoints,
+    plain_name,
 )
 from machinery.config import (
     TrainConfig,
@@ -42,8 +41,15 @@ from machinery.config import (
     load_table,
     nearest,
     one_line,
-    out_of_reach,
     read_secret,
+)
+from machinery.description import (
+    DESCRIPTION,
+    check_size,
+    checked,
+    is_oft,
+    refuse_parts,
+    refuse_quantized,
 )
 from machinery.int8 import shrink
 from machinery.lora import merged
@@ -111,6 +117,7 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
     if weights:
         unset = {key for key in SHAPE if key in weights.config} - cfg.model_fields_set
         cfg = cfg.model_copy(update={key: weights.config[key] for key in unset})
+        check_size(cfg, weights.tensors)
     if checkpoint and weights.base:
         weights.tensors = weights.base  # resumed adapters are trained beside the base, not merged
     # a run keeps a copy of its tokenizer: the one it started with may be gone
@@ -137,25 +144,26 @@ def open_weights(where: str | Path) -> Weights:
     if downloaded:
         path = download(str(where))
     try:
-        weights = _open(path)
-        actions = [stats["action"] for stats in weights.norm_stats.values() if "action" in stats]
-        widths = [len(action["q01"]) for action in actions if "q01" in action]
-        weights.config.setdefault("action_dim", widths[-1] if widths else 7)  # not in OpenVLA's
+        weights = _open(path, downloaded)
+        widths = {name: len(stats["action"]["q01"]) for name, stats in weights.norm_stats.items()
+                  if "q01" in stats.get("action", ())}
+        # OpenVLA's files do not contain it. Fine-tuning adds a dataset, maybe of another robot
+        width = weights.config.setdefault("action_dim", [7, *widths.values()][-1])
+        weights.norm_stats = {name: stats for name, stats in weights.norm_stats.items()
+                              if widths.get(name, width) == width}
         TrainConfig(**weights.config)
     except UserError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: its config.json does not describe a model: "
                               f"{type(error).__name__}: {one_line(error)}") from error
-    if downloaded:
-        refuse_files(str(where), weights.config["vision_backbone"])
     return weights
 
 
-def _open(path: Path) -> Weights:
+def _open(path: Path, downloaded: bool) -> Weights:
     refuse_parts(str(path), [file.name for file in path.iterdir()] if path.is_dir() else [])
     if (path / "checkpoint.json").exists():
-        return _open_ours(Checkpoint(path))
+        return _open_ours(Checkpoint(path), downloaded)
     if path.suffix == ".pt":
         return _open_native(path, path.parents[1])
     native = sorted((path / "checkpoints").glob("*.pt"))  # "latest-checkpoint" sorts before "step-"
@@ -163,7 +171,7 @@ def _open(path: Path) -> Weights:
         return _open_native(native[-1], path)
     checkpoints = list_checkpoints(path / "checkpoints")
     if checkpoints:
-        return _open_ours(Checkpoint(checkpoints[-1]))
+        return _open_ours(Checkpoint(checkpoints[-1]), downloaded)
     config = path / "config.json"
     if config.exists() and _read_json(config).get("model_type") == "openvla":
         return _open_hugging_face(path)
@@ -172,41 +180,23 @@ def _open(path: Path) -> Weights:
                           "Face format (config.json with model_type openvla)")
 
 
-def refuse_parts(where: str, names: Iterable[str]) -> None:
-    """Raise CheckpointError for files of parts that this project would leave out."""
-    for pattern, part in _table["parts_left_out"].items():
-        for name in fnmatch.filter(names, pattern):
-            raise CheckpointError(f"{where}: {name} is {part}. This project cannot load it, and "
-                                  "without it the model would act nonsense")
-
-
-def refuse_files(where: str, towers: dict[str, dict]) -> None:
-    """Raise CheckpointError if a downloaded config makes timm open a file or address."""
-    for name, tower in towers.items():
-        keys = tower.keys() & {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
-        if keys or ":" in tower["model"]:
-            raise CheckpointError(f"{where}: vision_backbone: {name}: {tower} names a file or an "
-                                  "address, which a downloaded model must not")
-
-
 def download(name: str) -> Path:
     """Fetch a Prismatic VLM or a hub repository (once per node) and return its directory."""
     repository = name
-    patterns = ["*.json", "*.safetensors", "checkpoints/*.pt"]
+    patterns = ["*.json", "*.safetensors", "checkpoints/*.pt", "modeling_prismatic.py"]
+    weights = "model.safetensors|model.safetensors.index.json|checkpoints/*"
+    needed = ["config.json", weights]
     if name in PRISMATIC:
         repository = PRISMATIC_HUB
-        patterns = [f"{name}/config.json", f"{name}/checkpoints/latest-checkpoint.pt"]
-    offline = out_of_reach(name)
+        needed = patterns = [f"{name}/config.json", f"{name}/checkpoints/latest-checkpoint.pt"]
     try:
-        if not offline:  # before gigabytes are fetched
-            refuse_parts(name, list_repo_files(repository))
-        folder = snapshot_download(repository, allow_patterns=patterns, local_files_only=offline)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{name!r} is not a path here and could not be downloaded: {reason} "
-                              f"(gated models need HF_TOKEN or hf_token){nearest(name, PRISMATIC)}"
-                              ) from error
-    return Path(folder) / name if name in PRISMATIC else Path(folder)
+        folder = hub.fetch(repository, patterns, needed, partial(refuse_parts, name))
+    except CheckpointError:
+        raise
+    except UserError as error:
+        hint = f" ({name})" if name in PRISMATIC else nearest(name, PRISMATIC)
+        raise CheckpointError(f"{error}{hint}") from error
+    return folder / name if name in PRISMATIC else folder
 
 
 def _read_json(path: Path) -> dict:
@@ -216,17 +206,22 @@ def _read_json(path: Path) -> dict:
 # ---- The formats -------------------------------------------------------------------------------
 
 
-def _open_ours(checkpoint: Checkpoint) -> Weights:
+def _open_ours(checkpoint: Checkpoint, downloaded: bool = False) -> Weights:
     run_dir = checkpoint.run_dir
     config = _read_json(run_dir / "config.json")
-    config["tokenizer"] = str(run_dir / "tokenizer")
     for tower in config["vision_backbone"].values():
         tower.pop("pretrained", None)  # the checkpoint has their weights
+    lora = config["lora_alpha"] / max(config["lora_rank"], 1)
+    if downloaded:
+        config = checked({key: config[key] for key in DESCRIPTION if key in config}, run_dir)
+    config["tokenizer"] = str(run_dir / "tokenizer")
     weights = Weights(checkpoint, config, _read_json(run_dir / "dataset_statistics.json"))
     if checkpoint.base:
+        if downloaded and os.path.exists(checkpoint.base["where"]):
+            raise CheckpointError(f"{checkpoint.path} is based on {checkpoint.base['where']}: a "
+                                  "model from elsewhere may not name a path")
         weights.base = open_base(checkpoint)
-        scale = config["lora_alpha"] / max(config["lora_rank"], 1)
-        weights.tensors = merged(weights.base, checkpoint, scale)
+        weights.tensors = merged(weights.base, checkpoint, lora)
     return weights
 
 
@@ -272,7 +267,7 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
     modules = torch.load(checkpoint, mmap=True, weights_only=True)["model"]
     base = description.get("model") or description.get("vla", {}).get("base_vlm")
     if "zerovla" in description:  # exported by this project
-        config = description["zerovla"]
+        config = checked(description["zerovla"], run_dir)
     elif isinstance(base, dict):
         config = prismatic_config(base["vision_backbone_id"], base["llm_backbone_id"],
                                   base["image_resize_strategy"])
@@ -286,6 +281,8 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
     tensors = Tensors(checkpoint)
     for module, state in modules.items():
         for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                refuse_quantized(checkpoint, {}, {name: str(tensor.dtype)})
             flat = tensor.reshape(-1)
             tensors.add(f"{module}.{name}", tensor.shape,
                         lambda start, stop, flat=flat: flat[start:stop])
@@ -294,9 +291,12 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
 
 
 def _open_hugging_face(path: Path) -> Weights:
+    if is_oft(path):
+        raise CheckpointError(f"{path} is OpenVLA-OFT's variant with action tokens. This project "
+                              "would decode them one after another, and it would act nonsense")
     description = _read_json(path / "config.json")
     config = description.get("zerovla") or hugging_face_to_ours(description)
-    config["tokenizer"] = str(path)
+    config = {**checked(config, path), "tokenizer": str(path)}
     towers = tuple(config["vision_backbone"])
     tensors = Tensors(path)
     for file in safetensors_files(path):
@@ -305,7 +305,8 @@ def _open_hugging_face(path: Path) -> Weights:
     norm_stats = description.get("norm_stats") or {}
     own = path / "dataset_statistics.json"
     if own.exists():  # written by OpenVLA's finetune.py; these win (its openvla_utils.py)
-        norm_stats = {**norm_stats, **_read_json(own)}
+        own = _read_json(own)
+        norm_stats = {name: stats for name, stats in norm_stats.items() if name not in own} | own
     return Weights(tensors, config, norm_stats)
 
 
@@ -313,6 +314,7 @@ def hugging_face_to_ours(description: dict) -> dict:
     """The config.json of OpenVLA's Hugging Face class -> this project's config keys."""
     config = prismatic_config(description["vision_backbone_id"], description["llm_backbone_id"],
                               description["image_resize_strategy"])
+    del config["tokenizer"]  # the directory has it
     config["image_size"] = description.get("image_sizes", [config["image_size"]])[0]
     names = [*config["vision_backbone"]]
     models = description.get("timm_model_ids")
@@ -324,19 +326,22 @@ def hugging_face_to_ours(description: dict) -> dict:
             if activation:
                 config["vision_backbone"][name]["act_layer"] = activation
     llm = {"model_type": config["llm_backbone"]["model_type"], **description.get("text_config", {})}
-    llm.pop("torch_dtype", None)
-    llm.pop("dtype", None)
     config["llm_backbone"] = llm
     return config
 
 
 def safetensors_files(path: Path) -> list[SafetensorsFile]:
-    """The files of a directory of safetensors. If there are several, an index lists them."""
+    """The files of a directory of safetensors. If there are several, an index lists them. Raises
+    CheckpointError if they are quantized."""
     index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return [SafetensorsFile(path / "model.safetensors")]
-    names = set(_read_json(index)["weight_map"].values())
-    return [SafetensorsFile(path / name) for name in sorted(names)]
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    files = [SafetensorsFile(path / plain_name(name)) for name in names]
+    config = path / "config.json"
+    for file in files:
+        refuse_quantized(path, _read_json(config) if config.exists() else {}, file.dtypes)
+    return files
 
 
 def open_language_model(where: str, num_tokens: int) -> Weights:

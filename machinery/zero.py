@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import set_z3_leaf_module
 
+from machinery.compiler import build_adam
 from machinery.config import TrainConfig, UserError, one_line
 from model import VLA
 
@@ -49,6 +50,7 @@ def check_json(ds_config: dict) -> None:
     if torch_adam and zero.offload_optimizer and zero.offload_optimizer.ratio < 1:
         raise UserError("--deepspeed_config: offload_optimizer.ratio: PyTorch's AdamW cannot be on "
                         "two devices: remove torch_adam and fused")
+    build_adam(ds_config)
 
 
 # ---- Where DeepSpeed keeps a parameter ---------------------------------------------------------

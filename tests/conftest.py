@@ -362,12 +362,12 @@ class Job:
 class Forked(Job):
     """The same without a launcher: ranks that the commands' server has forked."""
 
-    def __init__(self, commands, count: int, config, *arguments, script="train_vla.py"):
+    def __init__(self, commands, count: int, config, *arguments, script="train_vla.py", environ=None):
         self.commands, self.output, self.statuses = commands, commands.new_output(), None
         arguments = ["--config", config, *arguments]
         environs = places(count) if count > 1 else [{}]
-        self.sessions = commands.start(*(("", environ, script, arguments, self.output)
-                                         for environ in environs))
+        self.sessions = commands.start(*(("", {**place, **(environ or {})}, script, arguments, self.output)
+                                         for place in environs))
 
     def ranks(self) -> list[psutil.Process]:
         return [psutil.Process(pid) for pid in self.sessions]

@@ -260,27 +260,12 @@ def test_pickles_are_never_run(tmp_path, capsys):
     assert "this ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tower", [{"model": "hf-hub:someone/vit"}, {"model": "a", "checkpoint_path": "x.pth"},
-                                   {"model": "a", "pretrained_cfg_overlay": {"file": "/etc/passwd"}}])
-def test_a_downloaded_model_names_no_files(tower, tmp_path, monkeypatch):
-    """A directory's config.json is the user's own, and may."""
-    config = GOLDEN["config_openvla7b_hf"]["use_diff"]
-    ours = {"vision_backbone": {"a": tower}, "llm_backbone": {"model_type": "llama"}}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "zerovla": ours}))
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert open_weights(tmp_path).config["vision_backbone"] == {"a": tower}
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("machinery.weights.snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"someone/model: vision_backbone: a.*address"):
-        open_weights("someone/model")
-
-
 def test_names_and_tokens_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as the variable of this name does
     for where, message in (
         ("prism-dinosiglip-224+7b", r"did you mean 'prism-dinosiglip-224px\+7b'"),
-        ("openvla/openvla-7b", "'openvla/openvla-7b'.*downloaded.*HF_TOKEN"),
-        ("siglip-224px+7b", r"'siglip-224px\+7b'.*downloaded"),
+        ("openvla/openvla-7b", "'openvla/openvla-7b'.*downloaded.*HF_HUB_OFFLINE"),
+        ("siglip-224px+7b", r"prismatic-vlms.*downloaded.*\(siglip-224px\+7b\)"),
         (tmp_path, f"{tmp_path}: expected a run"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -322,12 +307,15 @@ def test_actions_of_another_width_than_openvlas(run, tmp_path):
     config = json.loads((tmp_path / "hf/config.json").read_text())
     del config["zerovla"]["action_dim"]
     seven = {key: [0.0] * 7 for key in ("q01", "q99", "min", "max", "mean", "std")}
-    config["norm_stats"] = {"bridge_orig": {"action": seven}, **config["norm_stats"]}
-    (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    policy, image = load_vla(tmp_path / "hf"), np.full((28, 28, 3), 90, np.uint8)
-    assert policy.predict_action([image], ["open it"], "metaworld_demo").shape == (1, 4)
-    with pytest.raises(UserError, match="unnorm_key 'bridge_orig': its actions have 7 dimensions"):
-        policy.predict_action([image], ["open it"], "bridge_orig")
+    own = json.loads((tmp_path / "hf/dataset_statistics.json").read_text())
+    for names in (["bridge_orig"], ["metaworld_demo", "bridge_orig"]):  # also under the base's name
+        config["norm_stats"] = {name: {"action": seven} for name in names}
+        (tmp_path / "hf/config.json").write_text(json.dumps(config))
+        policy, image = load_vla(tmp_path / "hf"), np.full((28, 28, 3), 90, np.uint8)
+        assert policy.predict_action([image], ["open it"]).shape == (1, 4)
+        assert policy.norm_stats == own  # a server shows only what the model can act by
+        with pytest.raises(UserError, match=r"unnorm_key 'bridge_orig'.*metaworld_demo"):
+            policy.predict_action([image], ["open it"], "bridge_orig")
 
 
 # ------------------------------------------------------------------------------------------------------------
