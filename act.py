@@ -8,8 +8,10 @@ tokens greedily (`tokens_of`), and turns them into numbers. `speed_up` makes the
 several times as fast for one robot and a GPU.
 """
 
+import contextlib
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch import nn
 from transformers import StaticCache
 
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
-from machinery.backbones import cached_forward, make_cache, round_up
+from machinery.backbones import cached_forward, make_cache
 from machinery.checkpoint import CheckpointError
 from machinery.config import TrainConfig, UserError, one_line
 from machinery.convention import Convention, convention
@@ -30,6 +32,12 @@ from machinery.images import center_crop, resize_image
 from machinery.lora import linear_layers
 from machinery.weights import fill, open_weights, parameters_without_memory
 from model import VLA, at_positions
+
+PROMPT_LENGTHS = (32, 64)  # tokens, rounded up; instructions of 20 words have fewer
+
+
+class ModelError(UserError):
+    """The model computes numbers that are not finite. No action may follow from them."""
 
 
 def load_vla(
@@ -85,7 +93,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.norm_stats = norm_stats
         self.action_tokenizer = vla.action_tokenizer
-        self.graphs: dict | None = None  # see speed_up
+        self.graphs: dict[tuple[int, int, int], tuple] = {}  # see speed_up
         self.continue_llm = cached_forward(vla.llm)
 
     def predict_action(
@@ -100,7 +108,8 @@ class Policy:
         (action_chunk, A) if the model was trained to predict several steps.
 
         image: (H, W, 3) uint8. With several cameras or frames, a list of window_size x cameras of
-            them, oldest first; for a window of one also a dict {camera: image}
+            them, oldest first; for a window of one also a dict {camera: image}. For a batch also
+            a tensor of what prepare_views returns
         unnorm_key: may be left out if the model was trained on one dataset
         proprio: the robot's state (P,), if the model was trained with it
         prefix: the chunk's first actions (k, A), if they are settled because the robot executes
@@ -111,7 +120,7 @@ class Policy:
         For a dataset described in a YAML, states and actions are in the recorded form
         (machinery/convention.py; `convention(unnorm_key).action` labels each number). For OpenVLA's
         own datasets they are in standard form: changes of position and rotation, then the gripper,
-        1 = open. Raises UserError.
+        1 = open. Raises UserError; ModelError if the model itself is broken.
         """
         if isinstance(instruction, str):
             states = None if proprio is None else np.asarray(proprio)[None]
@@ -130,7 +139,7 @@ class Policy:
 
     def prepare(
         self,
-        images: Sequence,
+        images: Sequence | torch.Tensor,
         instructions: Sequence[str],
         unnorm_key: str | None,
         proprio: np.ndarray | None,
@@ -140,13 +149,11 @@ class Policy:
         cfg = self.cfg
         device = self.vla.llm.device
         stats = self.dataset_statistics(unnorm_key)
-        images = [self.views(views) for views in images]
-        count = self.vla.num_images
-        if len(images) != len(instructions) or any(len(views) != count for views in images):
-            raise UserError(f"{len(instructions)} instructions came with {[*map(len, images)]} "
-                            f"images; the model needs {count} for each (window_size x cameras)")
-        pixels = [[self.prepare_image(view) for view in views] for views in images]
-        pixels = torch.from_numpy(np.array(pixels)).to(device)
+        if len(images) != len(instructions):
+            raise UserError(f"{len(instructions)} instructions came with images for {len(images)}")
+        if not isinstance(images, torch.Tensor):
+            images = torch.stack([self.prepare_views(views) for views in images])
+        pixels = images.to(device)
         prompts = [prompt_ids(self.tokenizer, text, cfg.prompt_style) for text in instructions]
         if not cfg.use_proprio:
             return pixels, prompts, None
@@ -159,6 +166,15 @@ class Policy:
         states = normalize(states, stats["proprio"], cfg.action_normalization)
         states = np.pad(states, ((0, 0), (0, cfg.proprio_dim - states.shape[1])))
         return pixels, prompts, torch.from_numpy(states).to(device)
+
+    def prepare_views(self, images) -> torch.Tensor:
+        """One sample's images as predict_action takes them -> (N, size, size, C) uint8."""
+        views = self.views(images)
+        count = self.vla.num_images
+        if len(views) != count:
+            raise UserError(f"{len(views)} images: the model needs {count} for each instruction "
+                            "(window_size x cameras)")
+        return torch.from_numpy(np.stack([self.prepare_image(view) for view in views]))
 
     def views(self, images) -> Sequence:
         """One sample's images as predict_action takes them -> a list in the order of training."""
@@ -258,21 +274,35 @@ class Policy:
         """The likeliest action tokens (B, T), T = action_chunk x action_dim, for images
         (B, N, H, W, C) uint8 and prompts of token ids. Only action ids can be chosen. known (B, K):
         the first K of them."""
+        count = len(prompts)
         if known is None:
-            known = torch.empty(len(prompts), 0, dtype=torch.int64)
+            known = torch.empty(count, 0, dtype=torch.int64)
         prompts = [[*ids, *tokens] for ids, tokens in zip(prompts, known.tolist(), strict=True)]
-        longest = max(map(len, prompts))
-        if self.graphs is not None:  # few different shapes, so few graphs
-            longest = round_up(longest, 32)
+        shape = (count, max(map(len, prompts)), known.shape[1])
+        recorded = [each for each in self.graphs
+                    if each[0] >= shape[0] and each[1] >= shape[1] and each[2] == shape[2]]
+        shape = min(recorded, default=shape)
+        if shape[0] > count:  # repeat the last sample
+            rows = torch.arange(shape[0]).clamp(max=count - 1)
+            prompts = [prompts[row] for row in rows]
+            images = images[rows]
+            known = known[rows]
+            proprio = None if proprio is None else proprio[rows]
         pad = self.tokenizer.pad_token_id
-        padded = [[*ids, *[pad] * (longest - len(ids))] for ids in prompts]
+        padded = [[*ids, *[pad] * (shape[1] - len(ids))] for ids in prompts]
         device = images.device
         input_ids = torch.tensor(padded).to(device)  # (B, L)
         lengths = torch.tensor([len(ids) for ids in prompts]).to(device)  # (B,)
         inputs = [images, input_ids, lengths, proprio, known.to(device)]
-        if self.graphs is not None:
-            return self.replay(*inputs)
-        return self.tokens_of(*inputs, self.make_cache(images, longest))
+        if recorded:
+            tokens = self.replay(shape, inputs)
+        else:
+            tokens = self.tokens_of(*inputs, self.make_cache(images, shape[1]))
+        tokens = tokens[:count]
+        if (tokens < 0).any():
+            raise ModelError("the model computes numbers that are not finite (NaN or infinity): "
+                             "its weights are damaged, or the state or dtype is out of range")
+        return tokens
 
     def make_cache(self, images, text: int) -> StaticCache | None:
         """Keys and values for prompts of `text` tokens and their actions, if decoding needs any."""
@@ -308,50 +338,86 @@ class Policy:
         hidden = self.continue_llm(inputs, mask, slots[None, :size], cache)
         tokens = [known, self.best_action(at_positions(hidden, last))]
         for i in range(count - 1):
-            step = vla.llm.get_input_embeddings()(tokens[-1])  # (B, 1, hidden)
+            step = vla.llm.get_input_embeddings()(tokens[-1].clamp(min=0))  # (B, 1, hidden)
             mask = not_padding & (slots <= size + i)
             hidden = self.continue_llm(step, mask, last + 1 + i, cache)
             tokens.append(self.best_action(hidden))
         return torch.cat(tokens, dim=1)
 
     def best_action(self, hidden) -> torch.Tensor:
-        """hidden (B, T, width) -> the likeliest action token at each place (B, T)."""
+        """hidden (B, T, width) -> the likeliest action token at each place (B, T), or -1 if its
+        logit is not finite. argmax chooses a NaN."""
         first = self.action_tokenizer.first_id
         stop = self.action_tokenizer.vocab_size
         head = self.vla.llm.get_output_embeddings()
         bias = None if head.bias is None else head.bias[first:stop]
-        return F.linear(hidden, head.weight[first:stop], bias).argmax(-1) + first
+        logits = F.linear(hidden, head.weight[first:stop], bias)
+        best = logits.argmax(-1)
+        finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
+        return torch.where(finite, best + first, -1)
 
     # ---- The same, faster -----------------------------------------------------------------------
 
-    def speed_up(self) -> None:
-        """Fuse kernels, and replay them as one CUDA graph for each batch size and each 32 tokens
-        of prompt. The 7B's first action of each kind then takes 90 seconds (torch.compile)."""
+    def speed_up(self, batches: Sequence[int] = (1,), prefixes: Sequence[int] = (0,)) -> None:
+        """Fuse kernels, and record a CUDA graph for each of these batch sizes, numbers of steps in
+        a prefix, and PROMPT_LENGTHS. For the 7B each takes about 90 seconds (torch.compile).
+
+        Other requests are computed without compiled code: a robot never waits for a compilation.
+        """
         from machinery import matvec  # here: it needs Triton, which comes with PyTorch for GPUs
 
         torch._dynamo.config.recompile_limit = 1024  # the default of 8 is used up by 4 kinds
         towers = self.vla.vision_backbone.values()
         matvec.speed_up(self.vla.llm)
-        for module in (*towers, self.vla.llm.base_model):
-            module.forward = torch.compile(module.forward, dynamic=False)
+        modules = (*towers, self.vla.llm.base_model)
+        self.fused = {module: torch.compile(module.forward, dynamic=False) for module in modules}
         if len(towers) == 2:
             self.vla.patch_features = partial(side_by_side, *towers)
-        self.graphs = {}
+        for batch, prefix, length in itertools.product(batches, prefixes, PROMPT_LENGTHS):
+            self.record(batch, length, prefix * self.cfg.action_dim)
 
-    def replay(self, *inputs) -> torch.Tensor:
-        """tokens_of, recorded as a CUDA graph when inputs of these shapes first come."""
-        shapes = tuple(None if x is None else x.shape for x in inputs)
-        if shapes not in self.graphs:
-            fixed = [None if x is None else x.clone() for x in inputs]
-            cache = self.make_cache(fixed[0], fixed[1].shape[1])
+    @contextlib.contextmanager
+    def fuse(self) -> Iterator[None]:
+        """Within this block, the model is compiled for each new shape."""
+        plain = {module: module.forward for module in self.fused}
+        for module, forward in self.fused.items():
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module, forward in plain.items():
+                module.forward = forward
+
+    @torch.inference_mode()
+    def record(self, batch: int, length: int, known: int) -> None:
+        """Record tokens_of as a CUDA graph, for prompts of up to `length` tokens that are followed
+        by `known` action tokens."""
+        device = self.vla.llm.device
+        black = np.zeros((224, 224, 3), np.uint8)
+        pixels = self.prepare_views([black] * self.vla.num_images).to(device)
+        first = self.action_tokenizer.first_id
+        shape = (batch, length + known, known)
+        proprio = None
+        if self.cfg.use_proprio:
+            proprio = torch.zeros(batch, self.cfg.proprio_dim, device=device)
+        fixed = [pixels.repeat(batch, 1, 1, 1, 1),
+                 torch.full(shape[:2], first, device=device),
+                 torch.full((batch,), shape[1], device=device),
+                 proprio,
+                 torch.full((batch, known), first, device=device)]
+        cache = self.make_cache(fixed[0], shape[1])
+        with self.fuse():
             for _ in range(3):  # compile, and let libraries allocate their workspaces
                 self.tokens_of(*fixed, cache)
             graph = torch.cuda.CUDAGraph()
             pool = next((g.pool() for g, *_ in self.graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool):
                 tokens = self.tokens_of(*fixed, cache)
-            self.graphs[shapes] = graph, fixed, tokens, cache  # the graph writes into the cache
-        graph, fixed, tokens, _ = self.graphs[shapes]
+        self.graphs[shape] = graph, fixed, tokens, cache  # the graph writes into the cache
+
+    def replay(self, shape: tuple[int, int, int], inputs: list) -> torch.Tensor:
+        """tokens_of, by the graph recorded for this shape."""
+        graph, fixed, tokens, _ = self.graphs[shape]
         for place, x in zip(fixed, inputs, strict=True):
             if x is not None:
                 place.copy_(x)

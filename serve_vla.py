@@ -7,7 +7,7 @@
     GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], "cameras": [...], ...}
     websocket / {"observation/image": ..., "prompt": "open the drawer"} -> {"actions": ..., ...}
 
-Clients of OpenVLA (its vla-scripts/deploy.py) and of openpi
+Clients of OpenVLA (its vla-scripts/deploy.py), of OpenVLA-OFT, and of openpi
 (`openpi_client.websocket_client_policy`) work unchanged. An image is any of
 
     {"__numpy__": base64, "dtype": "|u1", "shape": [H, W, 3]}      json_numpy's form of an array
@@ -16,37 +16,41 @@ Clients of OpenVLA (its vla-scripts/deploy.py) and of openpi
 
 A model trained with several cameras takes `images`: {camera: image}, or a list (window_size x
 cameras, oldest first). A model trained with the robot's state takes `proprio`, a list of numbers.
-unnorm_key may be left out if the model knows one dataset. `prefix`, (k, A), holds the first actions
-of the chunk if they are settled already (act.py).
+Both protocols also accept observation/NAME_image, NAME_image and observation.images.NAME for the
+camera NAME, and `state`. Clients that always send a wrist's image or a state may send them to a
+model without: the log names ignored fields once. unnorm_key may be left out if the model knows one
+dataset. `prefix`, (k, A), holds the first actions of the chunk if they are settled already
+(act.py).
 
 The reply is the action, (A,) or (action_chunk, A): a json_numpy object if the request held one,
 else plain lists. A request {"encoded": "<all of this as a string>"} gets a string. /health labels
-each number of action and state (machinery/convention.py). Mistakes get status 4xx and
-{"error": the problem and its cure}. A websocket first sends the facts of /health, and answers a
-mistake with text.
+each number of action and state (machinery/convention.py), and has status 503 if the model fails.
+Mistakes get status 4xx and {"error": the problem and its cure}. A websocket first sends the facts
+of /health, and answers a mistake with text.
 
 Read Batcher: requests that arrive while the model computes are answered together, whichever
-protocol they use. machinery/wire.py parses them.
+protocol they use. machinery/wire.py parses them, in processes of machinery/reader.py.
 
 The server listens on 127.0.0.1. Any other --host requires a token: --token FILE or
 --token VARIABLE, which clients send as `Authorization: Bearer ...` (openpi's: api_key). Web pages
-are refused. Nothing is encrypted, and slow or silent clients are not disconnected. On a network
-that you do not trust, put nginx in front or use `ssh -L 8000:127.0.0.1:8000 this-machine`, which
-needs no token.
+of other servers are refused. Nothing is encrypted. On a network that you do not trust, put nginx in
+front or use `ssh -L 8000:127.0.0.1:8000 this-machine`, which needs no token.
 """
 
 import argparse
 import asyncio
-import contextlib
 import hmac
+import math
 import queue
+import resource
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,18 +60,18 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from act import Policy, load_vla
+from act import PROMPT_LENGTHS, ModelError, Policy, load_vla
 from machinery.checkpoint import CheckpointError
 from machinery.config import UserError, exit_with_one_line, read_secret
-from machinery.wire import MAX_BODY, Query, encode_action, pack, parse_observation, parse_request
+from machinery.connections import is_foreign, uvicorn_config
+from machinery.reader import Readers
+from machinery.record import Recorder
+from machinery.wire import MAX_BODY, Query, encode_action, pack
 
-BIG_BODY = 1 << 20  # bytes; longer requests are parsed one at a time, so as not to delay small ones
-MAX_CLIENTS = 256  # requests and websockets at once; more get status 503
+MAX_CLIENTS = 256  # requests at once; as many websockets; as many bodies that are arriving
 BODY_SECONDS = 60  # for a request's body to arrive
-MAX_FRAMES = 1000  # per websocket message; openpi's client sends one
-STOP_SECONDS = 30  # for open requests to finish after SIGTERM
+STUCK_SECONDS = 300  # a model that computes for longer is reported by /health
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -82,6 +86,8 @@ class Batcher(threading.Thread):
         self.policy = policy
         self.max_batch = max_batch
         self.waiting: queue.SimpleQueue[tuple[Query, Future]] = queue.SimpleQueue()
+        self.error: str | None = None  # why the model cannot act
+        self.started = math.inf  # when it began to compute
 
     def ask(self, query: Query) -> Future:
         """Queue a request. The result will be (action, number of requests in its batch)."""
@@ -98,10 +104,12 @@ class Batcher(threading.Thread):
             groups: dict[tuple, list] = {}  # one call of the model each
             for query, future in batch:
                 if future.set_running_or_notify_cancel():
-                    group = groups.setdefault((query.unnorm_key, len(query.prefix)), [])
+                    group = groups.setdefault((query.unnorm_key, query.prefix.shape), [])
                     group.append((query, future))
+            self.started = time.monotonic()
             for requests in groups.values():
                 self.answer(requests)
+            self.started = math.inf
 
     def answer(self, requests: list[tuple[Query, Future]]) -> None:
         """Run the model on requests of one unnorm_key and prefix length. If that fails, run each by
@@ -111,46 +119,69 @@ class Batcher(threading.Thread):
             proprio = None
             if queries[0].proprio is not None:
                 proprio = np.stack([query.proprio for query in queries])
+            pixels = [query.pixels for query in queries]
             actions = self.policy.predict_action(
-                [query.views for query in queries],
+                torch.from_numpy(np.stack(pixels)),
                 [query.instruction for query in queries],
                 queries[0].unnorm_key,
                 proprio,
                 np.stack([query.prefix for query in queries]))
         except Exception as error:
-            if len(requests) == 1:
-                requests[0][1].set_exception(error)
-            else:
+            if len(requests) > 1:
                 for request in requests:
                     self.answer([request])
+                return
+            if isinstance(error, ModelError) or not isinstance(error, UserError):
+                self.examine()
+            requests[0][1].set_exception(error)
             return
+        self.error = None
         for (_, future), action in zip(requests, actions, strict=True):
             future.set_result((action, len(requests)))
+
+    def examine(self) -> None:
+        """Does the model fail on a black image, too? Then the request was not to blame."""
+        try:
+            act_on_black(self.policy)
+            self.error = None
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"[:500]
+
+    def failure(self) -> str | None:
+        """Why the model does not act, if it doesn't."""
+        seconds = time.monotonic() - self.started
+        if seconds > STUCK_SECONDS:
+            return f"the model has not answered for {seconds:.0f} seconds"
+        return self.error
+
+
+def act_on_black(policy: Policy) -> None:
+    """An action for a black image. The first one takes longest. Raises if the model cannot act."""
+    key = next(iter(policy.norm_stats))
+    state = np.zeros(len(policy.convention(key).state)) if policy.cfg.use_proprio else None
+    black = np.zeros((224, 224, 3), np.uint8)
+    policy.predict_action([black] * policy.vla.num_images, "wait", key, state)
 
 
 # ---- HTTP and websockets -----------------------------------------------------------------------
 
 
-class Socket(WebSocketsSansIOProtocol):
-    """A websocket that closes if a message has more than MAX_FRAMES frames: uvicorn limits only the
-    bytes of a message, but memory also grows with every empty frame."""
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if len(self.frames) > MAX_FRAMES:
-            self.transport.close()
-
-
 class Service:
-    """The server's addresses. token: clients must send it, unless None."""
+    """The server's addresses. token: clients must send it, unless None; host: the server's name."""
 
-    def __init__(self, batcher: Batcher, model: str, token: str | None):
+    def __init__(self, batcher: Batcher, model: str, token: str | None, host: str = "localhost",
+                 recorder: Recorder | None = None):
         self.batcher = batcher
         self.policy = batcher.policy
         self.token = token
+        self.host = host
         self.facts = describe(self.policy, model)
-        self.big_bodies = asyncio.Semaphore(1)
+        self.recorder = recorder
+        self.readers = Readers(self.policy, keep_views=recorder is not None)
         self.clients = asyncio.Semaphore(MAX_CLIENTS)
+        self.arriving: dict[asyncio.Future, None] = {}  # bodies of requests, the first first
+        self.sockets: dict[WebSocket, float] = {}  # when each got its last action; busy: infinity
+        self.ignored: set[tuple[str, ...]] = set()  # logged before
 
     def app(self) -> Starlette:
         return Starlette(routes=[Route("/act", self.act, methods=["POST"]),
@@ -167,68 +198,111 @@ class Service:
 
     def refusal(self, request: HTTPConnection) -> Response | None:
         """The reply to a client that is not authorized, or is one too many."""
-        if "origin" in request.headers:  # a browser: any website may let it call 127.0.0.1
-            return refuse("web pages are not served: call from a program that sends no Origin", 403)
+        if is_foreign(request, self.host):
+            return refuse("web pages of other servers are not served: send no Origin, or open this "
+                          "server's page by its IP address", 403)
         if not self.authorized(request):
             return refuse("send the server's token in a header `Authorization: Bearer ...`", 401)
         if self.clients.locked():
-            return refuse(f"there are {MAX_CLIENTS} clients: close some connections", 503)
+            return refuse(f"there are {MAX_CLIENTS} requests: ask again later", 503)
         return None
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        return JSONResponse(self.facts if self.authorized(request) else {"status": "ok"})
+        facts = self.facts if self.authorized(request) else {"status": "ok"}
+        error = self.batcher.failure()
+        if error is None:
+            return JSONResponse(facts)
+        reason = {"error": error} if self.authorized(request) else {}
+        return JSONResponse({**facts, "status": "failing", **reason}, 503)
 
     async def act(self, request: Request) -> Response:
         """POST /act."""
         if refused := self.refusal(request):
             return refused
+        reading = asyncio.ensure_future(read_body(request))
+        self.arriving[reading] = None
+        if len(self.arriving) > MAX_CLIENTS:
+            next(iter(self.arriving)).cancel()
+        try:
+            body = await asyncio.wait_for(reading, BODY_SECONDS)
+        except (asyncio.TimeoutError, asyncio.CancelledError, ClientDisconnect):  # noqa: UP041
+            return refuse("the request did not arrive in time", 408)
+        finally:
+            del self.arriving[reading]
+        if len(body) > MAX_BODY:
+            return refuse(f"more than {MAX_BODY} bytes: send a smaller image, or a JPEG", 413)
         async with self.clients:
-            try:
-                body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
-            except (asyncio.TimeoutError, ClientDisconnect):  # noqa: UP041 (not one in Python 3.10)
-                return refuse("the request did not arrive", 408)
-            if len(body) > MAX_BODY:
-                return refuse(f"more than {MAX_BODY} bytes: send a smaller image, or a JPEG", 413)
-            status, reply, query = await self.answer(body, parse_request)
+            status, reply, query = await self.answer(body, "parse_request", request.client.host)
         if status != 200:
             return JSONResponse({"error": reply}, status)
-        return JSONResponse(encode_action(reply, query.form))
+        return JSONResponse(encode_action(reply, query))
 
     async def websocket(self, socket: WebSocket) -> None:
         """openpi's protocol: the facts of /health, then actions for each observation. A mistake is
         answered with text and does not end the connection."""
-        if refused := self.refusal(socket):
+        refused = self.refusal(socket)
+        if not refused and len(self.sockets) >= MAX_CLIENTS and not self.close_one():
+            refused = refuse(f"there are {MAX_CLIENTS} busy clients: ask again later", 503)
+        if refused:
             return await socket.send_denial_response(refused)
-        with contextlib.suppress(WebSocketDisconnect):
-            async with self.clients:
-                await socket.accept()
-                await socket.send_bytes(pack(self.facts))
-                while (message := await socket.receive())["type"] == "websocket.receive":
-                    started = time.perf_counter()
-                    body = message.get("bytes", message.get("text"))
-                    status, reply, _ = await self.answer(body, parse_observation)
-                    if status != 200:
-                        await socket.send_text(reply)
-                        continue
-                    chunk = reply.reshape(-1, reply.shape[-1])  # (action_chunk, A) or (1, A)
-                    timing = {"infer_ms": 1000 * (time.perf_counter() - started)}
-                    await socket.send_bytes(pack({"actions": chunk, "server_timing": timing}))
+        self.sockets[socket] = 0.0
+        try:
+            await socket.accept()
+            await socket.send_bytes(pack(self.facts))
+            while (message := await socket.receive())["type"] == "websocket.receive":
+                last = self.sockets[socket]
+                self.sockets[socket] = math.inf
+                if await self.converse(socket, message.get("bytes", message.get("text"))):
+                    last = time.monotonic()
+                self.sockets[socket] = last
+        except (WebSocketDisconnect, KeyError):  # KeyError: see close_one
+            pass
+        finally:
+            self.sockets.pop(socket, None)
+            if self.recorder:
+                self.recorder.end("{}:{}".format(*socket.client))
+
+    async def converse(self, socket: WebSocket, body: bytes | str) -> bool:
+        """Answer one message. Returns whether it got an action."""
+        started = time.perf_counter()
+        name = "{}:{}".format(*socket.client)
+        status, reply, _ = await self.answer(body, "parse_observation", name)
+        if status != 200:
+            await socket.send_text(reply)
+            return False
+        chunk = reply.reshape(-1, reply.shape[-1])  # (action_chunk, A) or (1, A)
+        timing = {"infer_ms": 1000 * (time.perf_counter() - started)}
+        await socket.send_bytes(pack({"actions": chunk, "server_timing": timing}))
+        return True
+
+    def close_one(self) -> bool:
+        """Close the websocket whose last action is longest ago, if one is idle."""
+        idle = min(self.sockets, key=self.sockets.get)
+        if self.sockets[idle] == math.inf:
+            return False
+        del self.sockets[idle]
+        self.closing = asyncio.ensure_future(idle.close(1013, "a new client takes its place"))
+        return True
 
     async def answer(
-        self, body: bytes | str, parse: Callable
+        self, body: bytes | str, parse: str, client: str
     ) -> tuple[int, np.ndarray | str, Query | None]:
         """A request's bytes -> (status, the action or an error message, the request)."""
         started = time.perf_counter()
         query = None
         try:
-            async with self.big_bodies if len(body) > BIG_BODY else contextlib.nullcontext():
-                query = await asyncio.to_thread(parse, body, self.policy)
+            query = await self.readers.read(parse, body)
+            if query.ignored and query.ignored not in self.ignored:
+                self.ignored.add(query.ignored)
+                log(f"warning: ignored {', '.join(query.ignored)!a}: the model does not use them")
             reply, size = await asyncio.wrap_future(self.batcher.ask(query))
+            if self.recorder:
+                self.recorder.add(client, query, reply)
             status = 200
             facts = f"batch {size} unnorm_key {query.unnorm_key} instruction {query.instruction!a}"
         except UserError as error:  # from parsing, or from predict_action about its arguments
-            status = 400
+            status = 500 if isinstance(error, ModelError) else 400
             reply = str(error)[:2000]
             facts = f"error {reply!a}"
         except Exception:
@@ -258,6 +332,16 @@ def describe(policy: Policy, model: str) -> dict:
     return facts
 
 
+def recording_facts(policy: Policy, model: str) -> dict:
+    """What Recorder needs to know."""
+    widths = {}
+    for key in policy.norm_stats:
+        robot = policy.convention(key)
+        widths[key] = len(robot.action), len(robot.state) if policy.cfg.use_proprio else 0
+    return {"model": model, "cameras": policy.cfg.cameras, "chunk": policy.cfg.action_chunk,
+            "widths": widths}
+
+
 def refuse(message: str, status: int) -> Response:
     """Log an error and reply with it."""
     log(f"act status {status} error {message!a}")
@@ -281,26 +365,21 @@ def log(text: str) -> None:
 # ---- The program -------------------------------------------------------------------------------
 
 
-def uvicorn_config(app: Starlette) -> uvicorn.Config:
-    """uvicorn's settings. By default it closes HTTP connections that idle for 5 seconds after a
-    reply, and websockets that do not answer pings."""
-    return uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", http="h11",
-                          ws=Socket, ws_max_size=MAX_BODY, ws_per_message_deflate=False,
-                          timeout_graceful_shutdown=STOP_SECONDS)
-
-
 def serve(
-    policy: Policy, model: str, listener: socket.socket, max_batch: int, token: str | None
+    policy: Policy, model: str, listener: socket.socket, max_batch: int, token: str | None,
+    host: str, record: Path | None
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then finish open ones."""
     batcher = Batcher(policy, max_batch)
-    config = uvicorn_config(Service(batcher, model, token).app())
-    # a first action before any robot asks compiles kernels, and fails here if the model cannot act
-    key = next(iter(policy.norm_stats))
-    state = np.zeros(len(policy.convention(key).state)) if policy.cfg.use_proprio else None
-    black = np.zeros((224, 224, 3), np.uint8)
-    policy.predict_action([black] * policy.vla.num_images, "wait", key, state)
+    recorder = Recorder(record, recording_facts(policy, model)) if record else None
+    service = Service(batcher, model, token, host, recorder)
+    service.readers.start()  # before there are threads
+    act_on_black(policy)
     batcher.start()
+    # the model waits this long for Python when other threads are busy: for each of its operations
+    sys.setswitchinterval(1e-4)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after stopping
     listener.listen()  # before the next line invites clients
@@ -312,8 +391,37 @@ def serve(
         log(f"unnorm_key {key} cameras {cameras} action {','.join(robot.action)}{state}")
     host, port, *_ = listener.getsockname()
     log(f"serving http://{host}:{port} model {model} unnorm_keys {','.join(keys)}")
-    uvicorn.Server(config).run([listener])
+    uvicorn.Server(uvicorn_config(service.app())).run([listener])
+    if recorder:
+        recorder.close()
     log("stopped")
+
+
+def keep_usable(policy: Policy, checkpoint: str) -> None:
+    """Leave out the statistics of robots with another number of action dimensions: a fine-tuned
+    OpenVLA still has those of its base. Raises CheckpointError."""
+    width = policy.cfg.action_dim
+    others = [name for name, stats in policy.norm_stats.items()
+              if len(stats["action"]["q01"]) != width]
+    for name in others:
+        del policy.norm_stats[name]
+    if not policy.norm_stats:
+        raise CheckpointError(f"{checkpoint}: no dataset statistics for actions of {width} "
+                              "dimensions, so it cannot act: give a VLA, not a plain VLM")
+    if others:
+        log(f"unnorm_keys_left_out {','.join(others)} action_dim {width}")
+
+
+def record_graphs(policy: Policy, max_batch: int, prefixes: list[int]) -> None:
+    """Policy.speed_up for these prefixes, and for batches of a power of two. Raises UserError."""
+    prefixes = sorted({0, *prefixes})
+    if prefixes[0] < 0 or prefixes[-1] > policy.max_prefix:
+        raise UserError(f"--speed_up {prefixes}: a prefix of this model has up to "
+                        f"{policy.max_prefix} steps")
+    batches = [2**i for i in range(max_batch.bit_length()) if 2**i < max_batch] + [max_batch]
+    policy.speed_up(batches, prefixes)
+    log(f"recorded batches {batches} prefixes {prefixes} prompt_tokens {PROMPT_LENGTHS}: other "
+        "requests are not sped up")
 
 
 def main() -> None:
@@ -335,11 +443,13 @@ def main() -> None:
                         help="hold the language model's matrices in 8 bits: half the memory")
     parser.add_argument("--max_batch", type=int,
                         help="most requests the model sees at once; default: 16, with --speed_up 1")
-    parser.add_argument("--speed_up", action="store_true",
-                        help="on a GPU: compile for minutes whenever a batch size or prompt length "
-                        "is new, then answer several times as fast")
+    parser.add_argument("--speed_up", nargs="*", type=int, metavar="K",
+                        help="on a GPU: compile for minutes before serving, then answer several "
+                        "times as fast, requests without a prefix and with one of K steps")
+    parser.add_argument("--record", type=Path, metavar="DIR",
+                        help="keep requests and answers there as an RLDS dataset")
     args = parser.parse_args()
-    if args.speed_up and args.device == "cpu":
+    if args.speed_up is not None and args.device == "cpu":
         parser.error("--speed_up records CUDA graphs: it needs --device cuda")
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     with exit_with_one_line():
@@ -354,15 +464,12 @@ def main() -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((args.host, args.port))
         crop = args.center_crop and args.center_crop == "yes"
-        policy = load_vla(args.checkpoint, args.device, DTYPES[dtype], args.int8,
-                          crop)
-        if not policy.norm_stats:
-            raise CheckpointError(f"{args.checkpoint}: no dataset statistics, so it cannot act: "
-                                  "give a VLA, not a plain VLM")
-        if args.speed_up:
-            policy.speed_up()
-        max_batch = args.max_batch or (1 if args.speed_up else 16)
-        serve(policy, args.checkpoint, listener, max_batch, token)
+        policy = load_vla(args.checkpoint, args.device, DTYPES[dtype], args.int8, crop)
+        keep_usable(policy, args.checkpoint)
+        max_batch = args.max_batch or (16 if args.speed_up is None else 1)
+        if args.speed_up is not None:
+            record_graphs(policy, max_batch, args.speed_up)
+        serve(policy, args.checkpoint, listener, max_batch, token, args.host, args.record)
 
 
 if __name__ == "__main__":

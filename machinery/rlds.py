@@ -376,20 +376,13 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
     and ValueError for a split without episodes or an image that is not of the declared shape.
     """
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     path = Path(directory) / name / version
     if path.exists():
         raise FileExistsError(f"{path} exists: remove it, or write another version")
     if not isinstance(features, tfds.features.FeaturesDict):
         features = tfds.features.FeaturesDict(features)
-    serializer = ExampleSerializer(features.get_serialized_info())
-
-    def serialize(episode: dict) -> bytes:
-        encoded = features.encode_example(_encode_images(features, episode, jpeg_quality))
-        # deterministic: the same episodes give the same bytes
-        return serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
-
+    serialize = serializer(features, jpeg_quality)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as scratch:
         scratch.mkdir()
@@ -408,6 +401,23 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
     return path
 
 
+def serializer(features, jpeg_quality: int = 95) -> Callable[[dict], bytes]:
+    """The function from an episode to its record, for a tfds.features.FeaturesDict."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+    def serialize(episode: dict) -> bytes:
+        encoded = features.encode_example(_encode_images(features, episode, jpeg_quality))
+        example = ExampleSerializer(features.get_serialized_info()).get_tf_example(encoded)
+        return example.SerializeToString(deterministic=True)  # the same episode, the same bytes
+
+    return serialize
+
+
+def write_record(file: io.BufferedIOBase, data: bytes) -> None:
+    """Append a record to a TFRecord file."""
+    for part in (struct.pack("<Q", len(data)), data):
+        file.write(part + struct.pack("<I", masked_crc(part)))
+
+
 def _write_shards(records: Iterable[bytes], folder: Path, name: str, shard_bytes: int
                   ) -> list[list[int]]:
     """Write TFRecord files of about shard_bytes. Returns the bytes of each record of each file."""
@@ -417,8 +427,7 @@ def _write_shards(records: Iterable[bytes], folder: Path, name: str, shard_bytes
             sizes.append([])
         sizes[-1].append(len(data))
         with open(folder / f"{len(sizes) - 1}", "ab") as shard:
-            for part in (struct.pack("<Q", len(data)), data):
-                shard.write(part + struct.pack("<I", masked_crc(part)))
+            write_record(shard, data)
     if not sizes[0]:
         raise ValueError(f"{name}: the split has no episodes")
     for number in range(len(sizes)):

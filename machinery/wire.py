@@ -8,9 +8,13 @@ b"dtype" and b"shape".
      "prompt": text}
     -> {"actions": array (action_chunk, A), "server_timing": {"infer_ms": ...}}
 
-Read parse_request and parse_observation: both turn bytes into a Query. The bytes are untrusted:
-sizes are checked before an array or a picture is made, and nothing is unpickled. Policy checks the
-shapes of state and prefix.
+OpenVLA-OFT's clients post the observation itself, and get a list with an array for each step:
+
+    {"full_image": array, "left_wrist_image": array, ..., "state": array, "instruction": text}
+
+Read parse: it turns the fields of any of them into a Query. Requests are untrusted: sizes are
+checked before an array or a picture is made, and nothing is unpickled. Policy checks the shapes of
+state and prefix.
 """
 
 import base64
@@ -19,13 +23,15 @@ import io
 import itertools
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgpack
 import numpy as np
+import simplejpeg
 from PIL import Image
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError, create_model
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import from_json
 
 from act import Policy
@@ -37,11 +43,19 @@ MAX_KEYS = 100  # in an object: pydantic would describe every unknown key
 MAX_LENGTH = 1024  # items in a msgpack list or map; arrays of numbers arrive as bytes
 MAX_PARTS = 1000  # lists and maps in a msgpack message; an honest one has about ten
 SIDES = (16, 4096)  # smallest and largest height or width in pixels
+MAX_PIXELS = SIDES[1] ** 2
 MAX_SCANS = 32  # of a progressive JPEG; cameras and encoders write about ten
+MAX_CHUNKS = 10_000  # of a PNG; encoders write one for every 8 kB or more
+WRIST = re.compile("wrist.*image|image.*wrist")
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class RequestError(UserError):
     """A request that cannot be answered. The message names the field and the cure."""
+
+
+class Costly(Exception):
+    """A picture in the request has more pixels than this reader decodes."""
 
 
 @dataclass
@@ -54,52 +68,144 @@ class Query:
     proprio: np.ndarray | None  # if the model uses the robot's state
     prefix: np.ndarray  # (k, A) float64; usually k = 0
     form: str = "openpi"  # of the reply; over HTTP "numpy", "encoded" or "list"
+    in_steps: bool = False  # OFT's clients expect a list of steps
+    ignored: tuple[str, ...] = ()  # fields that the model does not use
+    episode: str | int | None = None  # for --record
+    files: list[bytes | None] = field(default_factory=list)  # the views that came as JPEG or PNG
+    pixels: np.ndarray | None = None  # the views as the model takes them
 
 
-# ---- OpenVLA's JSON ----------------------------------------------------------------------------
+# ---- All clients' fields -----------------------------------------------------------------------
 
 Text = Annotated[str, Field(pattern=r"\S", max_length=1000)]
 
 
 class Request(BaseModel, extra="forbid", strict=True):
-    """The fields of POST /act. serve_vla.py describes them."""
+    """The fields of a request, except images by name. serve_vla.py describes them."""
 
-    instruction: Text
+    instruction: Text = Field(validation_alias=AliasChoices("instruction", "prompt", "task"))
     unnorm_key: str | None = None
-    image: Any = None
     images: list | dict | None = None
     proprio: Any = None
+    state: Any = Field(  # proprio of clients that send it to every model
+        None, validation_alias=AliasChoices("state", "observation/state", "observation.state"))
     prefix: Any = None
+    episode: Annotated[str, Field(max_length=100)] | int | None = None
 
 
-def parse_request(body: bytes, policy: Policy) -> Query:
+def parse(sent, policy: Policy, most_pixels: int = MAX_PIXELS) -> Query:
+    """A request's fields -> Query. Raises RequestError, and Costly for larger pictures."""
+    if isinstance(sent, dict) and len(sent) > MAX_KEYS:
+        raise RequestError(f"{len(sent)} keys: send at most {MAX_KEYS}")
+    fields = sent
+    named = {}  # {field: image}
+    if isinstance(sent, dict):
+        owner = camera_keys(tuple(policy.cfg.cameras))
+        for key, value in sent.items():
+            if key in owner or WRIST.search(str(key)):
+                named[key] = value
+        fields = {key: value for key, value in sent.items() if key not in named}
+    request = validate(Request, fields)
+
+    images, ignored = choose_images(named, request.images, policy)
+    state = request.proprio
+    if state is not None and not policy.cfg.use_proprio:
+        raise RequestError("proprio: the model was trained without the robot's state: leave it out")
+    if request.state is not None:
+        if state is not None:
+            raise RequestError("proprio: sent twice: leave out the other state")
+        state = request.state
+        if not policy.cfg.use_proprio:
+            state = None
+            ignored.append("state")
+    views = []
+    files = []
+    for i, image in enumerate(images):
+        views.append(parse_image(image, f"images[{i}]", most_pixels))
+        files.append(read_base64(image) if isinstance(image, str | bytes) else None)
+    unnorm_key = policy.dataset_name(request.unnorm_key)
+    return Query(
+        views,
+        request.instruction,
+        unnorm_key,
+        None if state is None else np.atleast_1d(parse_array(state, "proprio")),
+        parse_prefix(request.prefix, unnorm_key, policy),
+        "numpy" if any(isinstance(value, dict) for value in [*images, state]) else "list",
+        in_steps="full_image" in named,
+        ignored=tuple(ignored),
+        episode=request.episode,
+        files=files)
+
+
+@functools.cache
+def camera_keys(cameras: tuple[str, ...]) -> dict[str, str]:
+    """{field: its camera}, as clients of OpenVLA, OFT, openpi and LeRobot name images."""
+    owner = {}
+    for camera in cameras:
+        for key in ("{}_image", "observation/{}_image", "observation/{}", "observation.images.{}"):
+            owner.setdefault(key.format(camera), camera)
+    for key in ("image", "full_image", "observation/image", "observation.image"):
+        owner.setdefault(key, cameras[0])
+    return owner
+
+
+def choose_images(named: dict, images: list | dict | None, policy: Policy) -> tuple[list, list]:
+    """The images for the model, in the order of training, and the fields of unused ones.
+
+    named: {field: image} of the request. Pictures of a wrist that the model does not see are
+    unused, because openpi's and OFT's clients always send them. For OFT's clients, wrists without a
+    camera of their name are the model's next cameras in the order sent, as in OFT's own server.
+    """
+    cameras = policy.cfg.cameras
+    owner = camera_keys(tuple(cameras))
+    named = {key: image for key, image in named.items() if image is not None}
+    if named and images is not None:
+        raise RequestError("image: send either image or images")
+    if isinstance(images, dict):
+        if unknown := images.keys() - set(cameras):
+            raise RequestError(f"images: {sorted(map(str, unknown))[0]!a} is not one of the "
+                               f"cameras {', '.join(cameras)}")
+        named = {f"observation.images.{camera}": images[camera] for camera in images}
+    seen = {}  # {camera: image}
+    spare = []
+    for key in named:
+        camera = owner.get(key)
+        if camera is None:
+            spare.append(key)
+        elif camera in seen:
+            raise RequestError(f"{key}: a second image of the camera {camera}: not permitted")
+        else:
+            seen[camera] = named[key]
+    if isinstance(images, list):
+        chosen = images
+    else:
+        for camera in cameras:
+            if camera not in seen and spare and "full_image" in named:
+                seen[camera] = named[spare.pop(0)]
+        chosen = [seen[camera] for camera in cameras if camera in seen]
+    count = policy.vla.num_images
+    if len(chosen) != count:  # before any is decoded
+        raise RequestError(
+            f"images: {len(chosen)} images: this model needs a list of {count} (window_size x "
+            f"cameras {', '.join(cameras)}, oldest first). By name, for a window_size of 1, one of "
+            f"each camera is required, as observation/{cameras[-1]}_image. Names of other cameras: "
+            f"{', '.join(spare)[:200] or 'none'}")
+    return chosen, spare
+
+
+# ---- OpenVLA's JSON ----------------------------------------------------------------------------
+
+
+def parse_request(body: bytes, policy: Policy, most_pixels: int = MAX_PIXELS) -> Query:
     """Read a request to POST /act. Raises UserError."""
     payload = read_json(body)
     encoded = isinstance(payload, dict) and payload.keys() == {"encoded"}
     if encoded:
         payload = read_json(payload["encoded"])
-    request = validate(Request, payload)
-
-    if (request.image is None) == (request.images is None):
-        raise RequestError("image: send either image or images")
-    if request.proprio is not None and not policy.cfg.use_proprio:
-        raise RequestError("proprio: the model was trained without the robot's state: leave it out")
-    images = [request.image] if request.images is None else request.images
-    views = policy.views(images)
-    count = policy.vla.num_images
-    if len(views) != count:  # before any is decoded
-        raise RequestError(f"images: {len(views)} images: this model needs a list of {count} "
-                           f"(window_size x cameras {', '.join(policy.cfg.cameras)}, oldest first)")
-
-    sends_arrays = any(isinstance(value, dict) for value in [*views, request.proprio])
-    unnorm_key = policy.dataset_name(request.unnorm_key)
-    return Query(
-        [parse_image(view, f"images[{i}]") for i, view in enumerate(views)],
-        request.instruction,
-        unnorm_key,
-        parse_proprio(request.proprio, "proprio", policy),
-        parse_prefix(request.prefix, unnorm_key, policy),
-        "encoded" if encoded else "numpy" if sends_arrays else "list")
+    query = parse(payload, policy, most_pixels)
+    if encoded:
+        query.form = "encoded"
+    return query
 
 
 def read_json(text: bytes | str):
@@ -110,59 +216,30 @@ def read_json(text: bytes | str):
         raise RequestError(f"the request is not JSON: {error}") from error
 
 
-def encode_action(action: np.ndarray, form: str):
-    """The JSON reply to a request of this form."""
-    if form == "list":
-        return action.tolist()
-    array = {"__numpy__": base64.b64encode(action.tobytes()).decode(),
-             "dtype": action.dtype.str,
-             "shape": action.shape}
-    return array if form == "numpy" else json.dumps(array)
+def encode_action(action: np.ndarray, query: Query):
+    """The JSON reply to a request."""
+    steps = list(action.reshape(-1, action.shape[-1])) if query.in_steps else action
+    if query.form == "list":
+        return [step.tolist() for step in steps]
+    arrays = [encode_array(step) for step in steps] if query.in_steps else encode_array(action)
+    return arrays if query.form == "numpy" else json.dumps(arrays)
+
+
+def encode_array(array: np.ndarray) -> dict:
+    """An array in json_numpy's form."""
+    return {"__numpy__": base64.b64encode(array.tobytes()).decode(),
+            "dtype": array.dtype.str,
+            "shape": array.shape}
 
 
 # ---- openpi's msgpack --------------------------------------------------------------------------
 
 
-class Observation(BaseModel, extra="forbid", strict=True):
-    """An observation without its images: observation_model adds a field for each camera."""
-
-    prompt: Text
-    state: Any = Field(None, alias="observation/state")
-    unnorm_key: str | None = None  # this key and the next are ours
-    prefix: Any = None
-
-
-@functools.cache
-def observation_model(cameras: tuple[str, ...]) -> type[Observation]:
-    """Observation with fields camera_0, camera_1, ... for the images. A camera's key is
-    observation/NAME_image or observation/NAME, or for the first camera observation/image. Two
-    images of one camera are an error."""
-    owner = {"observation/image": cameras[0]}
-    for camera in cameras:
-        owner.setdefault(f"observation/{camera}_image", camera)
-        owner.setdefault(f"observation/{camera}", camera)
-    images = {}
-    for i, camera in enumerate(cameras):
-        keys = AliasChoices(*[key for key in owner if owner[key] == camera])
-        images[f"camera_{i}"] = (Any, Field(validation_alias=keys))
-    return create_model("Observation", __base__=Observation, **images)
-
-
-def parse_observation(message: bytes | str, policy: Policy) -> Query:
-    """Read an openpi observation. Raises UserError.
-
-    A state that the model does not use is ignored, because openpi's clients always send one."""
-    observation = validate(observation_model(tuple(policy.cfg.cameras)), unpack(message))
-    views = []
-    for i, camera in enumerate(policy.cfg.cameras):
-        views.append(parse_image(getattr(observation, f"camera_{i}"), f"camera {camera}"))
-    unnorm_key = policy.dataset_name(observation.unnorm_key)
-    return Query(
-        views,
-        observation.prompt,
-        unnorm_key,
-        parse_proprio(observation.state, "observation/state", policy),
-        parse_prefix(observation.prefix, unnorm_key, policy))
+def parse_observation(
+    message: bytes | str, policy: Policy, most_pixels: int = MAX_PIXELS
+) -> Query:
+    """Read an openpi observation. Raises UserError."""
+    return parse(unpack(message), policy, most_pixels)
 
 
 def unpack(message: bytes | str):
@@ -174,6 +251,8 @@ def unpack(message: bytes | str):
             raise ValueError(f"more than {MAX_PARTS} lists and maps")
         if isinstance(part, dict) and part.keys() == {b"__ndarray__", b"data", b"dtype", b"shape"}:
             return {"__numpy__": part[b"data"], "dtype": part[b"dtype"], "shape": part[b"shape"]}
+        if isinstance(part, dict) and part.keys() == {b"__npgeneric__", b"data", b"dtype"}:
+            return part[b"data"]  # a NumPy scalar: the number itself
         return part
 
     try:
@@ -205,13 +284,11 @@ class Array(BaseModel, extra="forbid", strict=True):
 
     data: Annotated[bytes, BeforeValidator(read_base64)] = Field(alias="__numpy__")
     dtype: str = Field(pattern=r"^[<>|=]?([iu][1248]|f[248])$")
-    shape: list[Annotated[int, Field(ge=0, le=MAX_BODY)]] = Field(min_length=1, max_length=4)
+    shape: list[Annotated[int, Field(ge=0, le=MAX_BODY)]] = Field(max_length=4)
 
 
 def validate(model: type[BaseModel], value, *path: str) -> BaseModel:
     """The value, which was sent as the field `path`, as this model. Raises RequestError."""
-    if isinstance(value, dict) and len(value) > MAX_KEYS:
-        raise RequestError(f"{len(value)} keys: send at most {MAX_KEYS}")
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -221,7 +298,7 @@ def validate(model: type[BaseModel], value, *path: str) -> BaseModel:
 
 
 def parse_array(value, name: str) -> np.ndarray:
-    """An array's object, or plain lists -> an array of integers or floats."""
+    """An array's object, or lists of numbers or of arrays -> an array of integers or floats."""
     if not isinstance(value, list):
         sent = validate(Array, value, name)
         dtype = np.dtype(sent.dtype)
@@ -232,6 +309,10 @@ def parse_array(value, name: str) -> np.ndarray:
     numbers = value
     while (kinds := set(map(type, numbers))) == {list}:
         numbers = list(itertools.chain.from_iterable(numbers))
+    if dict in kinds and len(numbers) <= MAX_PARTS:  # json_numpy's NumPy scalars are arrays, too
+        value = [parse_array(item, name) if isinstance(item, list | dict) else item
+                 for item in value]
+        kinds.remove(dict)
     try:
         if not kinds <= {int, float}:  # NumPy would give each text the memory of the longest
             raise ValueError("not numbers")
@@ -243,35 +324,63 @@ def parse_array(value, name: str) -> np.ndarray:
     return array
 
 
-def parse_image(value, name: str) -> np.ndarray:
-    """An image in any of its forms -> (H, W, 3) uint8."""
+def parse_image(value, name: str, most_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An image in any of its forms -> (H, W, 3) uint8. An alpha channel is dropped."""
     if isinstance(value, str | bytes):
-        return decode_picture(value, name)
+        return decode_picture(value, name, most_pixels)
     image = parse_array(value, name)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise RequestError(f"{name}: shape {list(image.shape)}: must be [height, width, 3], RGB")
+    if image.ndim != 3 or image.shape[2] not in (3, 4):
+        raise RequestError(f"{name}: shape {list(image.shape)}: must be [height, width, 3], RGB "
+                           "(channels first: transpose(1, 2, 0))")
     check_sides(*image.shape[:2], name)
+    image = image[..., :3]
     if image.dtype.kind not in "iu" or image.min() < 0 or image.max() > 255:
         raise RequestError(f"{name}: must hold integers 0..255: send uint8 (multiply an image in "
                            "0..1 by 255)")
     return image.astype(np.uint8)
 
 
-def decode_picture(data: str | bytes, name: str) -> np.ndarray:
+def decode_picture(data: str | bytes, name: str, most_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A JPEG or PNG file, or its base64 -> (H, W, 3) uint8, decoded as training images are."""
     try:
         data = read_base64(data)
-        picture = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])  # reads only the header
-        check_sides(picture.height, picture.width, name)
-        if picture.mode not in ("RGB", "RGBA", "L", "P"):
-            raise ValueError(f"its mode is {picture.mode}: send 8-bit RGB")
-        if data.count(b"\xff\xda") > MAX_SCANS:  # a byte each can cost a pass over all pixels
-            raise ValueError(f"more than {MAX_SCANS} scans: send a baseline JPEG")
+        if data.startswith(b"\xff\xd8"):
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            if colors in ("CMYK", "YCCK"):
+                raise ValueError(f"its colors are {colors}: send RGB")
+            if data.count(b"\xff\xda") > MAX_SCANS:  # a byte each can cost a pass over all pixels
+                raise ValueError(f"more than {MAX_SCANS} scans: send a baseline JPEG")
+        else:
+            data = only_pixels(data)
+            picture = Image.open(io.BytesIO(data), formats=["PNG"])  # reads only the header
+            height, width = picture.height, picture.width
+            if picture.mode not in ("RGB", "RGBA", "L", "LA", "P"):
+                raise ValueError(f"its mode is {picture.mode}: send 8-bit RGB")
+        check_sides(height, width, name)
+        if height * width > most_pixels:
+            raise Costly
         return decode_native(data)
-    except RequestError:
+    except (RequestError, Costly):
         raise
     except Exception as error:  # Pillow raises many kinds
         raise RequestError(f"{name}: not a JPEG or PNG (in JSON: in base64): {error}") from error
+
+
+def only_pixels(data: bytes) -> bytes:
+    """A PNG file without comments, profiles and further frames, which take memory and time."""
+    if not data.startswith(PNG):
+        raise ValueError(f"it begins with {data[:8]!r}")
+    kept = [PNG]
+    start = len(PNG)
+    for _ in range(MAX_CHUNKS):
+        kind = data[start + 4 : start + 8]
+        stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[start:stop])
+        if kind == b"IEND" or stop >= len(data):
+            return b"".join(kept)
+        start = stop
+    raise ValueError(f"more than {MAX_CHUNKS} chunks")
 
 
 def check_sides(height: int, width: int, name: str) -> None:
@@ -281,14 +390,8 @@ def check_sides(height: int, width: int, name: str) -> None:
         raise RequestError(f"{name}: {height} x {width} pixels: each side must be {low}..{high}")
 
 
-def parse_proprio(value, name: str, policy: Policy) -> np.ndarray | None:
-    """The robot's state, if the model uses it."""
-    if value is None or not policy.cfg.use_proprio:
-        return None
-    return parse_array(value, name)
-
-
 def parse_prefix(value, unnorm_key: str, policy: Policy) -> np.ndarray:
     """The chunk's first actions -> (k, A) float64."""
-    prefix = parse_array([] if value is None else value, "prefix").astype(np.float64)
+    prefix = np.atleast_1d(parse_array([] if value is None else value, "prefix"))
+    prefix = prefix.astype(np.float64)
     return prefix if prefix.size else np.zeros((0, len(policy.convention(unnorm_key).action)))

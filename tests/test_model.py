@@ -272,9 +272,9 @@ def test_actions_need_statistics():
 
 def test_no_action_from_what_was_never_seen_in_training():
     image = np.zeros((28, 28, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"1 instructions came with \[1\] images; the model needs 2"):
+    with pytest.raises(ValueError, match=r"1 images: the model needs 2"):
         tiny_policy(window_size=2).predict_action(image, "push")
-    with pytest.raises(ValueError, match=r"2 instructions came with \[1\] images"):
+    with pytest.raises(ValueError, match=r"2 instructions came with images for 1"):
         tiny_policy().predict_action([image], ["push", "pull"])
     for wrong in (image / 255, image[..., :1], image.transpose(2, 0, 1)):
         with pytest.raises(ValueError, match=r"expected \(height, width, 3\) uint8"):
@@ -386,6 +386,5 @@ def test_what_speed_up_puts_in_place_acts_alike():
     policy = tiny_policy(vision_backbone={"a": TINY["vision_backbone"]["dino"]}, arch_specifier="gelu-mlp")
     before = policy.predict_action([image] * 2, texts)
     with torch.compiler.set_stance("force_eager"):
-        policy.speed_up()
-        policy.graphs = None
+        policy.speed_up(batches=[])
         np.testing.assert_array_equal(policy.predict_action([image] * 2, texts), before)

@@ -23,7 +23,7 @@ from PIL import Image
 import serve_vla
 from act import load_vla
 from machinery.images import decode_native
-from machinery.wire import RequestError, decode_picture
+from machinery.wire import RequestError, decode_picture, parse_request
 
 # ------------------------------------------------------------------------------------------------------------
 # A server and its clients
@@ -408,8 +408,10 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
 def test_one_failing_request_does_not_fail_its_batch(vla):
     """The model's errors reach only the client that caused them."""
     batcher = serve_vla.Batcher(vla, max_batch=8)
-    queries = [serve_vla.parse_request(json.dumps(GOOD).encode(), vla) for _ in range(3)]
-    queries[1].views = [np.zeros((28, 28), np.uint8)]  # which parse_request would refuse
+    queries = [parse_request(json.dumps(GOOD).encode(), vla) for _ in range(3)]
+    for each in queries:
+        each.pixels = vla.prepare_views(each.views).numpy()
+    queries[1].pixels = np.zeros((1, 28, 28, 1), np.uint8)  # which a reader would refuse
     futures = [batcher.ask(each) for each in queries]
     gone = batcher.ask(queries[0])
     gone.cancel()  # its client has hung up

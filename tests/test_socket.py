@@ -2,6 +2,7 @@
 (`make .venv/dev` installs it)."""
 
 import contextlib
+import json
 import re
 import socket
 import threading
@@ -13,6 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 import uvicorn
+from starlette.requests import HTTPConnection
 from test_model import tiny_policy
 from test_serve import Client, file, picture, query, serving
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -20,6 +22,7 @@ from websockets.sync.client import connect
 
 import serve_vla
 from act import load_vla
+from machinery import connections
 from machinery.wire import RequestError, parse_array, parse_observation
 from serve_vla import Batcher, Service
 
@@ -51,7 +54,7 @@ def running(policy, token=None, started=True):
     batcher = Batcher(policy, 8)
     if started:
         batcher.start()
-    config = serve_vla.uvicorn_config(Service(batcher, "some", token).app())
+    config = connections.uvicorn_config(Service(batcher, "some", token).app())
     listener = socket.create_server(("127.0.0.1", 0))
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, args=([listener],))
@@ -178,7 +181,7 @@ def test_cameras_state_chunk_and_prefix(changes):
         for bad, key, cure in [
                 (several, "observation/primary_image", "not permitted"),
                 ({**good, "observation/head": array(front)}, "observation/head", "not permitted"),
-                ({"prompt": "push"}, "observation/image", "required"),
+                ({"prompt": "push"}, "observation/wrist_image", "required"),
                 ({**good, "observation/state": array(state[:3])}, "proprio", r"expected .*4"),
                 ({**good, "observation/state": None}, "proprio", "robot's state"),
                 ({**good, "prefix": array(np.zeros((4, 4)))}, "prefix of 4 steps", "up to"),
@@ -280,7 +283,7 @@ def wrong_image(draw):
     images = [np.full((40, 40, 3), value) for value in (0.5, -1.0, 256.0, np.nan, np.inf)]
     images += [np.full((40, 40, 3), value) for value in (-1, 256)]
     images += [np.zeros(shape, np.uint8)
-               for shape in ((3, 40, 40), (15, 40, 3), (40, 40, 4), (40, 40), (5000, 20, 3))]
+               for shape in ((3, 40, 40), (15, 40, 3), (40, 40, 1), (40, 40), (5000, 20, 3))]
     return {**GOOD, "observation/image": array(images[draw.randint(len(images))])}
 
 
@@ -320,7 +323,7 @@ def wrong_key(draw):
     name = "".join(map(chr, draw.randint(32, 0xD7FF, draw.randint(1, 9))))
     gone = [*GOOD][draw.randint(3)]  # two datasets: unnorm_key is required
     return [{**GOOD, name: 1}, {**GOOD, "unnorm_key": name}, {**GOOD, b"prompt": 1},
-            {**GOOD, "instruction": "x"}, {**GOOD, "observation/wrist_image": array(IMAGE)},
+            {**GOOD, "instruction": "x"}, {**GOOD, "observation/head_image": array(IMAGE)},
             {**GOOD, "observation/primary": array(IMAGE)},
             {**GOOD, "prompt": "é" * draw.randint(1001, 20000)}, {**GOOD, "prefix": [[0.0, 0.0, 0.0]]},
             {key: value for key, value in GOOD.items() if key != gone}][draw.randint(9)]
@@ -387,7 +390,7 @@ def test_huge_and_broken_connections(server):
 
 
 def test_a_message_in_parts(vla, monkeypatch):
-    monkeypatch.setattr(serve_vla, "MAX_FRAMES", 20)
+    monkeypatch.setattr(connections, "MAX_FRAMES", 20)
     whole = msgpack.packb(GOOD)
     with running(vla) as (port, *_):
         with talking(port) as (ask, _, connection):
@@ -411,25 +414,84 @@ def test_websites_are_refused(vla):
         with pytest.raises(InvalidStatus) as refused:
             connect(f"ws://127.0.0.1:{port}", origin="https://evil.example")
         assert refused.value.response.status_code == 403
-        client = Client(port)
-        client.http.request("POST", "/act", b"{}", {"Origin": "https://evil.example"})
-        assert client.http.getresponse().status == 403
+        for origin, host, status in [
+                ("https://evil.example", None, 403), ("null", None, 403), ("http://127.0.0.1:1", None, 403),
+                ("http://evil.example:80", "evil.example:80", 403),  # its name points to 127.0.0.1
+                ("http://127.0.0.1.evil.example", "127.0.0.1.evil.example", 403),
+                (f"http://127.0.0.1:{port}", None, 200), ("http://[::1]:80", "[::1]:80", 200),
+                ("http://localhost", "localhost", 200), ("http://robot:80", "robot:80", 403)]:
+            client = Client(port)
+            headers = {"Origin": origin} | ({"Host": host} if host else {})
+            client.http.request("POST", "/act", json.dumps(query(IMAGE.tolist())), headers)
+            assert client.http.getresponse().status == status, (origin, host)
+        with connect(f"ws://127.0.0.1:{port}", origin=f"http://127.0.0.1:{port}") as own:
+            assert b"unnorm_keys" in own.recv(60)
         assert Client(port).send(query(IMAGE.tolist()))[0] == 200
+    assert not connections.is_foreign(page("http://robot:80", "robot:80"), "robot")
+
+
+def page(origin: str, host: str) -> HTTPConnection:
+    return HTTPConnection({"type": "http", "headers": [(b"origin", origin.encode()), (b"host", host.encode())]})
 
 
 def test_one_client_too_many(vla, monkeypatch):
-    """Idle websockets keep their places. Connections that send nothing take none."""
+    """A new websocket takes the place of the one whose last action is longest ago. Idle ones and connections that
+    send nothing do not keep others out."""
     monkeypatch.setattr(serve_vla, "MAX_CLIENTS", 2)
     with running(vla) as (port, *_), socket.create_connection(("127.0.0.1", port)):
-        with talking(port) as (ask, *_), talking(port) as (other, *_):
-            with pytest.raises(InvalidStatus) as refused:
-                connect(f"ws://127.0.0.1:{port}")
-            assert refused.value.response.status_code == 503
-            assert Client(port).send(query(IMAGE.tolist()))[0] == 503
-            assert "actions" in ask(GOOD) and "actions" in other(GOOD)
-        with talking(port) as (ask, *_):
+        with talking(port) as (ask, *_), talking(port) as (_, _, idle):
             assert "actions" in ask(GOOD)
-            assert Client(port).send(query(IMAGE.tolist()))[0] == 200
+            with talking(port) as (other, *_):
+                with pytest.raises(ConnectionClosed) as closed:
+                    idle.recv(60)
+                assert closed.value.rcvd.code == 1013
+                assert Client(port).send(query(IMAGE.tolist()))[0] == 200
+                assert "actions" in other(GOOD) and "actions" in ask(GOOD)
+
+
+def test_busy_clients_keep_their_places(vla, monkeypatch):
+    monkeypatch.setattr(serve_vla, "MAX_CLIENTS", 1)
+    with running(vla, started=False) as (port, batcher, _), talking(port) as (_, _, busy):
+        busy.send(msgpack.packb(GOOD))
+        while batcher.waiting.empty():
+            time.sleep(0.01)
+        with pytest.raises(InvalidStatus) as refused:
+            connect(f"ws://127.0.0.1:{port}")
+        assert refused.value.response.status_code == 503
+        batcher.start()
+        assert "actions" in msgpack.unpackb(busy.recv(60))
+
+
+def test_silent_connections_are_closed(vla, monkeypatch):
+    """Those that send half a request, and those that are too many."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1)
+    monkeypatch.setattr(connections, "MAX_SILENT", 3)
+    with running(vla) as (port, *_), talking(port) as (ask, *_), contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(6)]
+        for each in silent:
+            each.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\n")
+            time.sleep(0.05)
+        assert all(map(is_closed, silent))
+        assert "actions" in ask(GOOD) and Client(port).send(query(IMAGE.tolist()))[0] == 200
+        monkeypatch.setattr(connections, "HEAD_SECONDS", 60)
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(4)]
+        assert is_closed(silent[0])
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:  # because what it sent was not read
+        return True
+
+
+def test_slow_bodies_make_room(vla, monkeypatch):
+    monkeypatch.setattr(serve_vla, "MAX_CLIENTS", 1)
+    with running(vla) as (port, *_), socket.create_connection(("127.0.0.1", port), 60) as slow:
+        slow.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n{")
+        time.sleep(0.3)
+        assert Client(port).send(query(IMAGE.tolist()))[0] == 200
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_stopping_closes_websockets(vla):
