@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY, launch, read_metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import act
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
 from machinery.config import Recipe, UserError
 from machinery.convention import undo
+from machinery.fields import parse_fields
 from machinery.recipes import action_masks, read_fields
 from machinery.rlds import Steps, read_records, step_features
 
@@ -38,7 +41,7 @@ from actions import as_recipe, describe, idle_frames, kind_by_name, resample  # 
 
 SO101 = [f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex",
                                       "wrist_roll", "gripper")]
-SIZES = {"front": (96, 128), "wrist": (64, 64), "top": (80, 80)}  # (height, width): cameras differ
+SIZES = {"front": (96, 128), "wrist": (64, 64), "top": (80, 80), "image": (64, 64)}  # (height, width)
 TEXTS = ["pick up the cube", "leg den Würfel in die Schale", "把方块放进碗里"]
 
 # ---- Writing -----------------------------------------------------------------------------------------------
@@ -98,13 +101,20 @@ def write_json(path, *values) -> None:
     path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in values), encoding="utf-8")
 
 
+ALL = slice(None)
+
+
 class Source:
     """A LeRobot dataset and what was written into it. kinds: {camera: "video" or "image"}; tasks: for each
-    episode, the task_index of each of its frames, or of all; action: (episode, length) -> its actions."""
+    episode, the task_index of each of its frames, or of all; action: (episode, length) -> its actions;
+    parts: {feature: (which, its columns)} of action and state; more: {feature: (episode, length) -> it}."""
 
     def __init__(self, root, version="v2.1", lengths=(7, 5, 9), kinds=None, width=6, names=SO101, fps=10,
-                 codec="libx264", tasks=None, texts=TEXTS, action=None, splits=None, **changes):
+                 codec="libx264", tasks=None, texts=TEXTS, action=None, splits=None, parts=None, more=None,
+                 images="observation.images.", **changes):
         self.root, self.version, self.lengths, self.fps = root / "source", version, lengths, fps
+        self.parts = parts or {"action": ("action", ALL), "observation.state": ("state", ALL)}
+        self.more, self.images = more or {}, images
         self.kinds = kinds or {"front": "video", "wrist": "video"}
         self.texts, self.codec = texts, codec
         draw = np.random.default_rng(3)
@@ -117,17 +127,23 @@ class Source:
         self.videos = {camera: {e: encode(self.pictures(camera, e), fps, codec)
                                 for e, length in enumerate(lengths) if length}
                        for camera, kind in self.kinds.items() if kind == "video"}
-        cameras = {f"observation.images.{camera}": {
+        cameras = {f"{self.images}{camera}": {
             "dtype": kind, "shape": [3, *SIZES[camera]], "names": ["channels", "height", "width"],
             "info": {"video.fps": fps, "video.is_depth_map": False} if kind == "video" else None}
             for camera, kind in self.kinds.items()}
-        vector = {"dtype": "float32", "shape": [width], "names": names}
+        vectors = {}
+        for key, (_, columns) in self.parts.items():
+            named = names[columns] if isinstance(names, list) else names
+            vectors[key] = {"dtype": "float32", "shape": [len(range(width)[columns])], "names": named}
+        for key, make in self.more.items():
+            values = make(0, lengths[0])
+            vectors[key] = {"dtype": str(values.dtype), "shape": [*values.shape[1:]] or [1], "names": None}
         plain = {"dtype": "int64", "shape": [1], "names": None}
         self.info = {
             "codebase_version": version, "robot_type": "so101", "total_episodes": len(lengths),
             "total_frames": sum(lengths), "total_tasks": len(texts), "chunks_size": 2, "fps": fps,
             "splits": splits or {"train": f"0:{len(lengths)}"},
-            "features": {"action": vector, "observation.state": vector, **cameras,
+            "features": {**vectors, **cameras,
                          "timestamp": {**plain, "dtype": "float32"},
                          **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), plain)},
             **changes}
@@ -141,10 +157,14 @@ class Source:
     def table(self, episode: int) -> pa.Table:
         """The rows of an episode: lists in one column, lists of a fixed size in another."""
         length = self.lengths[episode]
-        columns = {
-            "action": pa.array(self.action[episode].tolist(), pa.list_(pa.float32())),
-            "observation.state": pa.FixedSizeListArray.from_arrays(
-                pa.array(self.state[episode].reshape(-1)), self.state[episode].shape[1]),
+        columns = {}
+        for key, (which, part) in self.parts.items():
+            values = getattr(self, which)[episode][:, part]
+            columns[key] = (
+                pa.array(values.tolist(), pa.list_(pa.float32())) if which == "action" else
+                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
+        columns |= {key: pa.array(make(episode, length).tolist()) for key, make in self.more.items()}
+        columns |= {
             "timestamp": pa.array(np.arange(length, dtype=np.float32) / np.float32(self.fps)),
             "frame_index": pa.array(np.arange(length)), "episode_index": pa.array(np.full(length, episode)),
             "index": pa.array(np.arange(length) + sum(self.lengths[:episode])),
@@ -155,7 +175,7 @@ class Source:
                 for frame, picture in enumerate(self.pictures(camera, episode)):
                     Image.fromarray(picture).save(file := io.BytesIO(), "png")
                     rows.append({"bytes": file.getvalue(), "path": f"frame-{frame:06d}.png"})
-                columns[f"observation.images.{camera}"] = pa.array(
+                columns[f"{self.images}{camera}"] = pa.array(
                     rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
         return pa.table(columns)
 
@@ -173,7 +193,7 @@ class Source:
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(self.table(episode), path)
             for camera, videos in self.videos.items() if length else ():
-                key = f"observation.images.{camera}"
+                key = f"{self.images}{camera}"
                 path = self.root / self.info["video_path"].format(video_key=key, **where)
                 concatenate([videos[episode]], path)
 
@@ -199,7 +219,7 @@ class Source:
                 for table in part:
                     writer.write_table(table)  # a row group each
         for number, (camera, videos) in enumerate(self.videos.items()):
-            key, size = f"observation.images.{camera}", [2, 99][number]
+            key, size = f"{self.images}{camera}", [2, 99][number]
             for file in range(-(-len(rows) // size)):
                 part, seconds = range(file * size, min(file * size + size, len(rows))), 0.0
                 for episode in part:
@@ -264,13 +284,15 @@ def recipe_of(printed: str) -> dict:
 
 
 def compare(source: Source, episodes: list[dict], numbers=None, keep=slice(None)) -> None:
-    """Every number and text equal, and every picture in its place and like the one that was encoded."""
+    """Every number and text equal, and every picture in its place and like the one that was encoded. An action
+    is the last target before the next frame."""
     numbers = [e for e, n in enumerate(source.lengths) if n] if numbers is None else numbers
     assert [e["episode_metadata/episode_index"].item() for e in episodes] == numbers
     for number, episode in zip(numbers, episodes, strict=True):
         frames = np.arange(source.lengths[number])[keep]
         assert np.array_equal(episode["observation/state"], source.state[number][frames])
-        assert np.array_equal(episode["action"], source.action[number][frames])
+        ends = np.append(frames[1:], source.lengths[number]) - 1
+        assert np.array_equal(episode["action"], source.action[number][ends])
         texts = [source.texts[task] for task in source.task[number][frames]]
         assert [text.decode() for text in episode["language_instruction"]] == texts
         for c, camera in enumerate(source.kinds):
@@ -511,9 +533,9 @@ def test_what_is_only_told(tmp_path):
         printed = convert(source, tmp_path / version / "out")
         notes = [line for line in printed.splitlines() if line.startswith("note: ")]
         assert notes == [
+            f"note: tasks 0 and 2 have one text, {TEXTS[0]!r}: they become one instruction",
             *(f"note: {key}: names: null in meta/info.json does not name each of its dimensions: ranges "
               "alone tell what they are" for key in ("action", "observation.state")),
-            f"note: tasks 0 and 2 have one text, {TEXTS[0]!r}: they become one instruction",
             "note: episode 1 has no frames: it is left out"]
         compare(source, read_back(tmp_path / version / "out"))
     line = refused_where_it_exists(source, tmp_path / "v3.0/out")
@@ -524,6 +546,86 @@ def refused_where_it_exists(source: Source, out) -> str:
     with pytest.raises(UserError) as error:
         converter.convert(source.root, out, "my_robot", 64, None, None, None, 2)
     return str(error.value)
+
+
+# ---- What features are called ------------------------------------------------------------------------------
+
+JOINTS, GRIP = slice(0, 5), slice(5, 6)
+STYLES = {  # of whose datasets: (features, the recipe's state, its action's keys)
+    "openpi": ({"actions": ("action", ALL), "state": ("state", ALL)}, "state", ["actions"]),
+    "openpi, of DROID": ({"actions": ("action", ALL), "joint_position": ("state", JOINTS),
+                          "gripper_position": ("state", GRIP)}, "joint_position, gripper_position", ["actions"]),
+    "AgiBot": ({"observation.states.joint.position": ("state", JOINTS), "actions.joint.position": ("action", JOINTS),
+                "observation.states.effector.position": ("state", GRIP), "actions.effector.position": ("action", GRIP)},
+               "states_joint_position, states_effector_position", ["actions_joint_position", "actions_effector_position"]),
+    "ALOHA": ({"action": ("action", ALL), "observation.qpos": ("state", ALL), "observation.effort": ("state", ALL)},
+              "qpos", ["action"]),
+    "DROID": ({"action": ("action", ALL), "action.joint_position": ("action", JOINTS), "observation.state":
+               ("state", ALL), "observation.state.joint_position": ("state", JOINTS)}, "state", ["action"]),
+    "nobody": ({"action": ("action", ALL), "angles_of_the_arm": ("state", ALL)}, "0", ["action"]),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_state_has_many_names(style, tmp_path):
+    """It is in the recipe, or a line says that there is none; and each feature is in one of the two."""
+    parts, state, keys = STYLES[style]
+    source = Source(tmp_path, lengths=(20, 21), kinds={"image": "image"}, parts=parts, images="",
+                    more={"next.done": lambda e, n: np.arange(n) == n - 1})
+    printed = convert(source, tmp_path / "out")
+    told = recipe_of(printed)
+    recipe = Recipe(**told["datasets"]["my_robot"])
+    assert recipe.state == state and told["use_proprio"] == (state != "0")
+    assert [*dict.fromkeys(field.key for field in parse_fields(recipe.action))] == keys
+    notes = [line for line in printed.splitlines() if line.startswith("note: ")]
+    assert any("no state" in line for line in notes) == (state == "0")
+    (unused,) = [line for line in notes if "not in the recipe" in line]
+    kept = {converter.rlds_name(key) for key in parts} - {*keys, *state.split(", ")}
+    assert {*unused.partition(": also")[2].partition(": ")[2].split(", ")} == {*kept, "next_done"}
+    episode = read_back(tmp_path / "out")[0]
+    assert np.array_equal(np.hstack([episode[key] for key in keys]), source.action[0])
+    states = read_fields(recipe.state, {f"observation/{key}": episode.get(f"observation/{key}") for key in
+                                        recipe.state.split(", ")}, "observation/", 0, 20)
+    assert state == "0" or np.array_equal(np.hstack(states), source.state[0])
+    assert episode["next_done"].ravel().tolist() == [0] * 19 + [1]
+
+
+def test_gr00ts_slices_and_annotations(tmp_path):
+    """modality.json names the dimensions, and the task is the human's, not that of task_index."""
+    source = Source(tmp_path, lengths=(20, 21), kinds={"front": "image"}, names=[f"motor_{i}" for i in range(6)],
+                    more={"annotation.human.action.task_description": lambda e, n: np.full(n, 1 + e),
+                          "annotation.human.validity": lambda e, n: np.zeros(n, int)})
+    arm, hand = {"start": 0, "end": 5}, {"start": 5, "end": 6}
+    write_json(source.root / "meta/modality.json", {
+        "state": {"arm": arm, "gripper": hand}, "action": {"gripper": hand, "arm": {**arm, "absolute": False}}})
+    printed = convert(source, tmp_path / "out")
+    assert "action 0 name delta_arm[0] kind change" in printed and "action 5 name gripper kind target" in printed
+    assert "not in the recipe: annotation_human_validity\n" in printed
+    texts = [episode["language_instruction"][0].decode() for episode in read_back(tmp_path / "out")]
+    assert texts == TEXTS[1:]
+
+
+def test_a_feature_with_faults_is_left_out_with_a_line(tmp_path):
+    """Unless the robot acts by it."""
+    source = Source(tmp_path, lengths=(9, 8), kinds={"front": "image"}, more={
+        "observation.effort": lambda e, n: np.full((n, 2), np.nan if e else 1, np.float32),
+        "observation.extrinsics": lambda e, n: np.zeros((n, 3, 3), np.float32),
+        "notes": lambda e, n: np.full(n, "good")})
+    source.info["features"].pop("notes")
+    source.edit()
+    printed = convert(source, tmp_path / "out")
+    for key in ("observation.effort", "observation.extrinsics", "notes"):
+        assert re.search(f"note: {key}.* left out", printed), printed
+    assert {name for name in read_back(tmp_path / "out")[0] if name.startswith("observation")} == {
+        "observation/state", "observation/front"}
+
+
+def test_videos_with_more_frames_than_their_episodes(tmp_path):
+    source = Source(tmp_path, "v2.1", (7, 9), {"front": "video"})
+    path = source.root / "videos/chunk-000/observation.images.front/episode_000001.mp4"
+    path.write_bytes(encode([*source.pictures("front", 1), *source.pictures("front", 0)], 10, "libx264"))
+    printed = convert(source, tmp_path / "out")
+    assert f"warning: 1 videos have more frames than their episodes, the first {path} (16, its episodes 9)" in printed
 
 
 # ---- What actions mean -------------------------------------------------------------------------------------
@@ -623,12 +725,41 @@ def test_fewer_frames_a_second():
     names = ["joint.pos", "delta_x", "x.vel", "gripper"]
     values = np.stack([np.arange(8), np.ones(8), np.arange(8), np.arange(8) % 2], axis=1).astype(np.float32)
     dimensions = describe("action", names, [values], None, None)
-    assert [dimension.kind for dimension in dimensions] == ["target", "change", "velocity", "target"]
-    slower = resample(values, dimensions, converter.kept_frames(8, 3.0))  # 0, 3, 6, and 2 are left
-    assert slower.tolist() == [[0, 3, 1, 0], [3, 3, 4, 1], [6, 2, 6.5, 0]]
+    kinds = np.array([dimension.kind for dimension in dimensions])
+    assert kinds.tolist() == ["target", "change", "velocity", "target"]
+    slower = resample(values, kinds, converter.kept_frames(8, 3.0))  # 0, 3, 6, and 2 are left
+    assert slower.tolist() == [[2, 3, 1, 0], [5, 3, 4, 1], [7, 2, 6.5, 1]]
+    assert resample(values, kinds, np.arange(8)).tolist() == values.tolist()
     assert converter.kept_frames(8, 1.0).tolist() == [*range(8)]
     assert converter.kept_frames(10, 2.5).tolist() == [0, 2, 5, 8]  # 20 to 8 a second
     assert converter.frame_step(30.0, 10.0) == 3 and converter.frame_step(30.0, None) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.floats(1, 9), st.integers(0, 9))
+def test_a_slower_recording_arrives_at_the_same_place(length, step, seed):
+    """Changes and velocities cover the same way, targets end where the robot was sent last."""
+    values = np.random.default_rng(seed).normal(size=(length, 3))
+    frames = converter.kept_frames(length, step)
+    slower = resample(values, np.array(["target", "change", "velocity"]), frames)
+    ends = np.append(frames[1:], length)
+    assert np.array_equal(slower[:, 0], values[ends - 1, 0])
+    np.testing.assert_allclose(slower[:, 1].sum(), values[:, 1].sum(), atol=1e-9)
+    np.testing.assert_allclose((slower[:, 2] * (ends - frames)).sum(), values[:, 2].sum(), atol=1e-9)
+
+
+def test_a_command_shorter_than_a_written_frame_is_named(tmp_path):
+    """A button that is pressed for one frame, and not the joint that moves on."""
+
+    def action(episode: int, length: int) -> np.ndarray:
+        pressed = np.isin(np.arange(length), [4, 10])[:, None]  # of 3 to 5, and 9 to 11
+        return np.hstack([walk(episode, length, -90, 90, 5), 100 * pressed]).astype(np.float32)
+
+    source = Source(tmp_path, lengths=(30, 31), kinds={"front": "image"}, fps=30, action=action)
+    printed = convert(source, tmp_path / "out", "--fps", 10)
+    (line,) = [line for line in printed.splitlines() if "shorter than" in line]
+    assert re.match("warning: gripper.pos .* 4 .*--fps", line)
+    assert "shorter than" not in convert(source, tmp_path / "all")
 
 
 def test_idle_frames():

@@ -1,7 +1,7 @@
 """Infer the meaning of a robot's action dimensions from their names and ranges, as a recipe.
 
 A joint's angle or a pose is a *target*: the last one is held past the end of an episode, and a
-slower recording takes the targets at its frames' times. A displacement is a *change*: it is zero
+slower recording takes the last one before its next frame. A displacement is a *change*: it is zero
 past the end, and changes add up over a longer step. A *velocity* is also zero past the end, but
 over a longer step it is a mean. A gripper is a target. It is *raw* (not normalized by quantiles,
 which could limit how far it opens) if its range is one of the usual ones.
@@ -107,20 +107,31 @@ def as_recipe(dimensions: list[Dimension]) -> dict:
     return {"action": ", ".join(fields)} | ({} if marked else {"absolute": 0})
 
 
-def resample(values: np.ndarray, dimensions: list[Dimension], frames: np.ndarray) -> np.ndarray:
-    """An episode's actions (T, k) at some of its frames: targets at these times, and sums of
-    changes and means of velocities until the next one. Rotations are added like the rest, which is
-    correct for small ones."""
-    taken = values[frames]
-    if len(frames) == len(values):
-        return taken
+def resample(values: np.ndarray, kinds: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """An episode's actions (T, k) at some of its frames, each for the time until the next of them: the
+    last target, the sum of changes, the mean of velocities. Rotations are added like the rest, which
+    is correct for small ones."""
+    ends = np.append(frames[1:], len(values))
+    taken = values[ends - 1]
     sums = np.add.reduceat(values.astype(np.float64), frames, axis=0)
-    steps = np.diff(frames, append=len(values))
-    for dimension in dimensions:
-        if dimension.kind != "target":
-            whole = sums[:, dimension.column] / (steps if dimension.kind == "velocity" else 1)
-            taken[:, dimension.column] = whole.astype(taken.dtype)
+    changes, velocities = kinds == "change", kinds == "velocity"
+    taken[:, changes] = sums[:, changes]
+    taken[:, velocities] = sums[:, velocities] / (ends - frames)[:, None]
     return taken
+
+
+def lost_commands(values: np.ndarray, dimensions: list[Dimension], frames: np.ndarray) -> np.ndarray:
+    """How often `resample` drops a target that goes far away and comes back before the next of the
+    frames, as when a button is pressed briefly: for each dimension of the actions (T, k)."""
+    values = values.astype(np.float64)
+    kinds = np.array([dimension.kind for dimension in dimensions])
+    span = np.array([dimension.high - dimension.low for dimension in dimensions])
+    taken = resample(values, kinds, frames)
+    before = np.concatenate([taken[:1], taken[:-1]])
+    low = np.minimum.reduceat(values, frames, axis=0)
+    high = np.maximum.reduceat(values, frames, axis=0)
+    beyond = np.maximum(np.minimum(before, taken) - low, high - np.maximum(before, taken))
+    return ((beyond > 0.5 * span) & (kinds == "target")).sum(0)
 
 
 def idle_frames(actions: list[np.ndarray], dimensions: list[Dimension]) -> int:

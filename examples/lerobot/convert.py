@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -29,7 +30,7 @@ import msgpack
 import numpy as np
 import simplejpeg
 import yaml
-from actions import Dimension, as_recipe, describe, idle_frames, resample
+from actions import Dimension, as_recipe, describe, idle_frames, lost_commands, resample
 from lerobot_format import (
     Episode,
     LeRobotSet,
@@ -120,17 +121,10 @@ def kept_frames(length: int, step: float) -> np.ndarray:
 
 
 def describe_actions(dataset: LeRobotSet, chosen: list[Episode], override: str | None) -> list[Dimension]:
-    """The kind of each action dimension, from the feature `action` or from all features that begin
-    with it."""
-    keys = [key for key in dataset.names if key.startswith("action")]
-    keys = ["action"] if "action" in keys else keys
-    if not keys or not dataset.cameras or not chosen:
-        there = ", ".join([*dataset.names, *dataset.cameras])
-        raise DataError(f"{dataset.source}/meta/info.json: needs episodes, an action and a camera; it has "
-                        f"{len(chosen)} episodes with frames, and the features {there}")
-    state = "observation.state"
-    states = [episode.numbers[state] for episode in chosen] if state in dataset.names else None
-    return [dimension for key in keys
+    """The kind of each action dimension."""
+    states = [np.concatenate([e.numbers[key] for key in dataset.state], axis=1) for e in chosen] \
+        if dataset.state else None
+    return [dimension for key in dataset.action
             for dimension in describe(rlds_name(key), dataset.names[key],
                                       [episode.numbers[key] for episode in chosen], states, override)]
 
@@ -138,14 +132,26 @@ def describe_actions(dataset: LeRobotSet, chosen: list[Episode], override: str |
 def check_videos(dataset: LeRobotSet, chosen: list[Episode], pool: ProcessPoolExecutor) -> None:
     """Raise DataError if videos are missing or short, before anything is written."""
     files: dict[Path, list] = {}
+    frames: Counter[Path] = Counter()  # of all episodes
+    for episode in dataset.episodes:
+        frames.update({video.path: episode.length for video in episode.videos.values()})
     for episode in chosen:
         for path, start in episode.videos.values():
             files.setdefault(path, []).append((episode.index, start, episode.length))
     found = pool.map(check_video, files, files.values(), [dataset.fps] * len(files))
     bar = tqdm(found, "check", len(files), unit="video", leave=False, delay=1, disable=None)
-    if problems := [problem for problem in bar if problem]:
+    problems, longer = [], []
+    for path, (problem, count) in zip(files, bar, strict=True):
+        if problem:
+            problems.append(problem)
+        elif count > frames[path]:
+            longer.append(f"{path} ({count}, its episodes {frames[path]})")
+    if problems:
         more = f" ({len(problems) - 1} other videos are broken, too)" if len(problems) > 1 else ""
         raise DataError(problems[0] + more)
+    if longer:
+        print(f"warning: {len(longer)} videos have more frames than their episodes, the first {longer[0]}: "
+              "look at the contact sheet: images may be of another time than the actions")
 
 
 # ---- Images, on all cores ----------------------------------------------------------------------
@@ -206,6 +212,16 @@ def rlds_name(key: str) -> str:
     return key.replace(".", "_").replace("/", "_")
 
 
+def is_seen(dataset: LeRobotSet, key: str) -> bool:
+    """Whether a feature belongs into `observation`."""
+    return key in dataset.cameras or key in dataset.state or key.startswith("observation.")
+
+
+def stored_type(dataset: LeRobotSet, key: str, values: np.ndarray) -> type:
+    """The type of a feature's numbers in RLDS. Means of actions are not whole."""
+    return np.float32 if values.dtype.kind == "f" or key in dataset.action else np.int64
+
+
 def features(dataset: LeRobotSet, chosen: list[Episode], size: int) -> dict:
     """The layout of an episode, in TFDS' terms."""
     import tensorflow_datasets as tfds
@@ -213,43 +229,47 @@ def features(dataset: LeRobotSet, chosen: list[Episode], size: int) -> dict:
     f, observation, beside = tfds.features, {}, {}
     sides = (size or None, size or None, 3)
     for key in [*dataset.cameras, *dataset.names]:
-        name, seen = rlds_name(key), key in dataset.cameras or key.startswith("observation.")
-        place = observation if seen else beside
+        name = rlds_name(key)
+        place = observation if is_seen(dataset, key) else beside
         if name in place:
             raise UserError(f"{dataset.source}: two of its features would be called {name}: rename {key}")
         if key in dataset.cameras:
             place[name] = f.Image(shape=sides, encoding_format="jpeg")
         else:
             values = chosen[0].numbers[key]
-            kind = np.float32 if values.dtype.kind == "f" else np.int64
-            place[name] = f.Tensor(shape=values.shape[1:], dtype=kind)
+            place[name] = f.Tensor(shape=values.shape[1:], dtype=stored_type(dataset, key, values))
     return {"steps": f.Dataset({"observation": observation, **beside, "language_instruction": f.Text(),
                                 "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}),
             "episode_metadata": {"episode_index": np.int64}}
 
 
-def at_frames(episode: Episode, key: str, dimensions: list[Dimension], step: float) -> np.ndarray:
-    """A numeric feature at the written frames."""
-    own = [dimension for dimension in dimensions if dimension.key == rlds_name(key)]
+def at_frames(dataset: LeRobotSet, episode: Episode, key: str, dimensions: list[Dimension],
+              step: float) -> np.ndarray:
+    """A feature of numbers at the written frames."""
     frames = kept_frames(episode.length, step)
     values = episode.numbers[key]
-    values = resample(values, own, frames) if key.startswith("action") else values[frames]
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+    values = values.astype(stored_type(dataset, key, values))
+    if key in dataset.action:
+        kinds = np.array([dimension.kind for dimension in dimensions if dimension.key == rlds_name(key)])
+        return resample(values, kinds, frames)
+    if key.startswith(("action", "next.")):  # what follows a frame
+        return values[np.append(frames[1:], len(values)) - 1]
+    return values[frames]
 
 
 def as_steps(dataset: LeRobotSet, dimensions: list[Dimension], step: float, episode: Episode,
              pictures: dict[str, list[bytes]]) -> dict:
     """An episode as write_rlds expects it."""
-    columns = {key: at_frames(episode, key, dimensions, step) for key in dataset.names}
-    tasks = episode.numbers["task_index"][kept_frames(episode.length, step)]
+    columns = {key: at_frames(dataset, episode, key, dimensions, step) for key in dataset.names}
+    frames = kept_frames(episode.length, step)
     steps = []
-    for i, task in enumerate(tasks.tolist()):
+    for i, frame in enumerate(frames.tolist()):
         seen = {rlds_name(camera): pictures[camera][i] for camera in dataset.cameras}
-        beside = {"language_instruction": dataset.tasks[task]}
+        beside = {}
         for key, values in columns.items():
-            (seen if key.startswith("observation.") else beside)[rlds_name(key)] = values[i]
-        last = i == len(tasks) - 1
-        steps.append({"observation": seen, **beside,
+            (seen if is_seen(dataset, key) else beside)[rlds_name(key)] = values[i]
+        last = i == len(frames) - 1
+        steps.append({"observation": seen, **beside, "language_instruction": episode.texts[frame],
                       "is_first": i == 0, "is_last": last, "is_terminal": last})
     return {"steps": steps, "episode_metadata": {"episode_index": episode.index}}
 
@@ -260,9 +280,8 @@ def as_steps(dataset: LeRobotSet, dimensions: list[Dimension], step: float, epis
 def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimension], step: float,
            path: Path, name: str) -> None:
     """Print the inferred actions, lines for the YAML, and the warnings of data.py --inspect."""
-    keys = list(dict.fromkeys(dimension.key for dimension in dimensions))
-    keys = [key for key in dataset.names if rlds_name(key) in keys and key.startswith("action")]
-    actions = [np.concatenate([at_frames(e, key, dimensions, step) for key in keys], axis=1) for e in chosen]
+    actions = [np.concatenate([at_frames(dataset, e, key, dimensions, step) for key in dataset.action], axis=1)
+               for e in chosen]
     count = sum(map(len, actions))
     idle = idle_frames(actions, dimensions)
     print(f"written {path} fps {dataset.fps / step:g} episodes {len(chosen)} frames {count} idle_frames "
@@ -270,8 +289,18 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
     for number, dimension in enumerate(dimensions):
         print(f"action {number} name {dimension.name} kind {dimension.kind} min {dimension.low:.4g} max "
               f"{dimension.high:.4g}" + f" raw /{dimension.scale}" * (dimension.scale > 0))
-    guessed = guess_recipe(step_features(path), path, rlds_name(keys[0]))
-    recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions)})
+    lost = sum(lost_commands(np.concatenate([e.numbers[key] for key in dataset.action], axis=1), dimensions,
+                             kept_frames(e.length, step)) for e in chosen)
+    for dimension, count in zip(dimensions, lost, strict=True):
+        if count:
+            print(f"warning: {dimension.name} moves and comes back within one written frame {count} times: such "
+                  "commands, shorter than a frame, are lost: convert with a higher --fps")
+    unused = [key for key in dataset.names if key not in (*dataset.action, *dataset.state, dataset.task_key)]
+    if unused:
+        print(f"note: also converted, but not in the recipe: {', '.join(map(rlds_name, unused))}")
+    guessed = guess_recipe(step_features(path), path, rlds_name(dataset.action[0]))
+    state = ", ".join(map(rlds_name, dataset.state)) or "0"
+    recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions), "state": state})
     subject = Subject(name, path, recipe, "converted")
     table = subject.table(None, skip_bad_episodes=True)
     for finding in survey(table, subject.kind):

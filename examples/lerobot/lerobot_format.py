@@ -33,6 +33,12 @@ from machinery.rlds import DataError
 
 LEAVE_OUT = "leave the episode out with --episodes"
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+# names of a robot's state, the best first. A pattern may have several: the state is recorded in parts
+STATES = (r"observation\.state", r"state", r"(observation\.)?(qpos|proprio|agent_pos)",
+          r"(observation\.)?states?[./].*",
+          r"(observation\.)?(?!.*(object|goal|target|camera))\w*(pos|positions?|pose|quat|joints?|gripper)")
+# GR00T's instructions: an index into meta/tasks in each frame
+TASK = re.compile(r"annotation\.human\..*(task|instruction|description)")
 
 
 class Video(NamedTuple):
@@ -44,27 +50,33 @@ class Video(NamedTuple):
 
 @dataclass
 class Episode:
-    """One episode: its declared number of frames, and its files. numbers: filled by read_numbers,
-    {feature: (length, k)} and "task_index" (length,)."""
+    """One episode: its declared number of frames, and its files. Filled by read_numbers: numbers,
+    {feature: (length, k)}, and texts, the instruction of each frame."""
 
     index: int
     length: int
     data: Path
     videos: dict[str, Video]
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
 
 
 @dataclass
 class LeRobotSet:
-    """A dataset. cameras: {feature: "video" or "image"}; names: of features' dimensions, if known;
-    held_out: numbers of the episodes that are not in its split "train"; notes: remarks for the
-    reader."""
+    """A dataset. cameras: {feature: "video" or "image"}; names: {feature of numbers: names of its
+    dimensions, if known}; action, state: those of the features that are the robot's; listed: all
+    features of meta/info.json; task_key: the feature with the number of the task; held_out: numbers
+    of the episodes that are not in its split "train"; notes: remarks for the reader."""
 
     source: Path
     version: str
     fps: float
     cameras: dict[str, str]
     names: dict[str, list[str] | None]
+    action: list[str]
+    state: list[str]
+    listed: set[str]
+    task_key: str
     tasks: dict[int, str]
     episodes: list[Episode]
     held_out: set[int]
@@ -78,7 +90,7 @@ def open_set(source: Path) -> LeRobotSet:
     """Read a dataset's metadata. Raises DataError if they are missing or contradictory."""
     info = read_info(source / "meta/info.json")
     try:
-        cameras, names, notes = read_features(info["features"])
+        cameras, names, notes = read_features(info["features"], read_slices(source / "meta/modality.json"))
         tasks = read_tasks(source / "meta", notes)
         # the paths reveal the format; third parties invent version numbers
         read = episodes_of_v3 if "{file_index" in info["data_path"] else episodes_of_v2
@@ -87,11 +99,28 @@ def open_set(source: Path) -> LeRobotSet:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{source}/meta: not as LeRobot writes it: {type(error).__name__}: {error}") from None
     check_counts(source, info, episodes)
+    action = [key for key in ("action", "actions") if key in names][:1]
+    action = action or [key for key in names if key.startswith("action")]
+    state = find_state([key for key in names if not key.startswith("action")])
+    if not action or not cameras or not any(episode.length for episode in episodes):
+        raise DataError(f"{source}/meta/info.json: needs episodes, an action and a camera; it has "
+                        f"{sum(episode.length > 0 for episode in episodes)} episodes with frames, and the "
+                        f"features {', '.join([*names, *cameras])}")
+    if not state:
+        notes.append("no state: no feature is called state, qpos or joint_position: to use another, write "
+                     "it after `state:` in the recipe")
+    for key in [*action, *state]:
+        if names[key] is None:
+            given = json.dumps(info["features"][key].get("names"))[:40]
+            notes.append(f"{key}: names: {given} in meta/info.json does not name each of its dimensions: "
+                         "ranges alone tell what they are")
     for episode in episodes:
         if not episode.length:
             notes.append(f"episode {episode.index} has no frames: it is left out")
     held_out = set(range(len(episodes))) - train_split(info.get("splits"), len(episodes))
-    return LeRobotSet(source, str(info["codebase_version"]), float(info["fps"]), cameras, names, tasks,
+    task_key = next(filter(TASK.fullmatch, names), "task_index")
+    return LeRobotSet(source, str(info["codebase_version"]), float(info["fps"]), cameras, names, action, state,
+                      set(info["features"]), task_key, tasks,
                       [episode for episode in episodes if episode.length], held_out, notes)
 
 
@@ -114,8 +143,8 @@ def read_info(path: Path) -> dict:
     return info
 
 
-def read_features(features: dict) -> tuple[dict, dict, list[str]]:
-    """-> cameras {feature: kind}, {numeric feature: names of its dimensions, or None}, notes."""
+def read_features(features: dict, slices: dict[str, list[str]]) -> tuple[dict, dict, list[str]]:
+    """-> cameras {feature: kind}, {feature of numbers: names of its dimensions, or None}, notes."""
     cameras, names, notes = {}, {}, []
     for key, feature in features.items():
         kind, shape = feature["dtype"], feature.get("shape") or ()
@@ -125,16 +154,38 @@ def read_features(features: dict) -> tuple[dict, dict, list[str]]:
                 notes.append(f"{key} is a depth map: it is left out")
             else:
                 cameras[key] = kind
-        elif key.startswith(("action", "observation.")) and key not in BOOKKEEPING:
-            if len(shape) > 1 or kind == "string":
-                notes.append(f"{key} ({kind} of shape {[*shape]}) is not a row of numbers: it is left out")
-                continue
-            names[key] = flat_names(feature.get("names"), int(shape[0]) if shape else 1)
-            if names[key] is None:
-                given = json.dumps(feature.get("names"))[:40]
-                notes.append(f"{key}: names: {given} in meta/info.json does not name each of its dimensions: "
-                             "ranges alone tell what they are")
+        elif key in BOOKKEEPING:
+            continue
+        elif len(shape) > 1 or 0 in shape or kind == "string":
+            notes.append(f"{key} ({kind} of shape {[*shape]}) is not a row of numbers: it is left out")
+        else:
+            width = int(shape[0]) if shape else 1
+            given = slices.get(key, ())
+            names[key] = given if len(given) == width else flat_names(feature.get("names"), width)
     return cameras, names, notes
+
+
+def read_slices(path: Path) -> dict[str, list[str]]:
+    """GR00T's meta/modality.json, which names slices of features -> {feature: names}."""
+    parts = json.loads(path.read_text()) if path.exists() else {}
+    names: dict[str, list[str]] = {}
+    for section, default in (("state", "observation.state"), ("action", "action")):
+        slices = sorted(parts.get(section, {}).items(), key=lambda item: item[1]["start"])
+        for name, part in slices:
+            name = name if part.get("absolute", True) else f"delta_{name}"
+            width = part["end"] - part["start"]
+            numbered = [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
+            names.setdefault(part.get("original_key") or default, []).extend(numbered)
+    return names
+
+
+def find_state(keys: list[str]) -> list[str]:
+    """The features that are the robot's state; several if it is recorded in parts."""
+    for pattern in STATES:
+        found = [key for key in keys if re.fullmatch(pattern, key)]
+        if found:
+            return found
+    return []
 
 
 def flat_names(names, width: int) -> list[str] | None:
@@ -232,14 +283,17 @@ def read_lines(path: Path) -> list[dict]:
         raise DataError(f"{path}: not readable as lines of JSON: {error}") from None
 
 
-def read_parquet(path: Path, columns: list[str] | None = None, **how) -> pa.Table:
-    """A parquet file, or some of its columns."""
+def read_parquet(path: Path, columns: list[str] | None = None, optional: Sequence[str] = (), **how
+                 ) -> pa.Table:
+    """A parquet file, or some of its columns; `optional`: if it has them."""
     if not path.exists():
         raise DataError(f"{path}: missing, but the metadata list it (incomplete download?)")
     try:
         there = pq.read_schema(path).names
         if missing := [name for name in columns or () if name not in there]:
             raise DataError(f"{path}: has no column {missing[0]}; it has {', '.join(there)[:200]}")
+        if columns:
+            columns = [name for name in there if name in {*columns, *optional}]
         return pq.read_table(path, columns=columns, partitioning=None, **how)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {what_it_is(path, error)}") from None
@@ -257,11 +311,13 @@ def what_it_is(path: Path, error: Exception) -> str:
 
 
 def read_numbers(dataset: LeRobotSet, episodes: Sequence[Episode]) -> None:
-    """Read the episodes' numbers into them. Raises DataError if frames are missing or extra."""
+    """Read the episodes' numbers and texts into them. Raises DataError if frames are missing or
+    extra, or for faults in the action or state. Another feature with a fault is left out."""
     opened, rows = None, {}
+    needed = [*BOOKKEEPING[:3], dataset.task_key, *dataset.action, *dataset.state]
     for episode in episodes:  # in v3.0, episodes of one file are consecutive
         if episode.data != opened:
-            table = read_parquet(episode.data, [*BOOKKEEPING[:3], "task_index", *dataset.names])
+            table = read_parquet(episode.data, needed, [*dataset.names])
             order, opened = table["episode_index"].to_numpy(), episode.data
         rows = np.flatnonzero(order == episode.index)
         if len(rows) != episode.length:
@@ -269,20 +325,33 @@ def read_numbers(dataset: LeRobotSet, episodes: Sequence[Episode]) -> None:
                             f"metadata say {episode.length}: download it again, or {LEAVE_OUT}")
         part = table.take(rows)
         part = part.take(np.argsort(part["frame_index"].to_numpy(), kind="stable"))
-        episode.numbers = {key: as_rows(part[key], key, episode) for key in dataset.names}
-        for key, names in dataset.names.items():  # later code does not check widths
-            width, wanted = episode.numbers[key].shape[1], len(names or episodes[0].numbers[key][0])
-            if width != wanted:
-                others = "meta/info.json names" if names else "others have"
-                raise DataError(f"{episode.data}: {key} of episode {episode.index} has {width} numbers, "
-                                f"{others} {wanted}: correct meta/info.json, or {LEAVE_OUT}")
-        episode.numbers["task_index"] = part["task_index"].to_numpy()
+        for key, names in [*dataset.names.items()]:
+            try:
+                values = as_rows(part, key, episode)
+                # later code does not check widths
+                width, wanted = values.shape[1], len(names or episodes[0].numbers.get(key, values)[0])
+                if width != wanted:
+                    others = "meta/info.json names" if names else "others have"
+                    raise DataError(f"{episode.data}: {key} of episode {episode.index} has {width} numbers, "
+                                    f"{others} {wanted}: correct meta/info.json, or {LEAVE_OUT}")
+                episode.numbers[key] = values
+            except DataError as error:
+                if key in needed:
+                    raise
+                del dataset.names[key]
+                dataset.notes.append(f"{key} is left out: {error}")
         check_frames(dataset, episode, part["frame_index"].to_numpy(), part["timestamp"].to_numpy())
+        read_texts(dataset, episode, as_rows(part, dataset.task_key, episode).reshape(-1))
+    unlisted = set(pq.read_schema(opened).names) - dataset.listed - {"__index_level_0__"}
+    for key in sorted(unlisted):
+        dataset.notes.append(f"{key} is in the data, but not in meta/info.json: it is left out")
 
 
-def as_rows(column: pa.ChunkedArray, key: str, episode: Episode) -> np.ndarray:
+def as_rows(table: pa.Table, key: str, episode: Episode) -> np.ndarray:
     """A column of numbers, or of lists of numbers -> (T, k)."""
-    flat, rows = column.combine_chunks(), len(column)
+    if key not in table.column_names:
+        raise DataError(f"{episode.data}: has no column {key}")
+    flat, rows = table[key].combine_chunks(), len(table)
     flat = flat.storage if isinstance(flat, pa.ExtensionArray) else flat
     values = (flat.flatten() if pa.types.is_nested(flat.type) else flat).to_numpy(zero_copy_only=False)
     ragged = pa.types.is_nested(flat.type) and len(pc.unique(pc.list_value_length(flat))) > 1
@@ -308,20 +377,27 @@ def check_frames(dataset: LeRobotSet, episode: Episode, frames: np.ndarray, seco
         raise DataError(f"{episode.data}: frame {frame} of episode {episode.index} has the timestamp "
                         f"{float(seconds[frame]):.4g} s, but at {dataset.fps:g} fps it is due at "
                         f"{frame / dataset.fps:.4g} s: correct fps in meta/info.json, or {LEAVE_OUT}")
-    if unknown := set(episode.numbers["task_index"].tolist()) - dataset.tasks.keys():
-        raise DataError(f"{episode.data}: task_index {min(unknown)} in episode {episode.index} has no text "
-                        f"in meta/tasks; there are {sorted(dataset.tasks)[:10]}")
+
+
+def read_texts(dataset: LeRobotSet, episode: Episode, numbers: np.ndarray) -> None:
+    """The texts of the tasks with these numbers, one for each frame, into the episode."""
+    unknown = set(numbers.tolist()) - dataset.tasks.keys()
+    if unknown:
+        raise DataError(f"{episode.data}: {dataset.task_key} {min(unknown)} in episode {episode.index} has "
+                        f"no text in meta/tasks; there are {sorted(dataset.tasks)[:10]}")
+    episode.texts = [dataset.tasks[number] for number in numbers.tolist()]
 
 
 # ---- Images ------------------------------------------------------------------------------------
 
 
-def check_video(path: Path, episodes: Iterable[tuple[int, float, int]], fps: float) -> str | None:
-    """Read a video's packets without decoding them -> its fault, or None. episodes: (number, start
-    in seconds, frames) of those that it should contain. A header can declare frames that do not
-    exist."""
+def check_video(path: Path, episodes: Iterable[tuple[int, float, int]], fps: float
+                ) -> tuple[str | None, int]:
+    """Read a video's packets without decoding them -> its fault, or None, and its number of frames.
+    episodes: (number, start in seconds, frames) of those that it should contain. A header can
+    declare frames that do not exist."""
     if not path.exists():
-        return f"{path}: missing, but the metadata list it (incomplete download?)"
+        return f"{path}: missing, but the metadata list it (incomplete download?)", 0
     times, cut = [], False
     try:
         with av.open(str(path)) as container:
@@ -332,7 +408,7 @@ def check_video(path: Path, episodes: Iterable[tuple[int, float, int]], fps: flo
                     times.append((packet.pts - (stream.start_time or 0)) * float(stream.time_base))
     except (av.FFmpegError, ValueError) as error:
         if not times:
-            return f"{path}: not a readable video: {what_it_is(path, error)}"
+            return f"{path}: not a readable video: {what_it_is(path, error)}", 0
         cut = True
     times = np.sort(times)
     for number, start, length in episodes:
@@ -340,8 +416,8 @@ def check_video(path: Path, episodes: Iterable[tuple[int, float, int]], fps: flo
         if (found := len(np.intersect1d(frames, np.arange(length)))) < length:
             return (f"{path}: has {found} of the {length} frames of episode {number}"
                     + (", the file is cut off" if cut else "")
-                    + f": download it again, or {LEAVE_OUT}")
-    return None
+                    + f": download it again, or {LEAVE_OUT}"), 0
+    return None, len(times)
 
 
 def read_pictures(dataset: LeRobotSet, episode: Episode, camera: str, frames: np.ndarray
