@@ -4,11 +4,11 @@
     python data.py --inspect DIR --config my_robot.yaml    the same, by the recipe in this YAML
     python data.py --check DIR ...                         decode all images, list bad episodes
 
-For a dataset without a recipe, one is guessed and printed for copying.
+A dataset's recipe is that of the YAML, or recipe.yaml in its directory, or a guess. It is printed
+for copying, and with --yaml FILE written as a YAML to train with.
 """
 
 import argparse
-import itertools
 import json
 import os
 import textwrap
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from machinery import oxe
 from machinery.config import (
+    PROJECT,
     Recipe,
     TrainConfig,
     UserError,
@@ -32,7 +33,8 @@ from machinery.config import (
     load_config,
     one_line,
 )
-from machinery.fields import check_recipe, parse_fields, recipe_values
+from machinery.convention import dimension_names
+from machinery.fields import check_recipe, parse_fields, recipe_values, write_recipe
 from machinery.frames import (
     DataError,
     FrameTable,
@@ -43,9 +45,10 @@ from machinery.frames import (
 )
 from machinery.guess import action_fields, state_fields
 from machinery.images import contact_sheet, decode_image, decode_native
+from machinery.kinds import assumptions, field_list, guess_kinds
 from machinery.recipes import Feature
 from machinery.rlds import step_features
-from machinery.survey import looks_like_targets, round_trip, survey
+from machinery.survey import looks_like_targets, round_trip, sample, survey
 
 
 @dataclass
@@ -160,27 +163,26 @@ def guess_recipe(features: dict[str, Feature], directory: Path, action: str | No
                   state=state_fields(steps))
 
 
-def guess_action(recipe: Recipe, table: FrameTable) -> Recipe:
-    """The recipe with `target` and `raw` for dimensions that look like targets and grippers."""
-    stats = table.statistics["action"]
-    targets = looks_like_targets(table.frames, table.episodes, stats)
-    words = []
-    for low, high, target in zip(stats["min"], stats["max"], targets, strict=True):
-        is_gripper = low == 0 and high == 1
-        words.append(" target raw" if is_gripper else " target" if target else "")
-    if not any(words):
-        return recipe
-    fields = []
-    for field in parse_fields(recipe.action):
-        width = table.features[field.key]
-        start = 0
-        for same, group in itertools.groupby(words[:width]):
-            stop = start + len(list(group))
-            columns = "" if stop - start == width else f"[{start}:{stop}]"
-            fields.append(f"{field.key}{columns}{same}")
-            start = stop
-        words = words[width:]
-    return replace(recipe, action=", ".join(fields))
+def guess_action(recipe: Recipe, table: FrameTable) -> tuple[Recipe, list[str]]:
+    """-> (the recipe with words for the dimensions of its action, what it assumes)."""
+    frames, episodes = sample(table)
+    looks = looks_like_targets(frames, episodes, table.statistics["action"])
+    names, _ = dimension_names(recipe, table.features)
+    dimensions = guess_kinds(names, frames["action"], looks)
+    widths = {field.key: table.features[field.key] for field in parse_fields(recipe.action)}
+    return replace(recipe, action=field_list(widths, dimensions)), assumptions(dimensions)
+
+
+def describe_dataset(directory: Path, names: dict[str, list[str]]) -> None:
+    """Guess the recipe of a dataset whose numbers have names ({feature: names}), write it into its
+    directory, and print it."""
+    recipe = replace(guess_recipe(step_features(directory), directory), names=names)
+    subject = Subject(directory.parent.name, directory, recipe, "guessed")
+    subject.recipe, notes = guess_action(recipe, subject.table(None, skip_bad_episodes=False))
+    print(f"recipe {write_recipe(directory, subject.recipe)}")
+    for note in notes:
+        print(f"note: {note}")
+    print(as_yaml(subject), end="")
 
 
 def relative(name: str) -> str:
@@ -189,10 +191,32 @@ def relative(name: str) -> str:
     return name.removeprefix("observation/") if is_observation else f"/{name}"
 
 
+TO_TRAIN = "to train on it, copy and correct:"
+
+
 def as_yaml(subject: Subject) -> str:
-    """The recipe, for a YAML."""
-    values = {"datasets": {subject.name: recipe_values(subject.recipe)}}
-    return yaml.safe_dump(values, sort_keys=False, width=1000)
+    """The lines of a YAML about the dataset. Its names stay in recipe.yaml."""
+    recipe = replace(subject.recipe, names={})
+    values = {"data_root_dir": str(subject.directory.resolve().parents[1]),
+              "data_mix": subject.name,
+              "cameras": [*recipe.camera_names],
+              "use_proprio": recipe.state != "0",
+              "datasets": {subject.name: recipe_values(recipe)}}
+    return yaml.safe_dump(values, sort_keys=False, width=1000, allow_unicode=True)
+
+
+def write_yaml(subject: Subject, path: Path) -> None:
+    """Write a YAML that trains on the dataset. Raises UserError instead of overwriting one."""
+    template = PROJECT / "configs/my_robot.yaml"
+    if path.exists():
+        raise UserError(f"{path} exists: remove it, or choose another name")
+    path.write_text(f"""\
+# Trains a small model with random weights, in minutes on a CPU. To fine-tune OpenVLA-7B on a GPU,
+# add the lines marked "#7b" in the file that this one inherits.
+inherits: {template}
+vla_id: {subject.name}
+{as_yaml(subject)}""", encoding="utf-8")
+    print(f"wrote {path}")
 
 
 # ---- What a dataset contains ---------------------------------------------------------------------
@@ -200,6 +224,10 @@ def as_yaml(subject: Subject) -> str:
 
 def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
     """Print a dataset's content, statistics and findings, and draw some frames."""
+    notes = []
+    if subject.source == "guessed":
+        table = subject.table(index_dir, skip_bad_episodes=True)
+        subject.recipe, notes = guess_action(subject.recipe, table)
     table = subject.table(index_dir, skip_bad_episodes=True)
     print(f"dataset {subject.name} directory {subject.directory} recipe {subject.source}")
     for number, split in enumerate(table.splits):
@@ -212,20 +240,23 @@ def inspect_dataset(subject: Subject, index_dir: str | None, out: Path) -> None:
         print(f"camera {camera} key {key}")
     texts = " | ".join(map(repr, table.instructions[:8]))
     print(f"instructions {len(table.instructions)} e.g. {texts}")
-    print_statistics(table, subject.kind, with_state=subject.recipe.state != "0")
+    print_statistics(table, subject.kind, *dimension_names(subject.recipe, table.features))
+    if table.unused:
+        print(f"unused {', '.join(table.unused)}")
     for finding in survey(table, subject.kind):  # as for any chunk
         print(f"warning: {finding}")
     for reason in table.bad:
         print(f"warning: bad episode: {reason}")
-    if subject.source == "guessed":
-        guessed = replace(subject, recipe=guess_action(subject.recipe, table))
-        print("to train on it, copy and correct (a gripper that is 1 when closed: clip invert "
-              f"target raw)\n{as_yaml(guessed)}", end="")
+    for note in notes:
+        print(f"note: {note}")
+    if subject.source == "guessed" or subject.source.endswith("recipe.yaml"):
+        print(f"{TO_TRAIN}\n{as_yaml(subject)}", end="")
     draw(table, subject.recipe, out)
     print(f"contact_sheet {out}")
 
 
-def print_statistics(table: FrameTable, kind: str, with_state: bool) -> None:
+def print_statistics(table: FrameTable, kind: str, names: list[str], state_names: list[str]
+                     ) -> None:
     """A line for each dimension of the actions and states."""
 
     def numbers(stats: dict, dim: int) -> str:
@@ -236,17 +267,16 @@ def print_statistics(table: FrameTable, kind: str, with_state: bool) -> None:
     stats = table.statistics["action"]
     rows = np.unique(np.linspace(0, len(table.frames) - 1, 1 << 16).astype(int))
     back = round_trip(table.frames["action"][rows], stats, kind)
-    print(f"action   {titles}  half_bin     error  cut_off kind")
-    for dim, normalized in enumerate(stats["mask"]):
+    print(f"action   {titles}  half_bin     error  cut_off kind        name")
+    for dim, name in enumerate(names):
         words = "target" if table.targets[dim] else "change"
-        words += "" if normalized else " raw"
+        words += "" if stats["mask"][dim] else " raw"
         print(f"action {dim:5d} {numbers(stats, dim)} {back['half_bin'][dim]:9.2g} "
-              f"{back['error'][dim]:9.2g} {back['clipped'][dim]:8.2%} {words}")
-    if with_state:
-        print(f"state    {titles}")
-        state = table.statistics["proprio"]
-        for dim in range(len(state["min"])):
-            print(f"state  {dim:5d} {numbers(state, dim)}")
+              f"{back['error'][dim]:9.2g} {back['clipped'][dim]:8.2%} {words:11} {name}")
+    if "proprio" in table.frames.dtype.names:
+        print(f"state    {titles} name")
+        for dim, name in enumerate(state_names):
+            print(f"state  {dim:5d} {numbers(table.statistics['proprio'], dim)} {name}")
 
 
 def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
@@ -337,6 +367,7 @@ def main() -> None:
     parser.add_argument("--index_dir", metavar="DIR",
                         help="folder for frame tables (default: with the dataset)")
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
+    parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")
     args = parser.parse_args()
     with exit_with_one_line():
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -348,6 +379,8 @@ def main() -> None:
         for subject in subjects:
             stem = args.out.stem if len(subjects) == 1 else f"{args.out.stem}_{subject.name}"
             inspect_dataset(subject, args.index_dir, args.out.with_stem(stem))
+            if args.yaml:
+                write_yaml(subject, args.yaml)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 import msgpack
 import numpy as np
 import simplejpeg
-import yaml
-from actions import Dimension, as_recipe, describe, idle_frames, lost_commands, resample
 from lerobot_format import (
     Episode,
     LeRobotSet,
@@ -39,23 +37,29 @@ from lerobot_format import (
     open_set,
     read_numbers,
     read_pictures,
+    rlds_name,
 )
+from resample import lost_commands, resample
 from tqdm import tqdm
 
-from machinery.config import Recipe, UserError, exit_with_one_line
+from machinery.config import UserError, exit_with_one_line
+from machinery.convention import number_labels
+from machinery.fields import write_recipe
 from machinery.frames import end_with_parent
-from machinery.inspect_data import Subject, as_yaml, guess_recipe
-from machinery.rlds import DataError, step_features, write_rlds
-from machinery.survey import survey
+from machinery.inspect_data import TO_TRAIN, Subject, as_yaml, guess_recipe, write_yaml
+from machinery.kinds import Dimension, assumptions, field_list, guess_kinds
+from machinery.rlds import EPISODE, DataError, step_features, write_rlds
+from machinery.survey import looks_like_targets, survey
 
 JPEG_QUALITY = 95
 
 
 def convert(source: Path, out: Path, name: str, image_size: int, fps: float | None, episodes: str | None,
-            override: str | None, workers: int) -> None:
+            override: str | None, workers: int, yaml: Path | None = None) -> None:
     """Convert the dataset and print a report."""
-    if (out / name / "1.0.0").exists():
-        raise UserError(f"{out / name} exists: remove it, or choose another --name")
+    for path in filter(None, (out / name / "1.0.0", yaml)):
+        if path.exists():
+            raise UserError(f"{path} exists: remove it, or choose another name")
     dataset = open_set(source)
     chosen = choose(dataset, episodes)
     step = frame_step(dataset.fps, fps)
@@ -81,7 +85,7 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
             print(f"finished episodes are kept for the next command in {scratch}")
             raise
     shutil.rmtree(scratch)
-    report(dataset, chosen, dimensions, step, path, name)
+    report(dataset, chosen, dimensions, step, path, yaml)
 
 
 # ---- Options -----------------------------------------------------------------------------------
@@ -122,11 +126,33 @@ def kept_frames(length: int, step: float) -> np.ndarray:
 
 def describe_actions(dataset: LeRobotSet, chosen: list[Episode], override: str | None) -> list[Dimension]:
     """The kind of each action dimension."""
-    states = [np.concatenate([e.numbers[key] for key in dataset.state], axis=1) for e in chosen] \
-        if dataset.state else None
-    return [dimension for key in dataset.action
-            for dimension in describe(rlds_name(key), dataset.names[key],
-                                      [episode.numbers[key] for episode in chosen], states, override)]
+    names = []
+    for key in dataset.action:
+        width = chosen[0].numbers[key].shape[1]
+        names += number_labels(rlds_name(key), width, {rlds_name(key): dataset.names[key]})
+    actions = [together(episode, dataset.action) for episode in chosen]
+    states = [together(episode, dataset.state) for episode in chosen] if dataset.state else None
+    return describe(names, actions, states, override)
+
+
+def describe(names: list[str], actions: list[np.ndarray], states: list[np.ndarray] | None = None,
+             override: str | None = None) -> list[Dimension]:
+    """The kinds of the dimensions of episodes' actions, (T, A) each. states: (T, P) each."""
+    every = np.concatenate(actions)
+    columns = {"action": every} | ({"proprio": np.concatenate(states)} if states else {})
+    frames = np.zeros(len(every), [(name, "<f4", values.shape[1:]) for name, values in columns.items()])
+    for name, values in columns.items():
+        frames[name] = values
+    episodes = np.zeros(len(actions), EPISODE)
+    episodes["count"] = [len(episode) for episode in actions]
+    episodes["first"] = np.cumsum(episodes["count"]) - episodes["count"]
+    stats = {f"q{q:02d}": np.quantile(frames["action"], q / 100, axis=0) for q in (1, 99)}
+    return guess_kinds(names, every, looks_like_targets(frames, episodes, stats), override)
+
+
+def together(episode: Episode, keys: list[str]) -> np.ndarray:
+    """Some features of an episode, side by side: (T, k)."""
+    return np.concatenate([episode.numbers[key] for key in keys], axis=1)
 
 
 def check_videos(dataset: LeRobotSet, chosen: list[Episode], pool: ProcessPoolExecutor) -> None:
@@ -205,16 +231,25 @@ class Episodes:
 # ---- An episode in RLDS ------------------------------------------------------------------------
 
 
-def rlds_name(key: str) -> str:
-    """A LeRobot feature's name -> its name in RLDS, within `observation` or beside it."""
-    for prefix in ("observation.images.", "observation."):
-        key = key.removeprefix(prefix)
-    return key.replace(".", "_").replace("/", "_")
+def features(dataset: LeRobotSet, chosen: list[Episode], size: int) -> dict:
+    """The layout of an episode, in TFDS' terms."""
+    import tensorflow_datasets as tfds
 
-
-def is_seen(dataset: LeRobotSet, key: str) -> bool:
-    """Whether a feature belongs into `observation`."""
-    return key in dataset.cameras or key in dataset.state or key.startswith("observation.")
+    f, layout = tfds.features, {"observation": {}}
+    for key in [*dataset.cameras, *dataset.names]:
+        name = rlds_name(key, key in dataset.cameras)
+        place = layout["observation"] if name.startswith("observation/") else layout
+        short = name.removeprefix("observation/")
+        if short in place:
+            raise UserError(f"{dataset.source}: two of its features would be called {name}: rename {key}")
+        if key in dataset.cameras:
+            place[short] = f.Image(shape=(size or None, size or None, 3), encoding_format="jpeg")
+        else:
+            values = chosen[0].numbers[key]
+            place[short] = f.Tensor(shape=values.shape[1:], dtype=stored_type(dataset, key, values))
+    return {"steps": f.Dataset({**layout, "language_instruction": f.Text(), "is_first": np.bool_,
+                                "is_last": np.bool_, "is_terminal": np.bool_}),
+            "episode_metadata": {"episode_index": np.int64}}
 
 
 def stored_type(dataset: LeRobotSet, key: str, values: np.ndarray) -> type:
@@ -222,54 +257,38 @@ def stored_type(dataset: LeRobotSet, key: str, values: np.ndarray) -> type:
     return np.float32 if values.dtype.kind == "f" or key in dataset.action else np.int64
 
 
-def features(dataset: LeRobotSet, chosen: list[Episode], size: int) -> dict:
-    """The layout of an episode, in TFDS' terms."""
-    import tensorflow_datasets as tfds
-
-    f, observation, beside = tfds.features, {}, {}
-    sides = (size or None, size or None, 3)
-    for key in [*dataset.cameras, *dataset.names]:
-        name = rlds_name(key)
-        place = observation if is_seen(dataset, key) else beside
-        if name in place:
-            raise UserError(f"{dataset.source}: two of its features would be called {name}: rename {key}")
-        if key in dataset.cameras:
-            place[name] = f.Image(shape=sides, encoding_format="jpeg")
-        else:
-            values = chosen[0].numbers[key]
-            place[name] = f.Tensor(shape=values.shape[1:], dtype=stored_type(dataset, key, values))
-    return {"steps": f.Dataset({"observation": observation, **beside, "language_instruction": f.Text(),
-                                "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}),
-            "episode_metadata": {"episode_index": np.int64}}
-
-
-def at_frames(dataset: LeRobotSet, episode: Episode, key: str, dimensions: list[Dimension],
-              step: float) -> np.ndarray:
-    """A feature of numbers at the written frames."""
+def at_frames(dataset: LeRobotSet, episode: Episode, dimensions: list[Dimension], step: float
+              ) -> dict[str, np.ndarray]:
+    """The features of numbers at the written frames, (frames, k) each."""
     frames = kept_frames(episode.length, step)
-    values = episode.numbers[key]
-    values = values.astype(stored_type(dataset, key, values))
-    if key in dataset.action:
-        kinds = np.array([dimension.kind for dimension in dimensions if dimension.key == rlds_name(key)])
-        return resample(values, kinds, frames)
-    if key.startswith(("action", "next.")):  # what follows a frame
-        return values[np.append(frames[1:], len(values)) - 1]
-    return values[frames]
+    kinds = iter([dimension.kind for dimension in dimensions])
+    found = {}
+    for key in dataset.names:
+        values = episode.numbers[key]
+        values = values.astype(stored_type(dataset, key, values))
+        if key in dataset.action:
+            found[key] = resample(values, np.array([next(kinds) for _ in range(values.shape[1])]), frames)
+        elif key.startswith(("action", "next.")):  # what follows a frame: that of the last until the next
+            found[key] = values[np.append(frames[1:], len(values)) - 1]
+        else:
+            found[key] = values[frames]
+    return found
 
 
 def as_steps(dataset: LeRobotSet, dimensions: list[Dimension], step: float, episode: Episode,
              pictures: dict[str, list[bytes]]) -> dict:
     """An episode as write_rlds expects it."""
-    columns = {key: at_frames(dataset, episode, key, dimensions, step) for key in dataset.names}
-    frames = kept_frames(episode.length, step)
+    columns = {**pictures, **at_frames(dataset, episode, dimensions, step)}
+    frames = kept_frames(episode.length, step).tolist()
     steps = []
-    for i, frame in enumerate(frames.tolist()):
-        seen = {rlds_name(camera): pictures[camera][i] for camera in dataset.cameras}
-        beside = {}
+    for i, frame in enumerate(frames):
+        made = {"observation": {}}
         for key, values in columns.items():
-            (seen if is_seen(dataset, key) else beside)[rlds_name(key)] = values[i]
+            name = rlds_name(key, key in pictures)
+            place = made["observation"] if name.startswith("observation/") else made
+            place[name.removeprefix("observation/")] = values[i]
         last = i == len(frames) - 1
-        steps.append({"observation": seen, **beside, "language_instruction": episode.texts[frame],
+        steps.append({**made, "language_instruction": episode.texts[frame],
                       "is_first": i == 0, "is_last": last, "is_terminal": last})
     return {"steps": steps, "episode_metadata": {"episode_index": episode.index}}
 
@@ -278,40 +297,39 @@ def as_steps(dataset: LeRobotSet, dimensions: list[Dimension], step: float, epis
 
 
 def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimension], step: float,
-           path: Path, name: str) -> None:
-    """Print the inferred actions, lines for the YAML, and the warnings of data.py --inspect."""
-    actions = [np.concatenate([at_frames(dataset, e, key, dimensions, step) for key in dataset.action], axis=1)
-               for e in chosen]
-    count = sum(map(len, actions))
-    idle = idle_frames(actions, dimensions)
-    print(f"written {path} fps {dataset.fps / step:g} episodes {len(chosen)} frames {count} idle_frames "
-          f"{idle} ({idle / count:.1%})")
+           path: Path, yaml: Path | None) -> None:
+    """Write the recipe into the dataset's directory, and print it with what it rests on and the
+    warnings of data.py --inspect."""
+    kept = [kept_frames(episode.length, step) for episode in chosen]
+    print(f"written {path} fps {dataset.fps / step:g} episodes {len(chosen)} frames {sum(map(len, kept))}")
     for number, dimension in enumerate(dimensions):
         print(f"action {number} name {dimension.name} kind {dimension.kind} min {dimension.low:.4g} max "
-              f"{dimension.high:.4g}" + f" raw /{dimension.scale}" * (dimension.scale > 0))
-    lost = sum(lost_commands(np.concatenate([e.numbers[key] for key in dataset.action], axis=1), dimensions,
-                             kept_frames(e.length, step)) for e in chosen)
-    for dimension, count in zip(dimensions, lost, strict=True):
-        if count:
-            print(f"warning: {dimension.name} moves and comes back within one written frame {count} times: such "
-                  "commands, shorter than a frame, are lost: convert with a higher --fps")
-    unused = [key for key in dataset.names if key not in (*dataset.action, *dataset.state, dataset.task_key)]
-    if unused:
-        print(f"note: also converted, but not in the recipe: {', '.join(map(rlds_name, unused))}")
-    guessed = guess_recipe(step_features(path), path, rlds_name(dataset.action[0]))
-    state = ", ".join(map(rlds_name, dataset.state)) or "0"
-    recipe = Recipe(**{**vars(guessed), **as_recipe(dimensions), "state": state})
-    subject = Subject(name, path, recipe, "converted")
+              f"{dimension.high:.4g}{dimension.words}")
+    widths = {rlds_name(key): chosen[0].numbers[key].shape[1] for key in dataset.action}
+    names = {rlds_name(key): dataset.names[key] for key in dataset.action + dataset.state if dataset.names[key]}
+    guessed = guess_recipe(step_features(path), path)
+    recipe = replace(guessed, action=field_list(widths, dimensions), names=names)
+    write_recipe(path, recipe)
+    subject = Subject(path.parent.name, path, recipe, "converted")
     table = subject.table(None, skip_bad_episodes=True)
+    if table.unused:
+        print(f"unused {', '.join(table.unused)}")
+    for note in assumptions(dimensions):
+        print(f"note: {note}")
     for finding in survey(table, subject.kind):
         print(f"warning: {finding}")
+    lost = sum(lost_commands(together(episode, dataset.action), dimensions, frames)
+               for episode, frames in zip(chosen, kept, strict=True))
+    for dimension, times in zip(dimensions, lost, strict=True):
+        if times:
+            print(f"warning: {dimension.name} moves and returns within a written frame {times} times: commands "
+                  "shorter than a frame are lost: convert with a higher --fps")
     if dataset.fps / step > 20:
-        print(f"warning: {dataset.fps / step:g} frames a second: consecutive frames hardly differ, and "
-              "single actions are hard to learn: convert with --fps 10, or train with action_chunk: 8")
-    more = {"data_root_dir": str(path.parents[1]), "data_mix": name, "cameras": [*recipe.camera_names],
-            "use_proprio": recipe.state != "0"}
-    print("to train on it, copy and correct:")
-    print(yaml.safe_dump(more, sort_keys=False, width=1000) + as_yaml(subject), end="")
+        print(f"note: {dataset.fps / step:g} frames a second: 8 steps, as many as the policy predicts at once, "
+              f"take {8 * step / dataset.fps:.2g} s: with --fps 10 they take 0.8 s")
+    print(f"{TO_TRAIN}\n{as_yaml(subject)}", end="")
+    if yaml:
+        write_yaml(subject, yaml)
 
 
 def main() -> None:
@@ -327,6 +345,7 @@ def main() -> None:
     parser.add_argument("--episodes", metavar="0-9,12", help="only these")
     parser.add_argument("--action", choices=("target", "change"),
                         help="override the detected kind: positions to reach, or displacements")
+    parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     with exit_with_one_line():
@@ -334,7 +353,7 @@ def main() -> None:
             raise UserError(f"--image_size {args.image_size} --workers {args.workers} --name {args.name!r}: "
                             "must be at least 0, at least 1, and a folder's name")
         convert(args.source.expanduser(), args.out, args.name, args.image_size, args.fps, args.episodes,
-                args.action, args.workers)
+                args.action, args.workers, args.yaml)
 
 
 if __name__ == "__main__":

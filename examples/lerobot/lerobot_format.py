@@ -28,15 +28,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from machinery.fields import parse_fields
+from machinery.guess import action_fields, state_fields
 from machinery.images import decode_native
+from machinery.recipes import Feature
 from machinery.rlds import DataError
 
 LEAVE_OUT = "leave the episode out with --episodes"
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-# names of a robot's state, the best first. A pattern may have several: the state is recorded in parts
-STATES = (r"observation\.state", r"state", r"(observation\.)?(qpos|proprio|agent_pos)",
-          r"(observation\.)?states?[./].*",
-          r"(observation\.)?(?!.*(object|goal|target|camera))\w*(pos|positions?|pose|quat|joints?|gripper)")
 # GR00T's instructions: an index into meta/tasks in each frame
 TASK = re.compile(r"annotation\.human\..*(task|instruction|description)")
 
@@ -99,16 +98,13 @@ def open_set(source: Path) -> LeRobotSet:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{source}/meta: not as LeRobot writes it: {type(error).__name__}: {error}") from None
     check_counts(source, info, episodes)
-    action = [key for key in ("action", "actions") if key in names][:1]
-    action = action or [key for key in names if key.startswith("action")]
-    state = find_state([key for key in names if not key.startswith("action")])
+    action, state = find_action_and_state(info["features"], names)
     if not action or not cameras or not any(episode.length for episode in episodes):
         raise DataError(f"{source}/meta/info.json: needs episodes, an action and a camera; it has "
                         f"{sum(episode.length > 0 for episode in episodes)} episodes with frames, and the "
                         f"features {', '.join([*names, *cameras])}")
     if not state:
-        notes.append("no state: no feature is called state, qpos or joint_position: to use another, write "
-                     "it after `state:` in the recipe")
+        notes.append("no state: no feature has the name of one: to use another, write `state:` in the recipe")
     for key in [*action, *state]:
         if names[key] is None:
             given = json.dumps(info["features"][key].get("names"))[:40]
@@ -156,13 +152,34 @@ def read_features(features: dict, slices: dict[str, list[str]]) -> tuple[dict, d
                 cameras[key] = kind
         elif key in BOOKKEEPING:
             continue
-        elif len(shape) > 1 or 0 in shape or kind == "string":
+        elif len(shape) > 1 or 0 in shape or not re.fullmatch(r"(float|u?int|bool)\d*", kind):
             notes.append(f"{key} ({kind} of shape {[*shape]}) is not a row of numbers: it is left out")
         else:
             width = int(shape[0]) if shape else 1
             given = slices.get(key, ())
             names[key] = given if len(given) == width else flat_names(feature.get("names"), width)
     return cameras, names, notes
+
+
+def rlds_name(key: str, camera: bool = False) -> str:
+    """A feature's name -> its full name in an RLDS step."""
+    seen = camera or key.startswith("observation.")
+    for prefix in ("observation.images.", "observation."):
+        key = key.removeprefix(prefix)
+    key = key.replace(".", "_").replace("/", "_")
+    return f"observation/{key}" if seen else key
+
+
+def find_action_and_state(features: dict, names: dict) -> tuple[list[str], list[str]]:
+    """The features that are the robot's action and its state, by their names: one or several each."""
+    numbers = {}
+    for key in names:
+        shape = tuple(features[key].get("shape") or ())
+        numbers[rlds_name(key)] = Feature(shape, np.dtype(features[key]["dtype"]), "Tensor")
+    action = {field.key for field in parse_fields(action_fields(numbers) or "0")}
+    state = {field.key for field in parse_fields(state_fields(numbers), "observation/")}
+    return ([key for key in names if rlds_name(key) in action],
+            [key for key in names if rlds_name(key) in state])
 
 
 def read_slices(path: Path) -> dict[str, list[str]]:
@@ -177,15 +194,6 @@ def read_slices(path: Path) -> dict[str, list[str]]:
             numbered = [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
             names.setdefault(part.get("original_key") or default, []).extend(numbered)
     return names
-
-
-def find_state(keys: list[str]) -> list[str]:
-    """The features that are the robot's state; several if it is recorded in parts."""
-    for pattern in STATES:
-        found = [key for key in keys if re.fullmatch(pattern, key)]
-        if found:
-            return found
-    return []
 
 
 def flat_names(names, width: int) -> list[str] | None:
