@@ -6,7 +6,8 @@
                                                                    any model on the data of a YAML
 
 For each dataset and action dimension this prints the accuracy of the action tokens and the L1
-error, normalized (-1..1) and in the dataset's units. Beside each is the value for always answering
+error, normalized (-1..1), and for each number of the robot's action the L1 error in its own units
+(degrees, 0..255, ...). Beside each is the value for always answering
 the most frequent bin of the training data. eval.json keeps the numbers and eval.png shows some
 episodes, recorded and predicted; both go into the run's directory. A low open-loop error does not
 prove a good policy, but a high one proves a bad one. The third command gives the baseline for
@@ -42,6 +43,7 @@ from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tabl
 from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
+from machinery.convention import Convention, convention, dimension_names
 from machinery.frames import DataError
 from machinery.images import decode_native
 from machinery.run import data_facts, step_of
@@ -131,14 +133,16 @@ def measure(
     answers: tokens (R, T) by name, and `actions` (R, action_chunk, action_dim)
     frequent: the most frequent token for each of the T
 
-    Accuracy and normalized L1 are training's: of tokens and of their bins' centers. L1 in the
-    dataset's units is against the recorded actions, up to the end of the episode.
+    Accuracy and normalized L1 are training's: of tokens and of their bins' centers. `l1_units` is
+    in the robot's own units, for each of its numbers (`robot`), against the recorded actions up to
+    the end of the episode.
     """
     tokenizer = mixture.action_tokenizer
     cfg = mixture.cfg
     shape = (len(rows), cfg.action_chunk, cfg.action_dim)
     true = answers["true"]
-    recorded = recorded_actions(mixture, dataset, rows)
+    robot = robot_of(mixture, dataset)
+    recorded = robot.to_robot(recorded_actions(mixture, dataset, rows))
     stats = mixture.statistics[mixture.names[dataset]]["action"]
     frequent = np.broadcast_to(frequent, true.shape)
     normalized = tokenizer.decode(frequent).reshape(shape)
@@ -147,15 +151,27 @@ def measure(
     def score(tokens, actions) -> dict:
         correct = (tokens == true).reshape(shape)
         l1 = np.abs(tokenizer.decode(tokens) - tokenizer.decode(true)).reshape(shape)
+        units = np.abs(robot.to_robot(actions) - recorded)
         return {"accuracy": float(correct.mean()),
                 "accuracy_per_dim": correct.mean((0, 1)).tolist(),
                 "l1": float(l1.mean()),
                 "l1_per_dim": l1.mean((0, 1)).tolist(),
-                "l1_units_per_dim": np.nanmean(np.abs(actions - recorded), (0, 1)).tolist()}
+                "l1_units_per_dim": np.nanmean(units, (0, 1)).tolist()}
 
+    recipe, table = mixture.recipes[dataset], mixture.tables[dataset]
     return {"frames": len(rows),
+            "names": dimension_names(recipe, table.features)[0],
+            "robot": robot.action,
             "inference": score(answers["inference"], answers["actions"]),
             "most_frequent_bin": score(frequent, frequent_actions)}
+
+
+def robot_of(mixture: Mixture, dataset: int) -> Convention:
+    """The form in which a dataset's robot takes actions, by the recipe of the data."""
+    name = mixture.names[dataset]
+    features = {name: mixture.tables[dataset].features}
+    cfg = mixture.cfg.model_copy(update={"features": features})
+    return convention(cfg, name, mixture.statistics[name])
 
 
 def recorded_actions(mixture: Mixture, dataset: int, rows: np.ndarray) -> np.ndarray:
@@ -222,12 +238,15 @@ def report(name: str, result: dict) -> None:
     print(f"dataset {name} frames {result['frames']} accuracy {model['accuracy']:.4f} "
           f"most_frequent_bin {frequent['accuracy']:.4f} l1 {model['l1']:.4f} "
           f"most_frequent_bin {frequent['l1']:.4f}")
-    for dim in range(len(model["l1_per_dim"])):
+    for dim, label in enumerate(result["names"]):
         line = f"dataset {name} dim {dim}"
-        for key in ("accuracy", "l1", "l1_units"):
-            line += f" {key} {model[f'{key}_per_dim'][dim]:.4g}"
-            line += f" most_frequent_bin {frequent[f'{key}_per_dim'][dim]:.4g}"
-        print(line)
+        for key in ("accuracy_per_dim", "l1_per_dim"):
+            line += f" {key.removesuffix('_per_dim')} {model[key][dim]:.4g}"
+            line += f" most_frequent_bin {frequent[key][dim]:.4g}"
+        print(f"{line} name {label}")
+    for i, label in enumerate(result["robot"]):
+        print(f"dataset {name} robot {label} l1_units {model['l1_units_per_dim'][i]:.4g} "
+              f"most_frequent_bin {frequent['l1_units_per_dim'][i]:.4g}")
 
 
 # ---- The picture -------------------------------------------------------------------------------
@@ -245,7 +264,7 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
             episodes.append((dataset, first, count))
     chosen = np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))
     episodes = [episodes[i] for i in chosen]
-    robots = [policy.convention(mixture.names[dataset]) for dataset, *_ in episodes]
+    robots = [robot_of(mixture, dataset) for dataset, *_ in episodes]
     height = TOP + HEIGHT * max(len(robot.action) for robot in robots)
     sheet = Image.new("RGB", (WIDTH * len(episodes), height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -425,6 +444,7 @@ def data_config(policy: Policy, args: argparse.Namespace) -> TrainConfig:
             raise UserError(f"{args.checkpoint} does not contain {key}: give --config or --{key}")
     cfg = policy.cfg.model_copy(update=data)
     cfg = cfg.model_copy(update={"data_root_dir": find_input(cfg.data_root_dir)})
+    cfg = oxe.read_recipes(cfg)
     if args.unnorm_key:
         known = policy.dataset_statistics(args.unnorm_key)  # raises UserError
     found = oxe.find_datasets(cfg.data_root_dir, cfg.data_mix, cfg.datasets, cfg.cameras)

@@ -44,6 +44,7 @@ def find_dataset(data_root_dir: str | Path, name: str) -> Path:
     if (root / "features.json").exists():
         return root
     name, _, version = name.partition(":")
+    refuse_lerobot(root, root / name)
     found = {}  # {version numbers: directory}
     for path in (root / name).glob("*/features.json"):
         directory = path.parent
@@ -56,6 +57,16 @@ def find_dataset(data_root_dir: str | Path, name: str) -> Path:
         raise DataError(f"{root / name}: no TFDS dataset there: expected {expected}: set "
                         f"data_root_dir to the folder that holds {name!r}")
     return found[max(found)]
+
+
+def refuse_lerobot(*folders: Path) -> None:
+    """Raise UserError if one of the folders is a LeRobot dataset."""
+    for folder in folders:
+        if (folder / "meta/info.json").exists():
+            name = folder.resolve().name
+            raise UserError(f"{folder} is a LeRobot dataset: convert it to RLDS first: python "
+                            f"{PROJECT / 'examples/lerobot/convert.py'} --source {folder} --out "
+                            f"datasets --name {name} --yaml {name}.yaml")
 
 
 class FrameTable:

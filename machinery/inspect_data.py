@@ -42,6 +42,7 @@ from machinery.frames import (
     end_with_parent,
     find_dataset,
     frame_table,
+    refuse_lerobot,
 )
 from machinery.guess import action_fields, state_fields
 from machinery.images import contact_sheet, decode_image, decode_native
@@ -104,6 +105,7 @@ def dataset_names(folder: Path, data_mix: str | None, cfg: TrainConfig | None) -
         only = folder.name
     mixture = data_mix or (cfg.data_mix if cfg else only)
     if mixture is None:
+        refuse_lerobot(folder)
         raise DataError(f"{folder}: no TFDS dataset there: if it holds folders of datasets, choose "
                         "with --data_mix NAME")
     if isinstance(mixture, str) and mixture not in oxe.MIXTURES:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import mobile
 import numpy as np
 import pytest
 import yaml
@@ -24,11 +25,12 @@ from PIL import Image
 
 import act
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
+from machinery import inspect_data, oxe
 from machinery.config import Recipe, UserError
 from machinery.convention import undo
-from machinery.fields import parse_fields, read_recipe
+from machinery.fields import parse_fields
 from machinery.inspect_data import TO_TRAIN
-from machinery.kinds import assumptions, field_list, guess_kinds, kind_by_name
+from machinery.kinds import assumptions, field_list, kind_by_name
 from machinery.recipes import action_masks, read_fields
 from machinery.rlds import Steps, read_records, step_features
 
@@ -782,6 +784,42 @@ def test_a_command_shorter_than_a_written_frame_is_named(tmp_path):
 
 
 # ---- From a recording to a robot that acts -----------------------------------------------------------------
+
+
+def test_a_robot_that_nobody_has_seen(tmp_path, monkeypatch, capsys, plain_run):
+    """Converted from v3.0 at 10 of 30 frames a second, inspected and trained without an edit."""
+    monkeypatch.setattr(sys.modules[__name__], "SIZES", mobile.SIZES)
+    source = Source(tmp_path, "v3.0", (60,) * 6, {"head": "video", "hand": "video"}, names=mobile.NAMES, fps=30,
+                    width=11, action=mobile.actions, texts=[mobile.TEXT],
+                    parts={"action": ("action", ALL), "observation.state": ("state", slice(3, 11))})
+    config = tmp_path / "mobile.yaml"
+    printed = convert(source, tmp_path / "out", "--fps", 10, "--yaml", config)
+    assert "warning" not in printed and "assuming" not in printed, printed
+    told = recipe_of(printed)
+    assert told["datasets"] == {"my_robot": mobile.RECIPE}
+    monkeypatch.setattr(sys, "argv", ["data.py", "--inspect", str(tmp_path / "out/my_robot"), "--out",
+                                      str(tmp_path / "sheet.png")])
+    inspect_data.main()
+    inspected = capsys.readouterr().out
+    assert recipe_of(inspected.partition("contact_sheet")[0]) == told and "warning" not in inspected
+    done = plain_run(config, "--deepspeed_config", "ds_configs/cpu.json", "--set", "max_steps=1", "run_id=one",
+                     f"run_root_dir={tmp_path}/runs", "num_workers=0")
+    assert done.returncode == 0 and "warning: " not in done.text, done.text
+    (subject,) = inspect_data.find_subjects(tmp_path / "out/my_robot", None, None)
+    recorded = np.concatenate([episode["action"] for episode in read_back(tmp_path / "out")])
+    assert np.array_equal(recorded[:20, 3:], source.action[0][2::3, 3:])
+    mobile.check(act.load_vla(tmp_path / "runs/one"), subject.table(None, False), recorded)
+    with pytest.raises(UserError, match=f"{config} exists"):
+        converter.convert(source.root, tmp_path / "two", "my_robot", 64, None, None, None, 2, config)
+
+
+@pytest.mark.parametrize("folder, mix", [("source", None), ("source", "source"), ("", "source")])
+def test_a_lerobot_folder_is_sent_to_the_converter(tmp_path, folder, mix):
+    source = Source(tmp_path, lengths=(2, 3), kinds={"front": "image"})
+    with pytest.raises(UserError, match=rf"convert\.py --source {source.root} .*--name source --yaml source.yaml"):
+        inspect_data.find_subjects(tmp_path / folder, mix, None)
+    with pytest.raises(UserError, match=rf"convert\.py --source {source.root} "):
+        oxe.find_datasets(str(tmp_path / folder), mix or "bridge", {}, ["primary"])
 
 
 @pytest.mark.slow

@@ -2,18 +2,23 @@
 template configs/my_robot.yaml, which both read."""
 
 import importlib
+import json
 import re
 import sys
 import types
 
+import mobile
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY
 from test_serve import serving
 
+import act
+import eval_vla
+from machinery import inspect_data
 from machinery.config import load_config
-from machinery.inspect_data import find_subjects, guess_action
+from machinery.inspect_data import find_subjects
 
 EXAMPLE = ROOT / "examples/own_robot"
 STATE = np.array([0.3, 1.5, -0.9, 0])
@@ -23,7 +28,7 @@ class PaperArm:
     """A robot that is where it was told to be, and shows it as two gray pictures."""
 
     cameras = ("outside", "wrist")
-    action_names = state_names = ("shoulder", "elbow", "wrist", "gripper")
+    action_names = state_names = ("shoulder", "elbow", "wrist", "gripper_closed")
 
     def reset(self, seed: int) -> None:
         self.goal = STATE + np.append(np.random.default_rng(seed).uniform(-0.2, 0.2, 3), 1)
@@ -62,11 +67,13 @@ def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys, plain
                                       str(tmp_path)])
     example.record.main()
 
-    # inspecting it guesses cameras by name, and which numbers are places to go to
+    # cameras by name, and which numbers are places to go to
     (subject,) = find_subjects(tmp_path / "my_robot", None, None)
-    guess = guess_action(subject.recipe, subject.table(None, False))
+    guess = subject.recipe
+    assert subject.source.endswith("recipe.yaml")
     assert (guess.primary, guess.wrist) == ("outside", "wrist")
-    assert guess.action == "action[0:3] target, action[3:4] target raw"
+    assert guess.action == "action[:3] target, action[3:] invert target raw"
+    assert f"action: {guess.action}" in capsys.readouterr().out
 
     small = {key: TINY[key] for key in ("image_size", "vision_backbone", "arch_specifier", "llm_backbone")}
     changes = {**small, "inherits": str(ROOT / "configs/my_robot.yaml"), "data_root_dir": str(tmp_path),
@@ -86,6 +93,44 @@ def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys, plain
     recorded = subject.table(None, False).statistics["action"]
     low, high = (np.array(recorded[key]) for key in ("min", "max"))
     assert (told >= low - 0.01).all() and (told <= high + 0.01).all()  # radians, and a gripper in 0..1
+
+
+def test_a_robot_that_nobody_has_seen(tmp_path, monkeypatch, capsys, plain_run):
+    """Recorded, inspected and trained without an edit, and evaluated in the robot's own units."""
+    monkeypatch.setitem(sys.modules, "robot", mobile)
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    record = importlib.import_module("record")
+    del sys.modules["record"]
+    monkeypatch.setattr(sys, "argv", ["record.py", "--episodes", "5", "--val_episodes", "1", "--name", "mobile",
+                                      "--out", str(tmp_path)])
+    record.main()
+    recorded = capsys.readouterr().out
+    config = tmp_path / "mobile.yaml"
+    monkeypatch.setattr(sys, "argv", ["data.py", "--inspect", str(tmp_path / "mobile"), "--yaml", str(config),
+                                      "--out", str(tmp_path / "sheet.png")])
+    inspect_data.main()
+    inspected = capsys.readouterr().out
+    printed = [yaml.safe_load(text) for text in (
+        recorded.partition("recipe.yaml\n")[2], inspected.partition(f"{inspect_data.TO_TRAIN}\n")[2].partition(
+            "\ncontact_sheet")[0])]
+    assert printed[0] == printed[1] and printed[0]["datasets"] == {"mobile": mobile.RECIPE}
+    assert "warning" not in inspected and all(name in inspected for name in mobile.NAMES)
+    done = plain_run(config, "--deepspeed_config", "ds_configs/cpu.json", "--set", "max_steps=1", "run_id=one",
+                     f"run_root_dir={tmp_path}/runs", "num_workers=0")
+    assert done.returncode == 0 and "warning: " not in done.text, done.text
+
+    (subject,) = inspect_data.find_subjects(tmp_path / "mobile", None, None)
+    table = subject.table(None, False)
+    acted = np.concatenate([mobile.actions(seed, 24) for seed in (*range(5), 100_000)])
+    policy = act.load_vla(tmp_path / "runs/one")
+    mobile.check(policy, table, acted)
+    monkeypatch.setattr(sys, "argv", ["eval_vla.py", "--checkpoint", str(tmp_path / "runs/one"), "--samples", "24"])
+    eval_vla.main()
+    facts = json.loads((tmp_path / "runs/one/eval.json").read_text())["datasets"]["mobile"]
+    assert facts["robot"] == facts["names"] == mobile.NAMES
+    # always the most frequent bin: nearly open, and half of the time wrong by up to 100
+    constant = facts["most_frequent_bin"]["l1_units_per_dim"]
+    assert 20 < constant[-1] <= 100 and 10 < np.mean(constant[3:10]) < 340 and max(constant[:3]) < 1
 
 
 def test_the_template_says_what_a_7b_needs(tmp_path):

@@ -4,7 +4,9 @@
 
 Each step holds the robot's observations (images, joint positions), its next command, and the
 instruction. Record the commands exactly as you send them. A policy returns them in the same form
-(here absolute angles, and a gripper that is 1 when closed), and the YAML describes their meaning.
+(here absolute angles, and a gripper that is 1 when closed). A recipe describes their meaning: this
+program guesses it from names and numbers, prints it, and writes it to recipe.yaml beside the data.
+Names help: joint_1, gripper_closed (if the larger value is closed), base_vx, delta_x.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from robot import Arm
 
+from machinery.inspect_data import describe_dataset
 from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # drive.py's begin at 200_000
@@ -60,7 +63,9 @@ def main() -> None:
     robot, counts = Arm(), {"train": args.episodes, "val": args.val_episodes}
     splits = {split: demonstrations(robot, range(FIRST_SEED[split], FIRST_SEED[split] + count))
               for split, count in counts.items()}
-    print(f"recorded {write_rlds(args.out, args.name, '1.0.0', features(robot), splits)}")
+    path = write_rlds(args.out, args.name, "1.0.0", features(robot), splits)
+    print(f"recorded {path}")
+    describe_dataset(path, {"action": [*robot.action_names], "observation/state": [*robot.state_names]})
 
 
 if __name__ == "__main__":

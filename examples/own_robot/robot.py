@@ -69,7 +69,7 @@ class Arm:
     """The arm, its table, and its two cameras."""
 
     cameras = ("outside", "wrist")
-    action_names = ("shoulder", "elbow", "wrist", "gripper")  # radians; 1 = closed
+    action_names = ("shoulder", "elbow", "wrist", "gripper_closed")  # radians; 1 = closed
     state_names = action_names  # joint positions, and the gripper
 
     def __init__(self):
