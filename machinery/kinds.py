@@ -43,9 +43,11 @@ class Dimension(NamedTuple):
         """The recipe's words for it."""
         if not self.scale:
             return " target" if self.kind == "target" else " change"
-        if self.closed and self.low < -1e-3 * self.scale:  # -1 is open
-            return f" /-{self.scale} target raw"
-        return f" /{self.scale}" * (self.scale > 1) + " invert" * bool(self.closed) + " target raw"
+        divide = f" /{self.scale}" * (self.scale > 1)
+        if self.low >= -1e-3 * self.scale:
+            # clip: a policy may predict less than 0, the robot is never told to open further
+            return f"{divide} clip{' invert' * bool(self.closed)} target raw"
+        return (f" /-{self.scale}" if self.closed else divide) + " target raw"  # -1..1
 
 
 def guess_kinds(names: list[str], actions: np.ndarray, looks: np.ndarray,

@@ -9,9 +9,9 @@ import numpy as np
 NAMES = ["base_vx", "base_vy", "base_wz", *(f"joint_{i}" for i in range(1, 8)), "gripper_closed"]
 STATE_NAMES = NAMES[3:]
 SIZES = {"head": (72, 96), "hand": (64, 64)}  # (height, width)
-TEXT = "bring the cup"
+TEXTS = ["bring the cup", "open the drawer"]
 RECIPE = {"primary": "head", "wrist": "hand",
-          "action": "action[:3] change, action[3:10] target, action[10:] /100 invert target raw"}
+          "action": "action[:3] change, action[3:10] target, action[10:] /100 clip invert target raw"}
 
 
 def actions(episode: int, length: int) -> np.ndarray:
@@ -30,10 +30,10 @@ def states(acted: np.ndarray) -> np.ndarray:
     return np.concatenate([acted[:1], acted[:-1]])[:, 3:]
 
 
-def picture(camera: str, frame: int) -> np.ndarray:
+def picture(camera: str, episode: int, frame: int) -> np.ndarray:
     """A gradient that moves."""
     height, width = SIZES[camera]
-    ramp = (np.arange(width) * 2 + 9 * frame) % 200
+    ramp = (np.arange(width) * (2 + episode % 7) + 9 * frame + 50 * (camera == "hand")) % 200
     return np.repeat(np.broadcast_to(ramp, (height, width))[..., None], 3, axis=2).astype(np.uint8)
 
 
@@ -41,14 +41,15 @@ class Arm:
     """The robot, for examples/own_robot/record.py."""
 
     cameras = (*SIZES,)
-    action_names, state_names, instruction = NAMES, STATE_NAMES, TEXT
+    action_names, state_names = NAMES, STATE_NAMES
 
     def reset(self, seed: int) -> None:
         self.plan, self.frame = actions(seed, 24), 0
+        self.seed, self.instruction = seed, TEXTS[seed % 2]
         self.states = states(self.plan)
 
     def look(self) -> dict:
-        return {"images": {camera: picture(camera, self.frame) for camera in SIZES},
+        return {"images": {camera: picture(camera, self.seed, self.frame) for camera in SIZES},
                 "state": self.states[self.frame]}
 
     def expert(self) -> np.ndarray:
@@ -67,8 +68,8 @@ def check(policy, table, recorded: np.ndarray) -> None:
     robot = policy.convention(None)
     assert robot.action == NAMES and robot.state == STATE_NAMES
     np.testing.assert_allclose(robot.to_robot(table.frames["action"]), recorded, atol=1e-4)
-    images = {"primary": picture("head", 0), "wrist": picture("hand", 0)}
-    acted = policy.predict_action(images, TEXT, proprio=recorded[0, 3:])
+    images = {"primary": picture("head", 0, 0), "wrist": picture("hand", 0, 0)}
+    acted = policy.predict_action(images, TEXTS[0], proprio=recorded[0, 3:])
     slack = 1e-3 * np.ptp(recorded, axis=0) + 1e-6
     assert acted.shape == (8, 11)
     assert (acted >= recorded.min(0) - slack).all() and (acted <= recorded.max(0) + slack).all()

@@ -26,7 +26,7 @@ from PIL import Image
 import act
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
 from machinery import inspect_data, oxe
-from machinery.config import Recipe, UserError
+from machinery.config import Recipe, TrainConfig, UserError
 from machinery.convention import undo
 from machinery.fields import parse_fields
 from machinery.inspect_data import TO_TRAIN
@@ -661,7 +661,7 @@ def steps_of(episode: int, length: int, width: int, size: float) -> np.ndarray:
 
 ROBOTS = {  # name: (names, actions, the recipe)
     "so101": (SO101, lambda e, n: np.append(walk(e, n, -100, 100, 5), walk(e, n, 1, 99, 1), 1),
-              "action[:5] target, action[5:] /100 target raw"),
+              "action[:5] target, action[5:] /100 clip target raw"),
     "so101, gripper hardly moves": (
         SO101, lambda e, n: np.append(walk(e, n, -100, 100, 5), walk(e, n, 1, 30, 1), 1),
         "action target"),
@@ -669,13 +669,13 @@ ROBOTS = {  # name: (names, actions, the recipe)
     "aloha, names": ([f"{side}_{joint}" for side in ("left", "right") for joint in (
         "waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")],
         lambda e, n: np.hstack([walk(e, n, -1.5, 1.5, 6), walk(e, n, 0, 1, 1)] * 2),
-        "action[:6] target, action[6:7] target raw, action[7:13] target, action[13:] target raw"),
+        "action[:6] target, action[6:7] clip target raw, action[7:13] target, action[13:] clip target raw"),
     "pose": ([*XYZ, "gripper"], lambda e, n: np.append(walk(e, n, 0.2, 0.7, 6), grip(e, n), 1),
-             "action[:6] target, action[6:] target raw"),
+             "action[:6] target, action[6:] clip target raw"),
     "steps": ([*XYZ, "gripper"], lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n, 1, -1), 1),
               "action[:6] change, action[6:] target raw"),
     "steps, no names": (7, lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n), 1),
-                        "action[:6] change, action[6:] target raw"),
+                        "action[:6] change, action[6:] clip target raw"),
     "steps, 1 is closed": ([*XYZ, "close_gripper"],
                            lambda e, n: np.append(steps_of(e, n, 6, 0.01), grip(e, n, 1, -1), 1),
                            "action[:6] change, action[6:] /-1 target raw"),
@@ -683,7 +683,7 @@ ROBOTS = {  # name: (names, actions, the recipe)
                        "action change"),
     "a base that drives": (["arm_shoulder_pan.pos", "arm_gripper_closed.pos", "x.vel", "theta.vel"],
                            lambda e, n: np.append(walk(e, n, 0, 100, 2), steps_of(e, n, 2, 1), 1),
-                           "action[:1] target, action[1:2] /100 invert target raw, action[2:] change"),
+                           "action[:1] target, action[1:2] /100 clip invert target raw, action[2:] change"),
 }
 
 
@@ -722,11 +722,11 @@ def test_the_user_knows_better():
     """A keyboard's steps of -1, 0 and 1 are no gripper; what is said holds for all but grippers."""
     keys = np.random.default_rng(0).integers(-1, 2, (200, 3)).astype(np.float32)
     action = np.append(keys, grip(0, 200), 1)
-    assert described(4, [action])[0] == "action[:3] change, action[3:] target raw"
+    assert described(4, [action])[0] == "action[:3] change, action[3:] clip target raw"
     joints = np.append(walk(0, 200, -1, 1, 3), grip(0, 200), 1)
     for said in ("target", "change"):
         names = ["x", "y", "z", "gripper"]
-        assert described(names, [joints], None, said)[0] == f"action[:3] {said}, action[3:] target raw"
+        assert described(names, [joints], None, said)[0] == f"action[:3] {said}, action[3:] clip target raw"
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -789,8 +789,8 @@ def test_a_command_shorter_than_a_written_frame_is_named(tmp_path):
 def test_a_robot_that_nobody_has_seen(tmp_path, monkeypatch, capsys, plain_run):
     """Converted from v3.0 at 10 of 30 frames a second, inspected and trained without an edit."""
     monkeypatch.setattr(sys.modules[__name__], "SIZES", mobile.SIZES)
-    source = Source(tmp_path, "v3.0", (60,) * 6, {"head": "video", "hand": "video"}, names=mobile.NAMES, fps=30,
-                    width=11, action=mobile.actions, texts=[mobile.TEXT],
+    source = Source(tmp_path, "v3.0", (60,) * 10, {"head": "video", "hand": "video"}, names=mobile.NAMES, fps=30,
+                    width=11, action=mobile.actions, texts=mobile.TEXTS,
                     parts={"action": ("action", ALL), "observation.state": ("state", slice(3, 11))})
     config = tmp_path / "mobile.yaml"
     printed = convert(source, tmp_path / "out", "--fps", 10, "--yaml", config)
@@ -819,7 +819,7 @@ def test_a_lerobot_folder_is_sent_to_the_converter(tmp_path, folder, mix):
     with pytest.raises(UserError, match=rf"convert\.py --source {source.root} .*--name source --yaml source.yaml"):
         inspect_data.find_subjects(tmp_path / folder, mix, None)
     with pytest.raises(UserError, match=rf"convert\.py --source {source.root} "):
-        oxe.find_datasets(str(tmp_path / folder), mix or "bridge", {}, ["primary"])
+        oxe.read_recipes(TrainConfig(data_root_dir=str(tmp_path / folder), data_mix=mix or "bridge"))
 
 
 @pytest.mark.slow
@@ -834,7 +834,7 @@ def test_so101_from_a_recording_to_acting(tmp_path):
     source = Source(tmp_path, "v3.0", (90,) * 20, fps=30, action=action, texts=TEXTS[:1], codec="libsvtav1")
     printed = convert(source, tmp_path / "out", "--fps", 10)
     told = recipe_of(printed)
-    assert told["datasets"]["my_robot"]["action"] == "action[:5] target, action[5:] /100 target raw"
+    assert told["datasets"]["my_robot"]["action"] == "action[:5] target, action[5:] /100 clip target raw"
     config = {**TINY, **told, "action_chunk": 8, "max_steps": 200, "run_id": "so101", "learning_rate": 3e-3,
               "log_interval": 50, "run_root_dir": str(tmp_path / "runs")}
     (tmp_path / "so101.yaml").write_text(yaml.safe_dump(config))

@@ -25,7 +25,7 @@ STATE = np.array([0.3, 1.5, -0.9, 0])
 
 
 class PaperArm:
-    """A robot that is where it was told to be, and shows it as two gray pictures."""
+    """A robot that is where it was told to be, and shows it in two pictures."""
 
     cameras = ("outside", "wrist")
     action_names = state_names = ("shoulder", "elbow", "wrist", "gripper_closed")
@@ -35,9 +35,11 @@ class PaperArm:
         self.at, self.told, self.instruction = STATE, [], "touch the red disc"
 
     def look(self) -> dict:
-        gray = int(50 + 60 * self.at[0])
-        return {"images": {name: np.full((48, 64, 3), gray, np.uint8) for name in self.cameras},
-                "state": self.at.astype(np.float32)}
+        images = {}
+        for name in self.cameras:
+            ramp = np.arange(64) + 50 + 60 * self.at[0] + len(name)
+            images[name] = np.broadcast_to(ramp[:, None], (48, 64, 3)).astype(np.uint8)
+        return {"images": images, "state": self.at.astype(np.float32)}
 
     def move(self, action) -> None:
         self.at = np.asarray(action, np.float64)
@@ -72,7 +74,7 @@ def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys, plain
     guess = subject.recipe
     assert subject.source.endswith("recipe.yaml")
     assert (guess.primary, guess.wrist) == ("outside", "wrist")
-    assert guess.action == "action[:3] target, action[3:] invert target raw"
+    assert guess.action == "action[:3] target, action[3:] clip invert target raw"
     assert f"action: {guess.action}" in capsys.readouterr().out
 
     small = {key: TINY[key] for key in ("image_size", "vision_backbone", "arch_specifier", "llm_backbone")}
