@@ -440,7 +440,7 @@ def test_cut_off_videos(tmp_path):
     path.unlink()
     assert f"{path}: missing" in refused(source, tmp_path / "out")
     printed = convert(source, tmp_path / "out", "--episodes", 1)
-    assert "episodes 1 frames 5 " in printed
+    assert "episodes 1 frames 5\n" in printed
 
 
 def test_damaged_pictures(tmp_path, capsys):
