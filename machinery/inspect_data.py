@@ -212,6 +212,7 @@ def write_yaml(subject: Subject, path: Path) -> None:
     template = PROJECT / "configs/my_robot.yaml"
     if path.exists():
         raise UserError(f"{path} exists: remove it, or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"""\
 # Trains a small model with random weights, in minutes on a CPU. To fine-tune OpenVLA-7B on a GPU,
 # add the lines marked "#7b" in the file that this one inherits.

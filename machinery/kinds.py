@@ -17,12 +17,12 @@ import numpy as np
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger|suction|(?<!end )effector", re.IGNORECASE)
 CLOSED = re.compile(r"clos(e|ed|ing|ure)\b|grasp", re.IGNORECASE)
 OPEN = re.compile(r"open", re.IGNORECASE)
-VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|twist|omega|\brate\b|\b(v|w|v ?[xyz]|w[xyz])\b",
+VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|twist|omega|\brate\b|\b(v|v ?[xyz]|w[xyz])\b",
                       re.IGNORECASE)
 CHANGE = re.compile(r"delta|\bdpos\b|\brel(ative)?\b|\b(d|rel) ?(x|y|z|roll|pitch|yaw|r[xyz])\b",
                     re.IGNORECASE)
-TARGET = re.compile(r"pos(e|ition)?s?\b|angle|orientation|quat|joint|motor|\b[jq]\d|shoulder|elbow|"
-                    r"wrist|waist|forearm|torso|neck|head", re.IGNORECASE)
+TARGET = re.compile(r"pos(e|ition)?s?\b|angle|orientation|quat|joint|motor|\b[jq]\d|\bq[wxyz]\b|"
+                    r"shoulder|elbow|wrist|waist|forearm|torso|neck|head", re.IGNORECASE)
 USUAL = (1, 100, 255, 1000)  # the value of an open (or closed) gripper; LeRobot's own is 100
 
 

@@ -440,7 +440,7 @@ def test_cut_off_videos(tmp_path):
     path.unlink()
     assert f"{path}: missing" in refused(source, tmp_path / "out")
     printed = convert(source, tmp_path / "out", "--episodes", 1)
-    assert "episodes 1 frames 5 " in printed
+    assert "episodes 1 frames 5\n" in printed
 
 
 def test_damaged_pictures(tmp_path, capsys):
@@ -732,7 +732,9 @@ def test_the_user_knows_better():
 @pytest.mark.parametrize("name, kind", [
     ("joint_velocities_0", "velocity"), ("wrist.vx", "velocity"), ("wrist_yaw_rate", "velocity"),
     ("eef_dpos_x", "change"), ("waist.rel", "change"), ("rel_x", "change"), ("d_x", "change"),
-    ("dx", "change"), ("shoulder_pan.pos", "target"), ("joint_0", "target"), ("x", None)])
+    ("dx", "change"), ("shoulder_pan.pos", "target"), ("joint_0", "target"), ("x", None), ("base_vx", "velocity"),
+    ("ee_quat_w", "target"), ("left_hand_finger_1", "target"), ("actions_effector_position[0]", "target"),
+    ("v_x", "velocity"), ("delta_joint_1", "change"), ("omega", "velocity")])
 def test_what_names_say(name, kind):
     assert kind_by_name(name) == kind
 

@@ -7,7 +7,7 @@ before anything is written. Then encodes each episode's images as JPEGs on all c
 episode in OUT/.NAME.episodes: an interrupted command continues where it stopped. Finally prints the
 lines for the YAML and the warnings of `data.py --inspect`.
 
-Read convert. lerobot_format.py reads the files, and actions.py interprets actions.
+Read convert. lerobot_format.py reads the files, and machinery/kinds.py interprets actions.
 """
 
 import argparse

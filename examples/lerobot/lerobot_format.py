@@ -201,6 +201,8 @@ def flat_names(names, width: int) -> list[str] | None:
     null."""
     if isinstance(names, dict):
         lists = [part for part in names.values() if isinstance(part, list)]
+        if not lists and all(isinstance(place, int) for place in names.values()):
+            names = sorted(names, key=names.get)
         names = [name for part in lists for name in part] if lists else list(names)
     return [*map(str, names)] if names and len(names) == width else None
 
@@ -350,6 +352,9 @@ def read_numbers(dataset: LeRobotSet, episodes: Sequence[Episode]) -> None:
                 dataset.notes.append(f"{key} is left out: {error}")
         check_frames(dataset, episode, part["frame_index"].to_numpy(), part["timestamp"].to_numpy())
         read_texts(dataset, episode, as_rows(part, dataset.task_key, episode).reshape(-1))
+    early = sum(episode.numbers["next.done"][:-1].any() for episode in episodes if "next.done" in dataset.names)
+    if early:
+        dataset.notes.append(f"next.done is true before the last frame of {early} episodes: each is still one")
     unlisted = set(pq.read_schema(opened).names) - dataset.listed - {"__index_level_0__"}
     for key in sorted(unlisted):
         dataset.notes.append(f"{key} is in the data, but not in meta/info.json: it is left out")
