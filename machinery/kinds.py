@@ -15,7 +15,7 @@ import numpy as np
 
 # of names with spaces for underscores, so that \b finds the ends of words
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger|suction|(?<!end )effector", re.IGNORECASE)
-CLOSED = re.compile(r"clos(e|ed|ing|ure)\b|grasp", re.IGNORECASE)
+CLOSED = re.compile(r"clos(e|ing|ure)|grasp", re.IGNORECASE)
 OPEN = re.compile(r"open", re.IGNORECASE)
 VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|twist|omega|\brate\b|\b(v|v ?[xyz]|w[xyz])\b",
                       re.IGNORECASE)
