@@ -22,12 +22,12 @@ from machinery import zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError, exit_with_one_line, parse_command_line
 from machinery.connect import agree
+from machinery.cuda_graph import capture_passes
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
 from machinery.memory import memory_needed, utilization
 from machinery.metrics import Metrics, evaluate
 from machinery.ranks import Preemption, run_job, stop_if_not_finite
-from machinery.recording import record_passes
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
 from model import VLA
@@ -175,7 +175,7 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         vla.compile_blocks(recompute)
     elif recompute:
         vla.recompute_activations()
-    record_passes(vla, ds_config)  # LoRA and small models: Python launches a pass at once
+    capture_passes(vla, ds_config)  # LoRA and small models: Python launches a pass at once
     if zero3:
         zero.gather_per_block([*vla.vision_backbone.values(), *vla.llm.base_model.layers])
     run.line(memory_needed(vla, ds_config, dist.get_world_size()))

@@ -1,13 +1,13 @@
-"""Record the forward and backward pass once as a CUDA graph, and replay it.
+"""Capture the forward and backward pass once as a CUDA graph, and replay it.
 
 LoRA or a small model keeps the GPU busy for less time than Python needs to launch the kernels. A
-CUDA graph launches all of them at once. The first micro-batch of each shape is recorded, later ones
-are copied to where the recording reads its inputs, and replayed:
+CUDA graph launches all of them at once. The first micro-batch of each shape is captured, later ones
+are copied to where the graph reads its inputs, and replayed:
 
     VLA.forward      replays both passes: the loss, and all gradients in one row
     loss.backward()  hands views of that row to the parameters, and so to DeepSpeed
 
-A recording reads the weights at fixed addresses. ZeRO 0 to 2 update them there; ZeRO-3 gathers
+A graph reads the weights at fixed addresses. ZeRO 0 to 2 update them there; ZeRO-3 gathers
 each weight into new memory.
 """
 
@@ -23,20 +23,20 @@ from action_tokenizer import IGNORE_INDEX
 from model import VLA
 
 MAX_TRAINED = 500e6  # parameters. Larger models keep the GPU busy, and their gradients would be
-#                      held three times: in the recording, in its copy, and by DeepSpeed
-TEXT_STEP = 16  # text is padded to a multiple of it, so that few shapes need a recording
-WARMUP = 2  # passes before a recording: torch.compile and cuBLAS need memory of their own
+#                      held three times: in the graph, in its copy, and by DeepSpeed
+TEXT_STEP = 16  # text is padded to a multiple of it, so that few shapes need a graph
+WARMUP = 2  # passes before a capture: torch.compile and cuBLAS need memory of their own
 
 
-def record_passes(vla: VLA, ds_config: dict) -> None:
+def capture_passes(vla: VLA, ds_config: dict) -> None:
     """Let a model replay its training passes if that is possible and worthwhile. To be called
     before DeepSpeed makes its engine."""
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     wanted = vla.cfg.cuda_graph and vla.count_parameters()[1] <= MAX_TRAINED
     if not (wanted and stage < 3 and torch.cuda.is_available()):
         return
-    recordings = {}
-    pool = torch.cuda.graph_pool_handle()  # one for all: only one recording is replayed at a time
+    graphs = {}
+    pool = torch.cuda.graph_pool_handle()  # one for all: only one graph is replayed at a time
 
     def forward(**batch):
         if not torch.is_grad_enabled():  # evaluation
@@ -45,14 +45,14 @@ def record_passes(vla: VLA, ds_config: dict) -> None:
         batch["input_ids"] = F.pad(batch["input_ids"], (0, missing))
         batch["labels"] = F.pad(batch["labels"], (0, missing), value=IGNORE_INDEX)
         shape = tuple(value.shape for value in batch.values())
-        if shape not in recordings or recordings[shape].moved():
-            recordings[shape] = Recording(vla, batch, pool)
-        return Replay.apply(recordings[shape], batch, *recordings[shape].params)
+        if shape not in graphs or graphs[shape].moved():
+            graphs[shape] = Captured(vla, batch, pool)
+        return Replay.apply(graphs[shape], batch, *graphs[shape].params)
 
     vla.forward = forward
 
 
-class Recording:
+class Captured:
     """Both passes for batches of one shape.
 
     batch: VLA.forward's arguments, on the GPU. params: the parameters that receive gradients
@@ -84,22 +84,22 @@ class Recording:
 
 
 class Replay(torch.autograd.Function):
-    """A replayed recording, as a function of the parameters."""
+    """A replayed graph, as a function of the parameters."""
 
     @staticmethod
-    def forward(ctx, recording: Recording, batch: dict, *params):
+    def forward(ctx, captured: Captured, batch: dict, *params):
         for name, value in batch.items():
-            recording.inputs[name].copy_(value, non_blocking=True)
-        recording.graph.replay()
-        loss, predicted, true = (result.clone() for result in recording.results)
-        ctx.row = recording.row
+            captured.inputs[name].copy_(value, non_blocking=True)
+        captured.graph.replay()
+        loss, predicted, true = (result.clone() for result in captured.results)
+        ctx.row = captured.row
         ctx.shapes = [p.shape for p in params]
         ctx.mark_non_differentiable(predicted, true)
         return loss, predicted, true
 
     @staticmethod
     def backward(ctx, scale, *_):
-        row = ctx.row * scale  # a copy, because the next replay overwrites the recording's own
+        row = ctx.row * scale  # a copy, because the next replay overwrites the graph's own
         parts = row.split([shape.numel() for shape in ctx.shapes])
         views = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
         return None, None, *views
@@ -109,8 +109,8 @@ class Replay(torch.autograd.Function):
 def twins(vla: VLA, params: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Meanwhile, other parameters take the places of `params` and share their memory.
 
-    Autograd ties a parameter to the stream on which it was first used, which is not the recording
-    one, and a recording must not wait for other streams. DeepSpeed's hooks do not see the twins.
+    Autograd ties a parameter to the stream on which it was first used. That is not the captured
+    one, and a capture must not wait for other streams. DeepSpeed's hooks do not see the twins.
     """
     own = {name: nn.Parameter(p.data) for name, p in params.items()}
 
@@ -128,8 +128,8 @@ def twins(vla: VLA, params: dict[str, nn.Parameter]) -> Iterator[list[nn.Paramet
 
 @contextmanager
 def no_tracing() -> Iterator[None]:
-    """Meanwhile, transformers does not notice the recording. It would write out the causal mask,
-    and the blocks would be compiled again, which a recording does not allow."""
+    """Meanwhile, transformers does not notice the capture. It would write out the causal mask,
+    and the blocks would be compiled again, which a capture does not allow."""
     noticed = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: False
     try:

@@ -8,19 +8,19 @@ from conftest import TINY, ds_json, launch, read_metrics
 
 from action_tokenizer import load_tokenizer
 from machinery.config import TrainConfig
-from machinery.recording import record_passes
+from machinery.cuda_graph import capture_passes
 from model import VLA
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("changes, stage", [({"cuda_graph": True}, 3), ({}, 2)])
-def test_what_is_not_recorded(changes, stage, monkeypatch):
+def test_what_is_not_captured(changes, stage, monkeypatch):
     """ZeRO-3, which gathers weights into new memory, and a model whose YAML switches it off."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cfg = TrainConfig(**TINY, action_dim=7, **changes)
     vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
-    record_passes(vla, {"zero_optimization": {"stage": stage}})
+    capture_passes(vla, {"zero_optimization": {"stage": stage}})
     assert "forward" not in vars(vla)
 
 
@@ -43,7 +43,7 @@ def test_replayed_steps_are_launched_ones(tiny, tmp_path):
 
 @on_gpu
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_recorded_run_resumes_exactly(tiny, tmp_path, stage):
+def test_a_captured_run_resumes_exactly(tiny, tmp_path, stage):
     """bf16, adapters, compiled blocks."""
     json_file = ds_json(tmp_path / "ds.json", stage)
     last = {}
