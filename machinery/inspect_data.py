@@ -276,7 +276,7 @@ def print_statistics(table: FrameTable, kind: str, names: list[str], state_names
         words += "" if stats["mask"][dim] else " raw"
         print(f"action {dim:5d} {numbers(stats, dim)} {back['half_bin'][dim]:9.2g} "
               f"{back['error'][dim]:9.2g} {back['clipped'][dim]:8.2%} {words:11} {name}")
-    if "proprio" in table.frames.dtype.names:
+    if state_names != ["0"]:
         print(f"state    {titles} name")
         for dim, name in enumerate(state_names):
             print(f"state  {dim:5d} {numbers(table.statistics['proprio'], dim)} {name}")
