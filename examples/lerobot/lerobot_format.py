@@ -184,11 +184,14 @@ def find_action_and_state(features: dict, names: dict) -> tuple[list[str], list[
 
 def read_slices(path: Path) -> dict[str, list[str]]:
     """GR00T's meta/modality.json, which names slices of features -> {feature: names}."""
-    parts = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        parts = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from None
     names: dict[str, list[str]] = {}
     for section, default in (("state", "observation.state"), ("action", "action")):
-        slices = sorted(parts.get(section, {}).items(), key=lambda item: item[1]["start"])
-        for name, part in slices:
+        slices = [item for item in parts.get(section, {}).items() if {"start", "end"} <= item[1].keys()]
+        for name, part in sorted(slices, key=lambda item: item[1]["start"]):
             name = name if part.get("absolute", True) else f"delta_{name}"
             width = part["end"] - part["start"]
             numbered = [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
