@@ -29,16 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 import msgpack
 import numpy as np
 import simplejpeg
-from lerobot_format import (
-    Episode,
-    LeRobotSet,
-    as_array,
-    check_video,
-    open_set,
-    read_numbers,
-    read_pictures,
-    rlds_name,
-)
+from lerobot_format import Episode, LeRobotSet, open_set, read_numbers, rlds_name
+from lerobot_images import as_array, check_video, read_pictures
 from resample import lost_commands, resample
 from tqdm import tqdm
 
