@@ -17,8 +17,8 @@ import numpy as np
 GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger|suction|(?<!end )effector", re.IGNORECASE)
 CLOSED = re.compile(r"clos(e|ing|ure)|grasp", re.IGNORECASE)
 OPEN = re.compile(r"open", re.IGNORECASE)
-VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|twist|omega|\brate\b|\b(v|v ?[xyz]|w[xyz])\b",
-                      re.IGNORECASE)
+VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|twist|omega|\brate\b|\b(v|v ?[xyz]|w[xyz])\b|"
+                      r"\b(linear|angular) ?[xyz]\b", re.IGNORECASE)
 CHANGE = re.compile(r"delta|\bdpos\b|\brel(ative)?\b|\b(d|rel) ?(x|y|z|roll|pitch|yaw|r[xyz])\b",
                     re.IGNORECASE)
 TARGET = re.compile(r"pos(e|ition)?s?\b|angle|orientation|quat|joint|motor|\b[jq]\d|\bq[wxyz]\b|"
@@ -60,8 +60,8 @@ def guess_kinds(names: list[str], actions: np.ndarray, looks: np.ndarray,
     for name, values, target in zip(names, actions.T, looks, strict=True):
         spaced = re.sub("[_./]", " ", name)
         count = len(np.unique(values))
-        # two values are open and closed, whatever the name
-        grips = count == 2 or bool(GRIPPER.search(spaced))
+        # two values, such as 0 and 1, are closed and open, whatever the name
+        grips = (count == 2 and values.max() in USUAL) or bool(GRIPPER.search(spaced))
         kind = kind_by_name(name)
         if not grips and kind != "velocity":
             kind = override or kind or ("target" if target else "change")
