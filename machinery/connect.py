@@ -64,72 +64,82 @@ def connect() -> str | None:
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size == 1:
         return None
-    rank = os.environ["RANK"]
+    rank = int(os.environ["RANK"])
+    # torchrun keeps the store
+    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = find_rank_0(serve)
+    address = local_address(os.environ["MASTER_ADDR"])
+    store.set(f"at{rank}", "0|0|start")
+    store.append("arrived", f"{rank} {socket.gethostname()} {address}\n")
+    wait_until(lambda: missing(store, world_size), LONGEST)
+    hosts = {int(number): host for number, host, _ in arrivals(store)}
+    network = choose_network(address, [other for *_, other in arrivals(store)])
+    progress.watch(store, [hosts[number] for number in range(world_size)])
+    progress.at(f"connect the ranks {network}")
+
+    def rendezvous(*_, **__):  # with another connection, because PyTorch's blocks while it waits
+        yield open_store(serve), rank, world_size
+
+    dist.register_rendezvous_handler("zerovla", rendezvous)
+    return "zerovla://"
+
+
+def find_rank_0(serve: bool) -> dist.Store:
+    """The store at MASTER_ADDR. Waits until it answers. serve: this is rank 0, which keeps it."""
     host = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    me = f"this is rank {rank} on {socket.gethostname()}"
+    port = os.environ["MASTER_PORT"]
 
     def unknown() -> str | None:
         try:
             socket.getaddrinfo(host, port)
         except OSError as error:
-            return (f"MASTER_ADDR {host}: {error}: set it to the name or IP address of the machine "
-                    f"with rank 0; {me}")
+            return f"MASTER_ADDR {host}: {error}: set it to the name or address of rank 0's machine"
 
     def silent() -> str | None:
         try:
             socket.create_connection((host, port), timeout=5).close()
         except OSError as error:
             return (f"MASTER_ADDR {host} MASTER_PORT {port}: {error}: rank 0 answers there once it "
-                    f"has started: set them to its machine; {me}")
+                    "has started: set them to its machine; this is rank "
+                    f"{os.environ['RANK']} on {socket.gethostname()}")
 
     wait_until(unknown, SOON)
-    serve = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if serve:
-        store = open_store("127.0.0.1", port, serve)
-    wait_until(silent, SOON if serve else LONGEST)
     if not serve:
-        store = open_store(host, port, serve)
-
-    def missing() -> str | None:
-        try:
-            ranks = sorted(int(number) for number, *_ in arrivals(store))
-        except RuntimeError as error:
-            raise UserError(f"rank 0 on {host} has ended: it names the cause") from error
-        if len(ranks) > len(set(ranks)):
-            raise UserError(f"two processes have the same RANK: {ranks}: each machine needs its "
-                            f"own --node_rank; {me}")
-        absent = sorted({*range(world_size)} - {*ranks})
-        if absent:
-            return (f"{len(ranks)} of {world_size} ranks have arrived, not {numbers(absent)}: "
-                    "start the job on all machines, each with its own ranks")
-
-    store.set(f"at{rank}", "0|0|start")
-    store.append("arrived", f"{rank} {socket.gethostname()} {local_address(host)}\n")
-    wait_until(missing, LONGEST)
-    hosts = {int(number): name for number, name, _ in arrivals(store)}
-    network = choose_network(local_address(host), [address for *_, address in arrivals(store)])
-    progress.watch(store, [hosts[number] for number in range(world_size)])
-    progress.at(f"connect the ranks {network}")
-
-    def rendezvous(*_, **__):
-        yield open_store(host, port, serve), int(rank), world_size  # progress blocks the first one
-
-    dist.register_rendezvous_handler("zerovla", rendezvous)
-    return "zerovla://"
+        wait_until(silent, LONGEST)
+        return open_store(serve)
+    store = open_store(serve)
+    wait_until(silent, SOON)
+    return store
 
 
-def open_store(host: str, port: int, serve: bool) -> dist.Store:
-    """The store at host:port, which the process groups use, too. Raises UserError."""
+def open_store(serve: bool) -> dist.Store:
+    """A connection to the store at MASTER_ADDR. Raises UserError."""
+    host = "127.0.0.1" if serve else os.environ["MASTER_ADDR"]
     try:
-        store = dist.TCPStore(host, port, None, serve, timedelta(seconds=60),
-                              wait_for_workers=False, multi_tenant=True)
+        store = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), None, serve,
+                              timedelta(seconds=60), wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"MASTER_PORT: {reason}: is another program there? Set a free one "
                         "(deepspeed --master_port, torchrun --master-port)") from error
     # torchrun's store outlives the ranks that it restarts, whose addresses are then outdated
     return dist.PrefixStore(f"zerovla{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
+
+
+def missing(store: dist.Store, world_size: int) -> str | None:
+    """Which ranks have not arrived yet, as text, or None. Raises UserError if some are doubled."""
+    try:
+        ranks = sorted(int(number) for number, *_ in arrivals(store))
+    except RuntimeError as error:
+        raise UserError("rank 0 has ended: its own messages name the cause") from error
+    if len(ranks) > len(set(ranks)):
+        raise UserError(f"two processes have the same RANK: {ranks}: each machine needs its own "
+                        "--node_rank")
+    absent = sorted({*range(world_size)} - {*ranks})
+    if not absent:
+        return None
+    return (f"{len(ranks)} of {world_size} ranks have arrived, not {numbers(absent)}: start the "
+            "job on all machines, each with its own ranks")
 
 
 def arrivals(store: dist.Store) -> list[list[str]]:

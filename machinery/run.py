@@ -112,7 +112,9 @@ class Run:
                 self.path.mkdir(parents=True, exist_ok=True)
                 proof.write_text(token)
             except OSError as error:
-                raise UserError(f"run_root_dir {self.path.parent}: not a writable folder: {error}"
+                folders = (self.path, *self.path.parents)
+                there = next(folder for folder in folders if folder.exists())
+                raise UserError(f"run_root_dir: {there} is not a writable folder: {error}"
                                 ) from error
         token = gather(token)[0]
 
@@ -129,9 +131,10 @@ class Run:
             if self.saves:
                 on_all_ranks(lambda: wait_until(unseen, connect.SOON))
         finally:
-            if not self.quiet:
-                proof.unlink()
-                if new:
+            with contextlib.suppress(OSError):
+                if not self.quiet:
+                    proof.unlink()
+                if not self.quiet and new:
                     self.path.rmdir()
 
     def find_checkpoint(self, cfg: TrainConfig) -> tuple[str | None, str | None]:

@@ -196,9 +196,11 @@ def test_an_address_that_is_not_known(together):
     refused(together([[], []], [{"MASTER_ADDR": "nosuch.invalid"}] * 2), "MASTER_ADDR nosuch.invalid", "set it")
 
 
-def test_rank_0_on_another_machine_than_its_address(together):
-    done = together([[]], [{"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "1", "LONGEST": "3"}])
-    refused(done, "MASTER_ADDR 127.0.0.1", "MASTER_PORT", "rank 0")
+@pytest.mark.parametrize("rank, address", [("1", "127.0.0.1"), ("0", "240.0.0.1")])
+def test_an_address_without_rank_0(rank, address, together):
+    """Which runs on another machine, or has not started."""
+    done = together([[]], [{"MASTER_ADDR": address, "WORLD_SIZE": "2", "RANK": rank, "LONGEST": "3"}])
+    refused(done, f"MASTER_ADDR {address}", "MASTER_PORT", f"rank {rank} on {socket.gethostname()}")
 
 
 def test_too_few_machines(together):
