@@ -28,6 +28,7 @@ from machinery.checkpoint import CheckpointError
 from machinery.config import TrainConfig, UserError, one_line
 from machinery.convention import Convention, convention
 from machinery.description import check_size
+from machinery.host import cores
 from machinery.images import center_crop, resize_image
 from machinery.lora import linear_layers
 from machinery.weights import fill, open_weights, parameters_without_memory
@@ -54,6 +55,7 @@ def load_vla(
     bf16, or 8.6 GB with the language model's matrices in 8 bits (int8.py). Raises CheckpointError
     if weights are missing.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))  # a container may have fewer
     weights = open_weights(where)
     if center_crop is not None:
         weights.config["image_aug"] = center_crop

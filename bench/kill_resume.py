@@ -2,6 +2,7 @@
 
     python bench/kill_resume.py --cycles 100
     python bench/kill_resume.py --cycles 100 --ranks 2 --as_is
+    python bench/kill_resume.py --pid1 2 2 2 2 2 2 2 2 1 2
 
 Each run of --steps steps is killed with SIGKILL, all ranks at once, after a random time: during
 startup, training, saving, or resuming. It is restarted until it finishes, at every start with a
@@ -16,6 +17,11 @@ A run passes if the losses, accuracies, and learning rates of all its steps, and
 moments of its last checkpoint, are bit for bit those of the same run without kills. Runs continue
 until there were --cycles kills. The processes are forked from one that has imported everything;
 otherwise startup would take nearly all of the time.
+
+With --pid1, a run is started once for each of these numbers of ranks, as a container is: by machinery.supervise as
+process 1 of a PID namespace (needs root), with deepspeed and torchrun in turn. After a few steps, process 1 gets
+SIGTERM, and after 20 seconds SIGKILL. A start passes if no step is lost. The losses are compared with those of a run
+with the first number of ranks that was not stopped: until that number changes, they must be the same bit for bit.
 """
 
 import argparse
@@ -25,17 +31,21 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
+import yaml
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, launch_command
 
 import train_vla
 from machinery import config
@@ -109,6 +119,63 @@ def same(first: tuple, second: tuple) -> bool:
             and all(torch.equal(tensors[name], tensors2[name]) for name in tensors))
 
 
+def last_step(run: Path) -> int:
+    """The last step in a run's log."""
+    log = run / "metrics.jsonl"
+    return max((json.loads(line)["step"] for line in log.read_text().splitlines()), default=0) if log.exists() else 0
+
+
+def stop_as_a_container(config: Path, run: Path, launcher: str, ranks: int, steps: int) -> tuple[int, float]:
+    """Start as process 1, stop after so many steps -> how many were lost, and the seconds until all had ended."""
+    how = launch_command(config, "--deepspeed_config", "ds_configs/zero2.json", ranks=ranks, launcher=launcher)
+    contain = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-m", "machinery.supervise"]
+    first_step = last_step(run)
+    with open(config.with_suffix(".log"), "a") as log:
+        job = subprocess.Popen([*contain, *how.pop("args")], stdout=log, stderr=log, **how)
+    while last_step(run) < first_step + steps:
+        assert job.poll() is None, f"see {log.name}"
+        time.sleep(0.05)
+    begun = time.time()
+    (first,) = psutil.Process(job.pid).children()
+    first.terminate()
+    try:
+        job.wait(20)
+    except subprocess.TimeoutExpired:
+        first.kill()
+        job.wait()
+    newest = list_checkpoints(run / "checkpoints")
+    saved = Checkpoint(newest[-1]).meta["step"] if newest else 0
+    return last_step(run) - saved, time.time() - begun
+
+
+def as_containers(ranks: list[int], draw: random.Random, root: Path) -> None:
+    """What --pid1 does."""
+    config = root / "pid1.yaml"
+    cfg = {**TINY, "run_root_dir": str(root), "run_id": "pid1", "max_steps": 10_000}
+    config.write_text(yaml.safe_dump(cfg))
+    failed = 0
+    same_until = 0
+    for number, count in enumerate(ranks):
+        launcher = ["deepspeed", "torchrun"][number % 2]
+        lost, seconds = stop_as_a_container(config, root / "pid1", launcher, count, draw.randint(2, 8))
+        failed += lost > 0
+        if ranks[: number + 1] == ranks[:1] * (number + 1):
+            same_until = last_step(root / "pid1")
+        print(f"start {number + 1} launcher {launcher} ranks {count} step {last_step(root / 'pid1')} lost {lost} "
+              f"seconds {seconds:.1f}", flush=True)
+    steps = last_step(root / "pid1")
+    ds_config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    straight = {**cfg, "run_id": "straight", "max_steps": steps}
+    assert run_for(start(straight, ds_config, ranks[0], root / "straight.log"), 3600)
+    losses = [{values["step"]: values["loss"] for values in map(json.loads, open(root / name / "metrics.jsonl"))
+               if "loss" in values} for name in ("pid1", "straight")]
+    differences = [abs(losses[0][step] - losses[1][step]) for step in range(1, steps + 1)]
+    identical = not any(differences[:same_until])
+    print(f"starts {len(ranks)} without_loss {len(ranks) - failed} identical_until_step {same_until} {identical} "
+          f"largest_difference_after {max(differences[same_until:], default=0):.2g}")
+    sys.exit(failed > 0 or not identical)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cycles", type=int, default=100, help="number of kills")
@@ -117,10 +184,13 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=8.0, help="seconds until the latest kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--as_is", action="store_true", help="unmodified JSONs, one stage per run")
+    parser.add_argument("--pid1", type=int, nargs="+", metavar="RANKS", help="stop containers instead, see above")
     args = parser.parse_args()
     if args.ranks > 1 and not args.as_is:
         parser.error("stages only agree bit for bit on one rank: use --as_is with --ranks")
     draw, root = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="kill_resume"))
+    if args.pid1:
+        as_containers(args.pid1, draw, root)
     configs = {stage: json.loads((ROOT / f"ds_configs/{stage}.json").read_text()) for stage in STAGES}
     cfg = {**TINY, "run_root_dir": str(root), "max_steps": args.steps, "save_interval": 2, "image_aug": True,
            "freeze_vision_backbone": True, "lr_scheduler_type": "linear-warmup+cosine-decay",

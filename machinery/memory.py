@@ -33,11 +33,13 @@ def memory_needed(vla: VLA, ds_config: dict, ranks: int) -> str:
         if on_gpu > available:
             raise UserError(f"weights, gradients and optimizer take {on_gpu / 1e9:.1f} GB, "
                             f"this GPU has {available / 1e9:.1f}: {LESS_MEMORY}")
-    available = host.memory()
-    if held.get("host", 0) > available:  # else the kernel would kill the job while it is allocated
-        raise UserError(f"offloading takes {held['host'] / 1e9:.1f} GB, this host or container has "
-                        f"{available / 1e9:.1f}: offload less (zero3_partial_offload.json has a "
-                        "ratio), or train less (lora_rank: 32)")
+    on_host = held.get("host", 0)
+    if torch.distributed.is_initialized() and not torch.cuda.is_available():
+        on_host += on_gpu * ranks_here()
+    if on_host > host.memory():  # else the kernel would kill the job while it is allocated
+        raise UserError(f"offloading, or training without a GPU, takes {on_host / 1e9:.1f} GB, "
+                        f"this host or container has {host.memory() / 1e9:.1f}: offload less "
+                        "(zero3_partial_offload.json has a ratio), or train less (lora_rank: 32)")
     return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
 
 
