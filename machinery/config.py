@@ -79,8 +79,7 @@ class Recipe:
     trim: bool = False  # Bridge: drop the first step (action zero) and the last (no action)
     skip_idle: bool = False  # DROID: drop frames without motion (oxe.is_idle)
     names: dict[str, list[str]] = field(default_factory=dict)  # {feature: names of its numbers}
-    # a record is one episode despite is_first; without `val`, hold out the last 5% (oxe.held_out)
-    openvla_rules: bool = False
+    openvla_rules: bool = False  # a record is one episode, the last 5% are held out (oxe.held_out)
 
     @property
     def camera_names(self) -> dict[str, str]:

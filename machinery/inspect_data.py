@@ -71,7 +71,7 @@ class Subject:
 
 def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> list[Subject]:
     """The datasets that a command line asks for. Raises UserError."""
-    cfg = load_config(find_input(config)) if config else None
+    cfg = oxe.read_recipes(load_config(find_input(config))) if config else None
     subjects = []
     for name in dataset_names(folder, data_mix, cfg):
         name, _, version = name.partition(":")

@@ -386,6 +386,10 @@ def test_the_recipe_beside_a_dataset_is_enough(datasets, opened, tmp_path):
     assert dimension_names(mixture.recipes[0], mixture.tables[0].features) == (*NAMES.values(),)
     (subject,) = find_subjects(directory.parent, None, None)
     assert subject.recipe == mixture.recipes[0] and subject.source == str(directory / "recipe.yaml")
+    config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": {"arm": 1.0}, "datasets": datasets}
+    (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
+    (subject,) = find_subjects(directory.parent, None, str(tmp_path / "arm.yaml"))
+    assert subject.recipe.action == mixture.recipes[0].action
 
 
 def test_a_recipe_in_the_yaml_comes_first_and_keeps_the_names(opened, tmp_path):
@@ -504,8 +508,8 @@ def test_the_guess_takes_several_features(tmp_path):
         "action": None, "actions/arm": arm, "actions/hand": hand, "actions/base": base, "language_instruction": text})
     (subject,) = find_subjects(directory.parent, None, None)
     assert subject.recipe.action == "actions/arm, actions/base, actions/hand"
-    guessed = guess_action(subject.recipe, subject.table(str(tmp_path / "index"), False))
-    assert guessed.action == "actions/arm target, actions/base, actions/hand target raw"
+    guessed, _ = guess_action(subject.recipe, subject.table(str(tmp_path / "index"), False))
+    assert guessed.action == "actions/arm target, actions/base change, actions/hand clip target raw"
 
 
 # ------------------------------------------------------------------------------------------------------------
