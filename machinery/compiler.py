@@ -9,7 +9,6 @@ from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
-from torch.utils import cpp_extension
 
 from machinery.config import UserError, one_line
 from machinery.files import take_lock
@@ -44,6 +43,8 @@ def build_adam(ds_config: dict) -> None:
     wait meanwhile. Raises UserError."""
     if ds_config["optimizer"].get("params", {}).get("torch_adam"):
         return
+    from torch.utils import cpp_extension  # here: importing it takes a moment
+
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
     on_gpu = offload.get("device", "none") == "none"
     kind = "FusedAdamBuilder" if on_gpu else "CPUAdamBuilder"
@@ -57,8 +58,8 @@ def build_adam(ds_config: dict) -> None:
     try:
         folder = Path(cpp_extension._get_build_directory(builder.name, False))
         with take_lock(folder / "build.lock") or contextlib.nullcontext():
-            if hasattr(cpp_extension, "FileBaton"):  # PyTorch before 2.14: whoever is killed while
-                (folder / "lock").unlink(missing_ok=True)  # building leaves a lock, forever
+            if hasattr(cpp_extension, "FileBaton"):  # PyTorch before 2.14: a process that is
+                (folder / "lock").unlink(missing_ok=True)  # killed while building leaves its lock
             if not (folder / f"{builder.name}.so").exists():
                 print(f"compiling {builder.name} in {folder}: takes minutes, once", flush=True)
             builder.load(verbose=False)

@@ -29,10 +29,8 @@ STATS = {key: [0.1 * i for i in range(4)] for key in ("q01", "q99", "min", "max"
 STATS["mask"] = [True] * 4
 
 
-@pytest.fixture(scope="module")
-def openvlas(tmp_path_factory) -> Path:
+def write_openvlas(path: Path) -> Path:
     """A tiny model as OpenVLA's Hugging Face class has it."""
-    path = tmp_path_factory.mktemp("others")
     shape = {key: TINY[key] for key in TINY.keys() & {*DESCRIPTION}}
     cfg = TrainConfig(**shape, tokenizer=TINY["tokenizer"], action_dim=4)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
@@ -47,6 +45,11 @@ def openvlas(tmp_path_factory) -> Path:
         "image_resize_strategy": "resize-naive",
         "zerovla": {**shape, "action_dim": 4, "datasets": {}, "features": {}}}))
     return path
+
+
+@pytest.fixture(scope="module")
+def openvlas(tmp_path_factory) -> Path:
+    return write_openvlas(tmp_path_factory.mktemp("others"))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from huggingface_hub import close_session, constants
+from test_description import write_openvlas
 
 from machinery import hub
 from machinery.config import UserError, out_of_reach
@@ -43,18 +44,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
         hub.asked.append(self.path)
         if hub.status:
             return self.reply(hub.status, b"{}", {"X-Error-Code": hub.code} if hub.code else {})
-        if hub.silent:
-            hub.silent.wait(60)
-            return None
+        if hub.silent_at in self.path:
+            return hub.over.wait(60)
         if "/tree/" in self.path:
             return self.reply(200, json.dumps([
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in FILES.items()]).encode())
+                for name, data in hub.files.items()]).encode())
         if "/api/" in self.path:
             return self.reply(200, json.dumps({"id": "a/model", "sha": SHA, "siblings": [
-                {"rfilename": name} for name in FILES]}).encode())
+                {"rfilename": name} for name in hub.files]}).encode())
         name = self.path.rpartition("/")[2]
-        data = FILES.get(name, b"")
+        data = hub.files.get(name, b"")
         if name == hub.broken and self.command == "GET":
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
@@ -92,11 +92,11 @@ def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
     server.handle_error = lambda *_: None
-    server.asked, server.status, server.code, server.broken, server.silent = [], None, None, None, None
+    server.asked, server.status, server.code, server.broken = [], None, None, None
+    server.silent_at, server.over, server.files = "nowhere", threading.Event(), FILES
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     yield server
-    if server.silent:
-        server.silent.set()
+    server.over.set()
     server.shutdown()
     server.server_close()
 
@@ -181,13 +181,13 @@ def test_what_the_hub_refuses_is_one_line(status, code, cure, online):
     assert "\n" not in str(error.value)
 
 
-def test_a_hub_that_is_silent_is_not_waited_for(online, monkeypatch):
-    """Some requests of huggingface_hub 2.4 have no time limit."""
-    monkeypatch.setattr(hub, "REPLY_SECONDS", 0.5)
-    online.silent = threading.Event()
-    with pytest.raises(UserError, match=r"'a/model'.*could not be downloaded.*[Tt]ime"):
+@pytest.mark.parametrize("place", ["/api/models/", pytest.param("/tree/", marks=pytest.mark.slow)])
+def test_a_hub_that_is_silent_is_not_waited_for(place, online, monkeypatch):
+    """Some requests of huggingface_hub 2.4 have no time limit: it asks for the list of files six times."""
+    monkeypatch.setattr(hub, "REPLY_SECONDS", 0.3)
+    online.silent_at = place
+    with pytest.raises(UserError, match=r"'a/model' .*[Tt]ime"):
         fetch()
-    assert len(online.asked) == 1
 
 
 def test_a_broken_line_is_called_that_and_the_same_command_continues(online):
@@ -275,13 +275,24 @@ def test_a_companys_certificate(certificate, server, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_programs_use_it(server, tmp_path):
-    """A mirror by HF_ENDPOINT; its errors are one line of a program, too."""
-    server.status = 503
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
+def test_programs_load_by_hub_id(server, tmp_path):
+    """From a mirror named by HF_ENDPOINT; then from the cache, while it fails; then not at all."""
+    (tmp_path / "model").mkdir()
+    server.files = {path.name: path.read_bytes() for path in write_openvlas(tmp_path / "model").iterdir()}
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
            "CUDA_VISIBLE_DEVICES": ""}
     env.pop("HF_HUB_OFFLINE", None)
-    for arguments in (["serve_vla.py", "--port", "0", "--checkpoint", "a/model"],
-                      ["export_vla.py", "a/model", tmp_path / "out"]):
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, text=True, capture_output=True)
-        assert done.returncode == 1 and re.fullmatch("error: 'a/model' .*503.*\n", done.stderr), done.stderr
+
+    def export(where: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "export_vla.py", "a/model", tmp_path / where]
+        return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+
+    for out in ("first", "second"):
+        done = export(out)
+        assert done.returncode == 0 and (tmp_path / out / "config.json").exists(), done.stderr
+        asked = list(server.asked)
+        server.status = 503
+    assert server.asked == asked
+    env["HF_HOME"] = str(tmp_path / "other")
+    done = export("third")
+    assert done.returncode == 1 and re.fullmatch(r"error: 'a/model' .*503.*\n", done.stderr), done.stderr
