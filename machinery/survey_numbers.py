@@ -181,9 +181,12 @@ def scale_findings(sample: Sample, signal: Signal, kind: str, odd: np.ndarray, f
     if odd.any():
         dims = np.flatnonzero(odd.any(0))
         bad = odd.any(1)
-        text = (f"{signal.name(dims)} are about {factor:.2g} times as large in "
-                f"{sample.episodes(bad)} as in the rest, in level and in motion: degrees among "
-                "radians, or millimeters among meters?")
+        rest = signal.values[~bad[sample.episode]][:, dims]
+        width = np.subtract(*np.quantile(rest, [0.95, 0.05], axis=0))
+        bins = min(255, (256 * width / np.maximum((signal.high - signal.low)[dims], 1e-30)).min())
+        text = (f"{signal.name(dims)}: values and motion are about {factor:.2g} times as large in "
+                f"{sample.episodes(bad)} as in the rest, whose middle 90% gets {bins:.0f} of 256 "
+                "bins: degrees among radians, or millimeters among meters?")
         cure = "convert these episodes, or leave them out"
         found.append(sample.finding("episode_scale", signal.of, dims, bad[sample.episode], text,
                                     cure))

@@ -37,8 +37,8 @@ def picture_findings(table: FrameTable, sample: Sample, moved: np.ndarray) -> li
     shown = {camera: look(table, sample.rows[chosen], camera) for camera in cameras}
     found = []
     for camera in cameras:
-        found += blank(sample, table.cameras[camera], chosen, shown[camera])
-        found += hung(table, sample, camera, moved)
+        empty = blank(sample, table.cameras[camera], chosen, shown[camera])
+        found += empty or hung(table, sample, camera, moved)
     for one, other in combinations(cameras, 2):
         found += equal_cameras(table, sample, one, other, shown[one], shown[other])
     return found
