@@ -220,16 +220,16 @@ def test_a_word_changed_in_the_code_indexes_nothing_again(written, tmp_path):
     shutil.copytree(ROOT / "machinery", tmp_path / "copy/machinery")
     shutil.copytree(ROOT / "configs", tmp_path / "copy/configs")
     shutil.copy(ROOT / "action_tokenizer.py", tmp_path / "copy")
-    for name in ("checks", "rlds", "recipes", "fields"):
+    for name in ("survey", "rlds", "recipes", "fields"):
         file = tmp_path / f"copy/machinery/{name}.py"
         file.write_text(file.read_text().replace("never", "at no time") + "\n")
     code = (f"import sys; sys.path[:0] = [{str(tmp_path / 'copy')!r}]\n"
-            "from pathlib import Path\nfrom machinery import checks, frames\n"
+            "from pathlib import Path\nfrom machinery import frames, survey\n"
             "from machinery.config import Recipe\n"
             f"table = frames.frame_table(Path({str(written)!r}), Recipe(primary='image', wrist='wrist'), "
-            f"['image', 'wrist'], True, index_dir={str(index_dir)!r})\nprint(checks.__file__, table.path)")
+            f"['image', 'wrist'], True, index_dir={str(index_dir)!r})\nprint(survey.__file__, table.path)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.split() == [str(tmp_path / "copy/machinery/checks.py"), str(table.path)], done.stderr
+    assert done.stdout.split() == [str(tmp_path / "copy/machinery/survey.py"), str(table.path)], done.stderr
     assert len(list(index_dir.rglob("table.json"))) == 1
 
 
