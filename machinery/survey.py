@@ -62,7 +62,6 @@ KINDS = {  # in the order in which a training prints them
     "wraps": "angles that wrap",
     "quaternion_sign": "quaternions that change their sign",
     "quaternion_length": "quaternions whose length is not one",
-    "quaternion_order": "w is first, or last, against the recipe",
     "rotation_vector": "rotation vectors that change their sign",
     "copies": "actions that equal the state of their frame",
     "delay": "actions that follow the state, or precede it by far",
@@ -123,12 +122,14 @@ def number_findings(sample: Sample, table: FrameTable, normalization: str, actio
     every = signals(sample, table, normalization)
     for signal in every:
         odd, factor = odd_episodes(sample, signal)
-        found += scale_findings(sample, signal, normalization, odd, factor)
-        found += rotation_findings(sample, signal)
+        own = scale_findings(sample, signal, normalization, odd, factor)
+        own += rotation_findings(sample, signal)
+        signal.leave_out(own)
+        found += own
         found += end_findings(sample, signal)
         found += pace_findings(sample, signal, odd.any(1))
-    explained = {dim for finding in found if finding.of == "action" for dim in finding.dims
-                 if finding.kind in ("episode_scale", "outliers", "jitter", "wraps")}
+    explained = {dim for finding in found for dim in finding.dims
+                 if finding.of == "action" and finding.kind not in ("ends", "episode_speed")}
     action, *state = every
     found += jump_findings(sample, state[0] if state else action)
     found += action_findings(sample, action, table, normalization, explained)
@@ -201,7 +202,7 @@ def action_findings(sample: Sample, signal: Signal, table: FrameTable, kind: str
             full = next((n for n in (100, 255, 1000) if high[d] <= n), f"{high[d]:.4g}")
             text = f"is raw, {reach}, and is clipped to -1..1"
             cure = f"divide it in the recipe ('gripper /{full} target raw'), or remove raw"
-        elif not normalized and span < 0.5:
+        elif not normalized and span < 0.51:
             text = f"is raw and {reach}, which is {span * 127.5:.0f} of 256 bins"
             cure = "scale it to 0..1 in the recipe, or remove raw"
         elif not normalized and low[d] < -0.001 and many:
@@ -221,7 +222,7 @@ def action_findings(sample: Sample, signal: Signal, table: FrameTable, kind: str
     found = []
     for (what, severity, cure), entries in reasons.items():
         dims = [d for d, _ in entries]
-        text = f"{signal.name(dims)} {entries[0][1]}"
+        text = f"{signal.name(dims)}: {entries[0][1]}"
         if len(dims) > 1:
             text += f" (dimension {dims[0]})"
         bad = np.zeros(len(signal.values))
@@ -238,8 +239,8 @@ def target_findings(sample: Sample, signal: Signal, table: FrameTable) -> list[F
     dims = np.flatnonzero(~table.targets & ~table.declared & likely)
     if not len(dims):
         return []
-    text = (f"{signal.name(dims)} look like targets (joint angles, a pose), not like changes: past "
-            "the end of an episode, their labels jump to the middle of their range")
+    text = (f"{signal.name(dims)}: like targets (joint angles, a pose), not like changes: past the "
+            "end of an episode, the labels jump to the middle of the range")
     return [sample.finding("target_or_change", "action", dims, np.zeros(len(signal.values)), text,
                            "write `target` after them in the recipe, or `change`")]
 
@@ -250,7 +251,7 @@ def state_findings(stats: Mapping) -> list[Finding]:
     if not len(still):
         return []
     numbers = ", ".join(map(str, still))
-    text = f"state dimensions {numbers} never change: any other value becomes a huge number"
+    text = f"state dimensions {numbers}: never change, so any other value becomes a huge number"
     cure = "leave them out of `state`, or action_normalization: bounds_q99"
     return [Finding("still_state", "high", text, cure, "state", tuple(still.tolist()))]
 

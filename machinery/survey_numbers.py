@@ -135,6 +135,11 @@ class Signal:
             return np.zeros(len(self.values))
         return (np.abs(moves[:, dims]) / self.span[dims]).mean(1)
 
+    def leave_out(self, findings: list[Finding]) -> None:
+        """Dimensions with a finding do not count as motion in the checks that follow."""
+        for finding in findings:
+            self.continuous[list(finding.dims)] = False
+
     def name(self, dims) -> str:
         """dims: ascending numbers -> "action dimensions 0-2, 7"."""
         dims = np.asarray(dims)
@@ -175,15 +180,21 @@ def bounds(stats: Mapping, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def scale_findings(sample: Sample, signal: Signal, kind: str, odd: np.ndarray, factor: float
                    ) -> list[Finding]:
-    """odd, factor: from odd_episodes. Values that take the bins from all others: of a few episodes in another unit, and single
-    outliers; and dimensions that hold noise only, which normalization scales up."""
+    """Values that take the bins from all others: of a few episodes in another unit, and single
+    outliers; and dimensions that hold noise only, which normalization scales up.
+
+    odd, factor: from odd_episodes
+    """
     found = []
     if odd.any():
         dims = np.flatnonzero(odd.any(0))
         bad = odd.any(1)
-        text = (f"{signal.name(dims)} are about {factor:.2g} times as large in "
-                f"{sample.episodes(bad)} as in the rest, in level and in motion: degrees among "
-                "radians, or millimeters among meters?")
+        rest = signal.values[~bad[sample.episode]][:, dims]
+        width = np.subtract(*np.quantile(rest, [0.95, 0.05], axis=0))
+        bins = min(255, (256 * width / np.maximum((signal.high - signal.low)[dims], 1e-30)).min())
+        text = (f"{signal.name(dims)}: values and motion are about {factor:.2g} times as large in "
+                f"{sample.episodes(bad)} as in the rest, whose middle 90% gets {bins:.0f} of 256 "
+                "bins: degrees among radians, or millimeters among meters?")
         cure = "convert these episodes, or leave them out"
         found.append(sample.finding("episode_scale", signal.of, dims, bad[sample.episode], text,
                                     cure))
@@ -236,7 +247,7 @@ def outliers(sample: Sample, signal: Signal, ignored: np.ndarray, kind: str) -> 
     far = np.abs(signal.values - (q05 + q95) / 2) > 3 * width
     few = ~signal.raw & signal.continuous & (width > 0) & (bins < 64)  # a quarter of them
     far &= few & ~ignored
-    few &= far.any(0)
+    few &= far.mean(0) > (0.01 if kind == "bounds_q99" else 0)  # or q99 leaves them out
     # a robot that goes far takes several frames to get there, and stays; an outlier comes and goes
     before = np.roll(far, 1, axis=0) & signal.joined[:, None]
     after = np.roll(far & signal.joined[:, None], -1, axis=0)
@@ -282,7 +293,7 @@ def jitter(sample: Sample, signal: Signal) -> list[Finding]:
     for dims, severity in ((certain, "high"), (likely, "medium")):
         dims = np.flatnonzero(dims)
         if len(dims):
-            text = (f"{signal.name(dims)} hardly move, by {reach[dims].max():.2g} (others by "
+            text = (f"{signal.name(dims)}: hardly any motion, only {reach[dims].max():.2g} (others "
                     f"{typical:.2g}): it is noise, which normalization makes as large as motion")
             cure = f"leave them out of the recipe's {signal.of}, or round them before recording"
             bad = np.zeros(len(signal.values))
@@ -305,6 +316,7 @@ def rotation_findings(sample: Sample, signal: Signal) -> list[Finding]:
     for start, length in starts.items():
         found += quaternion(sample, signal, start, length)
     taken = {start + i for start in starts for i in range(4)}
+    taken |= {dim for finding in found for dim in finding.dims}
     return found + rotation_vector(sample, signal, taken)
 
 
@@ -332,12 +344,12 @@ def wraps(sample: Sample, signal: Signal) -> list[Finding]:
         dims = np.flatnonzero(jumping)
         if len(dims):
             bad = far[:, dims].any(1)
-            text = f"{signal.name(dims)} jumps by about {name} {sample.where(bad)}: it wraps"
+            text = f"{signal.name(dims)}: jumps by about {name} {sample.where(bad)}: it wraps"
             found.append(sample.finding("wraps", signal.of, dims, bad, text, UNWRAP))
         dims = np.flatnonzero(split & signal.continuous)
         if len(dims):
             bad = (place[:, dims] > 0.9).any(1)
-            text = (f"{signal.name(dims)} is at both ends of a turn ({name}) and not between, "
+            text = (f"{signal.name(dims)}: at both ends of a turn ({name}) and not between, "
                     f"{sample.where(bad)} at the upper end: one direction has two values, and goes "
                     "round")
             found.append(sample.finding("wraps", signal.of, dims, bad, text, UNWRAP))
@@ -369,7 +381,7 @@ def find_quaternions(signal: Signal) -> dict[int, np.ndarray]:
 def quaternion(sample: Sample, signal: Signal, start: int, length: np.ndarray) -> list[Finding]:
     """q and -q are one orientation: does a quaternion change between them?"""
     dims = range(start, start + 4)
-    name = f"{signal.name(dims)} (a quaternion)"
+    name = f"{signal.name(dims)}: the quaternion"
     off = np.abs(length - 1) > 0.02
     found = []
     if off.any():
@@ -414,6 +426,8 @@ def rotation_vector(sample: Sample, signal: Signal, taken: set[int]) -> list[Fin
         axis = vector / np.maximum(angle, 1e-9)[:, None]
         unit = np.concatenate([axis * np.sin(half)[:, None], np.cos(half)[:, None]], axis=1)
         turned = np.abs((unit * np.roll(unit, 1, axis=0)).sum(1))
+        if (turned[sample.joined] > 0.9).mean() < 0.8:  # not a motion
+            continue
         step = np.abs(signal.steps[:, start : start + 3])
         size = np.linalg.norm(step, axis=1)
         # one orientation (within 23 degrees), and the opposite vector; not one angle that wraps
@@ -438,5 +452,5 @@ def rotation_vector(sample: Sample, signal: Signal, taken: set[int]) -> list[Fin
     _, start, bad, jumps = best
     dims = range(start, start + 3)
     verb = "jumps to its opposite" if jumps else "has both signs for one orientation"
-    text = f"{signal.name(dims)} (a rotation vector) {verb} near the angle pi, {sample.where(bad)}"
+    text = f"{signal.name(dims)}: the rotation vector {verb} near the angle pi, {sample.where(bad)}"
     return [sample.finding("rotation_vector", signal.of, dims, bad, text, ALIGN)]

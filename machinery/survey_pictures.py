@@ -16,10 +16,10 @@ from PIL import Image
 
 from machinery import oxe
 from machinery.frames import FrameTable
-from machinery.survey_numbers import Finding, Sample, Signal
+from machinery.survey_numbers import Finding, Sample
 
-EPISODES = 256  # whose pictures are decoded
-PICTURES = 6  # of each camera in an episode
+EPISODES = 512  # whose pictures are decoded
+PICTURES = 8  # of each camera in an episode
 COMPARED = 400  # pairs of pictures whose bytes are compared
 SIDE = 16  # pixels of a decoded picture
 
@@ -37,8 +37,8 @@ def picture_findings(table: FrameTable, sample: Sample, moved: np.ndarray) -> li
     shown = {camera: look(table, sample.rows[chosen], camera) for camera in cameras}
     found = []
     for camera in cameras:
-        found += blank(sample, table.cameras[camera], chosen, shown[camera])
-        found += hung(table, sample, camera, moved)
+        empty = blank(sample, table.cameras[camera], chosen, shown[camera])
+        found += empty or hung(table, sample, camera, moved)
     for one, other in combinations(cameras, 2):
         found += equal_cameras(table, sample, one, other, shown[one], shown[other])
     return found
@@ -214,7 +214,7 @@ def twin_findings(table: FrameTable, sample: Sample, held_out: np.ndarray) -> li
         named = ", ".join(f"{sample.numbers[a]} = {sample.numbers[b]}" for a, b in some[:3])
         text = f"{doubled.sum()} of {len(doubled)} episodes are copies of others ({named})"
         if kind == "held_out_seen":
-            text += ", one held out and one trained on: the evaluation is on frames seen in training"
+            text += ", one held out, one trained on: evaluation is on frames seen in training"
         severity = "high" if kind == "held_out_seen" or doubled.mean() > 0.1 else "medium"
         found.append(sample.finding(kind, "episode", (), doubled[sample.episode], text,
                                     "leave the copies out", severity))
@@ -262,7 +262,8 @@ def language_findings(table: FrameTable, sample: Sample, held_out: np.ndarray) -
                                     "put some of their episodes into train", "medium"))
     once = [n for n in known if count[n] == 1]
     if once and np.median(count[known]) >= 5 and len(once) < 0.3 * len(known):
-        text = f"{quoted(texts, once)} in a single episode each, others in {np.median(count[known]):.0f}"
+        usual = np.median(count[known])
+        text = f"{quoted(texts, once)} in a single episode each, others in {usual:.0f}"
         found.append(sample.finding("rare_instruction", "instruction", (), np.isin(number, once),
                                     text, "record more of them, or correct the words", "medium"))
     alike = misspelled(texts, count, known)

@@ -192,12 +192,12 @@ def delay_findings(sample: Sample, action: Signal, state: Signal) -> list[Findin
     name = action.name(dims[sure])
     if best in lags[late] and far_better(curve.max(), curve[~late].max()):
         ahead = -best if places else 1 - best
-        text = (f"{name} follow the state instead of leading it, by {ahead} frames (correlation "
+        text = (f"{name}: behind the state instead of ahead of it, by {ahead} frames (correlation "
                 f"{curve.max():.2f}, {curve[~late].max():.2f} in the right order)")
         cure = f"shift the actions by {ahead} frames before recording"
         return [sample.finding("delay", "action", dims[sure], bad, text, cure)]
     if best > 3 and far_better(curve.max(), curve[lags == 1].max()):
-        text = f"the state follows {name} after {best} frames (correlation {curve.max():.2f})"
+        text = f"{name}: the state follows after {best} frames (correlation {curve.max():.2f})"
         cure = f"predict action_chunk: {2 * best} or more, or shift the actions"
         return [sample.finding("delay", "action", dims[sure], bad, text, cure, "medium")]
     return []
@@ -265,6 +265,6 @@ def copy_findings(sample: Sample, action: Signal, state: Signal) -> list[Finding
     dims = np.flatnonzero((share > 0.99) & ~action.raw)
     if not len(dims):
         return []
-    text = f"{action.name(dims)} equal the state of the same frame: a policy stays put"
+    text = f"{action.name(dims)}: equal to the state of the same frame, so a policy stays put"
     return [sample.finding("copies", "action", dims, np.zeros(len(action.values)), text,
                            "record the commands, or the next frame's state, as the action")]

@@ -13,6 +13,7 @@ from action_tokenizer import normalize
 from machinery import oxe, recipes
 from machinery.config import UserError
 from machinery.frames import DataError, find_dataset, frame_table
+from machinery.survey import survey
 
 GOLDEN = {p.stem: json.loads(p.read_text()) for p in sorted((RLDS / "golden").glob("*.json"))}
 SUPPORTED = [name for name, golden in GOLDEN.items() if "refused" not in golden]
@@ -285,8 +286,7 @@ def test_columns_that_are_not_there_are_named(data_config):
 
 def test_a_dataset_without_the_camera_is_warned_of(data_config):
     mixture = open_mixture(data_config(data_mix="berkeley_gnm_recon"), Tokenizer())
-    (note,) = [note for note in oxe.mixture_notes(mixture.cfg, mixture) if "images are black" in note]
-    assert note.startswith("berkeley_gnm_recon: ")
+    assert survey(mixture.tables[0])[0].kind == "no_camera"
 
 
 def test_a_registered_dataset_that_lacks_a_key_is_named(data_config):

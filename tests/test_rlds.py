@@ -225,7 +225,7 @@ def test_a_word_changed_in_the_code_indexes_nothing_again(written, tmp_path):
         file = tmp_path / f"copy/machinery/{name}.py"
         file.write_text(file.read_text().replace("never", "at no time") + "\n")
     code = (f"import sys; sys.path[:0] = [{str(tmp_path / 'copy')!r}]\n"
-            "from pathlib import Path\nfrom machinery import survey, frames\n"
+            "from pathlib import Path\nfrom machinery import frames, survey\n"
             "from machinery.config import Recipe\n"
             f"table = frames.frame_table(Path({str(written)!r}), Recipe(primary='image', wrist='wrist'), "
             f"['image', 'wrist'], True, index_dir={str(index_dir)!r})\nprint(survey.__file__, table.path)")

@@ -10,7 +10,7 @@ import pytest
 from conftest import RLDS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from robots import ROBOTS, TASKS, Robot, encode
+from robots import ROBOTS, Robot
 
 from machinery import frames, oxe, survey_numbers
 from machinery.config import Recipe
@@ -49,6 +49,21 @@ def kinds(findings: list, severity: str = "high") -> set[str]:
 @given(st.sampled_from(list(ROBOTS)), st.integers(1, 10**6), st.sampled_from(["bounds_q99", "bounds"]))
 def test_sound_robots_of_any_seed(name, seed, kind):
     assert [str(finding) for finding in found(sound(name, seed), normalization=kind)] == []
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=60)
+@given(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 10**6),
+       st.sampled_from(["zeros", "noise", "few", "huge", "one row"]), st.sampled_from(["bounds_q99", "normal"]))
+def test_any_numbers_are_surveyed(dims, lengths, seed, content, kind):
+    """Short episodes, dimensions that never change, a single frame: nothing fails, nothing warns."""
+    draw = np.random.RandomState(seed)
+    make = {"zeros": np.zeros, "noise": lambda shape: draw.randn(*shape), "few": lambda shape: draw.randint(0, 3, shape),
+            "huge": lambda shape: 1e30 * draw.randn(*shape), "one row": lambda shape: np.ones(shape) * draw.randn(shape[1])}
+    robot = Robot([make[content]((length, dims)) for length in lengths], [make["noise"]((length, 3)) for length in lengths],
+                  ["go"] * len(lengths), {"action": "action target" if seed % 2 else "action change"})
+    for finding in found(robot, normalization=kind):
+        assert finding.kind in KINDS and finding.severity in ("high", "medium") and finding.cure
 
 
 @pytest.mark.parametrize("name", ROBOTS)
@@ -383,7 +398,77 @@ def test_actions_at_the_wrong_time(name, frames_, severity):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Actions come back from their tokens
+
+
+DRAW = np.random.RandomState(0)
+N = 3000
+OPEN_OR_CLOSED = DRAW.randint(0, 2, N)
+
+
+def rare(value: float, every_n: int) -> np.ndarray:
+    return np.where(np.arange(N) % every_n == 7, value, 0.0)
+
+
+def ranges(actions: np.ndarray, recipe: dict, kind: str) -> list[str]:
+    episodes = np.split(actions, len(actions) // 50)
+    robot = Robot(episodes, [np.zeros((50, 1))] * len(episodes), ["go"] * len(episodes), recipe)
+    return [str(f) for f in found(robot, normalization=kind, action_chunk=1) if f.kind in ("range", "gripper")]
+
+
+@pytest.mark.parametrize("recipe, kind, column, words", [
+    ({}, "bounds_q99", (0, rare(0.5, 300)), "0..0: .*action_normalization: bounds "),
+    ({}, "bounds_q99", (2, rare(-4.0, 250)), "-4 to 0, .*action_normalization: bounds "),
+    ({}, "normal", (4, DRAW.randn(N)), "'normal' .*3.% .*action_normalization: bounds_q99"),
+    ({}, "normal", (3, DRAW.uniform(-9, 1, N)), "'normal' .*4.% .*action_normalization: bounds_q99"),
+    ({}, "bounds_q99", (6, 255 * OPEN_OR_CLOSED), "is raw, .* 0 to 255.*'gripper /255 tar"),
+    ({}, "bounds_q99", (6, 0.08 * OPEN_OR_CLOSED), "0 to 0.08.* 10 of 256 bins: scale it"),
+    ({}, "bounds_q99", (6, DRAW.uniform(-3, 3, N)), r"is raw, .*-1\.\.1: divide it .*remove raw"),
+    ({}, "bounds_q99", (6, DRAW.uniform(-0.9, 0.8, N)), "is raw .*many values between.*remove raw"),
+    ({}, "bounds", (6, np.ones(N)), r"never changes \(always 1\)"),
+    ({"absolute": 0}, "bounds_q99", (6, np.full(N, -0.3)), r"never changes \(always -0.3\)"),
+    ({"action": "action[:6] target raw, action[6:] raw"}, "bounds_q99", (0, DRAW.uniform(0, 2, N)), "divide"),
+])
+def test_a_dimension_that_does_not_come_back_is_named(recipe, kind, column, words):
+    actions = DRAW.uniform(-0.5, 0.5, (N, 7))
+    actions[:, 6] = OPEN_OR_CLOSED
+    if kind == "normal" or "raw" in recipe.get("action", ""):  # which are fine there
+        actions[:, :6] = np.where(np.arange(N) % 2, 0.5, -0.5)[:, None]
+    where, actions[:, where[0]] = column, column[1]
+    (text,) = ranges(actions, recipe, kind)
+    assert re.match(f"action dimension {where[0]}:? .*{words}", text), text
+
+
+@pytest.mark.parametrize("recipe, column", [
+    ({}, OPEN_OR_CLOSED), ({}, 2 * OPEN_OR_CLOSED - 1), ({"absolute": 0}, 255 * OPEN_OR_CLOSED),
+    ({"action": "action[:6], action[6:] /255 clip invert target raw"}, 255 * OPEN_OR_CLOSED),
+    ({"action": "action[:6], action[6:] *12.5 target raw"}, DRAW.uniform(0, 0.08, N)),
+    ({"action": "action[:6], action[6:] target"}, DRAW.uniform(-3, 3, N)),
+])
+def test_a_dimension_that_comes_back_is_not(recipe, column):
+    actions = np.column_stack([DRAW.uniform(-0.5, 0.5, (N, 6)), column])
+    assert ranges(actions, recipe, "bounds_q99") == []
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What the recipe means
+
+
+def test_steps_to_and_fro_do_not_wrap():
+    steps = list(np.random.RandomState(0).choice([-6.0, 0.0, 6.0], (10, 30, 3)))
+    robot = Robot(steps, [np.zeros((30, 1))] * 10, ["go"] * 10, {"action": "action", "absolute": 0})
+    assert "wraps" not in kinds(found(robot))
+
+
+@pytest.mark.parametrize("ahead, told", [(0, True), (1, False)])
+def test_actions_that_equal_the_state_of_their_frame(ahead, told):
+    """As when an arm is led by hand. A gripper's state may be equal to its command."""
+    way = np.sin(0.2 * np.arange(31)[:, None] + np.random.RandomState(0).uniform(0, 6, (20, 1, 6)))
+    way = np.concatenate([way, way[..., :1] > 0], axis=2)
+    robot = Robot([*way[:, ahead : 30 + ahead]], [*way[:, :30]], ["go"] * 20,
+                  {"action": "action[:6] target, action[6:] target raw"})
+    copies = [f.dims for f in found(robot) if f.kind == "copies"]
+    assert copies == [(0, 1, 2, 3, 4, 5)] * told
 
 
 def test_targets_that_the_recipe_takes_for_changes():
@@ -525,7 +610,7 @@ def test_what_a_training_prints(tmp_path):
         turned("states", 3, 0.3, 0.7, 2 * np.pi, -np.pi)(robot)
         for key in ("actions", "states"):
             setattr(robot, key, [values[:30] for values in getattr(robot, key)[:12]])
-        robot.texts = robot.texts[:12]
+        robot.texts = ["go"] * 12
         robot.cameras = {"image": [np.zeros((30, 16, 16, 3), np.uint8)] * 12}
     table = on_disk(damaged("bimanual", damage), tmp_path, "arm")
     lines = mixture_lines(job({"arm": table}))
