@@ -244,7 +244,8 @@ def main() -> None:
     with exit_with_one_line():
         writer = Writer(Path(sys.argv[1]), json.loads(sys.argv[2]))
     print("ready", flush=True)
-    for message in msgpack.Unpacker(sys.stdin.buffer, max_buffer_size=1 << 30):
+    # raw: a buffered file waits for more
+    for message in msgpack.Unpacker(sys.stdin.buffer.raw, max_buffer_size=1 << 30):
         writer.take(message)
     for place in list(writer.open):
         writer.end(place)
