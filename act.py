@@ -356,7 +356,7 @@ class Policy:
         logits = F.linear(hidden, head.weight[first:stop], bias)
         best = logits.argmax(-1)
         finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
-        return torch.where(finite, best + first, -1)
+        return (best + first + 1) * finite - 1
 
     # ---- The same, faster -----------------------------------------------------------------------
 

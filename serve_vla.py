@@ -377,7 +377,7 @@ def serve(
     act_on_black(policy)
     batcher.start()
     # the model waits this long for Python when other threads are busy: for each of its operations
-    sys.setswitchinterval(1e-4)
+    sys.setswitchinterval(1e-5)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -20,8 +20,10 @@ from machinery import wire
 from machinery.config import UserError
 from machinery.frames import end_with_parent
 
-BIG_BODY = 1 << 20  # bytes; longer requests, and those with larger pictures, go to the slow reader
-BIG_PICTURE = 1 << 20  # pixels
+LANES = (  # most bytes of a request and pixels of a picture, and the reader's niceness
+    (1 << 18, 1 << 19, 0),
+    (1 << 20, 1 << 21, 5),
+    (4 * wire.MAX_BODY, wire.MAX_PIXELS, 15))
 
 
 class Reader:
@@ -58,23 +60,24 @@ class Reader:
 
 
 class Readers:
-    """A quick reader for usual requests, and a slow one that leaves the processor to the others."""
+    """A reader for each of LANES: costly requests do not delay others."""
 
     def __init__(self, policy: Policy, keep_views: bool):
-        self.quick = Reader(policy, keep_views, BIG_PICTURE, 0)
-        self.slow = Reader(policy, keep_views, wire.MAX_PIXELS, 15)
+        self.lanes = []
+        for most_bytes, most_pixels, nice in LANES:
+            self.lanes.append((most_bytes, Reader(policy, keep_views, most_pixels, nice)))
 
     def start(self) -> None:
-        self.quick.start()
-        self.slow.start()
+        for _, reader in self.lanes:
+            reader.start()
 
     async def read(self, parse: str, body: bytes | str) -> wire.Query:
-        if len(body) <= BIG_BODY:
-            try:
-                return await self.quick.read(parse, body)
-            except wire.Costly:
-                pass
-        return await self.slow.read(parse, body)
+        """Run one of wire's functions. Raises UserError."""
+        for most_bytes, reader in self.lanes:
+            if len(body) <= most_bytes:
+                with contextlib.suppress(wire.Costly):
+                    return await reader.read(parse, body)
+        raise wire.RequestError(f"more than {wire.MAX_BODY} bytes")
 
 
 def read_requests(

@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -138,17 +139,20 @@ class Dataset:
             raise UserError(f"--record {folder}: another server records there") from error
         self.sizes = []  # bytes of each episode
         described = self.folder / "features.json"
-        before = described.read_text() if described.exists() else None
-        self.features.save_config(self.folder)
-        if before is None:
+        if not described.exists():
             self.describe()
-        elif json.loads(before) != json.loads(described.read_text()):
-            described.write_text(before)
-            raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
-                            "states or actions: choose another folder")
-        else:
-            info = json.loads((self.folder / "dataset_info.json").read_text())
-            self.sizes = [0] * len(info["splits"][0]["shardLengths"])
+            self.features.save_config(self.folder)
+            return
+        with tempfile.TemporaryDirectory() as own:
+            self.features.save_config(own)
+            if json.loads((Path(own) / described.name).read_text()) != json.loads(
+                    described.read_text()):
+                raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
+                                "states or actions: choose another folder")
+        info = json.loads((self.folder / "dataset_info.json").read_text())
+        split = info["splits"][0]
+        self.sizes = [int(split["numBytes"])] + [0] * len(split["shardLengths"])
+        self.sizes.pop()  # only their sum and their number are known
 
     def describe(self) -> None:
         """Write dataset_info.json: an episode counts from now on."""
@@ -240,7 +244,8 @@ def main() -> None:
     with exit_with_one_line():
         writer = Writer(Path(sys.argv[1]), json.loads(sys.argv[2]))
     print("ready", flush=True)
-    for message in msgpack.Unpacker(sys.stdin.buffer, max_buffer_size=1 << 30):
+    # raw: a buffered file waits for more
+    for message in msgpack.Unpacker(sys.stdin.buffer.raw, max_buffer_size=1 << 30):
         writer.take(message)
     for place in list(writer.open):
         writer.end(place)

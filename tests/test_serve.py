@@ -44,13 +44,16 @@ class Client:
         return reply.status, json.loads(data)
 
 
+def serve_command(run, port=0) -> list:
+    return [sys.executable, ROOT / "serve_vla.py", "--checkpoint", run, "--device", "cpu", "--port", str(port)]
+
+
 @contextmanager
-def serving(run, directory, port=0):
+def serving(run, directory, port=0, options=()):
     """Start serve_vla.py as a user does -> (process, port, path of its log); stop it with Ctrl-C."""
     log = directory / "server.log"
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, ROOT / "serve_vla.py", "--checkpoint", run, "--device",
-                                    "cpu", "--port", str(port)], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*serve_command(run, port), *options], stdout=out, stderr=subprocess.STDOUT)
     try:
         while not (found := re.search(r"serving http://127\.0\.0\.1:(\d+) model ", log.read_text())):
             assert process.poll() is None, log.read_text()
