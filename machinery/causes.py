@@ -242,6 +242,8 @@ def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[
     for d in bad:
         center = own[:, d] - own[:, d].mean()
         slope = float(center @ (given[:, d] - given[:, d].mean()) / max(center @ center, 1e-12))
+        if np.ptp(own[:, d]) < 1e-6:  # a dimension that never moves
+            slope = float(given[:, d].mean() / (own[:, d].mean() or 1.0))
         error = np.abs(given[:, d] - given[:, d].mean() - slope * center).mean()
         explained = error < 0.1 * np.abs(given[:, d] - given[:, d].mean()).mean() + 1e-9
         what, cure = "are those of another model", "serve this checkpoint"

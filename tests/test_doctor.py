@@ -1,5 +1,6 @@
 """doctor.py: it ranks corrupted episodes first and names the mistake; its page holds all, and only, the data."""
 
+import io
 import json
 import re
 import runpy
@@ -11,17 +12,19 @@ import torch
 from conftest import ROOT, TINY, open_mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from robots import ROBOTS
 
 import doctor
-from machinery import examine, peers, report
+from machinery import causes, examine, peers, report
 from machinery.config import Recipe, TrainConfig
-from machinery.frames import frame_table
+from machinery.frames import FrameTable, frame_table
+from machinery.images import decode_native
 from machinery.inspect_data import Subject
 
 BENCH = runpy.run_path(str(ROOT / "bench/bad_demonstrations.py"))
 READINGS = {"pictures": "pictures do not match", "text": "fits the instruction", "mirrored": "pictures mirrored",
-            "shifted": "frames", "sign": "turned round", "noise": "noisy"}
+            "shifted": "actions of", "sign": "turned round", "noise": "noisy"}
 
 pytestmark = pytest.mark.usefixtures("index_here")
 
@@ -133,6 +136,103 @@ def test_one_bad_episode_of_another_robot_is_the_worst(name, kind):
         elif kind == "pictures":
             shots[bad] = shots[other][np.linspace(0, len(shots[other]) - 1, len(shots[bad])).astype(int)]
     assert bad in [verdict.episode for verdict in ranked(robot)[:3]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A policy and what it sees
+
+
+class Seen(FrameTable):
+    """Requests with the held-out frames of a dataset, prepared wrongly, and answers to them."""
+
+    def __init__(self, table, policy, rows, see=np.asarray, read=str, answer=np.asarray):
+        views = [np.ascontiguousarray(see(decode_native(table.read_image(int(row), 0)))) for row in rows]
+        self.files = [encode(view, "png") for view in views]
+        texts = [read(table.instructions[number]) for number in table.frames["instruction"][rows]]
+        self.instructions = sorted(set(texts))
+        self.cameras = policy.cfg.cameras
+        self.frames = table.frames[rows].copy()
+        self.frames["instruction"] = [self.instructions.index(text) for text in texts]
+        self.frames["action"] = answer(policy.predict_action([[view] for view in views], texts, "metaworld_demo"))
+        self.episodes = np.array([(0, 0, 0, 0, len(rows), True)], table.episodes.dtype)
+
+    def read_image(self, row, camera):
+        return self.files[row]
+
+
+def encode(image, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """An untrained policy, its data, and what it sees with a fault -> causes."""
+    policy = tiny_policy()
+    train, held_out = examine.open_data(policy, "metaworld_demo", ROOT / "datasets/metaworld_demo",
+                                        str(tmp_path_factory.mktemp("index")))
+    policy.norm_stats = dict(train.statistics)
+    rows = held_out.rows(np.zeros(60, int), np.arange(0, 480, 8))
+
+    def ask(**fault) -> list:
+        return causes.find_causes(policy, train, held_out, Seen(train.tables[0], policy, rows, **fault))
+
+    return ask
+
+
+FAULTS = {  # {fault: (arguments of Seen, words of the first cause)}
+    "sound": ({}, None),
+    "flipped": ({"see": lambda x: x[::-1]}, "upside down.*image[::-1]"),
+    "bgr": ({"see": lambda x: x[..., ::-1]}, "red and blue.*RGB"),
+    "black": ({"see": np.zeros_like}, "black.*camera"),
+    "capitals": ({"read": str.upper}, "capitals.*Push and close"),
+    "other words": ({"read": lambda text: "do it"}, "not in the training data"),
+    "sign": ({"answer": lambda x: x * [1, 1, 1, -1]}, r"action\[3\] have the other sign"),
+    "scale": ({"answer": lambda x: x * 0.03}, "0.03 times.*statistics"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_first(asked, fault):
+    arguments, words = FAULTS[fault]
+    found = [cause for cause in asked(**arguments) if cause.kind != "model"]
+    if words is None:
+        assert found == []
+    else:
+        words = words.replace("[::-1]", r"\[::-1\]")
+        assert re.search(words, f"{found[0].text}: {found[0].cure}"), found
+
+
+def test_a_policy_without_learning_is_named(asked):
+    assert [cause.kind for cause in asked()] == ["model"]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda x: np.rad2deg(x), "degrees"), (lambda x: x[:, [0, 2, 1, 3]], "order"),
+    (lambda x: np.repeat(x[:1], len(x), 0), "frozen"), (lambda x: x * 1000, "millimeters"),
+    (lambda x: x + np.array([0, 0, 0.9, 0]), "offset"), (lambda x: x, None)])
+def test_states_that_training_did_not_see(damage, words):
+    draw = np.random.default_rng(0)
+    trained, seen = draw.uniform([-0.5, 0.3, 0.1, 0], [0.5, 0.8, 0.2, 1], (2, 200, 4))
+    found = causes.state_causes(trained, damage(seen), ["x", "y", "z", "gripper"])
+    assert bool(found) == bool(words) and all(words in cause.text for cause in found)
+
+
+def test_the_program_examines_recorded_requests(monkeypatch, capsys, tmp_path):
+    """With a folder as serve_vla.py --record writes it."""
+    robot = ROBOTS["changes"](seed=1, episodes=3).draw_pictures(("primary",))
+    robot.texts = ["Reach a goal position"] * 3
+    for part in range(3):
+        robot.actions[part] = robot.actions[part][:, :4]
+    robot.write(tmp_path, "seen")
+    policy = tiny_policy()
+    monkeypatch.setattr(examine, "open_policy", lambda checkpoint: policy)
+    policy.norm_stats = examine.open_data(policy, "metaworld_demo", None, str(tmp_path))[0].statistics
+    printed = run(monkeypatch, capsys, tmp_path / "run", "--seen", tmp_path / "seen", "--index_dir", tmp_path,
+                  "--out", tmp_path / "page.html")
+    assert "cause pictures" in printed and "unlike training's" in printed
+    assert len(facts_of((tmp_path / "page.html").read_text())["findings"]) == printed.count("\ncause ")
 
 
 # ------------------------------------------------------------------------------------------------------------
