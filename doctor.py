@@ -1,0 +1,252 @@
+"""Examine a dataset, or a policy: what is wrong with it?
+
+    python doctor.py datasets/my_robot                                    terminal and report.html
+    python doctor.py datasets/my_robot --config my_robot.yaml             by the recipe in this YAML
+    python doctor.py datasets/my_robot --checkpoint runs/my_robot+n1+b32+x7
+                                                   the episodes as its trained policy sees them
+    python doctor.py runs/my_robot+n1+b32+x7 --seen seen                 why the policy fails
+
+Of a dataset it prints the survey's findings, as `data.py --inspect` does, then the episodes that do
+not fit the others of their instruction (machinery/peers.py), in two lists: *wrong* ones, which
+another reading explains (mirrored pictures, another instruction, shifted actions, a turned sign,
+noise), and *hard* ones: rare, but they may be right. report.html, beside the dataset, shows all
+this and plays the worst episodes. report.json has the numbers of every episode.
+
+Of a policy it prints why it may fail, the likeliest cause first, each with its cure: it compares
+what training saw with the requests in a folder of `serve_vla.py --record` (machinery/causes.py).
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from machinery.config import Recipe, UserError, exit_with_one_line
+from machinery.convention import dimension_names
+from machinery.frames import FrameTable, find_dataset, frame_table
+from machinery.guess import state_fields
+from machinery.inspect_data import Subject, as_yaml, find_subjects
+from machinery.peers import (
+    Verdict,
+    choose_rows,
+    examine,
+    gather,
+    judge,
+    leave_out,
+    shrink,
+    write_numbers,
+)
+from machinery.report import page_facts, write_causes, write_page
+from machinery.rlds import step_features
+from machinery.survey import Finding, survey
+
+FRAMES = 12  # per episode, to compare it with others; fewer if it has ALL_FRAMES
+ALL_FRAMES = 40_000
+LISTED = 10  # episodes in each list
+PLAYED = 12  # episodes on the page
+
+
+# ---- Which demonstrations are bad ----------------------------------------------------------------
+
+
+def open_subject(subject: Subject, index_dir: str | None) -> tuple[Subject, FrameTable]:
+    """The dataset with its state, which pictures are compared with even if no policy needs it."""
+    if subject.recipe.state == "0":
+        features = step_features(subject.directory)
+        steps = {name: feature for name, feature in features.items() if feature.of_step}
+        subject = replace(subject, recipe=replace(subject.recipe, state=state_fields(steps)))
+    return subject, subject.table(index_dir, skip_bad_episodes=True)
+
+
+def rank(subject: Subject, table: FrameTable, policy=None
+         ) -> tuple[list[Verdict], dict[int, float]]:
+    """All episodes with an instruction, the worst first, and the policy's loss of each."""
+    labeled = int(table.episodes["labeled"].sum())
+    per_episode = int(np.clip(ALL_FRAMES // max(labeled, 1), 4, FRAMES))
+    rows = choose_rows(table, per_episode)
+    stats = table.statistics["action"]
+    losses = {}
+    if policy:
+        from machinery.examine import open_mixture, see  # here: importing PyTorch takes seconds
+
+        mixture = open_mixture(policy, subject.name, subject.recipe, table)
+        stats = mixture.statistics[subject.name]["action"]
+        seen, mirrored, loss = see(policy, mixture, rows)
+        number = table.episode_of(rows)
+        losses = {int(n): float(loss[number == n].mean()) for n in np.unique(number)}
+    else:
+        seen, mirrored = shrink(table, rows)
+    frames = gather(table, rows, seen, mirrored, stats, subject.kind)
+    return judge(frames, examine(frames)), losses
+
+
+def because(reading: str, table: FrameTable, actions: list[str]) -> str:
+    """A verdict's reading in words."""
+    word, _, number = reading.partition(" ")
+    match word:
+        case "text":
+            return f"fits the instruction {table.instructions[int(number)]!r}"
+        case "mirrored":
+            return "fits with its pictures mirrored"
+        case "shift":
+            return f"fits with the actions of {int(number):+d} frames"
+        case "sign":
+            return f"fits with {actions[int(number)]} turned round"
+        case "pictures":
+            return "its pictures do not match its state: of another episode, or a rare place"
+        case "noise":
+            return "its actions are noisy"
+    return "no other reading fits better: rare, or wrong in another way"
+
+
+# ---- What is printed and written -----------------------------------------------------------------
+
+
+def episode_lists(verdicts: list[Verdict], losses: dict[int, float], table: FrameTable,
+                  actions: list[str]) -> list[dict]:
+    """The two lists, printed and on the page."""
+    notes = {"wrong": "Another reading of these episodes fits the others of their instruction "
+                      "better than the recorded one: look at them, and leave out what is wrong.",
+             "hard": "The others of their instruction do not predict these episodes, and no other "
+                     "reading fits better: they may be rare and right."}
+    lists = []
+    for kind, note in notes.items():
+        rows = []
+        for verdict in [verdict for verdict in verdicts if verdict.kind == kind][:LISTED]:
+            first = int(table.first_frames[verdict.episode])
+            text = table.instructions[table.frames["instruction"][first]]
+            why = because(verdict.reading, table, actions)
+            loss = losses.get(verdict.episode)
+            numbers = [verdict.score, verdict.lack, *([] if loss is None else [loss])]
+            rows.append({"episode": verdict.episode,
+                         "cells": [str(verdict.episode), why, text, *map(float, numbers)]})
+            line = f"{kind} episode {verdict.episode} score {verdict.score:.2f}"
+            line += "" if loss is None else f" loss {loss:.2f}"
+            print(f"{line} {text!r}: {why}")
+        columns = ["episode", "why", "instruction", "score", "nats", *(["loss"] if losses else [])]
+        lists.append({"title": f"{kind.capitalize()} episodes", "note": note, "columns": columns,
+                      "rows": rows})
+    return lists
+
+
+def choose_shown(table: FrameTable, findings: list[Finding], lists: list[dict],
+                 actions: list[str]) -> dict[int, str]:
+    """{episode: why}: those that the page plays. The first is an ordinary one."""
+    shown = {}
+    for entry in lists:
+        for row in entry["rows"][: PLAYED // 3]:
+            shown[row["episode"]] = row["cells"][1]
+    for finding in findings:
+        for number in finding.episodes[:1]:
+            shown.setdefault(int(number), finding.kind)
+    chosen = dict(list(shown.items())[: PLAYED - 2])
+    usable = np.flatnonzero(table.episodes["count"] > 1)
+    ordinary = [int(number) for number in usable if int(number) not in shown]
+    first = {number: "" for number in ordinary[:: max(len(ordinary) - 1, 1)][:2]}
+    return first | chosen
+
+
+def examine_dataset(subject: Subject, policy, args: argparse.Namespace) -> None:
+    """Print and write everything about one dataset."""
+    subject, table = open_subject(subject, args.index_dir)
+    out = args.out or table.directory / "report.html"
+    try:
+        out.open("ab").close()  # fail before minutes of work
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}: name another file with --out") from error
+    labels = dimension_names(subject.recipe, table.features)
+    print(f"dataset {subject.name} directory {subject.directory} recipe {subject.source} episodes "
+          f"{len(table.episodes)} frames {len(table.frames)}")
+    findings = survey(table, subject.kind)
+    for finding in findings:
+        print(f"warning: {finding}")
+    verdicts, losses = rank(subject, table, policy)
+    lists = episode_lists(verdicts, losses, table, labels[0])
+    shown = choose_shown(table, findings, lists, labels[0])
+    facts = page_facts(table, subject.name, subject.kind, labels, findings, lists, shown)
+    write_page(out, {**facts, "recipe": as_yaml(subject), "recipe_note": subject.source})
+    write_numbers(out.with_suffix(".json"), table, verdicts, losses)
+    if args.leave_out:
+        path = leave_out(table, verdicts[: args.leave_out], args.index_dir)
+        print(f"left_out {args.leave_out} in {path}: train with skip_bad_episodes: true, or remove "
+              "that file to use them again")
+    print(f"report {out}")
+
+
+# ---- Why a policy fails --------------------------------------------------------------------------
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether there is a dataset, or a folder of some."""
+    return any(any(path.glob(f"{level}features.json")) for level in ("", "*/", "*/*/"))
+
+
+def seen_table(directory: Path, cfg, index_dir: str | None) -> FrameTable:
+    """The requests in a folder of serve_vla.py --record, as they were sent."""
+    own = [camera for camera in cfg.cameras if camera not in ("primary", "secondary", "wrist")]
+    keys = {camera: camera for camera in cfg.cameras if camera not in own}
+    recipe = Recipe(**keys, cameras=dict(zip(own, own, strict=True)), action="action target",
+                    state="state" if cfg.use_proprio else "0")
+    folder = find_dataset(directory.parent, directory.name)
+    return frame_table(folder, recipe, cfg.cameras, cfg.use_proprio, index_dir=index_dir)
+
+
+def examine_policy(args: argparse.Namespace) -> None:
+    """Print and write why a policy may fail."""
+    from machinery.causes import find_causes
+    from machinery.examine import open_data, open_policy
+
+    policy = open_policy(str(args.what))
+    name = policy.dataset_name(args.data_mix)
+    train, held_out = open_data(policy, name, args.dataset, args.index_dir)
+    seen = seen_table(args.seen, policy.cfg, args.index_dir) if args.seen else None
+    print(f"policy {args.what} dataset {train.tables[0].directory}")
+    causes = find_causes(policy, train, held_out, seen)
+    for cause in causes:
+        print(f"cause {cause.kind} evidence {cause.evidence:.2f} {cause.text}: {cause.cure}")
+    examined = "its loss on its own frames"
+    examined += ", pictures, words, states, and answers of the requests" if seen else ""
+    print(f"causes {len(causes)} examined: {examined}")
+    out = args.out or Path("report.html")
+    write_causes(out, str(args.what), examined, causes)
+    print(f"report {out}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", type=Path, help="a dataset, a folder of many, or a policy")
+    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
+    parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
+    parser.add_argument("--checkpoint", help="a policy trained on it: a run or checkpoint")
+    parser.add_argument("--index_dir", metavar="DIR",
+                        help="folder for frame tables (default: with the dataset)")
+    parser.add_argument("--leave_out", type=int, default=0, metavar="N",
+                        help="list the N worst episodes as bad, for skip_bad_episodes: true")
+    parser.add_argument("--seen", type=Path, metavar="DIR", help="a policy's recorded requests")
+    parser.add_argument("--dataset", type=Path, metavar="DIR",
+                        help="a policy's training data (default: by its config)")
+    parser.add_argument("--out", type=Path, help="default: report.html in the dataset's folder")
+    args = parser.parse_args()
+    with exit_with_one_line():
+        if args.seen or not is_dataset(args.what):
+            return examine_policy(args)
+        subjects = find_subjects(args.what, args.data_mix, args.config)
+        policy = None
+        if args.checkpoint:
+            from machinery.examine import open_policy
+
+            policy = open_policy(args.checkpoint)
+            if not args.config:  # by the recipe of its training
+                subjects = [replace(subject, recipe=policy.cfg.datasets.get(subject.name,
+                                    subject.recipe), source=args.checkpoint,
+                                    kind=policy.cfg.action_normalization) for subject in subjects]
+        if args.out and len(subjects) > 1:
+            raise UserError(f"--out {args.out}: there are {len(subjects)} datasets: add --data_mix")
+        for subject in subjects:
+            examine_dataset(subject, policy, args)
+
+
+if __name__ == "__main__":
+    main()

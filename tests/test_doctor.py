@@ -1,0 +1,310 @@
+"""doctor.py: it ranks corrupted episodes first and names the mistake; its page holds all, and only, the data."""
+
+import io
+import json
+import re
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, open_mixture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from robots import ROBOTS
+
+import doctor
+from machinery import causes, examine, peers, report
+from machinery.config import Recipe, TrainConfig
+from machinery.frames import FrameTable, frame_table
+from machinery.images import decode_native
+from machinery.inspect_data import Subject
+
+BENCH = runpy.run_path(str(ROOT / "bench/bad_demonstrations.py"))
+READINGS = {"pictures": "pictures do not match", "text": "fits the instruction", "mirrored": "pictures mirrored",
+            "shifted": "actions of", "sign": "turned round", "noise": "noisy"}
+
+pytestmark = pytest.mark.usefixtures("index_here")
+
+
+@pytest.fixture(scope="module")
+def corrupted(tmp_path_factory):
+    """The demo's dataset with one episode of each kind corrupted -> (its directory, {episode: kind})."""
+    folder = tmp_path_factory.mktemp("corrupted")
+    source = ROOT / "datasets/metaworld_demo/1.0.0"
+    kinds = BENCH["write_corrupted"](source, folder, "metaworld_demo", 0.05, 0)
+    return folder / "metaworld_demo", kinds
+
+
+def run(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *map(str, arguments)])
+    doctor.main()
+    return capsys.readouterr().out
+
+
+def facts_of(page: str) -> dict:
+    return json.loads(re.search(r'id="facts">(.*?)</script>', page, re.DOTALL)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def test_the_corrupted_episodes_are_the_worst_and_named(corrupted, monkeypatch, capsys, tmp_path):
+    directory, kinds = corrupted
+    printed = run(monkeypatch, capsys, directory, "--config", ROOT / "configs/demo.yaml",
+                  "--out", tmp_path / "report.html")
+    lines = re.findall(r"^wrong episode (\d+) .*?: (.*)$", printed, re.MULTILINE)
+    worst = {int(number): why for number, why in lines[:6]}
+    assert worst.keys() == kinds.keys()
+    for number, kind in kinds.items():
+        assert READINGS[kind] in worst[number], kind
+    numbers = json.loads((tmp_path / "report.json").read_text())["episodes"]
+    assert len(numbers) == 144 and {entry["episode"] for entry in numbers[:6]} == kinds.keys()
+    assert all(entry["record"] == entry["episode"] for entry in numbers[:6])  # of the only training shard
+
+    page = (tmp_path / "report.html").read_text()
+    facts = facts_of(page)
+    assert len(page) < 10 << 20
+    assert set(re.findall(r"https?://[^\"]*", page)) == {"http://www.w3.org/2000/svg"}  # nothing is fetched
+    assert not re.search(r"@import|url\(|fetch\(|<link|(src|href)=", page)
+    assert {"120", "24", "2,958"} <= {value for _, value in facts["tiles"]}
+    assert len(facts["dims"]) == 8 and all(sum(dim["counts"]) == 2958 for dim in facts["dims"])
+    played = {episode["number"]: episode for episode in facts["episodes"]}
+    first = played[int(lines[0][0])]
+    assert len(first["pictures"]["image"]) == first["count"] and len(first["action"]) == first["count"]
+    assert [row["cells"][0] for row in facts["lists"][0]["rows"][:6]] == [number for number, _ in lines[:6]]
+
+
+def test_with_a_policy_it_sees_with_its_eyes_and_reports_its_loss(corrupted, random_policy, monkeypatch, capsys,
+                                                                  tmp_path):
+    """The policy has random weights: its eyes are enough to find most of them."""
+    directory, kinds = corrupted
+    monkeypatch.setattr(examine, "open_policy", lambda checkpoint: random_policy)
+    printed = run(monkeypatch, capsys, directory, "--checkpoint", "a run", "--out", tmp_path / "report.html")
+    numbers = json.loads((tmp_path / "report.json").read_text())["episodes"]
+    worst = {entry["episode"] for entry in numbers[:8]}
+    assert len(worst & kinds.keys()) >= 5
+    assert all(entry["loss"] == pytest.approx(np.log(256), abs=1) for entry in numbers)
+    assert " loss " in printed and "loss" in facts_of((tmp_path / "report.html").read_text())["lists"][0]["columns"]
+
+
+def test_the_worst_are_left_out(corrupted, monkeypatch, capsys, tmp_path):
+    directory, kinds = corrupted
+    printed = run(monkeypatch, capsys, directory, "--config", ROOT / "configs/demo.yaml", "--leave_out", 6,
+                  "--index_dir", tmp_path / "index", "--out", tmp_path / "report.html")
+    assert "skip_bad_episodes: true" in printed
+    table = frame_table(directory / "1.0.0", Recipe(primary="image"), ["image"], False,
+                        index_dir=str(tmp_path / "index"), skip_bad_episodes=True)
+    assert len(table.episodes) == 144 - 6
+    records = table.episodes["record"][table.episodes["split"] == 0]
+    assert not set(records.tolist()) & kinds.keys()
+
+
+def test_another_width_and_a_folder_that_cannot_be_written(corrupted, random_policy, monkeypatch, capsys, tmp_path):
+    directory, _ = corrupted
+    with pytest.raises(SystemExit, match="--out"):
+        run(monkeypatch, capsys, directory, "--out", tmp_path / "missing" / "report.html")
+    random_policy.cfg.action_dim = 7
+    monkeypatch.setattr(examine, "open_policy", lambda checkpoint: random_policy)
+    with pytest.raises(SystemExit, match="4 dimensions, the policy's 7"):
+        run(monkeypatch, capsys, directory, "--checkpoint", "a run", "--out", tmp_path / "report.html")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Other robots
+
+
+def ranked(robot) -> list:
+    table = robot.table()
+    subject = Subject("robot", table.directory, robot.own_recipe, "test")
+    return doctor.rank(subject, table)[0]
+
+
+@pytest.mark.parametrize("name, kind", [("bimanual", "mirrored"), ("changes", "pictures"),
+                                        ("mobile_base", "shifted")])
+def test_one_bad_episode_of_another_robot_is_the_worst(name, kind):
+    robot = ROBOTS[name](seed=1).draw_pictures()
+    bad, other = 7, 22
+    if kind == "shifted":
+        robot.actions[bad] = np.roll(robot.actions[bad], 5, axis=0)
+    for shots in robot.cameras.values():
+        if kind == "mirrored":
+            shots[bad] = shots[bad][:, :, ::-1]
+        elif kind == "pictures":
+            shots[bad] = shots[other][np.linspace(0, len(shots[other]) - 1, len(shots[bad])).astype(int)]
+    assert bad in [verdict.episode for verdict in ranked(robot)[:3]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A policy and what it sees
+
+
+class Seen(FrameTable):
+    """Requests with the held-out frames of a dataset, prepared wrongly, and answers to them."""
+
+    def __init__(self, table, policy, rows, see=np.asarray, read=str, answer=np.asarray):
+        views = [np.ascontiguousarray(see(decode_native(table.read_image(int(row), 0)))) for row in rows]
+        self.files = [encode(view, "png") for view in views]
+        texts = [read(table.instructions[number]) for number in table.frames["instruction"][rows]]
+        self.instructions = sorted(set(texts))
+        self.cameras = policy.cfg.cameras
+        self.frames = table.frames[rows].copy()
+        self.frames["instruction"] = [self.instructions.index(text) for text in texts]
+        self.frames["action"] = answer(policy.predict_action([[view] for view in views], texts, "metaworld_demo"))
+        self.episodes = np.array([(0, 0, 0, 0, len(rows), True)], table.episodes.dtype)
+
+    def read_image(self, row, camera):
+        return self.files[row]
+
+
+def encode(image, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """An untrained policy, its data, and what it sees with a fault -> causes."""
+    policy = tiny_policy()
+    train, held_out = examine.open_data(policy, "metaworld_demo", ROOT / "datasets/metaworld_demo",
+                                        str(tmp_path_factory.mktemp("index")))
+    policy.norm_stats = dict(train.statistics)
+    rows = held_out.rows(np.zeros(60, int), np.arange(0, 480, 8))
+
+    def ask(**fault) -> list:
+        return causes.find_causes(policy, train, held_out, Seen(train.tables[0], policy, rows, **fault))
+
+    return ask
+
+
+FAULTS = {  # {fault: (arguments of Seen, words of the first cause)}
+    "sound": ({}, None),
+    "flipped": ({"see": lambda x: x[::-1]}, "upside down.*image[::-1]"),
+    "bgr": ({"see": lambda x: x[..., ::-1]}, "red and blue.*RGB"),
+    "black": ({"see": np.zeros_like}, "black.*camera"),
+    "capitals": ({"read": str.upper}, "capitals.*Push and close"),
+    "other words": ({"read": lambda text: "do it"}, "not in the training data"),
+    "sign": ({"answer": lambda x: x * [1, 1, 1, -1]}, r"action\[3\] have the other sign"),
+    "scale": ({"answer": lambda x: x * 0.03}, "0.03 times.*statistics"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_first(asked, fault):
+    arguments, words = FAULTS[fault]
+    found = [cause for cause in asked(**arguments) if cause.kind != "model"]
+    if words is None:
+        assert found == []
+    else:
+        words = words.replace("[::-1]", r"\[::-1\]")
+        assert re.search(words, f"{found[0].text}: {found[0].cure}"), found
+
+
+def test_a_policy_without_learning_is_named(asked):
+    assert [cause.kind for cause in asked()] == ["model"]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda x: np.rad2deg(x), "degrees"), (lambda x: x[:, [0, 2, 1, 3]], "order"),
+    (lambda x: np.repeat(x[:1], len(x), 0), "frozen"), (lambda x: x * 1000, "millimeters"),
+    (lambda x: x + np.array([0, 0, 0.9, 0]), "offset"), (lambda x: x, None)])
+def test_states_that_training_did_not_see(damage, words):
+    draw = np.random.default_rng(0)
+    trained, seen = draw.uniform([-0.5, 0.3, 0.1, 0], [0.5, 0.8, 0.2, 1], (2, 200, 4))
+    found = causes.state_causes(trained, damage(seen), ["x", "y", "z", "gripper"])
+    assert bool(found) == bool(words) and all(words in cause.text for cause in found)
+
+
+def test_the_program_examines_recorded_requests(monkeypatch, capsys, tmp_path):
+    """With a folder as serve_vla.py --record writes it."""
+    robot = ROBOTS["changes"](seed=1, episodes=3).draw_pictures(("primary",))
+    robot.texts = ["Reach a goal position"] * 3
+    for part in range(3):
+        robot.actions[part] = robot.actions[part][:, :4]
+    robot.write(tmp_path, "seen")
+    policy = tiny_policy()
+    monkeypatch.setattr(examine, "open_policy", lambda checkpoint: policy)
+    policy.norm_stats = examine.open_data(policy, "metaworld_demo", None, str(tmp_path))[0].statistics
+    printed = run(monkeypatch, capsys, tmp_path / "run", "--seen", tmp_path / "seen", "--index_dir", tmp_path,
+                  "--out", tmp_path / "page.html")
+    assert "cause pictures" in printed and "unlike training's" in printed
+    assert len(facts_of((tmp_path / "page.html").read_text())["findings"]) == printed.count("\ncause ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.integers(2, 6), st.integers(1, 3))
+def test_an_episode_is_predicted_as_if_it_had_never_been_seen(seed, episodes, width):
+    draw = np.random.default_rng(seed)
+    episode = np.repeat(np.arange(episodes), 5)
+    seen = draw.standard_normal((len(episode), 4))
+    known = draw.standard_normal((len(episode), width))
+    every = peers.Peers(seen, known, episode)
+    predicted = every.predict(seen, episode)
+    for number in range(episodes):
+        rest = episode != number
+        kernel = every.kernel(seen)[np.ix_(rest, rest)] + peers.RIDGE * np.eye(rest.sum())
+        weights = np.linalg.solve(kernel, known[rest] - every.mean)
+        expected = every.kernel(seen)[~rest][:, rest] @ weights + every.mean
+        np.testing.assert_allclose(predicted[~rest], expected, atol=1e-8)
+
+
+@pytest.fixture
+def random_policy():
+    """An untrained policy for the demo's dataset."""
+    return tiny_policy()
+
+
+def tiny_policy(**changes):
+    from act import Policy
+    from action_tokenizer import load_tokenizer
+    from model import VLA
+
+    torch.manual_seed(0)
+    cfg = TrainConfig(**{**TINY, "action_dim": 4, "proprio_dim": 4, **changes})
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
+    return Policy(VLA(cfg, tokenizer).eval(), tokenizer, {})
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_proprio": True}, {"parallel_decoding": True, "action_chunk": 3},
+                                     {"window_size": 2}])
+def test_the_likelihood_is_the_trainings(changes, tmp_path):
+    policy = tiny_policy(index_dir=str(tmp_path), **changes)
+    mixture = open_mixture(policy.cfg, policy.tokenizer)
+    batch = next(examine.batches(mixture, [3, 500, 1000, 2000], "cpu"))
+    batch.pop("dataset", None)
+    kept = []
+    head = policy.vla.llm.get_output_embeddings()
+    hook = head.register_forward_hook(lambda head, inputs, logits: kept.append(logits))
+    _, _, true = policy.vla(**batch)
+    hook.remove()
+    tokenizer = policy.action_tokenizer
+    logits = kept[0][:, :-1, tokenizer.first_id : tokenizer.vocab_size].log_softmax(-1)
+    expected = logits.gather(-1, (true - tokenizer.first_id)[..., None])[..., 0]
+    features = examine.look(policy.vla, batch.pop("images"))
+    torch.testing.assert_close(examine.log_likelihood(policy.vla, features, **batch), expected)
+
+
+def test_text_of_the_data_cannot_leave_its_place(tmp_path):
+    """Whatever an instruction holds, the page's script finds the same text and nothing else."""
+    evil = "</script><script>alert(1)</script><!-- <b> & \u2028 \"'"
+    report.write_page(tmp_path / "page.html", {"name": evil})
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<script") == 2 and page.count("</script>") == 2
+    assert facts_of(page) == {"name": evil}
+    assert "innerHTML" not in page and "document.write" not in page
+
+
+def test_pictures_are_thinned_out(monkeypatch):
+    monkeypatch.setattr(report, "PICTURE_BYTES", 3000)  # of 12,000
+    episodes = [{"pictures": {"a": [[frame, "x" * 100] for frame in range(80)]}} for _ in range(2)]
+    report.thin_out(episodes)
+    kept = [len(episode["pictures"]["a"]) for episode in episodes]
+    assert kept == [20, 20] and episodes[0]["pictures"]["a"][0][0] == 0
