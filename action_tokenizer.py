@@ -51,10 +51,9 @@ def load_tokenizer(path: str, add_action_tokens: bool = False) -> PreTrainedToke
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, instruction: str,
                prompt_style: str = "pure") -> list[int]:
     """Token ids from <s> up to where the action begins, the same for training and acting."""
-    instruction = unicodedata.normalize("NFC", instruction).lower()  # one form of each accent
-    question = f"What action should the robot take to {instruction}?"
+    question = f"What action should the robot take to {instruction.lower()}?"
     question = question.replace("<image>", "")  # as Prismatic does: it marks an image in a chat
-    text = PROMPTS[prompt_style].format(question=question)
+    text = unicodedata.normalize("NFC", PROMPTS[prompt_style].format(question=question))
     ids = tokenizer(text, add_special_tokens=True).input_ids
     begin = tokenizer.bos_token_id  # <s>: the image patches will follow this token
     if begin is None:  # some vocabularies, such as Qwen's, have none

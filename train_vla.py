@@ -21,7 +21,6 @@ from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_de
 from machinery import zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError, exit_with_one_line, parse_command_line
-from machinery.connect import agree
 from machinery.cuda_graph import capture_passes
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
@@ -37,7 +36,7 @@ from model import VLA
 
 def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
           weights: Weights | None) -> None:
-    """Train, on every rank of the job. All but ds_config comes from machinery.run.settle, which has
+    """Train, on every rank of the job. The arguments come from machinery.run.settle, which has
     filled in the keys that the YAML leaves open: cfg is final."""
     rank = dist.get_rank()
     world_size = dist.get_world_size()
@@ -233,7 +232,7 @@ def main() -> None:
     with exit_with_one_line():
         cfg, ds_config = parse_command_line(__doc__)
         zero.check_json(ds_config)
-    run_job(lambda: train(ds_config=agree(ds_config), **settle(cfg)))
+    run_job(lambda: train(**settle(cfg, ds_config)))
 
 
 if __name__ == "__main__":

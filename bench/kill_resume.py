@@ -73,7 +73,7 @@ def start(cfg: dict, ds_config: dict, ranks: int, output: Path) -> list[int]:
         status = 1
         try:
             neighbor = start_job()
-            train_vla.train(ds_config=ds_config, **settle(config.TrainConfig(**cfg)))
+            train_vla.train(**settle(config.TrainConfig(**cfg), ds_config))
             neighbor.release()
             status = 0
         except BaseException as error:

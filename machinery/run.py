@@ -341,14 +341,14 @@ def step_of(line: str) -> float:
 # ---- Where a training starts ---------------------------------------------------------------------
 
 
-def settle(cfg: TrainConfig) -> dict:
-    """Fill in the keys that the YAML leaves open -> the arguments of train_vla.train: cfg, run,
-    tables (of the data), tokenizer, weights (or None).
+def settle(cfg: TrainConfig, ds_config: dict) -> dict:
+    """Fill in the keys that the YAML leaves open -> the arguments of train_vla.train: cfg,
+    ds_config, run, tables (of the data), tokenizer, weights (or None).
 
     First the run that continues, then the data, then the weights that training begins with. From
     here on the config does not change. Raises UserError if it contradicts one of these.
     """
-    agree(settings(cfg))
+    agree(settings(cfg) | ds_config)
     if cfg.compile:
         check_compile()
     cfg = oxe.read_recipes(cfg)
@@ -370,7 +370,8 @@ def settle(cfg: TrainConfig) -> dict:
     check_instructions(cfg, tables, tokenizer)
     if cfg.rests_on_base and not run.checkpoint:
         run.base = describe_base(cfg.pretrained_checkpoint or cfg.base_vlm, weights.tensors)
-    return {"cfg": cfg, "run": run, "tables": tables, "tokenizer": tokenizer, "weights": weights}
+    return {"cfg": cfg, "ds_config": ds_config, "run": run, "tables": tables,
+            "tokenizer": tokenizer, "weights": weights}
 
 
 def settings(cfg: TrainConfig) -> dict:

@@ -78,7 +78,7 @@ def main() -> None:
         cfg = config.TrainConfig(**values)
         carried.clear()
         with altered(cell["altered"]) if "altered" in cell else contextlib.nullcontext():
-            train_vla.train(ds_config=cell["ds_config"], **run.settle(cfg))
+            train_vla.train(**run.settle(cfg, cell["ds_config"]))
         if train_vla.dist.get_rank() == 0:
             print(f"carried {name} {json.dumps(carried)}", flush=True)
         gc.collect()  # an engine and its hooks refer to each other
