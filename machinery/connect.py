@@ -1,6 +1,6 @@
 """Connecting the ranks of a job, on one machine or several, and showing which ranks are late.
 
-Ranks meet at MASTER_ADDR and MASTER_PORT, in a store of PyTorch: rank 0 keeps it, or torchrun.
+Ranks meet at MASTER_ADDR and MASTER_PORT, in a store of PyTorch, which rank 0 keeps.
 There they exchange addresses, which reveal the network between the machines, and where each of them
 is in the program. So a rank that waits can name the ranks that it waits for.
 """
@@ -55,19 +55,16 @@ def wait_until(problem: Callable[[], str | None], limit: float) -> None:
 # ---- Where the ranks meet ------------------------------------------------------------------------
 
 
-def connect() -> str | None:
+def connect() -> None:
     """Wait for all ranks, choose the network between them, and start to watch their progress.
 
-    Uses the variables of config.set_rank_env. Returns the init_method for PyTorch, if there are
-    several ranks. Raises UserError if rank 0 or others cannot be found.
+    Uses the variables of config.set_rank_env. Raises UserError if rank 0 or others cannot be found.
     """
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size == 1:
-        return None
+        return
     rank = int(os.environ["RANK"])
-    # torchrun keeps the store
-    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = find_rank_0(serve)
+    store = find_rank_0(serve=rank == 0)
     address = local_address(os.environ["MASTER_ADDR"])
     store.set(f"at{rank}", "0|0|start")
     store.append("arrived", f"{rank} {socket.gethostname()} {address}\n")
@@ -77,15 +74,9 @@ def connect() -> str | None:
     progress.watch(store, [hosts[number] for number in range(world_size)])
     progress.at(f"connect the ranks {network}")
 
-    def rendezvous(*_, **__):  # with another connection, because PyTorch's blocks while it waits
-        yield open_store(serve), rank, world_size
-
-    dist.register_rendezvous_handler("zerovla", rendezvous)
-    return "zerovla://"
-
 
 def find_rank_0(serve: bool) -> dist.Store:
-    """The store at MASTER_ADDR. Waits until it answers. serve: this is rank 0, which keeps it."""
+    """The store of rank 0. Waits until it answers. serve: this is rank 0, which keeps it."""
     host = os.environ["MASTER_ADDR"]
     port = os.environ["MASTER_PORT"]
 
@@ -104,26 +95,35 @@ def find_rank_0(serve: bool) -> dist.Store:
                     f"{os.environ['RANK']} on {socket.gethostname()}")
 
     wait_until(unknown, SOON)
-    if not serve:
+    if os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None) == "True":
+        # torchrun keeps a store, in which restarted ranks would find the addresses of dead ones:
+        # use it only to announce a new one
         wait_until(silent, LONGEST)
-        return open_store(serve)
-    store = open_store(serve)
-    wait_until(silent, SOON)
-    return store
+        key = f"port{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        agents = open_store(host, int(port), serve=False)
+        if serve:
+            store = open_store("127.0.0.1", 0, serve)
+            agents.set(key, str(store.port))
+        agents.set_timeout(timedelta(seconds=LONGEST))
+        os.environ["MASTER_PORT"] = agents.get(key).decode()
+    elif serve:
+        store = open_store("127.0.0.1", int(port), serve)
+        wait_until(silent, SOON)
+    else:
+        wait_until(silent, LONGEST)
+    return store if serve else open_store(host, int(os.environ["MASTER_PORT"]), serve)
 
 
-def open_store(serve: bool) -> dist.Store:
-    """A connection to the store at MASTER_ADDR. Raises UserError."""
-    host = "127.0.0.1" if serve else os.environ["MASTER_ADDR"]
+def open_store(host: str, port: int, serve: bool) -> dist.TCPStore:
+    """A connection to a store. PyTorch makes its own one, and blocks that while it waits. Raises
+    UserError."""
     try:
-        store = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), None, serve,
-                              timedelta(seconds=60), wait_for_workers=False, multi_tenant=True)
+        return dist.TCPStore(host, port, None, serve, timedelta(seconds=60),
+                             wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"MASTER_PORT: {reason}: is another program there? Set a free one "
                         "(deepspeed --master_port, torchrun --master-port)") from error
-    # torchrun's store outlives the ranks that it restarts, whose addresses are then outdated
-    return dist.PrefixStore(f"zerovla{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
 
 
 def missing(store: dist.Store, world_size: int) -> str | None:

@@ -248,13 +248,13 @@ def start_job() -> Neighbor:
     if os.environ["RANK"] != "0":  # only rank 0 prints the warnings of libraries
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-    init_method = connect()
+    connect()
     # DeepSpeed would do it after the model is made
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # workers send batches as open files
     host.memory()  # before any rank takes some
-    deepspeed.init_distributed(init_method=init_method)
+    deepspeed.init_distributed()
     share_cores()
     threading.Thread(target=yield_cores, daemon=True).start()
     return Neighbor()
