@@ -286,7 +286,7 @@ def yield_cores() -> None:
     """Let waiting threads sleep while other processes keep the cores busy. Runs in its own thread.
 
     OpenMP's threads wait for one another spinning, for milliseconds. On busy cores they take the
-    time of those that they wait for: the demo trained at 3.5 samples/s instead of 85, and so at 50.
+    time of those that they wait for: the demo trained at 3.5 samples/s instead of 85, now 46.
     libgomp, PyTorch's OpenMP, spins briefly if it has more threads than cores (GOMP_SPINCOUNT in
     its manual), so this thread adds some, which do nothing.
     """
