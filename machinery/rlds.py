@@ -326,7 +326,6 @@ def _encode_images(feature, value, quality: int):
 
 def main() -> None:
     """Do the job on standard input. An error in the data goes to standard output."""
-    end_with_parent()
     job = json.load(sys.stdin)
     job["recipe"] = Recipe(**job["recipe"])
     job["directory"] = Path(job["directory"])

@@ -20,7 +20,7 @@ import numpy as np
 
 from action_tokenizer import ActionTokenizer, normalize, unnormalize
 from machinery.files import atomic
-from machinery.frames import FrameTable, digest, end_with_parent
+from machinery.frames import FrameTable, digest
 from machinery.survey_numbers import (
     Finding,
     Sample,
@@ -359,7 +359,6 @@ def mixture_lines(job: dict) -> list[str]:
 
 def main() -> None:
     """Print the lines of the job in the argument."""
-    end_with_parent()
     print("\n".join(mixture_lines(json.loads(sys.argv[1]))))
 
 
