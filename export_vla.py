@@ -32,7 +32,7 @@ from action_tokenizer import load_tokenizer
 from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError
 from machinery.config import TrainConfig, exit_with_one_line
-from machinery.description import DESCRIPTION
+from machinery.description import DESCRIPTION, check_size
 from machinery.files import atomic
 from machinery.lora import ADAPTER
 from machinery.weights import (
@@ -59,6 +59,7 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         raise CheckpointError(f"{out} exists: remove it or choose another directory")
     weights = open_weights(where)
     cfg = TrainConfig(**weights.config)
+    check_size(cfg, weights.tensors)
     write = {"hf": write_hugging_face, "native": write_native, "peft": write_peft}[format]
     with atomic(out) as scratch:
         scratch.mkdir(parents=True)

@@ -80,10 +80,17 @@ def test_all_jsons_train_the_demo_on_a_fresh_machine(tmp_path, ranks, fork):
     for name in JSONS[::-1]:  # the one that compiles first
         done = ranks(2, ROOT / "configs/demo.yaml", "--deepspeed_config", few_ranks(name, tmp_path), "--set",
                      "max_steps=2", "eval_interval=0", "save_interval=0", "eval_samples=8", "num_workers=0",
-                     "global_batch_size=8", "per_device_batch_size=4", "log_interval=1", f"compile={name == JSONS[0]}",
+                     "global_batch_size=8", "per_device_batch_size=4", "log_interval=1",
                      f"run_root_dir={tmp_path}/runs", f"run_id={name}", f"index_dir={tmp_path / 'index'}",
                      environ=environ)
         assert done.returncode == 0 and "done steps 2" in done.text, f"{name}: {done.text}"
         assert done.text.count("takes minutes, once") == (name == JSONS[::-1][0]), done.text
         losses[name] = float(re.search(r"step 2 loss ([\d.]+)", done.text)[1])
     assert max(losses.values()) - min(losses.values()) < 0.05, losses
+
+
+@pytest.mark.slow
+def test_two_ranks_compile_the_model_on_a_fresh_machine(tiny, tmp_path, ranks):
+    done = ranks(2, tiny(max_steps=1, eval_samples=8, compile=True), *ON_CPU, environ=empty_caches(tmp_path))
+    assert done.returncode == 0 and "done steps 1" in done.text, done.text
+    assert any(Path(tmp_path / "TORCHINDUCTOR_CACHE_DIR").iterdir())
