@@ -5,8 +5,8 @@
 
 A step is an answered request: `observation` holds the newest image of each of the model's cameras
 (files unchanged, arrays as PNG) and the robot's state, `chunk` the answer, `action` its first step.
-An episode holds the requests of one client with one value of the field `episode`. It ends when its websocket
-closes or after SILENCE. Without that field, another instruction also begins another episode.
+An episode holds the requests of one client with one value of the field `episode`. It ends when its
+websocket closes or after SILENCE. Without that field, another instruction also begins another one.
 
 A process of its own writes, so that answers do not wait, and outlives a killed server. Each episode
 is a file that appears complete, and then counts. A server of the same model appends.
