@@ -20,7 +20,7 @@ Both protocols also accept observation/NAME_image, NAME_image and observation.im
 camera NAME, and `state`. Clients that always send a wrist's image or a state may send them to a
 model without: the log names ignored fields once. unnorm_key may be left out if the model knows one
 dataset. `prefix`, (k, A), holds the first actions of the chunk if they are settled already
-(act.py).
+(act.py). `episode`, any text or number, tells the episodes of --record apart.
 
 The reply is the action, (A,) or (action_chunk, A): a json_numpy object if the request held one,
 else plain lists. A request {"encoded": "<all of this as a string>"} gets a string. /health labels
@@ -66,7 +66,7 @@ from machinery.checkpoint import CheckpointError
 from machinery.config import UserError, exit_with_one_line, read_secret
 from machinery.connections import is_foreign, uvicorn_config
 from machinery.reader import Readers
-from machinery.record import Recorder
+from machinery.record import Recorder, recording_facts
 from machinery.wire import MAX_BODY, Query, encode_action, pack
 
 MAX_CLIENTS = 256  # requests at once; as many websockets; as many bodies that are arriving
@@ -330,16 +330,6 @@ def describe(policy: Policy, model: str) -> dict:
     if policy.cfg.use_proprio:
         facts["state"] = {key: robot.state for key, robot in robots.items()}
     return facts
-
-
-def recording_facts(policy: Policy, model: str) -> dict:
-    """What Recorder needs to know."""
-    widths = {}
-    for key in policy.norm_stats:
-        robot = policy.convention(key)
-        widths[key] = len(robot.action), len(robot.state) if policy.cfg.use_proprio else 0
-    return {"model": model, "cameras": policy.cfg.cameras, "chunk": policy.cfg.action_chunk,
-            "widths": widths}
 
 
 def refuse(message: str, status: int) -> Response:

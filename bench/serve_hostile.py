@@ -100,7 +100,7 @@ def bodies(key: str) -> dict[str, bytes]:
     numbers = b"[" + b"[[1,2,3],[4,5,6]]," * 20_000 + b"[]]"
     found |= {
         "list_of_ragged_numbers": b'{"instruction": "go", "image": ' + numbers + b"}",
-        "list_of_24_megabytes": b'{"instruction": "go", "image": [' + b"[[1,2,3]]," * 2_400_000 + b"[]]}",
+        "list_of_8_megabytes": b'{"instruction": "go", "image": [' + b"[[1,2,3]]," * 800_000 + b"[]]}",
         "deep_lists": b"[" * (8 << 20),
         "many_keys": json.dumps({str(i): i for i in range(300_000)}).encode(),
         "long_number": b"9" * (4 << 20),

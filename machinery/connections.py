@@ -1,5 +1,4 @@
-"""Connections of serve_vla.py: what uvicorn does not limit, so that no client can lock out others.
-"""
+"""Connections of serve_vla.py, with limits that uvicorn lacks: no client can lock out others."""
 
 import asyncio
 import ipaddress

@@ -1,12 +1,12 @@
-"""serve_vla.py --record DIR: what robots saw and were answered, as an RLDS dataset.
+"""serve_vla.py --record DIR: requests and their answers, as an RLDS dataset.
 
     python serve_vla.py --checkpoint runs/demo+n1+b32+x7 --record seen
     python data.py --inspect seen
 
 A step is an answered request: `observation` holds the newest image of each of the model's cameras
 (files unchanged, arrays as PNG) and the robot's state, `chunk` the answer, `action` its first step.
-An episode is what one client sent with one value of the field `episode`. It ends when its websocket
-closes or after SILENCE. Without that field, another instruction also begins another episode.
+An episode holds the requests of one client with one value of the field `episode`. It ends when its
+websocket closes or after SILENCE. Without that field, another instruction also begins another one.
 
 A process of its own writes, so that answers do not wait, and outlives a killed server. Each episode
 is a file that appears complete, and then counts. A server of the same model appends.
@@ -104,6 +104,16 @@ class Recorder(threading.Thread):
         self.join()
         self.process.stdin.close()
         self.process.wait()
+
+
+def recording_facts(policy, model: str) -> dict:
+    """The facts of a Policy for Recorder."""
+    widths = {}
+    for key in policy.norm_stats:
+        robot = policy.convention(key)
+        widths[key] = len(robot.action), len(robot.state) if policy.cfg.use_proprio else 0
+    return {"model": model, "cameras": policy.cfg.cameras, "chunk": policy.cfg.action_chunk,
+            "widths": widths}
 
 
 # ---- The process that writes -------------------------------------------------------------------
@@ -238,7 +248,7 @@ def as_file(image: bytes | dict) -> bytes:
 
 
 def main() -> None:
-    """Write what comes on standard input, until it ends."""
+    """Write the messages on standard input, until it ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(10)
     with exit_with_one_line():

@@ -312,7 +312,7 @@ def parse_array(value, name: str) -> np.ndarray:
     if dict in kinds and len(numbers) <= MAX_PARTS:  # json_numpy's NumPy scalars are arrays, too
         value = [parse_array(item, name) if isinstance(item, list | dict) else item
                  for item in value]
-        kinds.remove(dict)
+        kinds -= {dict, list}  # they are arrays now
     try:
         if not kinds <= {int, float}:  # NumPy would give each text the memory of the longest
             raise ValueError("not numbers")

@@ -1,6 +1,9 @@
 """serve_vla.py from its clients' side: its own process, real HTTP, a real checkpoint."""
 
+import asyncio
 import base64
+import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -11,19 +14,33 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TINY, write_colors
 from PIL import Image
+from starlette.requests import HTTPConnection
+from test_model import tiny_policy
 
 import serve_vla
-from act import load_vla
+from act import ModelError, load_vla
+from machinery.config import UserError
 from machinery.images import decode_native
-from machinery.wire import RequestError, decode_picture, parse_request
+from machinery.wire import (
+    Costly,
+    RequestError,
+    decode_picture,
+    encode_action,
+    parse_array,
+    parse_image,
+    parse_request,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # A server and its clients
@@ -153,6 +170,170 @@ def test_the_readme_s_client(server, vla):
     assert names["act"](data, "hold it", "cold") == expected
     with pytest.raises(ValueError, match=r"'hot'.*'cold', 'warmer'"):
         names["act"](data, "hold it", "hot")
+
+
+def test_openvla_ofts_clients():
+    """They post the observation itself. Wrists are the model's further cameras: by name, else in the order sent."""
+    images = [picture(i & 1, i >> 1, i) for i in range(3)]
+    sent = dict(zip(("full_image", "left_wrist_image", "right_wrist_image"), map(json_numpy, images), strict=True))
+    state = np.arange(4.0)
+    sent |= {"instruction": "fold it", "state": json_numpy(state)}
+    for cameras in (["primary", "left_wrist", "right_wrist"], ["primary", "a", "b"]):
+        policy = tiny_policy(cameras=cameras, use_proprio=True, action_chunk=2)
+        read = parse_request(json.dumps(sent).encode(), policy)
+        assert [view.tobytes() for view in read.views] == [image.tobytes() for image in images]
+        np.testing.assert_array_equal(read.proprio, state)
+        assert read.ignored == ()
+    swapped = tiny_policy(cameras=["primary", "right_wrist", "left_wrist"])
+    read = parse_request(json.dumps(sent).encode(), swapped)
+    assert read.views[1].tobytes() == images[2].tobytes() and read.ignored == ("state",)
+    one = parse_request(json.dumps(sent).encode(), tiny_policy())
+    assert len(one.views) == 1 and one.ignored == ("left_wrist_image", "right_wrist_image", "state")
+
+    chunk = np.arange(8.0).reshape(2, 4)
+    for action in (chunk, chunk[0]):  # a list of actions, even of one
+        reply = json.loads(json.dumps(encode_action(action, read)))
+        assert reply == [json_numpy(step) for step in action.reshape(-1, 4)]
+    encoded = parse_request(json.dumps({"encoded": json.dumps(sent)}).encode(), swapped)
+    assert json.loads(encode_action(chunk, encoded)) == [json_numpy(step) for step in chunk]
+
+
+def test_names_of_other_clients():
+    policy, (first, second) = tiny_policy(cameras=["primary", "wrist"]), (picture(1, 0), picture(0, 1))
+    for names in (("image", "wrist_image"), ("observation.images.primary", "observation.images.wrist"),
+                  ("observation/image", "observation/wrist"), ("full_image", "observation/wrist_image")):
+        for text_key in ("instruction", "prompt", "task"):
+            sent = {names[1]: second.tolist(), names[0]: first.tolist(), text_key: "go"}
+            read = parse_request(json.dumps(sent).encode(), policy)
+            assert [view.tobytes() for view in read.views] == [first.tobytes(), second.tobytes()]
+    good = {"image": first.tolist(), "wrist_image": second.tolist(), "instruction": "go"}
+    for changes, words in [({"observation.images.primary": first.tolist()}, "second image"),
+                           ({"wrist_image": None, "hand_image": second.tolist()}, "hand_image"),
+                           ({"wrist_image": None, "left_wrist_image": second.tolist()}, "left_wrist_image"),
+                           ({"images": [first.tolist()] * 2}, "either"),
+                           ({"prompt": "stop"}, "prompt"), ({"state": [0.0], "proprio": [0.0]}, "proprio")]:
+        with pytest.raises(RequestError, match=words):
+            parse_request(json.dumps({**good, **changes}).encode(), policy)
+
+
+def test_json_numpys_scalars_and_lists_of_arrays(vla):
+    """json_numpy writes a NumPy scalar as an array without dimensions."""
+    scalars = [json_numpy(np.array(value, np.float32)) for value in (0.5, -1.5)]
+    assert scalars[0]["shape"] == []
+    np.testing.assert_array_equal(parse_array(scalars, "proprio"), np.array([0.5, -1.5], np.float32))
+    np.testing.assert_array_equal(parse_array([0.25, scalars[1]], "proprio"), [0.25, -1.5])
+    rows = [json_numpy(np.arange(3.0)), [1, 2, scalars[0]]]
+    np.testing.assert_array_equal(parse_array(rows, "prefix"), [[0, 1, 2], [1, 2, 0.5]])
+    for bad in ([*scalars, json_numpy(np.zeros(2))], [{}], scalars * 501, [{"__numpy__": scalars}]):
+        with pytest.raises(RequestError, match="prefix"):
+            parse_array(bad, "prefix")
+    real = pytest.importorskip("json_numpy", reason="pip install json-numpy")
+    sent = real.dumps({"proprio": [np.float32(0.5), np.float64(2)], "image": IMAGE})
+    assert parse_array(json.loads(sent)["proprio"], "proprio").tolist() == [0.5, 2]
+    np.testing.assert_array_equal(parse_image(json.loads(sent)["image"], "image"), IMAGE)
+
+
+def test_alpha_is_dropped_and_other_shapes_are_refused():
+    image = picture(1, 0)
+    with_alpha = np.dstack([image, np.full(image.shape[:2], 7, np.uint8)])
+    for sent in (json_numpy(with_alpha), with_alpha.tolist(), text(file(with_alpha, "png"))):
+        np.testing.assert_array_equal(parse_image(sent, "image"), image)
+    for wrong, cure in [(image.transpose(2, 0, 1), "transpose"), (image[..., 0], "height"),
+                        (image[..., :1], "height"), (image / 255, "255"), (image.astype(np.float32), "integers")]:
+        for sent in (json_numpy(np.ascontiguousarray(wrong)), wrong.tolist()):
+            if wrong.dtype != np.float32 or isinstance(sent, dict):
+                with pytest.raises(RequestError, match=cure):
+                    parse_image(sent, "image")
+
+
+def test_a_png_is_decoded_without_what_it_carries_besides():
+    """Comments and profiles may inflate to gigabytes, and a million empty chunks take a minute."""
+    image = picture(1, 0)
+    data = file(image, "png")
+    chunk = b"\0\0\0\0tEXt" + zlib.crc32(b"tEXt").to_bytes(4, "big")
+    comment = b"Comment\0\0" + zlib.compress(bytes(1 << 20))
+    comment = len(comment).to_bytes(4, "big") + b"zTXt" + comment + zlib.crc32(b"zTXt" + comment).to_bytes(4, "big")
+    for extra, refused in ((100 * chunk, False), (100 * comment, False), (100_000 * chunk, True)):
+        padded = data[:33] + extra + data[33:]
+        if refused:
+            with pytest.raises(RequestError, match="chunks"):
+                decode_picture(padded, "image")
+        else:
+            np.testing.assert_array_equal(decode_picture(padded, "image"), image)
+    with pytest.raises(RequestError, match="not a JPEG or PNG"):
+        decode_picture(data[:-30], "image")  # cut short
+    with pytest.raises(Costly):
+        decode_picture(data, "image", most_pixels=100)
+
+
+def test_health_reports_a_model_that_fails(vla, monkeypatch):
+    """Kubernetes then restarts it. A request that fails does not count."""
+    batcher = serve_vla.Batcher(vla, max_batch=8)
+    service = serve_vla.Service(batcher, "some", None)
+    query = parse_request(json.dumps(GOOD).encode(), vla)
+    query.pixels = vla.prepare_views(query.views).numpy()
+    batcher.start()
+
+    def health() -> tuple[int, dict]:
+        reply = asyncio.run(service.health(HTTPConnection({"type": "http", "headers": []})))
+        return reply.status_code, json.loads(reply.body)
+
+    bad = dataclasses.replace(query, pixels=query.pixels[:, :20])
+    assert batcher.ask(bad).exception(60) is not None
+    assert health()[0] == 200
+    head = vla.vla.llm.get_output_embeddings().weight
+    before = head.clone()
+    with torch.no_grad():
+        head.fill_(float("nan"))
+        assert isinstance(batcher.ask(query).exception(60), ModelError)  # no action follows from NaN
+        status, facts = health()
+        assert status == 503 and facts["status"] == "failing" and "not finite" in facts["error"]
+        head.copy_(before)
+    assert batcher.ask(query).result(60) and health()[0] == 200
+    batcher.started = time.monotonic() - 1000
+    assert health()[0] == 503 and "1000 seconds" in health()[1]["error"]
+
+
+def test_a_client_cannot_make_it_compile(monkeypatch):
+    """On a GPU, speed_up records graphs for some shapes. Requests are rounded up to them; other requests are
+    computed without. The stand-in for a CUDA graph computes anew."""
+    pytest.importorskip("triton")
+    policy = tiny_policy(vision_backbone={"a": TINY["vision_backbone"]["dino"]}, arch_specifier="gelu-mlp",
+                         action_chunk=3)
+    policy.norm_stats["a"]["action"]["mean"] = [0.0] * 4
+    image, long = np.full((28, 28, 3), 90, np.uint8), "open the drawer and then " * 20
+    asked = [([image] * count, [words] * count, None, None, prefix) for count in (2, 3, 5)
+             for words in ("open it", "open the drawer " * 9, long)
+             for prefix in (None, np.full((count, 1, 4), 0.1), np.full((count, 2, 4), 0.1))]
+    expected = [policy.predict_action(*request) for request in asked]
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
+    policy.speed_up([2, 4], [0, 2])
+    assert len(policy.graphs) == 8 and len(compiled) == 2
+    replayed = []
+    for shape, (graph, fixed, tokens, cache) in policy.graphs.items():
+        def replay(shape=shape, fixed=fixed, tokens=tokens, cache=cache):
+            replayed.append(shape)
+            tokens.copy_(policy.tokens_of(*fixed, cache))
+
+        graph.replay = replay
+    for request, action in zip(asked, expected, strict=True):
+        np.testing.assert_array_equal(policy.predict_action(*request), action)
+    # not for five at once, the long text, and a prefix of 1
+    assert len(policy.graphs) == 8 and sorted(replayed) == sorted(policy.graphs)
+
+
+def test_statistics_of_other_robots_are_left_out(capsys):
+    """A fine-tuned OpenVLA still has those of its base, whose robots have 7 dimensions."""
+    policy = tiny_policy()
+    policy.norm_stats = {"base": {"action": {"q01": [0.0] * 7}}, **policy.norm_stats}
+    serve_vla.keep_usable(policy, "here")
+    assert [*policy.norm_stats] == ["a"] and "base" in capsys.readouterr().out
+    policy.norm_stats = {"base": {"action": {"q01": [0.0] * 7}}}
+    with pytest.raises(UserError, match="here"):
+        serve_vla.keep_usable(policy, "here")
 
 
 def test_speed_up_needs_a_gpu(colors):

@@ -112,13 +112,24 @@ def test_openpis_client_gets_the_right_actions(openpi, server, vla):
         for i in draw.randint(len(cases), size=500):
             image, words, key = cases[i]
             got = client.infer({"observation/image": image, "prompt": words, "unnorm_key": key,
-                                "observation/state": np.zeros(8)})  # which this model does not use
+                                # as openpi's LIBERO client does; this model does not use them
+                                "observation/wrist_image": image[::-1], "observation/state": np.zeros(8)})
             assert got["actions"].dtype == np.float64 and got["server_timing"]["infer_ms"] > 0
             np.testing.assert_array_equal(got["actions"], expected[i])
         return 500
 
     with ThreadPoolExecutor(2) as pool:
         assert sum(pool.map(ask_many, range(2))) == 1000
+    assert server[1].read_text().count("warning: ignored") == 1  # once for all
+
+
+def test_openpis_scalars():
+    """It writes NumPy's scalars in a form of their own."""
+    packer = pytest.importorskip("openpi_client.msgpack_numpy", reason="make .venv/dev installs it")
+    state = [np.float32(0.5), np.float64(-1.5), 0.25, np.int64(1)]
+    message = packer.packb({"observation/image": picture(1, 0), "prompt": "push", "observation/state": state})
+    read = parse_observation(message, tiny_policy(use_proprio=True))
+    np.testing.assert_array_equal(read.proprio, state)
 
 
 def test_after_a_restart_it_connects_again(openpi, colors, vla, tmp_path):
