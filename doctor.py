@@ -1,4 +1,4 @@
-"""Examine a dataset, or a policy: what is wrong with it?
+"""Examine a dataset or a policy: find its faults, show them, name the cure.
 
     python doctor.py datasets/my_robot                                    terminal and report.html
     python doctor.py datasets/my_robot --config my_robot.yaml             by the recipe in this YAML
@@ -100,14 +100,14 @@ def because(reading: str, table: FrameTable, actions: list[str]) -> str:
     return "no other reading fits better: rare, or wrong in another way"
 
 
-# ---- What is printed and written -----------------------------------------------------------------
+# ---- Output --------------------------------------------------------------------------------------
 
 
 def episode_lists(verdicts: list[Verdict], losses: dict[int, float], table: FrameTable,
                   actions: list[str]) -> list[dict]:
     """The two lists, printed and on the page."""
     notes = {"wrong": "Another reading of these episodes fits the others of their instruction "
-                      "better than the recorded one: look at them, and leave out what is wrong.",
+                      "better than the recorded one: look at them, and leave out the wrong ones.",
              "hard": "The others of their instruction do not predict these episodes, and no other "
                      "reading fits better: they may be rare and right."}
     lists = []
