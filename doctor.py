@@ -1,4 +1,4 @@
-"""Examine a dataset, or a policy: what is wrong with it?
+"""Examine a dataset or a policy: find its faults, show them, name the cure.
 
     python doctor.py datasets/my_robot                                    terminal and report.html
     python doctor.py datasets/my_robot --config my_robot.yaml             by the recipe in this YAML
@@ -24,9 +24,9 @@ import numpy as np
 
 from machinery.config import Recipe, UserError, exit_with_one_line
 from machinery.convention import dimension_names
-from machinery.frames import FrameTable, find_dataset, frame_table
+from machinery.frames import FrameTable, frame_table
 from machinery.guess import state_fields
-from machinery.inspect_data import Subject, as_yaml, find_subjects
+from machinery.inspect_data import Subject, as_yaml, find_subjects, locate
 from machinery.peers import (
     Verdict,
     choose_rows,
@@ -100,14 +100,14 @@ def because(reading: str, table: FrameTable, actions: list[str]) -> str:
     return "no other reading fits better: rare, or wrong in another way"
 
 
-# ---- What is printed and written -----------------------------------------------------------------
+# ---- Output --------------------------------------------------------------------------------------
 
 
 def episode_lists(verdicts: list[Verdict], losses: dict[int, float], table: FrameTable,
                   actions: list[str]) -> list[dict]:
     """The two lists, printed and on the page."""
     notes = {"wrong": "Another reading of these episodes fits the others of their instruction "
-                      "better than the recorded one: look at them, and leave out what is wrong.",
+                      "better than the recorded one: look at them, and leave out the wrong ones.",
              "hard": "The others of their instruction do not predict these episodes, and no other "
                      "reading fits better: they may be rare and right."}
     lists = []
@@ -188,8 +188,8 @@ def seen_table(directory: Path, cfg, index_dir: str | None) -> FrameTable:
     keys = {camera: camera for camera in cfg.cameras if camera not in own}
     recipe = Recipe(**keys, cameras=dict(zip(own, own, strict=True)), action="action target",
                     state="state" if cfg.use_proprio else "0")
-    folder = find_dataset(directory.parent, directory.name)
-    return frame_table(folder, recipe, cfg.cameras, cfg.use_proprio, index_dir=index_dir)
+    return frame_table(locate(directory, directory.name, ""), recipe, cfg.cameras, cfg.use_proprio,
+                       index_dir=index_dir)
 
 
 def examine_policy(args: argparse.Namespace) -> None:
@@ -205,8 +205,7 @@ def examine_policy(args: argparse.Namespace) -> None:
     causes = find_causes(policy, train, held_out, seen)
     for cause in causes:
         print(f"cause {cause.kind} evidence {cause.evidence:.2f} {cause.text}: {cause.cure}")
-    examined = "its loss on its own frames"
-    examined += ", pictures, words, states, and answers of the requests" if seen else ""
+    examined = "its own frames" + (", requests (pictures, words, states, answers)" if seen else "")
     print(f"causes {len(causes)} examined: {examined}")
     out = args.out or Path("report.html")
     write_causes(out, str(args.what), examined, causes)
@@ -236,7 +235,6 @@ def main() -> None:
         policy = None
         if args.checkpoint:
             from machinery.examine import open_policy
-
             policy = open_policy(args.checkpoint)
             if not args.config:  # by the recipe of its training
                 subjects = [replace(subject, recipe=policy.cfg.datasets.get(subject.name,

@@ -31,7 +31,7 @@ ENOUGH = 0.25  # evidence from which a cause is named, in 0..1
 class Cause(NamedTuple):
     evidence: float  # 0..1, by which causes are ranked
     kind: str  # pictures, words, state, answers, model, training
-    text: str  # what is wrong, in numbers
+    text: str  # the fault, in numbers
     cure: str
     pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
 
@@ -65,7 +65,7 @@ def cropped(image: np.ndarray, share: float) -> np.ndarray:
     return image[top : image.shape[0] - top, left : image.shape[1] - left]
 
 
-CHANGES: dict[str, tuple[Callable, str]] = {  # {what is wrong: (of one picture, the cure)}
+CHANGES: dict[str, tuple[Callable, str]] = {  # {fault: (of one picture, the cure)}
     "upside down": (lambda x: x[::-1], "turn it before sending: image[::-1]"),
     "mirrored": (lambda x: x[:, ::-1], "mirror it before sending: image[:, ::-1]"),
     "turned by 180 degrees": (lambda x: x[::-1, ::-1], "turn it: image[::-1, ::-1]"),
@@ -262,7 +262,7 @@ def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[
 
 
 def training_causes(policy: Policy, train: Mixture, held_out: Mixture | None) -> list[Cause]:
-    """What the policy makes of its own training and held-out frames."""
+    """Faults that show in the loss of training and held-out frames."""
     device = policy.vla.llm.device
     losses = {}
     for name, mixture in (("train", train), ("held-out", held_out)):

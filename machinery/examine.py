@@ -16,6 +16,7 @@ from act import Policy, load_vla
 from data import IGNORE_INDEX, Mixture, collate, to_device
 from machinery.config import Recipe, UserError, find_input
 from machinery.frames import DataError, FrameTable, find_dataset, frame_table
+from machinery.inspect_data import locate
 from machinery.oxe import find_recipe
 from machinery.peers import shorten
 from model import VLA, at_positions
@@ -94,8 +95,8 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
     cfg = policy.cfg
     if directory is None:
         directory = find_dataset(find_input(cfg.data_root_dir), name)
-    elif not (directory / "features.json").exists():
-        directory = find_dataset(directory.parent, directory.name)
+    else:
+        directory = locate(directory, directory.name, "")
     recipe = find_recipe(name.partition(":")[0], directory, cfg.datasets)
     table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), cfg.use_proprio,
                         index_dir=index_dir or cfg.index_dir,

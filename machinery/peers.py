@@ -133,7 +133,7 @@ class Peers:
     """Predictions from the n frames of a group. Each episode is predicted without itself."""
 
     def __init__(self, seen: np.ndarray, known: np.ndarray, episode: np.ndarray):
-        """seen (n, D): features; known (n, K): what they predict; episode (n,): whose they are."""
+        """seen (n, D): features; known (n, K): predicted from them; episode (n,)."""
         self.seen = seen
         self.episode = episode
         squared = distances(seen, seen)
@@ -229,7 +229,7 @@ def examine(frames: Frames) -> dict[str, np.ndarray]:
 
 def readings(frames: Frames, peers: Peers, rows: np.ndarray, known: np.ndarray
              ) -> dict[str, np.ndarray]:
-    """What the tests of a group add up: {test: (n, ...) nats}. rows (n,), known (n, A + P)."""
+    """The terms of a group's tests: {test: (n, ...) nats}. rows (n,), known (n, A + P)."""
     width = frames.actions.shape[1]
     episode = frames.episode[rows]
     predicted = peers.predict(frames.seen[rows], episode)
@@ -289,7 +289,7 @@ def judge(frames: Frames, tests: dict[str, np.ndarray]) -> list[Verdict]:
 
 
 SUSPICIOUS = 2.0  # score from which an episode is called hard or wrong
-EXPLAINED = 0.6  # a reading explains an episode if it gains this share of what it lacks
+EXPLAINED = 0.6  # a reading explains an episode if it gains this share of its lack
 
 
 def verdict(number: int, score: float, tests: dict[str, float]) -> Verdict:

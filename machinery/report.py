@@ -38,7 +38,7 @@ def write_page(path: Path, facts: dict) -> None:
 
 def page_facts(table: FrameTable, name: str, kind: str, labels: tuple[list[str], list[str]],
                findings: Sequence, lists: list[dict], shown: dict[int, str]) -> dict:
-    """What the page shows of a dataset.
+    """The content of a dataset's page.
 
     kind: of normalization; labels: of the actions' and states' dimensions; findings: of the survey;
     lists: tables below them, {title, note, columns, rows: [{cells, episode}]}; shown: {episode: why

@@ -139,7 +139,7 @@ def test_one_bad_episode_of_another_robot_is_the_worst(name, kind):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A policy and what it sees
+# A policy and its requests
 
 
 class Seen(FrameTable):
@@ -168,7 +168,7 @@ def encode(image, kind: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """An untrained policy, its data, and what it sees with a fault -> causes."""
+    """Causes for an untrained policy that gets its data with a fault."""
     policy = tiny_policy()
     train, held_out = examine.open_data(policy, "metaworld_demo", ROOT / "datasets/metaworld_demo",
                                         str(tmp_path_factory.mktemp("index")))
