@@ -363,8 +363,7 @@ def find_quaternions(signal: Signal) -> dict[int, np.ndarray]:
     start = 0
     while start + 4 <= signal.values.shape[1]:
         columns = slice(start, start + 4)
-        values = signal.values[:, columns]
-        length = np.linalg.norm(values, axis=1)
+        length = np.linalg.norm(signal.values[:, columns].astype(np.float64), axis=1)
         typical = np.median(length)
         steady = np.abs(length - typical) < 0.01 * typical
         # two that vary, and not zeros and ones; a length other than 1 must be exactly constant
@@ -426,7 +425,7 @@ def rotation_vector(sample: Sample, signal: Signal, taken: set[int]) -> list[Fin
         axis = vector / np.maximum(angle, 1e-9)[:, None]
         unit = np.concatenate([axis * np.sin(half)[:, None], np.cos(half)[:, None]], axis=1)
         turned = np.abs((unit * np.roll(unit, 1, axis=0)).sum(1))
-        if (turned[sample.joined] > 0.9).mean() < 0.8:  # not a motion
+        if not sample.joined.any() or (turned[sample.joined] > 0.9).mean() < 0.8:  # not a motion
             continue
         step = np.abs(signal.steps[:, start : start + 3])
         size = np.linalg.norm(step, axis=1)
