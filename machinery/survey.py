@@ -230,7 +230,7 @@ def action_findings(sample: Sample, signal: Signal, table: FrameTable, kind: str
     return found
 
 
-# ---- What the recipe means -----------------------------------------------------------------------
+# ---- Targets, and states that do not move --------------------------------------------------------
 
 
 def target_findings(sample: Sample, signal: Signal, table: FrameTable) -> list[Finding]:
@@ -239,8 +239,8 @@ def target_findings(sample: Sample, signal: Signal, table: FrameTable) -> list[F
     dims = np.flatnonzero(~table.targets & ~table.declared & likely)
     if not len(dims):
         return []
-    text = (f"{signal.name(dims)}: like targets (joint angles, a pose), not like changes: past the "
-            "end of an episode, the labels jump to the middle of the range")
+    text = (f"{signal.name(dims)} look like targets (joint angles, a pose), not like changes: past "
+            "the end of an episode, the labels jump to the middle of the range")
     return [sample.finding("target_or_change", "action", dims, np.zeros(len(signal.values)), text,
                            "write `target` after them in the recipe, or `change`")]
 

@@ -304,7 +304,7 @@ def jitter(sample: Sample, signal: Signal) -> list[Finding]:
 # ---- Rotations -----------------------------------------------------------------------------------
 
 UNWRAP = "unwrap it before recording (numpy.unwrap in each episode), or record its sine and cosine"
-ALIGN = ("in each episode, turn the sign of what is opposite to the frame before, beginning on the "
+ALIGN = ("in each episode, turn the sign if it is opposite to the frame before, beginning on the "
          "same side in all, or record a rotation matrix's first two columns")
 
 
