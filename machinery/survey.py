@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from action_tokenizer import ActionTokenizer, normalize, unnormalize
 from machinery.files import atomic
 from machinery.frames import FrameTable, digest, end_with_parent
 from machinery.survey_numbers import (
@@ -157,6 +156,9 @@ def round_trip(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.
 
     stats: "action" of dataset_statistics.json; kind: of normalization
     """
+    # here: it imports PyTorch, which a survey that is kept does not need
+    from action_tokenizer import ActionTokenizer, normalize, unnormalize
+
     tokenizer = ActionTokenizer(512)  # any vocabulary: ids are decoded again at once
     tokens = tokenizer.encode(normalize(recorded, stats, kind))
     returned = unnormalize(tokenizer.decode(tokens), stats, kind)

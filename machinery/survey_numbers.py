@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from action_tokenizer import BOUNDS
 from machinery.frames import FrameTable
 
 ROWS = 200_000  # frames to look at: most datasets have fewer, and more would take seconds
@@ -171,6 +170,8 @@ def bounds(stats: Mapping, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The values that normalization makes -1 and 1, (D,) each."""
     if kind == "normal":
         return np.subtract(stats["mean"], stats["std"]), np.add(stats["mean"], stats["std"])
+    from action_tokenizer import BOUNDS  # here: it imports PyTorch
+
     low, high = BOUNDS[kind]
     return np.array(stats[low]), np.array(stats[high])
 

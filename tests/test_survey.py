@@ -653,7 +653,7 @@ def test_a_training_survives_its_survey(code, seconds, monkeypatch):
 
 
 def test_the_program(tmp_path):
-    """As a training starts it, without PyTorch."""
+    """As a training starts it."""
     robot = damaged("changes", constant("actions", 1, 0.0, 1e-7))
     robot.actions, robot.states, robot.texts = robot.actions[:6], robot.states[:6], robot.texts[:6]
     table = on_disk(robot.draw_pictures(("image",)), tmp_path, "arm")
