@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from action_tokenizer import ActionTokenizer, normalize, unnormalize
 from machinery.files import atomic
 from machinery.frames import FrameTable, digest
 from machinery.survey_numbers import (
@@ -157,6 +156,9 @@ def round_trip(recorded: np.ndarray, stats: Mapping, kind: str) -> dict[str, np.
 
     stats: "action" of dataset_statistics.json; kind: of normalization
     """
+    # here: it imports PyTorch, which a survey that is kept does not need
+    from action_tokenizer import ActionTokenizer, normalize, unnormalize
+
     tokenizer = ActionTokenizer(512)  # any vocabulary: ids are decoded again at once
     tokens = tokenizer.encode(normalize(recorded, stats, kind))
     returned = unnormalize(tokenizer.decode(tokens), stats, kind)
@@ -230,7 +232,7 @@ def action_findings(sample: Sample, signal: Signal, table: FrameTable, kind: str
     return found
 
 
-# ---- What the recipe means -----------------------------------------------------------------------
+# ---- Targets, and states that do not move --------------------------------------------------------
 
 
 def target_findings(sample: Sample, signal: Signal, table: FrameTable) -> list[Finding]:
@@ -239,8 +241,8 @@ def target_findings(sample: Sample, signal: Signal, table: FrameTable) -> list[F
     dims = np.flatnonzero(~table.targets & ~table.declared & likely)
     if not len(dims):
         return []
-    text = (f"{signal.name(dims)}: like targets (joint angles, a pose), not like changes: past the "
-            "end of an episode, the labels jump to the middle of the range")
+    text = (f"{signal.name(dims)} look like targets (joint angles, a pose), not like changes: past "
+            "the end of an episode, the labels jump to the middle of the range")
     return [sample.finding("target_or_change", "action", dims, np.zeros(len(signal.values)), text,
                            "write `target` after them in the recipe, or `change`")]
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from action_tokenizer import BOUNDS
 from machinery.frames import FrameTable
 
 ROWS = 200_000  # frames to look at: most datasets have fewer, and more would take seconds
@@ -171,6 +170,8 @@ def bounds(stats: Mapping, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The values that normalization makes -1 and 1, (D,) each."""
     if kind == "normal":
         return np.subtract(stats["mean"], stats["std"]), np.add(stats["mean"], stats["std"])
+    from action_tokenizer import BOUNDS  # here: it imports PyTorch
+
     low, high = BOUNDS[kind]
     return np.array(stats[low]), np.array(stats[high])
 
@@ -304,7 +305,7 @@ def jitter(sample: Sample, signal: Signal) -> list[Finding]:
 # ---- Rotations -----------------------------------------------------------------------------------
 
 UNWRAP = "unwrap it before recording (numpy.unwrap in each episode), or record its sine and cosine"
-ALIGN = ("in each episode, turn the sign of what is opposite to the frame before, beginning on the "
+ALIGN = ("in each episode, turn the sign if it is opposite to the frame before, beginning on the "
          "same side in all, or record a rotation matrix's first two columns")
 
 
@@ -363,8 +364,7 @@ def find_quaternions(signal: Signal) -> dict[int, np.ndarray]:
     start = 0
     while start + 4 <= signal.values.shape[1]:
         columns = slice(start, start + 4)
-        values = signal.values[:, columns]
-        length = np.linalg.norm(values, axis=1)
+        length = np.linalg.norm(signal.values[:, columns].astype(np.float64), axis=1)
         typical = np.median(length)
         steady = np.abs(length - typical) < 0.01 * typical
         # two that vary, and not zeros and ones; a length other than 1 must be exactly constant
@@ -426,7 +426,7 @@ def rotation_vector(sample: Sample, signal: Signal, taken: set[int]) -> list[Fin
         axis = vector / np.maximum(angle, 1e-9)[:, None]
         unit = np.concatenate([axis * np.sin(half)[:, None], np.cos(half)[:, None]], axis=1)
         turned = np.abs((unit * np.roll(unit, 1, axis=0)).sum(1))
-        if (turned[sample.joined] > 0.9).mean() < 0.8:  # not a motion
+        if not sample.joined.any() or (turned[sample.joined] > 0.9).mean() < 0.8:  # not a motion
             continue
         step = np.abs(signal.steps[:, start : start + 3])
         size = np.linalg.norm(step, axis=1)

@@ -1,8 +1,7 @@
 """Faults in a dataset's pictures, instructions, and in its division into episodes.
 
-Pictures are compared by what the frame table knows of each, the length of its file: equal pictures
-have equal lengths. Only where that is suspicious are bytes compared, and a few pictures per episode
-are decoded at 1/8 of their size.
+Equal pictures have files of equal length, which the frame table knows. Bytes are compared only if
+lengths are suspicious, and only a few pictures per episode are decoded, at an eighth of their size.
 """
 
 import io

@@ -76,7 +76,7 @@ def jump_findings(sample: Sample, signal: Signal) -> list[Finding]:
         episodes = np.unique(sample.episode[jumps])
         text = f"{signal.of} jumps {sample.where(jumps)}"
         text += ", back to where they begin: several executions in one record?" if back else ""
-        cure = "write one record per execution" if back else "leave out what was not recorded"
+        cure = "write one record per execution" if back else "leave these frames out"
         severity = "high" if len(episodes) > 0.1 * len(sample.numbers) else "medium"
         found.append(sample.finding("jumps", signal.of, np.flatnonzero(dims), jumps * motion, text,
                                     cure, severity))
@@ -234,7 +234,8 @@ def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping)
     actions = frames["action"][rows]
     steps = np.abs(frames["action"][rows + 1] - actions)
     smooth = steps.mean(0) < 0.12 * np.maximum(actions.std(0), 1e-9)
-    one_sign = (low > 0) | (high < 0)
+    # an angle far from zero moves in steps, a velocity that keeps its sign may be noisy
+    one_sign = ((low > 0) | (high < 0)) & (steps.mean(0) < 0.5 * actions.std(0))
     followed = np.zeros_like(smooth)
     integrated = np.zeros_like(smooth)
     if "proprio" in frames.dtype.names:
@@ -243,6 +244,7 @@ def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping)
         like_state = np.abs(correlation(actions, state)).max(1)
         like_change = correlation(actions, change).max(1)
         followed = like_state > 0.98
+        one_sign &= like_state > 0.5
         # a velocity may be smooth, too, but then it is more like the state's change than like the
         # state. The margin is for motion on a circle, where the change of y is like x
         integrated = (like_change > 0.7) & (like_change > like_state + 0.15)

@@ -217,7 +217,7 @@ def test_held_velocities_are_no_places(changes, opened, tmp_path):
     write_arm(tmp_path, actions, observation={
         "state": (F.Tensor(shape=(2,), dtype=np.float32), lambda e, t: np.float32(states[e][t]))})
     mixture = opened({"action": "action", "state": "state", "absolute": 0}, action_chunk=4, use_proprio=True)
-    assert ["dimensions 0-1: like targets" in line for line in notes(mixture)] == [True] * (not changes)
+    assert ["dimensions 0-1 look" in line for line in notes(mixture)] == [True] * (not changes)
 
 
 @pytest.mark.parametrize("action, target, raw", [

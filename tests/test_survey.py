@@ -4,6 +4,9 @@ import copy
 import functools
 import json
 import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from robots import ROBOTS, Robot
 
-from machinery import frames, oxe, survey_numbers
+from machinery import frames, oxe, run, survey_numbers
 from machinery.config import Recipe
 from machinery.survey import KINDS, mixture_lines, survey
 from machinery.survey_pictures import misspelled
@@ -59,7 +62,7 @@ def test_any_numbers_are_surveyed(dims, lengths, seed, content, kind):
     """Short episodes, dimensions that never change, a single frame: nothing fails, nothing warns."""
     draw = np.random.RandomState(seed)
     make = {"zeros": np.zeros, "noise": lambda shape: draw.randn(*shape), "few": lambda shape: draw.randint(0, 3, shape),
-            "huge": lambda shape: 1e30 * draw.randn(*shape), "one row": lambda shape: np.ones(shape) * draw.randn(shape[1])}
+            "huge": lambda shape: 1e18 * draw.randn(*shape), "one row": lambda shape: np.ones(shape) * draw.randn(shape[1])}
     robot = Robot([make[content]((length, dims)) for length in lengths], [make["noise"]((length, 3)) for length in lengths],
                   ["go"] * len(lengths), {"action": "action target" if seed % 2 else "action change"})
     for finding in found(robot, normalization=kind):
@@ -471,6 +474,19 @@ def test_actions_that_equal_the_state_of_their_frame(ahead, told):
     assert copies == [(0, 1, 2, 3, 4, 5)] * told
 
 
+@pytest.mark.parametrize("position", [True, False])
+def test_a_noisy_velocity_that_keeps_its_sign(position):
+    """With or without the odometry that it moves, and a recipe that does not declare it."""
+    def damage(robot):
+        robot.recipe = {"action": "action[:6] target, action[6:7] target raw, action[7:8]"}
+        for e, action in enumerate(robot.actions):
+            speed = 0.2 + 0.05 * NOISE.randn(len(action))
+            robot.actions[e] = np.column_stack([action[:, :7], speed])
+            place = np.concatenate([[0], np.cumsum(speed)[:-1]])
+            robot.states[e] = np.column_stack([robot.states[e][:, :7], place if position else speed])
+    assert "target_or_change" not in kinds(found(damaged("bimanual", damage)))
+
+
 def test_targets_that_the_recipe_takes_for_changes():
     for name, columns in (("bimanual", 14), ("arm_in_degrees", 5)):
         robot = copy.deepcopy(sound(name))
@@ -624,6 +640,26 @@ def test_what_a_training_prints(tmp_path):
     assert mixture_lines(job({"arm": table}, accept=[f"other.{kinds_[0]}"])) == lines
     cached.write_text("[]")
     assert mixture_lines(job({"arm": table})) == []
+
+
+@pytest.mark.parametrize("code, seconds", [("print('warning: arm: x')", 9), ("1 / 0", 9), ("import time; time.sleep(99)", 0.1)])
+def test_a_training_survives_its_survey(code, seconds, monkeypatch):
+    monkeypatch.setattr(run, "LONGEST_SURVEY", seconds)
+    process = subprocess.Popen([sys.executable, "-S", "-c", code], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    printed = []
+    run.Run.print_survey(SimpleNamespace(quiet=False, survey=process, line=printed.append))
+    assert len(printed) == 1 and ("--inspect" in printed[0]) == ("print" not in code)
+
+
+def test_the_program(tmp_path):
+    """As a training starts it."""
+    robot = damaged("changes", constant("actions", 1, 0.0, 1e-7))
+    robot.actions, robot.states, robot.texts = robot.actions[:6], robot.states[:6], robot.texts[:6]
+    table = on_disk(robot.draw_pictures(("image",)), tmp_path, "arm")
+    process = frames.start_program("machinery.survey", json.dumps(job({"arm": table})))
+    lines, _ = process.communicate()
+    assert process.returncode == 0 and lines.startswith("warning: arm: action dimension 1: "), lines
 
 
 def test_grippers_of_a_mixture(tmp_path):
