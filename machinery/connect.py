@@ -250,7 +250,7 @@ class Progress:
     def _watch(self) -> None:
         rank = int(os.environ["RANK"])
         here = self.hosts[rank]  # one rank of each machine reports that rank 0 does not answer
-        speaker = next(other for other, host in enumerate(self.hosts) if other and host == here)
+        speaker = self.hosts.index(here, 1) if here in self.hosts[1:] else None
         views = deque(maxlen=3)  # of all ranks' reports
         reader = None
         beat = 0

@@ -228,6 +228,7 @@ def test_machines_whose_own_names_are_127_0_1_1(addresses, together, tmp_path):
                 for name, address in zip(("nodea", "nodeb"), addresses, strict=True)]
     done = together([[], []], environs)
     assert [status for status, _ in done] == [0, 0] and "done steps 2" in done[0][1], done
+    assert "Traceback" not in done[0][1] + done[1][1]
 
 
 # ---- Launchers that start again ------------------------------------------------------------------
