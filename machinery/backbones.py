@@ -56,14 +56,17 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
     is set to 0: a step then depends on its batch only, and recomputed activations are the same.
     Raises UserError for a kind that was not tested and for misspelled fields.
     """
-    if isinstance(spec, str):
-        folder = hub.fetch(spec, ["config.json"], ["config.json"])
-        try:
+    try:
+        if isinstance(spec, str):
+            folder = hub.fetch(spec, ["config.json"], ["config.json"])
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers raises many kinds
-            raise UserError(f"llm_backbone: {spec!r}: {one_line(error)[:300]}") from error
-    else:
-        config = AutoConfig.for_model(**spec)
+        else:
+            config = AutoConfig.for_model(**spec)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"llm_backbone: {one_line(error)[:300]}") from error
+    if not isinstance(spec, str):
         known = {*vars(type(config)()), *config.attribute_map}
         for key in spec.keys() - known:  # transformers ignores them: misspelled, or old
             if suggestion := nearest(key, known, 0.85):

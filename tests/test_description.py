@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -122,14 +122,18 @@ def test_an_index_lists_files_of_its_folder(name, copied):
 HOSTILE = ["hf-hub:evil/x", "local-dir:{canary}", "{canary}", "../canary", "http://127.0.0.1:9/x", "evil/x",
            {"file": "{canary}"}, {"url": "http://127.0.0.1:9/x"}, ["{canary}"], 10**4, 10**6, 10**9, 1e9, -1, 0,
            True, None, "", [], {}, [10**6, 10**6], [0, 0]]
-KEYS = ["model", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "embed_dim", "depth",
-        "num_heads", "mlp_ratio", "patch_size", "reg_tokens", "act_layer", "norm_layer", "weight_init", "img_size",
-        "auto_map", "_name_or_path", "quantization_config", "attn_implementation", "hidden_size", "head_dim",
-        "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-        "hidden_act", "rope_scaling", "rope_theta", "max_position_embeddings", "model_type", "tokenizer",
-        "data_root_dir", "llm_backbone", "vision_backbone", "image_size", "action_dim", "action_chunk",
-        "parallel_decoding", "use_proprio", "proprio_dim", "window_size", "cameras", "features", "datasets",
-        "prompt_style", "arch_specifier", "timm_model_ids", "text_config", "norm_stats", "zerovla"]
+KEYS = {
+    "top": ["zerovla", "norm_stats", "model_type", "auto_map", "quantization_config"],
+    "zerovla": ["vision_backbone", "llm_backbone", "tokenizer", "data_root_dir", "image_size", "action_dim",
+                "action_chunk", "parallel_decoding", "use_proprio", "proprio_dim", "window_size", "cameras",
+                "features", "datasets", "prompt_style", "arch_specifier"],
+    "tower": ["model", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "embed_dim",
+              "depth", "num_heads", "mlp_ratio", "patch_size", "reg_tokens", "act_layer", "norm_layer",
+              "weight_init", "img_size"],
+    "llm": ["model_type", "auto_map", "_name_or_path", "attn_implementation", "hidden_size", "head_dim",
+            "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+            "hidden_act", "rope_scaling", "rope_theta", "max_position_embeddings"]}
+PLACES = [(place, key) for place, keys in KEYS.items() for key in keys]
 watched: dict | None = None  # an audit hook cannot be removed, only told to do nothing
 
 
@@ -142,8 +146,9 @@ def audit(event: str, arguments: tuple) -> None:
 sys.addaudithook(audit)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["top", "zerovla", "tower", "llm"]), st.sampled_from(KEYS),
-                          st.sampled_from(HOSTILE)), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(HOSTILE)), min_size=1, max_size=3))
+@example([(("tower", "model"), "local-dir:{canary}")])
+@example([(("tower", "model"), "hf-hub:evil/x")])
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_config_reads_a_path_asks_an_address_or_fills_the_memory(openvlas, tmp_path, changes):
     global watched
@@ -155,7 +160,7 @@ def test_no_config_reads_a_path_asks_an_address_or_fills_the_memory(openvlas, tm
     config = json.loads((openvlas / "config.json").read_text())
     places = {"top": config, "zerovla": config["zerovla"], "llm": config["zerovla"]["llm_backbone"],
               "tower": next(iter(config["zerovla"]["vision_backbone"].values()))}
-    for place, key, value in copy.deepcopy(changes):
+    for (place, key), value in copy.deepcopy(changes):
         places[place][key] = value
     text = json.dumps(config).replace("{canary}", str(tmp_path / "canary"))
     (folder / "config.json").write_text(text)
@@ -172,6 +177,21 @@ def test_no_config_reads_a_path_asks_an_address_or_fills_the_memory(openvlas, tm
         watched = None
     assert not seen
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 400_000  # kB
+
+
+@pytest.mark.parametrize("place, key, value", [
+    ("tower", "reg_tokens", 10**8), ("tower", "depth", 10**4), ("tower", "embed_dim", 10**4),
+    ("tower", "mlp_ratio", 1e4), ("llm", "num_hidden_layers", 10**5), ("llm", "intermediate_size", 10**8),
+    ("llm", "head_dim", 10**6), ("zerovla", "image_size", 10**5), ("zerovla", "action_chunk", 10**7),
+    ("zerovla", "features", {"arm": {"a": 10**9}}), ("zerovla", "cameras", ["a"] * 20_000)])
+def test_a_model_is_not_larger_than_its_files(place, key, value, copied):
+    def change(config):
+        tower = next(iter(config["zerovla"]["vision_backbone"].values()))
+        {"zerovla": config["zerovla"], "llm": config["zerovla"]["llm_backbone"], "tower": tower}[place][key] = value
+
+    edit(copied, change)
+    with pytest.raises(CheckpointError, match=f"{copied}.*larger model than"):
+        load_vla(copied)
 
 
 def test_a_run_from_the_hub_brings_only_its_description(openvlas, tmp_path, plain_run, tiny, monkeypatch):

@@ -284,7 +284,7 @@ def test_programs_load_by_hub_id(server, tmp_path):
     env.pop("HF_HUB_OFFLINE", None)
 
     def export(where: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "export_vla.py", "a/model", tmp_path / where]
+        command = [sys.executable, "export_vla.py", "a/model", tmp_path / where, "--format", "hf"]
         return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
 
     for out in ("first", "second"):
