@@ -251,6 +251,9 @@ def test_a_recorded_action_keeps_the_cache_it_writes_into(monkeypatch):
         return cache
 
     policy.make_cache = watched
+    policy.fused = {}  # nothing is compiled
+    for length in (32, 64):
+        policy.record(1, length, 0)
     for prompt in ([1, 5, 6], [1, 5, 6] * 20, [1, 5, 6]):  # two lengths, the first one twice
         policy.generate(torch.zeros(1, 1, 28, 28, 3, dtype=torch.uint8), [prompt])
     gc.collect()
