@@ -7,6 +7,7 @@ on all ranks.
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -20,7 +21,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import deepspeed
 import psutil
@@ -224,17 +224,23 @@ def run_job(program: Callable[[], None]) -> None:
             neighbor = start_job()
             program()
             neighbor.release()
-        dist.destroy_process_group()
-        return
     except SystemExit as stop:
         print(f"\n{stop}", file=sys.stderr, flush=True)  # below the progress bar
+        end_at_once()
     except torch.OutOfMemoryError:
         print(f"\nerror: the GPU's memory is full: {LESS_MEMORY}", file=sys.stderr, flush=True)
+        end_at_once()
     except Exception:
         time.sleep(2)  # if another rank's death is the cause, Neighbor ends this rank meanwhile
         traceback.print_exc()
         sys.stderr.flush()
-    children = psutil.Process().children()  # the survey of the data, or DataLoader workers
+        end_at_once()
+    dist.destroy_process_group()
+
+
+def end_at_once() -> None:
+    """End this process and its children: the survey of the data, and DataLoader workers."""
+    children = psutil.Process().children()
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -279,9 +285,6 @@ def share_cores() -> None:
     torch.set_num_threads(max(1, threads // sharing))
 
 
-SCHEDSTAT = Path("/proc/self/schedstat")  # missing in some kernels
-
-
 def yield_cores() -> None:
     """Let waiting threads sleep while other processes keep the cores busy. Runs in its own thread.
 
@@ -292,11 +295,15 @@ def yield_cores() -> None:
     """
     mine = torch.get_num_threads()
     busy = False
-    while SCHEDSTAT.exists():
-        before = waited_for_core()
+    try:
+        file = open("/proc/self/schedstat", "rb")
+    except OSError:  # some kernels have no such file
+        return
+    while True:
+        before = waited_for_core(file)
         time.sleep(2)
         was_busy = busy
-        busy = waited_for_core() - before > 0.5e9  # of 2e9
+        busy = waited_for_core(file) - before > 0.3e9  # of 2e9
         if busy != was_busy:
             threads = len(os.sched_getaffinity(0)) + 1 if busy else 2
             torch.set_num_threads(threads)  # of this thread, and the default of new ones
@@ -304,6 +311,6 @@ def yield_cores() -> None:
             torch.set_num_threads(mine)
 
 
-def waited_for_core() -> int:
+def waited_for_core(file: io.IOBase) -> int:
     """Nanoseconds for which this process's main thread was ready to run, and had no core."""
-    return int(SCHEDSTAT.read_text().split()[1])
+    return int(os.pread(file.fileno(), 100, 0).split()[1])
