@@ -15,7 +15,7 @@ STATES = ["observation/state", "observation/proprio", "observation/states", "sta
 ACTIONS = ["action", "actions"]
 PARTS = {*"""state states proprio proprioception qpos joint joints jpos arm arms pose position
     positions pos angle angles orientation rotation quat quaternion gripper grippers effector hand
-    eef ee tcp xyz rpy cartesian base waist torso head leg""".split()}
+    finger fingers eef ee tcp xyz rpy cartesian base waist torso head leg""".split()}
 NO_PLACE = {*"""vel velocity velocities qvel effort efforts torque torques force forces wrench
     current acceleration action actions command commands target goal depth""".split()}
 MOST = 128  # numbers: images and embeddings have more
@@ -51,5 +51,6 @@ def is_numbers(name: str, feature: Feature) -> bool:
 
 
 def parts(name: str) -> set[str]:
-    """The words in a feature's name, but for `observation`."""
-    return {*re.split(r"[/._\d]+", name.lower())} - {"observation", ""}
+    """The words in a feature's name, also of one in camelCase, but for `observation`."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return {*re.split(r"[/._\d]+", words)} - {"observation", ""}

@@ -18,7 +18,7 @@ GRIPPER = re.compile(r"gripper|grasp|jaw|claw|finger|suction|(?<!end )effector",
 CLOSED = re.compile(r"clos(e|ing|ure)|grasp", re.IGNORECASE)
 OPEN = re.compile(r"open", re.IGNORECASE)
 VELOCITY = re.compile(r"vel(ocity|ocities)?\b|speed|twist|omega|\brate\b|\b(v|v ?[xyz]|w[xyz])\b|"
-                      r"\b(linear|angular) ?[xyz]\b", re.IGNORECASE)
+                      r"\b(linear|angular) ?[xyz]\b|\bbase (linear|angular)\b", re.IGNORECASE)
 CHANGE = re.compile(r"delta|\bdpos\b|\brel(ative)?\b|\b(d|rel) ?(x|y|z|roll|pitch|yaw|r[xyz])\b",
                     re.IGNORECASE)
 TARGET = re.compile(r"pos(e|ition)?s?\b|angle|orientation|quat|joint|motor|\b[jq]\d|\bq[wxyz]\b|"

@@ -734,7 +734,8 @@ def test_the_user_knows_better():
     ("eef_dpos_x", "change"), ("waist.rel", "change"), ("rel_x", "change"), ("d_x", "change"),
     ("dx", "change"), ("shoulder_pan.pos", "target"), ("joint_0", "target"), ("x", None), ("base_vx", "velocity"),
     ("ee_quat_w", "target"), ("left_hand_finger_1", "target"), ("actions_effector_position[0]", "target"),
-    ("v_x", "velocity"), ("angular.z", "velocity"), ("delta_joint_1", "change"), ("omega", "velocity")])
+    ("v_x", "velocity"), ("angular.z", "velocity"), ("delta_joint_1", "change"), ("omega", "velocity"),
+    ("base_linear", "velocity"), ("base_angular", "velocity"), ("base_pose_x", "target")])
 def test_what_names_say(name, kind):
     assert kind_by_name(name) == kind
 

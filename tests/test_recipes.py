@@ -469,6 +469,8 @@ def numbers(*names: str, width: int = 7) -> dict[str, Feature]:
      "joint_position, gripper_position", "actions"),
     (["observation/proprio", "action"], "proprio", "action"), (["observation/ee_pose", "action"], "ee_pose", "action"),
     (["observation/joint_velocity", "action", "reward", "observation/timestamp"], "0", "action"),
+    (["observation/jointPositions", "observation/jointVelocities", "action"], "jointPositions", "action"),
+    (["observation/arm", "observation/left_fingers", "action"], "arm, left_fingers", "action"),
     (["observation/state"], "state", None),
 ])
 def test_names_that_converters_give(names, state, action):
