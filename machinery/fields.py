@@ -32,7 +32,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
 from machinery.config import (
@@ -43,7 +42,6 @@ from machinery.config import (
     load_yaml,
     nearest,
 )
-from machinery.files import atomic
 
 WORDS = ["target", "change", "raw", "wxyz"]
 HELPERS = ["clip", "invert", "delta", "binarize", "rel2abs", "euler", "unzip"]
@@ -130,21 +128,6 @@ def has_words(fields: list[Field]) -> bool:
 
 
 # ---- The recipe beside a dataset -----------------------------------------------------------------
-
-
-def recipe_values(recipe: Recipe) -> dict[str, object]:
-    """The keys of a recipe that differ from their defaults."""
-    default = vars(Recipe())
-    return {key: value for key, value in vars(recipe).items() if value != default[key]}
-
-
-def write_recipe(directory: Path, recipe: Recipe) -> Path:
-    """Write recipe.yaml into a dataset's directory. Returns its path."""
-    path = directory / "recipe.yaml"
-    text = yaml.safe_dump(recipe_values(recipe), sort_keys=False, width=1000, allow_unicode=True)
-    with atomic(path) as scratch:
-        scratch.write_text(text)
-    return path
 
 
 def read_recipe(directory: Path) -> Recipe | None:

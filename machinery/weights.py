@@ -45,7 +45,6 @@ from machinery.config import (
 )
 from machinery.description import (
     DESCRIPTION,
-    check_size,
     checked,
     is_oft,
     refuse_parts,
@@ -117,7 +116,6 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
     if weights:
         unset = {key for key in SHAPE if key in weights.config} - cfg.model_fields_set
         cfg = cfg.model_copy(update={key: weights.config[key] for key in unset})
-        check_size(cfg, weights.tensors)
     if checkpoint and weights.base:
         weights.tensors = weights.base  # resumed adapters are trained beside the base, not merged
     # a run keeps a copy of its tokenizer: the one it started with may be gone

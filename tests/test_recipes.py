@@ -19,12 +19,12 @@ from action_tokenizer import load_tokenizer, prompt_ids
 from machinery import oxe
 from machinery.config import Recipe, TrainConfig, UserError
 from machinery.convention import dimension_names, recorded
-from machinery.fields import check_recipe, parse_fields, read_recipe, write_recipe
+from machinery.fields import check_recipe, parse_fields, read_recipe
 from machinery.frames import DataError, find_dataset, frame_table
 from machinery.guess import action_fields, state_fields
 from machinery.inspect_data import find_subjects, guess_action
 from machinery.recipes import Feature, check_features, euler, executions, standardize, unzipped
-from machinery.rlds import statistics
+from machinery.rlds import statistics, write_recipe
 
 pytestmark = pytest.mark.usefixtures("index_here")
 F = tfds.features
