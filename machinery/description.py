@@ -75,9 +75,3 @@ def refuse_quantized(where: Path, config: dict, dtypes: dict[str, str]) -> None:
         raise CheckpointError(f"{where}: the weights are quantized "
                               f"({', '.join(small[:1]) or 'config.json'}): take the full ones "
                               "(--int8 saves as much memory)")
-
-
-def is_oft(path: Path) -> bool:
-    """Whether a directory has OpenVLA-OFT's class, which decodes chunks of actions in parallel."""
-    code = path / "modeling_prismatic.py"
-    return code.exists() and "NUM_ACTIONS_CHUNK" in code.read_text(errors="replace")
