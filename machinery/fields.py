@@ -25,23 +25,18 @@ Keys of states and cameras are relative to `observation/`. Keys that start with 
 actions are relative to the step. So is the instruction's, or it belongs to the episode
 (episode_metadata/...).
 
-A dataset's own recipe can be in its directory: recipe.yaml. It applies if the YAML has none.
+A dataset's own recipe can be in its directory: recipe.yaml (oxe.find_recipe). It applies if the
+YAML has none.
 """
 
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import ValidationError
+import yaml
 
-from machinery.config import (
-    RECIPES,
-    Recipe,
-    UserError,
-    first_problem,
-    load_yaml,
-    nearest,
-)
+from machinery.config import Recipe, UserError, nearest
+from machinery.files import atomic
 
 WORDS = ["target", "change", "raw", "wxyz"]
 HELPERS = ["clip", "invert", "delta", "binarize", "rel2abs", "euler", "unzip"]
@@ -130,13 +125,16 @@ def has_words(fields: list[Field]) -> bool:
 # ---- The recipe beside a dataset -----------------------------------------------------------------
 
 
-def read_recipe(directory: Path) -> Recipe | None:
-    """The recipe in a dataset's directory, if there is one. Raises UserError."""
+def recipe_values(recipe: Recipe) -> dict[str, object]:
+    """The keys of a recipe that differ from their defaults."""
+    default = vars(Recipe())
+    return {key: value for key, value in vars(recipe).items() if value != default[key]}
+
+
+def write_recipe(directory: Path, recipe: Recipe) -> Path:
+    """Write recipe.yaml into a dataset's directory. Returns its path."""
     path = directory / "recipe.yaml"
-    if not path.exists():
-        return None
-    try:
-        values = load_yaml(path.read_text(), str(path)) or {}
-        return RECIPES.validate_python({"recipe": values})["recipe"]
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_problem(error)}") from None
+    text = yaml.safe_dump(recipe_values(recipe), sort_keys=False, width=1000, allow_unicode=True)
+    with atomic(path) as scratch:
+        scratch.write_text(text)
+    return path

@@ -33,7 +33,7 @@ from machinery.config import (
     one_line,
 )
 from machinery.convention import dimension_names
-from machinery.fields import check_recipe, parse_fields
+from machinery.fields import check_recipe, parse_fields, recipe_values, write_recipe
 from machinery.frames import (
     DataError,
     FrameTable,
@@ -48,7 +48,7 @@ from machinery.host import cores
 from machinery.images import contact_sheet, decode_image, decode_native
 from machinery.kinds import assumptions, field_list, guess_kinds
 from machinery.recipes import Feature
-from machinery.rlds import recipe_values, step_features, write_recipe
+from machinery.rlds import step_features
 from machinery.survey import looks_like_targets, round_trip, survey
 
 

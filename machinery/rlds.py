@@ -24,12 +24,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image
 from tqdm import tqdm
 
 from machinery import recipes
 from machinery.config import Recipe, UserError
+from machinery.fields import check_recipe
 from machinery.files import atomic
 from machinery.frames import DataError, end_with_parent
 from machinery.host import cores
@@ -52,6 +52,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
     """
     features = step_features(directory)
     try:
+        check_recipe(directory.parent.name, recipe)
         widths_of_features = recipes.check_features(features, recipe, cameras, load_proprio)
     except UserError as error:
         raise DataError(f"{directory}: {error}") from error
@@ -262,21 +263,6 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
         features.save_config(scratch)
         info = {"name": name, "version": version, "fileFormat": "tfrecord", "splits": splits}
         (scratch / "dataset_info.json").write_text(json.dumps(info, indent=2))
-    return path
-
-
-def recipe_values(recipe: Recipe) -> dict[str, object]:
-    """The keys of a recipe that differ from their defaults."""
-    default = vars(Recipe())
-    return {key: value for key, value in vars(recipe).items() if value != default[key]}
-
-
-def write_recipe(directory: Path, recipe: Recipe) -> Path:
-    """Write recipe.yaml into a dataset's directory. Returns its path."""
-    path = directory / "recipe.yaml"
-    text = yaml.safe_dump(recipe_values(recipe), sort_keys=False, width=1000, allow_unicode=True)
-    with atomic(path) as scratch:
-        scratch.write_text(text)
     return path
 
 

@@ -36,11 +36,12 @@ from tqdm import tqdm
 
 from machinery.config import UserError, exit_with_one_line
 from machinery.convention import number_labels
+from machinery.fields import write_recipe
 from machinery.frames import end_with_parent
 from machinery.host import cores
 from machinery.inspect_data import TO_TRAIN, Subject, as_yaml, guess_recipe, write_yaml
 from machinery.kinds import Dimension, assumptions, field_list, guess_kinds
-from machinery.rlds import EPISODE, DataError, step_features, write_recipe, write_rlds
+from machinery.rlds import EPISODE, DataError, step_features, write_rlds
 from machinery.survey import looks_like_targets, survey
 
 JPEG_QUALITY = 95
