@@ -23,14 +23,14 @@ from torch import nn
 from transformers import StaticCache
 
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
-from machinery.backbones import cached_forward, make_cache
+from machinery.cached_llm import cached_forward, make_cache
 from machinery.checkpoint import CheckpointError
 from machinery.config import TrainConfig, UserError, one_line
 from machinery.convention import Convention, convention
-from machinery.description import check_size
 from machinery.host import cores
 from machinery.images import center_crop, resize_image
 from machinery.lora import linear_layers
+from machinery.memory import check_size
 from machinery.weights import fill, open_weights, parameters_without_memory
 from model import VLA, at_positions
 

@@ -7,12 +7,11 @@
 
 For each dataset and action dimension this prints the accuracy of the action tokens and the L1
 error, normalized (-1..1), and for each number of the robot's action the L1 error in its own units
-(degrees, 0..255, ...). Beside each is the value for always answering
-the most frequent bin of the training data. eval.json keeps the numbers and eval.png shows some
-episodes, recorded and predicted; both go into the run's directory. A low open-loop error does not
-prove a good policy, but a high one proves a bad one. The third command gives the baseline for
-fine-tuning: a model that does not know the data acts by their statistics or, with --unnorm_key, by
-those of a dataset that it knows.
+(degrees, 0..255, ...). Beside each is the value for always answering the most frequent bin of the
+training data. eval.json keeps the numbers and eval.png shows some episodes, recorded and predicted;
+both go into the run's directory. A low open-loop error does not prove a good policy, but a high one
+proves a bad one. The third command gives the baseline for fine-tuning: a model that does not know
+the data acts by their statistics or, with --unnorm_key, by those of a dataset that it knows.
 
 Robots fail most often because acting prepares the inputs in another way than training did: swapped
 red and blue, another resize, prompt or statistics. So the same frames are answered in three ways:
@@ -59,9 +58,8 @@ TOLERANCE = 0.03  # of accuracies that should agree
 # A frame is (dataset number, row of its frame table, epoch).
 
 
-def from_camera(
-    policy: Policy, mixture: Mixture, frames: list[tuple]
-) -> tuple[np.ndarray, np.ndarray]:
+def from_camera(policy: Policy, mixture: Mixture, frames: list[tuple]
+                ) -> tuple[np.ndarray, np.ndarray]:
     """Answer frames of one dataset as on a robot: -> (action tokens (B, T), actions
     (B, action_chunk, action_dim) in the dataset's units)."""
     dataset = frames[0][0]
@@ -91,9 +89,8 @@ def from_camera(
 
 
 @torch.inference_mode()
-def from_training_inputs(
-    policy: Policy, mixture: Mixture, frames: list[tuple]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def from_training_inputs(policy: Policy, mixture: Mixture, frames: list[tuple]
+                         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Answer training's own inputs: -> (teacher-forced, greedy, true) action tokens (B, T)."""
     samples = [mixture.sample(*frame) for frame in frames]
     prompts = [sample["input_ids"][sample["labels"] == IGNORE_INDEX].tolist() for sample in samples]
@@ -121,13 +118,8 @@ def collect(policy: Policy, mixture: Mixture, frames: np.ndarray) -> dict[str, n
 # ---- Numbers -----------------------------------------------------------------------------------
 
 
-def measure(
-    mixture: Mixture,
-    dataset: int,
-    rows: np.ndarray,
-    answers: dict[str, np.ndarray],
-    frequent: np.ndarray,
-) -> dict:
+def measure(mixture: Mixture, dataset: int, rows: np.ndarray, answers: dict[str, np.ndarray],
+            frequent: np.ndarray) -> dict:
     """Score the answers to frames `rows` (R,) of a dataset.
 
     answers: tokens (R, T) by name, and `actions` (R, action_chunk, action_dim)
@@ -183,9 +175,8 @@ def recorded_actions(mixture: Mixture, dataset: int, rows: np.ndarray) -> np.nda
     return actions
 
 
-def logged_accuracy(
-    run_dir: Path, step: int, samples: int, global_batch: int, on_train_frames: bool
-) -> float | None:
+def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int,
+                    on_train_frames: bool) -> float | None:
     """The training log's accuracy: on held-out frames at this step, or on the last `samples`
     training frames."""
     path = run_dir / "metrics.jsonl"
@@ -207,9 +198,8 @@ def logged_accuracy(
     return total / seen if seen else None
 
 
-def verdict(
-    accuracy: dict[str, float], agreement: float, frames: int, strategy: str
-) -> tuple[str | None, list[str]]:
+def verdict(accuracy: dict[str, float], agreement: float, frames: int, strategy: str
+            ) -> tuple[str | None, list[str]]:
     """-> (the mismatch between training and acting, if there is one, and other remarks)."""
     mismatch = None
     remarks = []
@@ -296,9 +286,8 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
     sheet.save(path)
 
 
-def draw_curves(
-    pen: ImageDraw.ImageDraw, font, box: tuple, title: str, curves: dict[str, np.ndarray]
-) -> None:
+def draw_curves(pen: ImageDraw.ImageDraw, font, box: tuple, title: str,
+                curves: dict[str, np.ndarray]) -> None:
     """Curves (R,) in a frame, with its title above and its range on the left."""
     left, top, right, bottom = box
     values = np.concatenate(list(curves.values()))
@@ -317,14 +306,8 @@ def draw_curves(
 # ---- The program -------------------------------------------------------------------------------
 
 
-def evaluate(
-    policy: Policy,
-    checkpoint: Tensors,
-    cfg: TrainConfig,
-    samples: int,
-    on_train_frames: bool,
-    out: Path,
-) -> None:
+def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int,
+             on_train_frames: bool, out: Path) -> None:
     """Print and write everything. Raises DataError if training and acting do not match on training
     frames."""
     learned = open_mixture(policy, cfg, train=True)
@@ -372,15 +355,13 @@ def evaluate(
         print(f"warning: {mismatch}")
 
 
-def score_datasets(
-    policy: Policy, mixture: Mixture, learned: Mixture, frames: np.ndarray, samples: int
-) -> tuple[dict, dict[str, np.ndarray]]:
+def score_datasets(policy: Policy, mixture: Mixture, learned: Mixture, frames: np.ndarray,
+                   samples: int) -> tuple[dict, dict[str, np.ndarray]]:
     """Answer frames (R, 3) and print the scores: -> ({dataset: scores}, tokens (R, T) by name).
 
-    learned: training frames; the most frequent tokens of up to `samples` of each dataset are the
-        baseline"""
+    learned: training data, whose most frequent tokens in `samples` frames are the baseline"""
     results = {}
-    tokens: dict[str, list] = {"teacher_forced": [], "greedy": [], "inference": [], "true": []}
+    tokens = {key: [] for key in ("teacher_forced", "greedy", "inference", "true")}
     for dataset in np.unique(frames[:, 0]).tolist():
         name = mixture.names[dataset]
         chosen = frames[frames[:, 0] == dataset]
@@ -469,8 +450,7 @@ def main() -> None:
     parser.add_argument("--data_root_dir", help="another folder of datasets")
     parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
     parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
-    parser.add_argument("--on-train-frames", action="store_true",
-                        help="the last frames it learned from")
+    parser.add_argument("--on-train-frames", action="store_true", help="the last it learned from")
     parser.add_argument("--out", type=Path,
                         help="PNG; the JSON goes beside it; default: in the run's directory")
     args = parser.parse_args()

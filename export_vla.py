@@ -32,9 +32,10 @@ from action_tokenizer import load_tokenizer
 from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError
 from machinery.config import TrainConfig, exit_with_one_line
-from machinery.description import DESCRIPTION, check_size
+from machinery.description import DESCRIPTION
 from machinery.files import atomic
 from machinery.lora import ADAPTER
+from machinery.memory import check_size
 from machinery.weights import (
     LANGUAGE_MODELS,
     PRISMATIC,

@@ -21,10 +21,10 @@ from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_de
 from machinery import zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError, exit_with_one_line, parse_command_line
+from machinery.cost import memory_needed, utilization
 from machinery.cuda_graph import capture_passes
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
-from machinery.memory import memory_needed, utilization
 from machinery.metrics import Metrics, evaluate
 from machinery.ranks import Preemption, run_job, stop_if_not_finite
 from machinery.run import Run, settle

@@ -6,7 +6,6 @@ tests/test_backbones.py tries both with every kind of language model below.
 """
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -20,7 +19,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    StaticCache,
     masking_utils,
 )
 
@@ -100,33 +98,6 @@ def check_window(config: PretrainedConfig, length: int) -> None:
     if window and length > window:
         raise UserError(f"llm_backbone: the sliding_window of {window} is shorter than {length} "
                         "tokens: use smaller images, fewer cameras or another model")
-
-
-def make_cache(llm: nn.Module, batch: int, slots: int) -> StaticCache:
-    """Room for the keys and values of `slots` tokens, on the llm's device and in its dtype."""
-    config = llm.config
-    check_window(config, slots)
-    cache = StaticCache(config, max_cache_len=slots)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(batch, heads, width, llm.dtype, llm.device)
-    return cache
-
-
-def cached_forward(llm: nn.Module) -> Callable:
-    """Returns forward(inputs, mask, positions, cache) -> hidden states (B, S, hidden).
-
-    inputs (B, S, hidden) follow the tokens in the cache; mask (B, 1, S, slots), positions (B, S).
-    """
-    base = llm.base_model
-    parameters = inspect.signature(base.forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"  # depends on the version
-
-    def forward(inputs, mask, positions, cache):
-        return base(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
-                    use_cache=True, **{name: cache}).last_hidden_state
-
-    return forward
 
 
 # ---- Its tokenizer -----------------------------------------------------------------------------

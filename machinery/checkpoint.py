@@ -229,13 +229,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return on_all_ranks(open_verified)
     except CheckpointError as error:
         others = [other.name for other in list_checkpoints(path.parent) if other != path]
-        cure = "The run has no other checkpoint"
-        if not path.exists():
-            cure = "It has been deleted: run the same command again"
-        elif others:
-            cure = (f"To resume from the newest of {', '.join(others)}: `mv {path} "
-                    f"{path}.damaged`")
-        raise CheckpointError(f"{error}. {cure}") from None
+        raise CheckpointError(f"{error}. To resume from the newest of the run's others ("
+                              f"{', '.join(others) or 'none'}): `mv {path} {path}.damaged`"
+                              ) from None
 
 
 # ---- Saving ------------------------------------------------------------------------------------

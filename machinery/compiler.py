@@ -18,12 +18,9 @@ def check_compiler(key: str, cure: str) -> None:
     """Raise UserError unless C++ for Python can be compiled here. It would be noticed only after
     the data are indexed and the weights loaded, in a long traceback."""
     header = Path(sysconfig.get_path("include"), "Python.h")
-    missing = "a C++ compiler (g++)"
-    if shutil.which(os.environ.get("CXX", "c++")):
-        missing = f"Python's headers ({header})"
-        if header.exists():
-            return
-    raise UserError(f"{key} needs {missing}: apt install g++ python3-dev, or {cure}")
+    if not (shutil.which(os.environ.get("CXX", "c++")) and header.exists()):
+        raise UserError(f"{key} needs a C++ compiler (g++) and Python's headers ({header}): apt "
+                        f"install g++ python3-dev, or {cure}")
 
 
 def check_compile() -> None:

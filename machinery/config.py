@@ -8,13 +8,9 @@ processes start without it.
 import argparse
 import contextlib
 import difflib
-import functools
 import os
 import re
-import socket
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import field, fields
 from pathlib import Path
@@ -408,26 +404,6 @@ def read_secret(name: str, key: str) -> str:
         return Path(name).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {name!r} is not an environment variable or text file") from error
-
-
-@functools.cache
-def out_of_reach(name: str) -> bool:
-    """Whether `name` is not a path and the hub does not answer (its client retries for minutes)."""
-    from huggingface_hub import constants  # here: importing it takes a moment
-
-    if os.path.exists(name):
-        return False
-    if constants.HF_HUB_OFFLINE:
-        return True
-    hub = urllib.parse.urlsplit(constants.ENDPOINT)
-    proxied = urllib.request.getproxies().keys() & {hub.scheme, "all"}
-    if proxied and not urllib.request.proxy_bypass(hub.hostname):
-        return False  # only the client can ask through a proxy
-    try:
-        socket.create_connection((hub.hostname, hub.port or hub.scheme), timeout=3).close()
-    except OSError:
-        return True
-    return False
 
 
 # ---- The job -----------------------------------------------------------------------------------

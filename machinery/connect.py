@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import psutil
@@ -69,9 +69,9 @@ def connect() -> None:
     store.set(f"at{rank}", "0|0|start")
     store.append("arrived", f"{rank} {socket.gethostname()} {address}\n")
     wait_until(lambda: missing(store, world_size), LONGEST)
-    hosts = {int(number): host for number, host, _ in arrivals(store)}
-    network = choose_network(address, [other for *_, other in arrivals(store)])
-    progress.watch(store, [hosts[number] for number in range(world_size)])
+    _, hosts, addresses = zip(*arrivals(store), strict=True)
+    network = choose_network(address, addresses)
+    progress.watch(store, list(hosts))
     progress.at(f"connect the ranks {network}")
 
 
@@ -94,23 +94,20 @@ def find_rank_0(serve: bool) -> dist.Store:
                     "has started: set them to its machine; this is rank "
                     f"{os.environ['RANK']} on {socket.gethostname()}")
 
+    # torchrun keeps a store, in which restarted ranks would find the addresses of dead ones: use it
+    # only to announce a new one
+    torchruns = os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None) == "True"
     wait_until(unknown, SOON)
-    if os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None) == "True":
-        # torchrun keeps a store, in which restarted ranks would find the addresses of dead ones:
-        # use it only to announce a new one
-        wait_until(silent, LONGEST)
+    if serve:
+        store = open_store("127.0.0.1", 0 if torchruns else int(port), serve)
+    wait_until(silent, SOON if serve else LONGEST)
+    if torchruns:
         key = f"port{os.environ['TORCHELASTIC_RESTART_COUNT']}"
         agents = open_store(host, int(port), serve=False)
-        if serve:
-            store = open_store("127.0.0.1", 0, serve)
-            agents.set(key, str(store.port))
         agents.set_timeout(timedelta(seconds=LONGEST))
+        if serve:
+            agents.set(key, str(store.port))
         os.environ["MASTER_PORT"] = agents.get(key).decode()
-    elif serve:
-        store = open_store("127.0.0.1", int(port), serve)
-        wait_until(silent, SOON)
-    else:
-        wait_until(silent, LONGEST)
     return store if serve else open_store(host, int(os.environ["MASTER_PORT"]), serve)
 
 
@@ -129,22 +126,23 @@ def open_store(host: str, port: int, serve: bool) -> dist.TCPStore:
 def missing(store: dist.Store, world_size: int) -> str | None:
     """Which ranks have not arrived yet, as text, or None. Raises UserError if some are doubled."""
     try:
-        ranks = sorted(int(number) for number, *_ in arrivals(store))
+        ranks = [rank for rank, *_ in arrivals(store)]
     except RuntimeError as error:
         raise UserError("rank 0 has ended: its own messages name the cause") from error
     if len(ranks) > len(set(ranks)):
         raise UserError(f"two processes have the same RANK: {ranks}: each machine needs its own "
                         "--node_rank")
-    absent = sorted({*range(world_size)} - {*ranks})
+    absent = [rank for rank in range(world_size) if rank not in ranks]
     if not absent:
         return None
     return (f"{len(ranks)} of {world_size} ranks have arrived, not {numbers(absent)}: start the "
             "job on all machines, each with its own ranks")
 
 
-def arrivals(store: dist.Store) -> list[list[str]]:
-    """[rank, host name, address towards MASTER_ADDR] of each rank that has arrived."""
-    return [line.split() for line in store.get("arrived").decode().splitlines()]
+def arrivals(store: dist.Store) -> list[tuple[int, str, str]]:
+    """(rank, host name, address towards MASTER_ADDR) of each rank that has arrived, by rank."""
+    lines = [line.split() for line in store.get("arrived").decode().splitlines()]
+    return sorted((int(rank), host, address) for rank, host, address in lines)
 
 
 def numbers(ranks: list[int]) -> str:
@@ -161,7 +159,7 @@ def local_address(host: str) -> str:
         return probe.getsockname()[0]
 
 
-def choose_network(address: str, everyones: list[str]) -> str:
+def choose_network(address: str, everyones: Iterable[str]) -> str:
     """On several machines, let gloo and NCCL use the network that leads to MASTER_ADDR.
 
     gloo would use the address of the machine's own name, which Debian sets to 127.0.1.1. Users may

@@ -6,14 +6,13 @@ load wrongly, without an error, is refused.
 """
 
 import fnmatch
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from machinery.backbones import TOWER_ARGUMENTS, llm_config, llm_fields
-from machinery.checkpoint import CheckpointError, Tensors
-from machinery.config import TrainConfig, load_table, one_line
+from machinery.backbones import TOWER_ARGUMENTS, llm_fields
+from machinery.checkpoint import CheckpointError
+from machinery.config import load_table
 
 # keys that describe a model, as opposed to its training: those that an export contains
 DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_size
@@ -21,7 +20,6 @@ DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_
     datasets features image_aug max_prefix parallel_decoding proprio_dim use_proprio
     window_size""".split()
 PLAIN = re.compile(r"[\w.+-]*")  # text that is not a path or an address
-LARGEST = 10_000  # pixels of a side, blocks, cameras, numbers of an action, ...
 
 
 def checked(config: dict, where: Path) -> dict:
@@ -57,35 +55,6 @@ def is_plain(value) -> bool:
     return not isinstance(value, str) or bool(PLAIN.fullmatch(value))
 
 
-def check_size(cfg: TrainConfig, tensors: Tensors) -> None:
-    """Raise CheckpointError if a description would make a much larger model than its files contain:
-    making it could fill the memory before the files are compared with it."""
-    try:
-        llm = llm_config(cfg.llm_backbone, 1)
-        sides = [cfg.image_size, cfg.action_dim * cfg.action_chunk, cfg.proprio_dim,
-                 cfg.window_size * len(cfg.cameras), getattr(llm, "head_dim", None) or 0]
-        sides += [count for counts in cfg.features.values() for count in counts.values()]
-        experts = max(getattr(llm, key, 0) or 1 for key in ("num_experts", "num_local_experts"))
-        width = getattr(llm, "moe_intermediate_size", 0) or llm.intermediate_size
-        layers = [llm.num_hidden_layers]
-        numbers = [llm.num_hidden_layers * llm.hidden_size * width * experts]  # a part of them
-        for tower in cfg.vision_backbone.values():
-            sides += [value for value in tower.values() if isinstance(value, int | float)]
-            patch = tower.get("patch_size", 8)
-            patch = min(patch) if isinstance(patch, list) else patch
-            per_channel = [(cfg.image_size // patch) ** 2, 3 * patch**2,
-                           tower.get("depth", 1) * tower.get("mlp_ratio", 1)]
-            numbers.append(tower.get("embed_dim", 1) * max(per_channel))
-            layers.append(tower.get("depth", 1))
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(f"{tensors.where}: its config.json does not describe a model: "
-                              f"{one_line(error)[:300]}") from error
-    present = sum(map(math.prod, tensors.shapes.values()))
-    if max(sides) > LARGEST or max(layers) > len(tensors.shapes) or max(numbers) > present:
-        raise CheckpointError(f"{tensors.where}: config.json describes a larger model than the "
-                              "files contain")
-
-
 # ---- Refused: it would act nonsense ------------------------------------------------------------
 
 
@@ -106,9 +75,3 @@ def refuse_quantized(where: Path, config: dict, dtypes: dict[str, str]) -> None:
         raise CheckpointError(f"{where}: the weights are quantized "
                               f"({', '.join(small[:1]) or 'config.json'}): take the full ones "
                               "(--int8 saves as much memory)")
-
-
-def is_oft(path: Path) -> bool:
-    """Whether a directory has OpenVLA-OFT's class, which decodes chunks of actions in parallel."""
-    code = path / "modeling_prismatic.py"
-    return code.exists() and "NUM_ACTIONS_CHUNK" in code.read_text(errors="replace")

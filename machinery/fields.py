@@ -25,7 +25,8 @@ Keys of states and cameras are relative to `observation/`. Keys that start with 
 actions are relative to the step. So is the instruction's, or it belongs to the episode
 (episode_metadata/...).
 
-A dataset's own recipe can be in its directory: recipe.yaml. It applies if the YAML has none.
+A dataset's own recipe can be in its directory: recipe.yaml (oxe.find_recipe). It applies if the
+YAML has none.
 """
 
 import re
@@ -33,16 +34,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from pydantic import ValidationError
 
-from machinery.config import (
-    RECIPES,
-    Recipe,
-    UserError,
-    first_problem,
-    load_yaml,
-    nearest,
-)
+from machinery.config import Recipe, UserError, nearest
 from machinery.files import atomic
 
 WORDS = ["target", "change", "raw", "wxyz"]
@@ -145,15 +138,3 @@ def write_recipe(directory: Path, recipe: Recipe) -> Path:
     with atomic(path) as scratch:
         scratch.write_text(text)
     return path
-
-
-def read_recipe(directory: Path) -> Recipe | None:
-    """The recipe in a dataset's directory, if there is one. Raises UserError."""
-    path = directory / "recipe.yaml"
-    if not path.exists():
-        return None
-    try:
-        values = load_yaml(path.read_text(), str(path)) or {}
-        return RECIPES.validate_python({"recipe": values})["recipe"]
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_problem(error)}") from None

@@ -5,16 +5,20 @@ models, HTTPS_PROXY and its relatives name a proxy, and HF_HUB_OFFLINE=1 forbids
 """
 
 import fnmatch
+import functools
 import json
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from machinery.config import UserError, one_line, out_of_reach
+from machinery.config import UserError, one_line
 
 REPLY_SECONDS = 10  # for the hub to begin a reply
 
@@ -69,6 +73,24 @@ def fetch(name: str, patterns: list[str], needed: list[str],
         cure = next((text for key, text in CURES.items() if re.search(key, causes)), cure)
         raise UserError(f"{name!r} is not a path here, and {what}: {type(error).__name__}: "
                         f"{one_line(error)[:200]}: {cure}") from error
+
+
+@functools.cache
+def out_of_reach(name: str) -> bool:
+    """Whether `name` is not a path and the hub does not answer (its client retries for minutes)."""
+    if os.path.exists(name):
+        return False
+    if constants.HF_HUB_OFFLINE:
+        return True
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    proxied = urllib.request.getproxies().keys() & {hub.scheme, "all"}
+    if proxied and not urllib.request.proxy_bypass(hub.hostname):
+        return False  # only the client can ask through a proxy
+    try:
+        socket.create_connection((hub.hostname, hub.port or hub.scheme), timeout=3).close()
+    except OSError:
+        return True
+    return False
 
 
 def cached(name: str, patterns: list[str], needed: list[str]) -> Path | None:

@@ -1,95 +1,61 @@
-"""Does it fit, and how fast is it? GPU memory of a training, and its floating-point operations.
+"""Does a model fit? Answered before anything is allocated.
 
     python -m machinery.memory --config configs/oxe.yaml --gpus 8 \\
         --deepspeed_config ds_configs/zero3.json
 
-answers without a GPU. A training prints the same line `memory` when it starts, and stops there if
-weights, gradients and optimizer cannot fit. All sizes are in GB (1e9 bytes).
+prints, without a GPU, the line `memory` of a training (cost.py) and what other ways to train would
+take. All sizes are in GB (1e9 bytes).
 """
 
 import argparse
+import math
 
 import torch
 
-from machinery import host
-from machinery.config import UserError, exit_with_one_line, load_config, load_ds_config, ranks_here
+from machinery.backbones import llm_config
+from machinery.checkpoint import CheckpointError, Tensors
+from machinery.config import (
+    TrainConfig,
+    exit_with_one_line,
+    load_config,
+    load_ds_config,
+    one_line,
+)
+from machinery.cost import memory_needed
 from machinery.lora import linear_layers
-from machinery.ranks import LESS_MEMORY
 from machinery.weights import start_from
 from model import VLA
 
-# dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250,
-               "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165}
+LARGEST = 10_000  # pixels of a side, blocks, cameras, numbers of an action, ...
 
 
-def memory_needed(vla: VLA, ds_config: dict, ranks: int) -> str:
-    """A line for the log: memory that each GPU keeps all the time, an estimate for the activations
-    of a micro-batch, and memory of the host. Raises UserError if that cannot fit."""
-    held = memory_held(vla, ds_config, ranks)
-    on_gpu = held["weights"] + held["gradients"] + held["optimizer"]
-    if torch.cuda.is_available():
-        available = torch.cuda.mem_get_info()[1]
-        if on_gpu > available:
-            raise UserError(f"weights, gradients and optimizer take {on_gpu / 1e9:.1f} GB, "
-                            f"this GPU has {available / 1e9:.1f}: {LESS_MEMORY}")
-    on_host = held.get("host", 0)
-    if torch.distributed.is_initialized() and not torch.cuda.is_available():
-        on_host += on_gpu * ranks_here()
-    if on_host > host.memory():  # else the kernel would kill the job while it is allocated
-        raise UserError(f"offloading, or training without a GPU, takes {on_host / 1e9:.1f} GB, "
-                        f"this host or container has {host.memory() / 1e9:.1f}: offload less "
-                        "(zero3_partial_offload.json has a ratio), or train less (lora_rank: 32)")
-    return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
-
-
-def memory_held(vla: VLA, ds_config: dict, ranks: int) -> dict[str, float]:
-    """Bytes: {"weights", "gradients", "optimizer", "activations", perhaps "host"}."""
-    zero = ds_config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    half = ds_config.get("bf16", {}).get("enabled", False)
-    trained = vla.count_parameters()[1]
-    offloaded = {}
-    for key, value in zero.items():  # null and a missing device mean that nothing is offloaded
-        if key.startswith("offload_") and (value or {}).get("device", "none") != "none":
-            offloaded[key] = value
-    on_host = offloaded.get("offload_optimizer", {"ratio": 0}).get("ratio", 1)
-
-    weights = 0
-    for p in vla.parameters():
-        weights += getattr(p, "ds_numel", p.numel()) * min(p.element_size(), 2 if half else 4)
-    # bytes of gradients a parameter: float32 sums, and bf16 ones beside them (ds_configs/README.md)
-    gradients = 4
-    if half and stage < 2:
-        gradients = 6 if stage else 2
-    # ZeRO-1 and 2 sum on the GPU even the gradients that AdamW reads on the host
-    if stage == 3 and on_host == 1:
-        gradients = 0
-    optimizer = 12 if half else 8  # AdamW's two moments in float32, and in bf16 float32 weights
-    held = {
-        "weights": weights / (ranks if stage == 3 else 1),
-        "gradients": gradients * trained / (ranks if stage >= 2 else 1),
-        "optimizer": (1 - on_host) * optimizer * trained / (ranks if stage >= 1 else 1),
-    }
-    if "offload_param" in offloaded:
-        held["weights"] = 0
-    recompute = "activation_checkpointing" in ds_config
-    held["activations"] = activations(vla, recompute) * (2 if half else 4)
-    if on_host:  # 16: float32 weights, moments, gradients; 2: PyTorch rounds up pinned memory
-        held["host"] = on_host * 18 * trained / (ranks if stage >= 1 else 1) * ranks_here()
-    return held
-
-
-def activations(vla: VLA, recompute: bool) -> float:
-    """About how many numbers a micro-batch keeps for the backward pass: 17 for each token and
-    feature of a block (Korthikanti et al., 2022; some 12 if compiled). With recomputation one, and
-    17 in the block that is being recomputed."""
-    total = 0
-    for blocks, width, tokens, times, trained in stacks(vla, num_tokens=40):
-        if trained:
-            kept = len(blocks) + 17 if recompute else 17 * len(blocks)
-            total += kept * width * tokens * times
-    return vla.cfg.per_device_batch_size * total
+def check_size(cfg: TrainConfig, tensors: Tensors) -> None:
+    """Raise CheckpointError if a description would make a much larger model than its files contain:
+    making it could fill the memory before the files are compared with it."""
+    try:
+        llm = llm_config(cfg.llm_backbone, 1)
+        sides = [cfg.image_size, cfg.action_dim * cfg.action_chunk, cfg.proprio_dim,
+                 cfg.window_size * len(cfg.cameras), getattr(llm, "head_dim", None) or 0]
+        sides += [count for counts in cfg.features.values() for count in counts.values()]
+        experts = max(getattr(llm, key, 0) or 1 for key in ("num_experts", "num_local_experts"))
+        width = getattr(llm, "moe_intermediate_size", 0) or llm.intermediate_size
+        layers = [llm.num_hidden_layers]
+        numbers = [llm.num_hidden_layers * llm.hidden_size * width * experts]  # a part of them
+        for tower in cfg.vision_backbone.values():
+            sides += [value for value in tower.values() if isinstance(value, int | float)]
+            patch = tower.get("patch_size", 8)
+            patch = min(patch) if isinstance(patch, list) else patch
+            per_channel = [(cfg.image_size // patch) ** 2, 3 * patch**2,
+                           tower.get("depth", 1) * tower.get("mlp_ratio", 1)]
+            numbers.append(tower.get("embed_dim", 1) * max(per_channel))
+            layers.append(tower.get("depth", 1))
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"{tensors.where}: its config.json does not describe a model: "
+                              f"{one_line(error)[:300]}") from error
+    present = sum(map(math.prod, tensors.shapes.values()))
+    if max(sides) > LARGEST or max(layers) > len(tensors.shapes) or max(numbers) > present:
+        raise CheckpointError(f"{tensors.where}: config.json describes a larger model than the "
+                              "files contain")
 
 
 def memory_if(vla: VLA) -> str:
@@ -103,69 +69,6 @@ def memory_if(vla: VLA) -> str:
             "last_layer": weights + 16 * vla.count_parameters()[1],
             "everything_offloaded": weights + 2 * weights}
     return "memory_if " + " ".join(f"{way}_gb {size / 1e9:.4g}" for way, size in kept.items())
-
-
-def stacks(vla: VLA, num_tokens: int) -> list[tuple]:
-    """The model's stacks of blocks: (blocks, width, tokens of a sample with num_tokens of text,
-    how often each sees a sample, does it have a backward pass?)."""
-    images = vla.num_images * vla.num_patches
-    found = [(vla.llm.base_model.layers, vla.llm.config.hidden_size,
-              num_tokens + images + vla.cfg.use_proprio, 1, True)]
-    for tower in vla.vision_backbone.values():
-        trained = any(p.requires_grad for p in tower.parameters())  # nothing before it is trained
-        tokens = vla.num_patches + tower.num_prefix_tokens
-        found.append((tower.blocks[:-1], tower.embed_dim, tokens, vla.num_images, trained))
-    return found
-
-
-# ---- Floating-point operations -------------------------------------------------------------------
-
-
-def utilization(vla: VLA, batch: dict, samples_per_second: float) -> dict[str, float]:
-    """TFLOP/s of each GPU, and of GPUs we know the share of their peak, MFU. Recomputation does
-    not count as work. Without a GPU, nothing. samples_per_second: of all GPUs together."""
-    if not torch.cuda.is_available():
-        return {}
-    flops = training_flops(vla, batch["input_ids"].shape[1])
-    ranks = torch.distributed.get_world_size()
-    values = {"tflops_per_gpu": samples_per_second * flops / ranks / 1e12}
-    name = torch.cuda.get_device_name()
-    for gpu, peak in PEAK_TFLOPS.items():
-        if gpu in name:
-            values["mfu"] = values["tflops_per_gpu"] / peak
-            break
-    return values
-
-
-def training_flops(vla: VLA, num_tokens: int) -> float:
-    """Operations of one training sample with num_tokens of text, without recomputation.
-
-    The usual count. A matrix takes for each weight and token 2 forward, 2 for the gradient of its
-    input, and 2 for its own if it is trained. Attention takes 4 x width x tokens^2 a block forward,
-    and twice that backward. Embedding tables are looked up, not multiplied. The language model's
-    head sees only the action tokens.
-    """
-    total = 0
-    for p in vla.projector.parameters():
-        total += vla.num_images * vla.num_patches * weight_flops(p)
-    head = vla.llm.get_output_embeddings().weight
-    total += (vla.num_action_tokens + 1) * weight_flops(head)
-    for blocks, width, tokens, times, trained in stacks(vla, num_tokens):
-        weights = sum(weight_flops(p, trained) for block in blocks for p in block.parameters())
-        attention = (12 if trained else 4) * len(blocks) * width * tokens
-        total += times * tokens * (weights + attention)
-    return total
-
-
-def weight_flops(p: torch.nn.Parameter, backward: bool = True) -> int:
-    """Operations of one parameter for each token."""
-    shape = getattr(p, "ds_shape", p.shape)  # ds_shape: ZeRO-3 has left only a slice of it
-    if len(shape) < 2:
-        return 0
-    each = 2
-    if backward:
-        each += 4 if p.requires_grad else 2
-    return each * shape.numel()
 
 
 def main() -> None:

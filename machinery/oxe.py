@@ -11,9 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
-from machinery.config import RECIPES, Recipe, TrainConfig, UserError, load_table, nearest
-from machinery.fields import check_recipe, read_recipe
+from machinery.config import (
+    RECIPES,
+    Recipe,
+    TrainConfig,
+    UserError,
+    first_problem,
+    load_table,
+    load_yaml,
+    nearest,
+)
 from machinery.frames import DataError, FrameTable, find_dataset
 
 _table = load_table("open_x_embodiment")
@@ -121,11 +130,9 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
     """A mixture's or a dataset's name, or {dataset: weight} -> [(dataset, weight, recipe), ...].
 
     own: `datasets:` of the YAML. Datasets that OpenVLA refuses are left out. Raises UserError for
-    unknown names, recipes that cannot be right, and if no dataset remains.
+    unknown names, and if no dataset remains.
     """
     own = RECIPES.validate_python(own or {})
-    for name, recipe in own.items():
-        check_recipe(name, recipe)
     known = {**DATASETS, **own}
     refused = left_out(data_mix, own)
     mixture = []
@@ -167,6 +174,18 @@ def find_recipe(name: str, directory: Path, own: Mapping[str, Recipe]) -> Recipe
     names = recipe.names or beside.names
     empty = replace(recipe, names={}) == Recipe()
     return replace(beside if empty else recipe, names=names)
+
+
+def read_recipe(directory: Path) -> Recipe | None:
+    """The recipe in a dataset's directory, if there is one. Raises UserError."""
+    path = directory / "recipe.yaml"
+    if not path.exists():
+        return None
+    try:
+        values = load_yaml(path.read_text(), str(path)) or {}
+        return RECIPES.validate_python({"recipe": values})["recipe"]
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
 
 
 def read_recipes(cfg: TrainConfig) -> TrainConfig:

@@ -31,7 +31,7 @@ from deepspeed.accelerator import get_accelerator
 from data import TrainBatches
 from machinery import host
 from machinery.config import UserError, exit_with_one_line
-from machinery.connect import connect, gather, patient_group, progress
+from machinery.connect import connect, gather, patient_group, print_line, progress
 from machinery.frames import FULL, STOP_SIGNALS, DataError
 
 # ---- Signals -----------------------------------------------------------------------------------
@@ -135,8 +135,7 @@ class Neighbor:
             dist.recv(torch.zeros(1), previous, group=self.group)
         except RuntimeError:
             time.sleep(0.5)  # if this rank fails for the same reason, let it name the reason
-            print(f"\nrank {dist.get_rank()} ends because rank {previous} ended",
-                  file=sys.stderr, flush=True)
+            print_line(f"rank {dist.get_rank()} ends because rank {previous} ended")
             os._exit(1)
 
     def release(self) -> None:
@@ -224,18 +223,17 @@ def run_job(program: Callable[[], None]) -> None:
             neighbor = start_job()
             program()
             neighbor.release()
+        dist.destroy_process_group()
+        return
     except SystemExit as stop:
-        print(f"\n{stop}", file=sys.stderr, flush=True)  # below the progress bar
-        end_at_once()
+        print_line(str(stop))
     except torch.OutOfMemoryError:
-        print(f"\nerror: the GPU's memory is full: {LESS_MEMORY}", file=sys.stderr, flush=True)
-        end_at_once()
+        print_line(f"error: the GPU's memory is full: {LESS_MEMORY}")
     except Exception:
         time.sleep(2)  # if another rank's death is the cause, Neighbor ends this rank meanwhile
         traceback.print_exc()
         sys.stderr.flush()
-        end_at_once()
-    dist.destroy_process_group()
+    end_at_once()
 
 
 def end_at_once() -> None:
@@ -278,8 +276,7 @@ def share_cores() -> None:
     needs them; by then the DataLoader's pinning thread has set the number to 1.
     """
     mine = (socket.gethostname(), os.sched_getaffinity(0))
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine, group=patient_group())
+    ranks = gather(mine)
     sharing = 1 if "OMP_NUM_THREADS" in os.environ else ranks.count(mine)
     threads = min(torch.get_num_threads(), host.cores())
     torch.set_num_threads(max(1, threads // sharing))

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from machinery import recipes
 from machinery.config import Recipe, UserError
+from machinery.fields import check_recipe
 from machinery.files import atomic
 from machinery.frames import DataError, end_with_parent
 from machinery.host import cores
@@ -51,6 +52,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
     """
     features = step_features(directory)
     try:
+        check_recipe(directory.parent.name, recipe)
         widths_of_features = recipes.check_features(features, recipe, cameras, load_proprio)
     except UserError as error:
         raise DataError(f"{directory}: {error}") from error

@@ -84,18 +84,22 @@ class Run:
         self.started = time.time()
         self.prove_shared()
         # rank 0 decides: other machines may list an older state of a network disk
-        newest, given = gather(None if self.quiet else self.find_checkpoint(cfg))[0]
+        own = gather([path.name for path in list_checkpoints(self.path / "checkpoints")])[0]
+        given = cfg.pretrained_checkpoint
         self.checkpoint = None
-        if newest:
-            self.checkpoint = open_checkpoint(self.path / "checkpoints" / newest)
-        elif given:
+        if own:
+            self.checkpoint = open_checkpoint(self.path / "checkpoints" / own[-1])
+        elif given and cfg.is_resume:
+            if not Path(given, "checkpoint.json").exists():
+                raise UserError(f"pretrained_checkpoint {given} is not a checkpoint of this "
+                                "project: set is_resume: false to start from its weights")
             self.checkpoint = open_checkpoint(Path(given))
         self.step = 0
         self.base = None
         if self.checkpoint:
             self.step = self.checkpoint.meta["step"]
             self.base = self.checkpoint.base
-        if not newest:
+        if not own:
             self.check_resume_point(cfg)
 
     def prove_shared(self) -> None:
@@ -103,20 +107,16 @@ class Run:
         the run's directory. Without this, the first checkpoint would fail after hours."""
         progress.at(f"find {self.path}")
         new = not self.path.exists()
-        token = uuid.uuid4().hex
         proof = self.path / ".shared"
         if not self.quiet:
+            there = next(path for path in (self.path, *self.path.parents) if path.exists())
+            if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
+                raise UserError(f"run_root_dir: {there} is not a writable folder")
             if not new:
                 self.claim()
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                proof.write_text(token)
-            except OSError as error:
-                folders = (self.path, *self.path.parents)
-                there = next(folder for folder in folders if folder.exists())
-                raise UserError(f"run_root_dir: {there} is not a writable folder: {error}"
-                                ) from error
-        token = gather(token)[0]
+            self.path.mkdir(parents=True, exist_ok=True)
+            proof.write_text(uuid.uuid4().hex)
+        token = gather(None if self.quiet else proof.read_text())[0]
 
         def unseen() -> str | None:
             with contextlib.suppress(OSError):
@@ -136,19 +136,6 @@ class Run:
                     proof.unlink()
                 if not self.quiet and new:
                     self.path.rmdir()
-
-    def find_checkpoint(self, cfg: TrainConfig) -> tuple[str | None, str | None]:
-        """The name of the run's newest checkpoint, and the path of another one to continue."""
-        own = list_checkpoints(self.path / "checkpoints")
-        if own:
-            return own[-1].name, None
-        path = cfg.pretrained_checkpoint
-        if not (path and cfg.is_resume):
-            return None, None
-        if not (Path(path) / "checkpoint.json").exists():
-            raise UserError(f"pretrained_checkpoint {path} is not a checkpoint of this "
-                            "project: set is_resume: false to start from its weights")
-        return None, path
 
     def claim(self) -> None:
         """Create the directory, and make sure that no other job trains in it."""

@@ -35,22 +35,8 @@ from machinery.checkpoint import (
     list_checkpoints,
     plain_name,
 )
-from machinery.config import (
-    TrainConfig,
-    UserError,
-    load_table,
-    nearest,
-    one_line,
-    read_secret,
-)
-from machinery.description import (
-    DESCRIPTION,
-    check_size,
-    checked,
-    is_oft,
-    refuse_parts,
-    refuse_quantized,
-)
+from machinery.config import TrainConfig, UserError, load_table, nearest, one_line, read_secret
+from machinery.description import DESCRIPTION, checked, refuse_parts, refuse_quantized
 from machinery.int8 import shrink
 from machinery.lora import merged
 from model import VLA
@@ -117,7 +103,6 @@ def start_from(cfg: TrainConfig, checkpoint: Checkpoint | None) -> tuple:
     if weights:
         unset = {key for key in SHAPE if key in weights.config} - cfg.model_fields_set
         cfg = cfg.model_copy(update={key: weights.config[key] for key in unset})
-        check_size(cfg, weights.tensors)
     if checkpoint and weights.base:
         weights.tensors = weights.base  # resumed adapters are trained beside the base, not merged
     # a run keeps a copy of its tokenizer: the one it started with may be gone
@@ -291,7 +276,8 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
 
 
 def _open_hugging_face(path: Path) -> Weights:
-    if is_oft(path):
+    code = path / "modeling_prismatic.py"
+    if code.exists() and "NUM_ACTIONS_CHUNK" in code.read_text(errors="replace"):
         raise CheckpointError(f"{path} is OpenVLA-OFT's variant with action tokens. This project "
                               "would decode them one after another, and it would act nonsense")
     description = _read_json(path / "config.json")

@@ -23,7 +23,7 @@ from huggingface_hub import close_session, constants
 from test_description import write_openvlas
 
 from machinery import hub
-from machinery.config import UserError, out_of_reach
+from machinery.config import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b"{}", "model-1.safetensors": b"1" * 3000, "model-2.safetensors": b"2" * 3000,
@@ -112,7 +112,7 @@ def use(monkeypatch, tmp_path, endpoint: str) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
-    out_of_reach.cache_clear()
+    hub.out_of_reach.cache_clear()
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def online(server, monkeypatch, tmp_path):
     use(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
     yield server
     close_session()
-    out_of_reach.cache_clear()
+    hub.out_of_reach.cache_clear()
 
 
 def fetch(check=lambda names: None) -> Path:
@@ -229,7 +229,7 @@ def test_proxies_in_all_spellings(variables, expected, server, monkeypatch, tmp_
     use(monkeypatch, tmp_path, "http://hub.invalid")
     for key, value in variables.items():
         monkeypatch.setenv(key, value.format(proxy=f"http://127.0.0.1:{server.server_port}"))
-    assert out_of_reach("a/model") != expected
+    assert hub.out_of_reach("a/model") != expected
     if expected:
         assert names(fetch()) == FILES.keys() - {"README.md"}
         assert server.asked[0].startswith("http://hub.invalid/api/")

@@ -19,7 +19,7 @@ import export_vla
 from act import load_vla
 from action_tokenizer import load_tokenizer
 from data import TrainBatches
-from machinery import int8, memory, ranks
+from machinery import cost, int8, memory, ranks
 from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from machinery.config import TrainConfig, UserError, load_config
 from machinery.lora import ADAPTER, add_adapters, linear_layers
@@ -303,7 +303,7 @@ def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
     vla = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
     vla.large = torch.nn.Parameter(torch.empty(10**9, device="meta"))
     vla.count_parameters = lambda: (10**9, 10**9)
-    told = memory.memory_needed(vla, ds_config, ranks=4).split()
+    told = cost.memory_needed(vla, ds_config, ranks=4).split()
     values = dict(zip(told[1::2], map(float, told[2::2]), strict=True))
     assert values.pop("activations_gb") < 0.1
     assert tuple(values.values()) == pytest.approx(expected, rel=1e-3)
@@ -311,7 +311,7 @@ def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4 * 10**9))
     with pytest.raises(UserError, match=f"take {sum(expected):.1f} GB.* 4.0.*per_device_batch_size"):
-        memory.memory_needed(vla, ds_config, ranks=4)
+        cost.memory_needed(vla, ds_config, ranks=4)
 
 
 def test_host_memory_for_what_is_offloaded_is_told_and_too_much_refused(monkeypatch):
@@ -321,11 +321,11 @@ def test_host_memory_for_what_is_offloaded_is_told_and_too_much_refused(monkeypa
     vla.count_parameters = lambda: (10**9, 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     ds_config = json.loads((ROOT / "ds_configs/zero3_partial_offload.json").read_text())
-    monkeypatch.setattr(memory.host, "memory", lambda: 6 * 10**9)
-    assert memory.memory_needed(vla, ds_config, ranks=8).endswith(" host_gb 5.4")
-    monkeypatch.setattr(memory.host, "memory", lambda: 5 * 10**9)
+    monkeypatch.setattr(cost.host, "memory", lambda: 6 * 10**9)
+    assert cost.memory_needed(vla, ds_config, ranks=8).endswith(" host_gb 5.4")
+    monkeypatch.setattr(cost.host, "memory", lambda: 5 * 10**9)
     with pytest.raises(UserError, match=r"5.4 GB.* 5.0: offload less"):
-        memory.memory_needed(vla, ds_config, ranks=8)
+        cost.memory_needed(vla, ds_config, ranks=8)
 
 
 @pytest.mark.parametrize("image_size", [28, 112])
@@ -340,7 +340,7 @@ def test_the_estimate_of_activations(image_size):
     images = torch.randint(0, 255, (4, 1, image_size, image_size, 3), dtype=torch.uint8)
     for recompute in (False, True):
         vla, kept = VLA(cfg, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)), {}
-        estimate = memory.activations(vla, recompute)
+        estimate = cost.activations(vla, recompute)
         if recompute:
             vla.recompute_activations()
         parameters = {param.untyped_storage().data_ptr() for param in vla.parameters()}
@@ -365,7 +365,7 @@ def test_what_other_ways_would_take_is_told():
 
     def needed(vla, json_name="one_small_gpu"):
         ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())
-        told = memory.memory_needed(vla, ds_config, ranks=1).split()
+        told = cost.memory_needed(vla, ds_config, ranks=1).split()
         return sum(map(float, told[2:7:2]))  # but for the activations
 
     adapted, last_layer, told = make(), make(), memory.memory_if(make()).split()

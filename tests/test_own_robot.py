@@ -22,6 +22,7 @@ from data import Mixture
 from machinery import oxe
 from machinery.config import Recipe, TrainConfig, UserError, load_config
 from machinery.convention import convention, recorded
+from machinery.fields import check_recipe
 from machinery.frames import DataError, FrameTable, find_dataset
 from machinery.images import decode_native
 from machinery.inspect_data import draw, find_subjects
@@ -267,7 +268,7 @@ def test_openvlas_two_masks_map_one_to_one(normalized, absolute, recipe):
 ])
 def test_words_that_contradict_each_other(recipe, message):
     with pytest.raises(UserError, match=message):
-        oxe.resolve_mixture("arm", {"arm": recipe})
+        check_recipe("arm", Recipe(**recipe))
 
 
 # ------------------------------------------------------------------------------------------------------------

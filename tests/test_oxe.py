@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from action_tokenizer import normalize
 from machinery import oxe, recipes
-from machinery.config import UserError
+from machinery.config import Recipe, UserError
+from machinery.fields import check_recipe
 from machinery.frames import DataError, find_dataset, frame_table
 from machinery.survey import survey
 
@@ -267,7 +268,7 @@ def test_unknown_names_and_fields_are_explained():
         with pytest.raises(UserError, match="the mixture is empty"):
             oxe.resolve_mixture(nothing)
     with pytest.raises(UserError, match="unknown helper 'flip'"):
-        oxe.resolve_mixture("robot", {"robot": {"action": "action[:6], action[-1:] flip"}})
+        check_recipe("robot", Recipe(action="action[:6], action[-1:] flip"))
 
 
 def test_a_users_dataset_comes_before_a_mixture_of_its_name():

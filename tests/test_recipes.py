@@ -19,7 +19,7 @@ from action_tokenizer import load_tokenizer, prompt_ids
 from machinery import oxe
 from machinery.config import Recipe, TrainConfig, UserError
 from machinery.convention import dimension_names, recorded
-from machinery.fields import check_recipe, parse_fields, read_recipe, write_recipe
+from machinery.fields import check_recipe, parse_fields, write_recipe
 from machinery.frames import DataError, find_dataset, frame_table
 from machinery.guess import action_fields, state_fields
 from machinery.inspect_data import find_subjects, guess_action
@@ -382,7 +382,7 @@ def test_the_recipe_beside_a_dataset_is_enough(datasets, opened, tmp_path):
     mixture = opened(datasets=datasets or {"other": {}}, use_proprio=True)
     robot = tiny_policy(mixture).convention("arm")
     assert robot.action == NAMES["action"] and robot.state == NAMES["observation/state"]
-    assert mixture.cfg.datasets["arm"] == read_recipe(directory)
+    assert mixture.cfg.datasets["arm"] == oxe.read_recipe(directory)
     assert dimension_names(mixture.recipes[0], mixture.tables[0].features) == (*NAMES.values(),)
     (subject,) = find_subjects(directory.parent, None, None)
     assert subject.recipe == mixture.recipes[0] and subject.source == str(directory / "recipe.yaml")

@@ -296,14 +296,9 @@ def test_ten_times_the_data_takes_no_more_memory(tiny, tmp_path, plain_run):
     (("this machine", {0, 1, 2, 3}), "4", 4),
 ], ids=["same cores", "bound to others", "another machine", "the user's number"])
 def test_ranks_share_the_cores_they_may_use(other, omp_num_threads, threads, monkeypatch):
-    def gather(found, mine, group):
-        found[:] = [mine, other]
-
     monkeypatch.setattr(job.socket, "gethostname", lambda: "this machine")
     monkeypatch.setattr(job.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    monkeypatch.setattr(job.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(job.dist, "all_gather_object", gather)
-    monkeypatch.setattr(job, "patient_group", lambda: None)
+    monkeypatch.setattr(job, "gather", lambda mine: [mine, other])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp_num_threads:
         monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)

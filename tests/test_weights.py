@@ -397,7 +397,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ranks.start
 deepspeed.init_distributed()
 from machinery.config import TrainConfig
 from machinery.checkpoint import Tensors
-from machinery.memory import training_flops
+from machinery.cost import training_flops
 from machinery.weights import Weights
 from train_vla import make_vla
 from action_tokenizer import load_tokenizer
