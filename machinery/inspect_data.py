@@ -49,7 +49,8 @@ from machinery.images import contact_sheet, decode_image, decode_native
 from machinery.kinds import assumptions, field_list, guess_kinds
 from machinery.recipes import Feature
 from machinery.rlds import step_features
-from machinery.survey import looks_like_targets, round_trip, survey
+from machinery.survey import round_trip, survey
+from machinery.survey_timing import looks_like_targets
 
 
 @dataclass

@@ -354,22 +354,6 @@ def test_dropped_frames(name):
     assert finding.of == "state" and kinds(findings) <= {"dropped_frames"}
 
 
-def test_states_of_a_slower_sensor():
-    def damage(robot):
-        for e, values in enumerate(robot.states):
-            robot.states[e] = values[np.arange(len(values)) // 2 * 2]
-    (finding,) = [f for f in found(damaged("bimanual", damage)) if f.kind == "repeated"]
-    assert finding.of == "state" and finding.severity == "medium"
-
-
-def test_an_episode_of_another_rate():
-    def damage(robot):
-        for key in ("actions", "states"):
-            getattr(robot, key)[4] = getattr(robot, key)[4][::6]
-    findings = [f for f in found(damaged("bimanual", damage)) if f.kind == "episode_speed"]
-    assert findings and all(finding.episodes == (4,) for finding in findings)
-
-
 @pytest.mark.parametrize("before, after, severity", [(20, 0, "medium"), (0, 40, "medium"), (80, 90, "high")])
 def test_pauses(before, after, severity):
     def damage(robot):
@@ -517,14 +501,6 @@ def test_a_camera_that_hung(episodes, start, severity):
     assert {*finding.episodes} <= {*episodes} and kinds(findings) <= {"camera_hung"}
 
 
-def test_a_camera_that_is_slow():
-    def damage(robot):
-        for e, shots in enumerate(robot.cameras["image"]):
-            robot.cameras["image"][e] = shots[np.arange(len(shots)) // 2 * 2]
-    (finding,) = found(damaged("bimanual", damage, True))
-    assert (finding.kind, finding.of) == ("camera_slow", "image")
-
-
 @pytest.mark.parametrize("change", [lambda shots: shots, lambda shots: shots[:, ::2, ::2]])
 def test_two_cameras_with_one_picture(change):
     def damage(robot):
@@ -587,7 +563,7 @@ def last(text: str, count: int = 1, val: int = 0):
     (worded("go"), "one_instruction", "'go'"), (worded("go", "stop", ""), "unlabeled", "10 of 30"),
     (last("put the spoon into the pto"), "misspelled", "'put the spoon into the pto'"),
     (last("put the  spoon into the pot."), "misspelled", "pot."),
-    (last("sing a song"), "rare_instruction", "'sing a song'"), (last("sing", 3, 3), "only_held_out", "'sing'"),
+    (last("sing", 3, 3), "only_held_out", "'sing'"),
 ])
 def test_instructions(damage, kind, words):
     findings = found(damaged("changes", damage))
