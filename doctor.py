@@ -17,26 +17,20 @@ what training saw with the requests in a folder of `serve_vla.py --record` (mach
 """
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from machinery import peers
 from machinery.config import Recipe, UserError, exit_with_one_line
 from machinery.convention import dimension_names
-from machinery.frames import FrameTable, frame_table
+from machinery.files import atomic
+from machinery.frames import FrameTable, bad_episodes_file, frame_table
 from machinery.guess import state_fields
 from machinery.inspect_data import Subject, as_yaml, find_subjects, locate
-from machinery.peers import (
-    Verdict,
-    choose_rows,
-    examine,
-    gather,
-    judge,
-    leave_out,
-    shrink,
-    write_numbers,
-)
+from machinery.peers import Verdict
 from machinery.report import page_facts, write_causes, write_page
 from machinery.rlds import step_features
 from machinery.survey import Finding, survey
@@ -45,6 +39,12 @@ FRAMES = 12  # per episode, to compare it with others; fewer if it has ALL_FRAME
 ALL_FRAMES = 40_000
 LISTED = 10  # episodes in each list
 PLAYED = 12  # episodes on the page
+NOTES = {  # {kind of verdict: what its list means}
+    "wrong": "Another reading of these episodes fits the others of their instruction better than "
+             "the recorded one: look at them, and leave out the wrong ones.",
+    "hard": "The others of their instruction do not predict these episodes, and no other reading "
+            "fits better: they may be rare and right.",
+}
 
 
 # ---- Which demonstrations are bad ----------------------------------------------------------------
@@ -53,9 +53,8 @@ PLAYED = 12  # episodes on the page
 def open_subject(subject: Subject, index_dir: str | None) -> tuple[Subject, FrameTable]:
     """The dataset with its state, which pictures are compared with even if no policy needs it."""
     if subject.recipe.state == "0":
-        features = step_features(subject.directory)
-        steps = {name: feature for name, feature in features.items() if feature.of_step}
-        subject = replace(subject, recipe=replace(subject.recipe, state=state_fields(steps)))
+        state = state_fields(step_features(subject.directory))
+        subject = replace(subject, recipe=replace(subject.recipe, state=state))
     return subject, subject.table(index_dir, skip_bad_episodes=True)
 
 
@@ -63,10 +62,11 @@ def rank(subject: Subject, table: FrameTable, policy=None
          ) -> tuple[list[Verdict], dict[int, float]]:
     """All episodes with an instruction, the worst first, and the policy's loss of each."""
     labeled = int(table.episodes["labeled"].sum())
-    per_episode = int(np.clip(ALL_FRAMES // max(labeled, 1), 4, FRAMES))
-    rows = choose_rows(table, per_episode)
-    stats = table.statistics["action"]
     losses = {}
+    if not labeled:
+        return [], losses
+    rows = peers.choose_rows(table, int(np.clip(ALL_FRAMES // labeled, 4, FRAMES)))
+    stats = table.statistics["action"]
     if policy:
         from machinery.examine import open_mixture, see  # here: importing PyTorch takes seconds
 
@@ -76,9 +76,9 @@ def rank(subject: Subject, table: FrameTable, policy=None
         number = table.episode_of(rows)
         losses = {int(n): float(loss[number == n].mean()) for n in np.unique(number)}
     else:
-        seen, mirrored = shrink(table, rows)
-    frames = gather(table, rows, seen, mirrored, stats, subject.kind)
-    return judge(frames, examine(frames)), losses
+        seen, mirrored = peers.shrink(table, rows)
+    frames = peers.gather(table, rows, seen, mirrored, stats, subject.kind)
+    return peers.judge(frames, peers.examine(frames)), losses
 
 
 def because(reading: str, table: FrameTable, actions: list[str]) -> str:
@@ -105,46 +105,61 @@ def because(reading: str, table: FrameTable, actions: list[str]) -> str:
 
 def episode_lists(verdicts: list[Verdict], losses: dict[int, float], table: FrameTable,
                   actions: list[str]) -> list[dict]:
-    """The two lists, printed and on the page."""
-    notes = {"wrong": "Another reading of these episodes fits the others of their instruction "
-                      "better than the recorded one: look at them, and leave out the wrong ones.",
-             "hard": "The others of their instruction do not predict these episodes, and no other "
-                     "reading fits better: they may be rare and right."}
+    """Print the wrong and the hard episodes -> the page's two lists of them."""
     lists = []
-    for kind, note in notes.items():
+    for kind, note in NOTES.items():
         rows = []
         for verdict in [verdict for verdict in verdicts if verdict.kind == kind][:LISTED]:
-            first = int(table.first_frames[verdict.episode])
-            text = table.instructions[table.frames["instruction"][first]]
+            first = table.frames[table.first_frames[verdict.episode]]
+            text = table.instructions[first["instruction"]]
             why = because(verdict.reading, table, actions)
-            loss = losses.get(verdict.episode)
-            numbers = [verdict.score, verdict.lack, *([] if loss is None else [loss])]
-            rows.append({"episode": verdict.episode,
-                         "cells": [str(verdict.episode), why, text, *map(float, numbers)]})
-            line = f"{kind} episode {verdict.episode} score {verdict.score:.2f}"
-            line += "" if loss is None else f" loss {loss:.2f}"
-            print(f"{line} {text!r}: {why}")
+            loss = [losses[verdict.episode]] if losses else []
+            print(f"{kind} episode {verdict.episode} score {verdict.score:.2f}",
+                  *(f"loss {value:.2f}" for value in loss), f"{text!r}: {why}")
+            cells = [str(verdict.episode), why, text, verdict.score, verdict.lack, *loss]
+            rows.append({"episode": verdict.episode, "cells": cells})
         columns = ["episode", "why", "instruction", "score", "nats", *(["loss"] if losses else [])]
         lists.append({"title": f"{kind.capitalize()} episodes", "note": note, "columns": columns,
                       "rows": rows})
     return lists
 
 
-def choose_shown(table: FrameTable, findings: list[Finding], lists: list[dict],
-                 actions: list[str]) -> dict[int, str]:
-    """{episode: why}: those that the page plays. The first is an ordinary one."""
-    shown = {}
+def choose_shown(verdicts: list[Verdict], findings: list[Finding], lists: list[dict]
+                 ) -> dict[int, str]:
+    """{episode: why}: those that the page plays. The first is the one that fits best."""
+    shown = {verdicts[-1].episode if verdicts else 0: ""}
     for entry in lists:
-        for row in entry["rows"][: PLAYED // 3]:
-            shown[row["episode"]] = row["cells"][1]
+        shown |= {row["episode"]: row["cells"][1] for row in entry["rows"][: PLAYED // 3]}
     for finding in findings:
         for number in finding.episodes[:1]:
-            shown.setdefault(int(number), finding.kind)
-    chosen = dict(list(shown.items())[: PLAYED - 2])
-    usable = np.flatnonzero(table.episodes["count"] > 1)
-    ordinary = [int(number) for number in usable if int(number) not in shown]
-    first = {number: "" for number in ordinary[:: max(len(ordinary) - 1, 1)][:2]}
-    return first | chosen
+            shown.setdefault(number, finding.kind)
+    return dict(list(shown.items())[:PLAYED])
+
+
+def write_json(path: Path, content: dict) -> None:
+    with atomic(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=1))
+
+
+def numbers(table: FrameTable, verdicts: list[Verdict], losses: dict[int, float]) -> list[dict]:
+    """The verdict of every episode, and where it is recorded."""
+    entries = []
+    for verdict in verdicts:
+        episode = table.episodes[verdict.episode]
+        entries.append({**verdict._asdict(), "loss": losses.get(verdict.episode),
+                        "split": table.splits[episode["split"]],
+                        "file": table.shards[episode["shard"]], "record": int(episode["record"])})
+    return entries
+
+
+def leave_out(table: FrameTable, entries: list[dict], index_dir: str | None) -> Path:
+    """List episodes (of `numbers`) as bad, so that skip_bad_episodes leaves them out."""
+    path = bad_episodes_file(table.directory, index_dir)
+    listed = json.loads(path.read_text()) if path.exists() else {}
+    for entry in entries:
+        listed.setdefault(entry["file"], {})[str(entry["record"])] = f"doctor.py: {entry['kind']}"
+    write_json(path, listed)
+    return path
 
 
 def examine_dataset(subject: Subject, policy, args: argparse.Namespace) -> None:
@@ -163,12 +178,13 @@ def examine_dataset(subject: Subject, policy, args: argparse.Namespace) -> None:
         print(f"warning: {finding}")
     verdicts, losses = rank(subject, table, policy)
     lists = episode_lists(verdicts, losses, table, labels[0])
-    shown = choose_shown(table, findings, lists, labels[0])
+    shown = choose_shown(verdicts, findings, lists)
     facts = page_facts(table, subject.name, subject.kind, labels, findings, lists, shown)
     write_page(out, {**facts, "recipe": as_yaml(subject), "recipe_note": subject.source})
-    write_numbers(out.with_suffix(".json"), table, verdicts, losses)
+    entries = numbers(table, verdicts, losses)
+    write_json(out.with_suffix(".json"), {"episodes": entries})
     if args.leave_out:
-        path = leave_out(table, verdicts[: args.leave_out], args.index_dir)
+        path = leave_out(table, entries[: args.leave_out], args.index_dir)
         print(f"left_out {args.leave_out} in {path}: train with skip_bad_episodes: true, or remove "
               "that file to use them again")
     print(f"report {out}")
@@ -177,19 +193,11 @@ def examine_dataset(subject: Subject, policy, args: argparse.Namespace) -> None:
 # ---- Why a policy fails --------------------------------------------------------------------------
 
 
-def is_dataset(path: Path) -> bool:
-    """Whether there is a dataset, or a folder of some."""
-    return any(any(path.glob(f"{level}features.json")) for level in ("", "*/", "*/*/"))
-
-
 def seen_table(directory: Path, cfg, index_dir: str | None) -> FrameTable:
     """The requests in a folder of serve_vla.py --record, as they were sent."""
-    own = [camera for camera in cfg.cameras if camera not in ("primary", "secondary", "wrist")]
-    keys = {camera: camera for camera in cfg.cameras if camera not in own}
-    recipe = Recipe(**keys, cameras=dict(zip(own, own, strict=True)), action="action target",
-                    state="state" if cfg.use_proprio else "0")
-    return frame_table(locate(directory, directory.name, ""), recipe, cfg.cameras, cfg.use_proprio,
-                       index_dir=index_dir)
+    state = "state" if cfg.use_proprio else "0"
+    return frame_table(locate(directory, directory.name, ""), Recipe(action="action target",
+                       state=state), cfg.cameras, cfg.use_proprio, index_dir=index_dir)
 
 
 def examine_policy(args: argparse.Namespace) -> None:
@@ -229,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: report.html in the dataset's folder")
     args = parser.parse_args()
     with exit_with_one_line():
-        if args.seen or not is_dataset(args.what):
+        if args.seen or not any(args.what.rglob("features.json")):
             return examine_policy(args)
         subjects = find_subjects(args.what, args.data_mix, args.config)
         policy = None

@@ -1,10 +1,10 @@
-"""What a policy sees in recorded frames, and how likely it finds their actions.
+"""A policy on recorded frames: what its towers see, and how likely it finds the actions.
 
-Both are computed for any change of the inputs, so that two readings of the same frames can be
-compared: recorded and mirrored pictures, the episode's instruction and another one. `look` runs the
-vision towers, `log_likelihood` the language model on what they saw.
+Both take any pictures, so that recorded and changed ones can be compared: `look` runs the vision
+towers, `log_likelihood` the model. `open_data` opens the frames that the policy was trained on.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from act import Policy, load_vla
-from data import IGNORE_INDEX, Mixture, collate, to_device
+from data import Mixture, collate, to_device
 from machinery.config import Recipe, UserError, find_input
 from machinery.frames import DataError, FrameTable, find_dataset, frame_table
 from machinery.inspect_data import locate
 from machinery.oxe import find_recipe
-from machinery.peers import shorten
-from model import VLA, at_positions
+from model import VLA
 
 BATCH = 32  # frames per call of the model
-GRID = 4  # features of the pictures are averaged over GRID x GRID parts
+GRID = 4  # a picture's features are averaged over GRID x GRID parts
+WIDTH = 512  # features of a picture
 
 
 def open_policy(checkpoint: str) -> Policy:
@@ -33,45 +33,39 @@ def open_policy(checkpoint: str) -> Policy:
 
 
 @torch.inference_mode()
-def look(vla: VLA, images: torch.Tensor) -> torch.Tensor:
-    """images (B, N, S, S, 3) uint8 -> the towers' features (B, N, patches, width)."""
+def look(vla: VLA, images: torch.Tensor) -> np.ndarray:
+    """images (B, N, S, S, C) uint8 -> features (B, N, WIDTH) float32 that nearly keep distances:
+    the towers' patches, normalized, averaged over a coarse grid, and projected at random."""
     dtype = vla.llm.get_input_embeddings().weight.dtype
     pixels = [pixels.to(dtype) for pixels in vla.pixel_values(images)]
-    return vla.patch_features(pixels).unflatten(0, images.shape[:2])
+    patches = vla.patch_features(pixels).float()  # (B * N, patches, width)
+    patches = F.layer_norm(patches, patches.shape[-1:])
+    side = int(patches.shape[1] ** 0.5)
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))
+    pooled = F.adaptive_avg_pool2d(grid, GRID).flatten(1)
+    features = pooled.cpu() @ random_matrix(pooled.shape[1])
+    return features.unflatten(0, images.shape[:2]).numpy()
+
+
+@functools.cache
+def random_matrix(height: int) -> torch.Tensor:
+    """(height, WIDTH), the same in every run."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(height, WIDTH, generator=draw) / WIDTH**0.5
 
 
 @torch.inference_mode()
-def log_likelihood(vla: VLA, features: torch.Tensor, input_ids: torch.Tensor,
-                   labels: torch.Tensor, proprio: torch.Tensor | None = None) -> torch.Tensor:
-    """features from `look`, the others as in VLA.forward -> (B, T) log-probability of each action
-    token after the recorded ones, among action tokens only."""
-    text = vla.llm.get_input_embeddings()(input_ids)  # (B, L, hidden)
-    extra = vla.projector["projector"](features.flatten(1, 2))
-    if proprio is not None:
-        state = vla.proprio_projector(proprio.to(text.dtype))
-        extra = torch.cat([extra, state[:, None]], dim=1)
-    inputs = torch.cat([text[:, :1], extra, text[:, 1:]], dim=1)  # as in VLA.embed
-    first = (labels != IGNORE_INDEX).int().argmax(1, keepdim=True)  # (B, 1)
-    wanted = first + torch.arange(vla.num_action_tokens, device=labels.device)  # (B, T)
-    true = labels.gather(1, wanted)
-    wanted = wanted + inputs.shape[1] - labels.shape[1]
-    if vla.cfg.parallel_decoding:
-        inputs = vla.insert_queries(inputs, wanted)
-    hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    logits = vla.llm.get_output_embeddings()(at_positions(hidden, wanted - 1)).float()
-    ids = vla.action_tokenizer.first_id, vla.action_tokenizer.vocab_size
-    logits = logits[..., slice(*ids)].log_softmax(-1)
-    return logits.gather(-1, (true - ids[0])[..., None])[..., 0]
-
-
-def summary(features: torch.Tensor) -> np.ndarray:
-    """Features from `look` -> (B, WIDTH) float32 that nearly keep their distances: each patch is
-    normalized, and patches are averaged over a coarse grid."""
-    patches = F.layer_norm(features.float(), features.shape[-1:])  # (B, N, patches, width)
-    side = int(patches.shape[2] ** 0.5)
-    grid = patches.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))
-    pooled = F.adaptive_avg_pool2d(grid, min(GRID, side))  # (B * N, width, cells, cells)
-    return shorten(pooled.reshape(len(features), -1).cpu().numpy())
+def log_likelihood(vla: VLA, batch: dict) -> torch.Tensor:
+    """A training batch -> (B, T) float32, the log-probability of each action token after the
+    recorded ones, among action tokens only."""
+    kept = []
+    head = vla.llm.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, logits: kept.append(logits))
+    _, _, true = vla(**batch)
+    hook.remove()
+    first = vla.action_tokenizer.first_id
+    logits = kept[0][:, :-1, first : vla.action_tokenizer.vocab_size].float()  # without </s>
+    return logits.log_softmax(-1).gather(-1, (true - first)[..., None])[..., 0]
 
 
 def open_mixture(policy: Policy, name: str, recipe: Recipe, table: FrameTable, train: bool = True
@@ -122,10 +116,8 @@ def see(policy: Policy, mixture: Mixture, rows: np.ndarray
     vla = policy.vla
     parts = []
     for batch in batches(mixture, rows, vla.llm.device):
-        images = batch.pop("images")
-        features = look(vla, images)
-        loss = -log_likelihood(vla, features, **batch).mean(1)
-        mirrored = look(vla, images.flip(3))
-        parts.append((summary(features), summary(mirrored), loss.float().cpu().numpy()))
+        images = batch["images"]
+        loss = -log_likelihood(vla, batch).mean(1).cpu().numpy()
+        parts.append((look(vla, images), look(vla, images.flip(3)), loss))
     seen, mirrored, loss = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return seen, mirrored, loss
+    return seen.reshape(len(rows), -1), mirrored.reshape(len(rows), -1), loss

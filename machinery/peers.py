@@ -2,33 +2,29 @@
 
 Each episode is predicted from the others, its peers: kernel ridge regression from the pictures'
 features to actions and states, fitted without the episode. A policy that has memorized a bad
-episode therefore cannot vouch for it. If the peers do not predict an episode, it is either hard or
+episode therefore cannot vouch for it. (The mean of the most similar frames would be simpler. It
+fails with ten episodes per instruction.) If the peers do not predict an episode, it is hard or
 wrong. It is wrong if another *reading* of it fits: pictures mirrored back, another instruction,
 actions of some frames later, an axis turned round.
 
-All is measured in nats per frame: differences of log-likelihoods. Read `examine`, then `judge`.
+All is measured in nats per frame: differences of log-likelihoods. Read `Frames`, then `examine`,
+which measures, and `judge`, which ranks. `Peers` is the regression.
 """
 
-import functools
-import io
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from action_tokenizer import normalize
-from machinery.files import atomic
-from machinery.frames import FrameTable, bad_episodes_file
+from machinery.frames import FrameTable
+from machinery.survey_pictures import look
 
 RIDGE = 0.03  # of the kernel, whose diagonal is 1
 FLOOR = 0.05  # the smallest error that counts, of values in -1..1
 GROUP_ROWS = 1500  # frames in one regression: bounds its time and memory
+SIDE = 24  # pixels of the pictures, if no policy sees them: 16 hide which are mirrored
 FEW = 4  # fewer episodes cannot predict one another
-PIXELS = 24  # side of the pictures, if no policy sees them
-WIDTH = 512  # features of a frame
 SHIFTS = (-8, -5, -3, -2, -1, 1, 2, 3, 5, 8)  # frames
 
 
@@ -44,20 +40,31 @@ class Frames(NamedTuple):
     episode: np.ndarray  # (R,) 0..E-1, ascending
     seen: np.ndarray  # (R, D) features of the pictures
     mirrored: np.ndarray  # (R, D) features of the mirrored pictures
-    actions: np.ndarray  # (R, A) in -1..1
-    turned: np.ndarray  # (R, A) with the opposite sign, or for a target on the other side
-    shifted: np.ndarray  # (len(SHIFTS), R, A) actions of other frames; NaN outside the episode
-    states: np.ndarray  # (R, P) of deviation 1; P may be 0
+    known: np.ndarray  # (R, A + P): actions in -1..1, then states of deviation 1
+    readings: dict[str, np.ndarray]  # (R, A) each: actions of K frames later (`shift K`), or with
+    # dimension D turned round (`sign D`): the opposite change, or a target on the other side
 
 
 def choose_rows(table: FrameTable, per_episode: int) -> np.ndarray:
     """Frames at even distances, up to per_episode of each episode that has an instruction."""
-    rows = [np.zeros(0, int)]
-    for episode in table.episodes[table.episodes["labeled"]]:
-        last = int(episode["count"]) - 1
-        inside = np.linspace(0, last, min(per_episode, last + 1)).round()
-        rows.append(int(episode["first"]) + np.unique(inside).astype(int))
-    return np.concatenate(rows)
+    episodes = table.episodes[table.episodes["labeled"]]
+    return np.concatenate([int(episode["first"]) + evenly(int(episode["count"]), per_episode)
+                           for episode in episodes])
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """Up to `most` of the numbers 0 .. count-1, at even distances."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
+
+
+def shrink(table: FrameTable, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features without a policy: small gray pictures of all cameras in frames `rows` (R,), and the
+    mirrored ones, (R, D) each. A missing or broken picture is black."""
+    cameras = [number for number, key in enumerate(table.cameras) if key]
+    small = np.zeros((len(rows), len(cameras), SIDE, SIDE), np.float32)
+    for place, camera in enumerate(cameras):
+        small[:, place] = np.nan_to_num(look(table, rows, camera, SIDE)) / 255
+    return small.reshape(len(rows), -1), small[..., ::-1].reshape(len(rows), -1)
 
 
 def gather(table: FrameTable, rows: np.ndarray, seen: np.ndarray, mirrored: np.ndarray,
@@ -67,63 +74,30 @@ def gather(table: FrameTable, rows: np.ndarray, seen: np.ndarray, mirrored: np.n
     stats: of the actions; kind: of their normalization
     """
     number, episode = np.unique(table.episode_of(rows), return_inverse=True)
-    first = table.first_frames[number]
-    last = first + table.episodes["count"][number].astype(int) - 1
+    start = table.first_frames[number]
+    first = start[episode]
+    last = first + table.episodes["count"][number][episode].astype(int) - 1
 
-    def actions(wanted: np.ndarray | slice) -> np.ndarray:
-        return normalize(table.frames["action"][wanted], stats, kind).clip(-1, 1)
+    def later(frames: int) -> np.ndarray:
+        """The actions some frames later, within the episode."""
+        recorded = table.frames["action"][(rows + frames).clip(first, last)]
+        return normalize(recorded, stats, kind).clip(-1, 1)
 
-    recorded = table.frames["action"][rows]
-    middle = np.array(stats["min"], np.float32) + np.array(stats["max"], np.float32)
-    turned = np.where(table.targets, middle, 0) - recorded
-    turned = normalize(turned.astype(np.float32), stats, kind).clip(-1, 1)
-    rough = np.zeros(len(number))
-    for i, (start, stop) in enumerate(zip(first, last + 1, strict=True)):
-        if stop - start > 2:
-            rough[i] = np.abs(np.diff(actions(slice(start, stop)), n=2, axis=0)).mean()
-    shifted = []
-    for shift in SHIFTS:
-        inside = (rows + shift).clip(first[episode], last[episode])
-        moved = actions(inside)
-        moved[inside != rows + shift] = np.nan
-        shifted.append(moved)
-    states = np.zeros((len(rows), 0))
+    actions = later(0)
+    readings = {f"shift {shift}": later(shift) for shift in SHIFTS}
+    middle = np.add(stats["min"], stats["max"]) / 2
+    zero = normalize(np.where(table.targets, middle, 0).astype(np.float32), stats, kind)
+    turned = (2 * zero - actions).clip(-1, 1)
+    for dim in range(len(zero)):
+        readings[f"sign {dim}"] = np.where(np.arange(len(zero)) == dim, turned, actions)
+    known = actions
     if "proprio" in table.frames.dtype.names:
-        states = table.frames["proprio"][rows].astype(np.float64)
-        states = (states - states.mean(0)) / np.maximum(states.std(0), 1e-6)
-    return Frames(number, table.frames["instruction"][first], np.log(rough + FLOOR), episode, seen,
-                  mirrored, actions(rows), turned, np.array(shifted), states)
-
-
-def shrink(table: FrameTable, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features without a policy: all cameras' pictures of frames `rows` (R,), PIXELS x PIXELS, and
-    the mirrored ones, (R, D) each."""
-    cameras = [number for number, key in enumerate(table.cameras) if key]
-    seen, mirrored = [], []
-    for row in rows.tolist():
-        small = np.zeros((len(cameras), PIXELS, PIXELS, 3), np.float32)
-        for i, camera in enumerate(cameras):
-            try:
-                image = Image.open(io.BytesIO(table.read_image(row, camera)))
-                image.draft("RGB", (PIXELS, PIXELS))  # a JPEG is decoded at an eighth
-                image = image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BOX)
-            except (ValueError, OSError):  # none, or broken: black (`data.py --check` reports it)
-                continue
-            small[i] = np.asarray(image) / 255
-        seen.append(shorten(small.reshape(-1)))
-        mirrored.append(shorten(small[:, :, ::-1].reshape(-1)))
-    return np.array(seen), np.array(mirrored)
-
-
-def shorten(features: np.ndarray) -> np.ndarray:
-    """(..., D) -> (..., WIDTH) by a fixed random matrix, which nearly keeps distances."""
-    return features @ random_matrix(features.shape[-1])
-
-
-@functools.cache
-def random_matrix(height: int) -> np.ndarray:
-    draw = np.random.default_rng(0)
-    return draw.standard_normal((height, WIDTH), np.float32) / np.float32(WIDTH**0.5)
+        states = normalize(table.frames["proprio"][rows], table.statistics["proprio"], "normal")
+        known = np.concatenate([actions, states], axis=1)
+    second = np.abs(later(1) - 2 * actions + later(-1)).mean(1)
+    rough = np.log(np.bincount(episode, second) / np.bincount(episode) + FLOOR)
+    return Frames(number, table.frames["instruction"][start], rough, episode, seen, mirrored, known,
+                  readings)
 
 
 # ---- Predicting an episode from the others -------------------------------------------------------
@@ -136,8 +110,7 @@ class Peers:
         """seen (n, D): features; known (n, K): predicted from them; episode (n,)."""
         self.seen = seen
         self.episode = episode
-        squared = distances(seen, seen)
-        self.width = np.median(squared) + 1e-12
+        self.width = np.median(distances(seen, seen)) + 1e-12
         self.inverse = np.linalg.inv(self.kernel(seen) + RIDGE * np.eye(len(seen)))
         self.mean = known.mean(0)
         self.weights = self.inverse @ (known - self.mean)
@@ -160,11 +133,12 @@ class Peers:
             predicted[episode == number] = kernel[episode == number] @ weights + self.mean
         return predicted
 
-    def log_likelihood(self, known: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        """(R, K) each -> (R, K) nats: Student's t with 3 degrees of freedom, up to a constant, so
-        that no single frame decides."""
-        error = (known - predicted) / self.scale
-        return -2 * np.log1p(error**2 / 3) - np.log(self.scale)
+    def fit(self, known: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        """The log-likelihood (R, k) of the first k of K numbers, known (R, k), predicted (R, K): by
+        Student's t with 3 degrees of freedom, up to a constant, so that no single frame decides."""
+        width = known.shape[1]
+        error = (known - predicted[:, :width]) / self.scale[:width]
+        return -2 * np.log1p(error**2 / 3) - np.log(self.scale[:width])
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -176,14 +150,14 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def groups(frames: Frames) -> list[np.ndarray]:
     """Episodes to compare with each other: those of an instruction, in parts of about GROUP_ROWS
     frames. Rare instructions form one group."""
-    texts, count = np.unique(frames.text, return_counts=True)
-    of_text = [np.flatnonzero(frames.text == text) for text in texts[count >= FEW]]
-    rare = np.flatnonzero(np.isin(frames.text, texts[count < FEW]))
+    _, place, count = np.unique(frames.text, return_inverse=True, return_counts=True)
+    text = np.where(count[place] < FEW, -1, frames.text)
     found = []
-    for group in [*of_text, rare]:
-        rows = len(group) * len(frames.episode) / len(frames.text)
-        parts = int(np.ceil(rows / GROUP_ROWS))
-        found += [group[part::parts] for part in range(parts) if len(group) >= FEW * parts]
+    for own in np.unique(text):
+        group = np.flatnonzero(text == own)
+        parts = -(-len(group) * len(frames.episode) // (len(text) * GROUP_ROWS))
+        if len(group) >= FEW:
+            found += [group[part::parts] for part in range(parts)]
     return found
 
 
@@ -191,72 +165,54 @@ def groups(frames: Frames) -> list[np.ndarray]:
 
 
 def examine(frames: Frames) -> dict[str, np.ndarray]:
-    """{test: (E,)}, NaN for episodes without peers.
+    """{test: (E,) means of episodes}.
 
-    `action` and `state`: how much worse peers predict them than those of others in the group;
-    `rough`: frames.rough less that of the group. The others are readings, and how much better the
-    episode fits then: `mirrored` pictures, `text N`, the actions of K frames later (`shift K`),
-    dimension D turned round (`sign D`).
+    `action`, `state`: how much worse peers predict them than others of the group, 0 without peers;
+    `rough`: frames.rough less that of the group. All others are readings, and how much better the
+    episode fits then: `mirrored` pictures, frames.readings, and `text N`, another instruction.
     """
-    known = np.concatenate([frames.actions, frames.states], axis=1)
-    values: dict[str, np.ndarray] = {}  # {test: (R,)}
+    tests = {test: np.zeros(len(frames.number)) for test in ("action", "state", "rough")}
 
     def put(test: str, rows: np.ndarray, nats: np.ndarray) -> None:
-        values.setdefault(test, np.full(len(known), np.nan))[rows] = nats.sum(1)
+        """nats (n, ...) of frames `rows` (n,): their sums, averaged over each episode."""
+        unknown = np.full(len(frames.number), -np.inf)
+        own, place, count = np.unique(frames.episode[rows], return_inverse=True, return_counts=True)
+        tests.setdefault(test, unknown)[own] = np.bincount(place, nats.sum(1)) / count
 
-    found = groups(frames)
-    every = []
-    for group in found:
+    fits = np.full(len(frames.known), np.inf)  # of the recorded reading
+    of_text = []  # (instruction, its peers)
+    for group in groups(frames):
         rows = np.flatnonzero(np.isin(frames.episode, group))
-        peers = Peers(frames.seen[rows], known[rows], frames.episode[rows])
-        every.append(peers)
-        for test, nats in readings(frames, peers, rows, known[rows]).items():
-            put(test, rows, nats)
-    step = 1 + len(found) * len(known) // 1_000_000  # all with all: a few frames are enough
-    for group, peers in zip(found, every, strict=True):
-        text = frames.text[group[0]]
-        rows = np.flatnonzero(frames.text[frames.episode] != text)[::step]
-        predicted = peers.predict(frames.seen[rows], frames.episode[rows])
-        put(f"text {text}", rows, peers.log_likelihood(known[rows], predicted))
-        values[f"text {text}"] += values["action"] + values["state"]  # these are negative fits
-    tests = {test: mean_of_episodes(frames, nats) for test, nats in values.items()}
-    tests["rough"] = frames.rough.copy()
-    for group in found:
+        known = frames.known[rows]
+        episode = frames.episode[rows]
+        peers = Peers(frames.seen[rows], known, episode)
+        predicted = peers.predict(peers.seen, episode)
+        fit = peers.fit(known, predicted)
+        fits[rows] = fit.sum(1)
+        for test, actions in frames.readings.items():
+            width = actions.shape[1]
+            put(test, rows, peers.fit(actions[rows], predicted) - fit[:, :width])
+        put("mirrored", rows, peers.fit(known, peers.predict(frames.mirrored[rows], episode)) - fit)
+        put("action", rows, -fit[:, :width])
+        put("state", rows, -fit[:, width:])
+        tests["rough"][group] = frames.rough[group]
         for test in ("action", "state", "rough"):
             tests[test][group] -= np.median(tests[test][group])
+        texts = np.unique(frames.text[group])
+        if len(texts) == 1:
+            of_text.append((texts[0], peers))
+    step = 1 + len(of_text) * len(fits) // 1_000_000  # all with all: a few frames are enough
+    for text, peers in of_text:
+        rows = np.flatnonzero(frames.text[frames.episode] != text)[::step]
+        fit = peers.fit(frames.known[rows], peers.predict(frames.seen[rows], frames.episode[rows]))
+        put(f"text {text}", rows, fit.sum(1, keepdims=True) - fits[rows, None])
     return tests
 
 
-def readings(frames: Frames, peers: Peers, rows: np.ndarray, known: np.ndarray
-             ) -> dict[str, np.ndarray]:
-    """The terms of a group's tests: {test: (n, ...) nats}. rows (n,), known (n, A + P)."""
-    width = frames.actions.shape[1]
-    episode = frames.episode[rows]
-    predicted = peers.predict(frames.seen[rows], episode)
-    fit = peers.log_likelihood(known, predicted)
-    mirrored = peers.predict(frames.mirrored[rows], episode)
-    turned = np.concatenate([frames.turned[rows], known[:, width:]], axis=1)
-    turned = peers.log_likelihood(turned, predicted) - fit
-    found = {"action": -fit[:, :width], "state": -fit[:, width:],
-             "mirrored": peers.log_likelihood(known, mirrored) - fit}
-    for dim in range(width):
-        found[f"sign {dim}"] = turned[:, [dim]]
-    for shift, actions in zip(SHIFTS, frames.shifted[:, rows], strict=True):
-        moved = np.concatenate([actions, known[:, width:]], axis=1)
-        found[f"shift {shift}"] = peers.log_likelihood(moved, predicted) - fit
-    return found
-
-
-def mean_of_episodes(frames: Frames, values: np.ndarray) -> np.ndarray:
-    """Of frames (R,) -> of episodes (E,), over those that are not NaN if they are a third."""
-    known = ~np.isnan(values)
-    sums = np.bincount(frames.episode[known], values[known], len(frames.number))
-    count = np.bincount(frames.episode[known], minlength=len(frames.number))
-    enough = count > np.bincount(frames.episode) / 3
-    return np.where(enough, sums / np.maximum(count, 1), np.nan)
-
-
 # ---- The verdict ---------------------------------------------------------------------------------
+
+SUSPICIOUS = 2.0  # score from which an episode is called hard or wrong
+EXPLAINED = 0.6  # a reading explains an episode if it gains this share of its lack
 
 
 class Verdict(NamedTuple):
@@ -269,71 +225,34 @@ class Verdict(NamedTuple):
 
 
 def judge(frames: Frames, tests: dict[str, np.ndarray]) -> list[Verdict]:
-    """All episodes, the worst first."""
+    """All episodes, the worst first: by its largest test, relative to the dataset's worst tenth."""
     families: dict[str, np.ndarray] = {}
     for test, values in tests.items():
         name = test.split()[0]
-        values = np.nan_to_num(values, nan=-np.inf)
         families[name] = np.maximum(families.get(name, -np.inf), values)
-    surprise = []
+    score = np.full(len(frames.number), -np.inf)
     for values in families.values():
-        finite = values[np.isfinite(values)]
-        middle, high = np.quantile(finite, [0.5, 0.9]) if len(finite) else (0, 1)
-        surprise.append((values - middle) / max(high - middle, 0.2))
-    score = np.max(surprise, axis=0)
+        middle, high = np.quantile(values[np.isfinite(values)], [0.5, 0.9])
+        score = np.maximum(score, (values - middle) / max(high - middle, 0.2))
     verdicts = []
     for episode in np.argsort(-score, kind="stable"):
-        own = {test: float(values[episode]) for test, values in tests.items()}
-        verdicts.append(verdict(int(frames.number[episode]), float(score[episode]), own))
+        gains = {test: float(values[episode]) for test, values in tests.items()}
+        action, state, rough = (gains.pop(test) for test in ("action", "state", "rough"))
+        lack = action + state
+        reading = max(gains, key=gains.__getitem__, default="")
+        gain = gains.get(reading, 0.0)
+        kind = "wrong"
+        if gain < max(EXPLAINED * lack, 1.0):
+            gain = 0.0
+            if state > max(4, 0.3 * lack):
+                reading = "pictures"
+            elif rough > 0.4:
+                reading = "noise"
+            else:
+                reading = ""
+                kind = "hard"
+        if score[episode] < SUSPICIOUS:
+            kind = ""
+        number = int(frames.number[episode])
+        verdicts.append(Verdict(number, float(score[episode]), kind, reading, lack, gain))
     return verdicts
-
-
-SUSPICIOUS = 2.0  # score from which an episode is called hard or wrong
-EXPLAINED = 0.6  # a reading explains an episode if it gains this share of its lack
-
-
-def verdict(number: int, score: float, tests: dict[str, float]) -> Verdict:
-    """The verdict of one episode with its tests."""
-    lack = tests["action"] + tests["state"]
-    gains = {test: gain for test, gain in tests.items()
-             if test not in ("action", "state", "rough") and gain == gain}
-    reading = max(gains, key=gains.__getitem__, default="")
-    gain = gains.get(reading, 0.0)
-    kind = "wrong"
-    if gain < max(EXPLAINED * lack, 1.0):
-        if tests["state"] > 4 and tests["state"] > 0.3 * lack:
-            reading = "pictures"
-        elif tests["rough"] > 0.4:
-            reading = "noise"
-        else:
-            reading, kind = "", "hard"
-        gain = 0.0
-    if score < SUSPICIOUS:
-        kind = ""
-    return Verdict(number, score, kind, reading, lack, gain)
-
-
-def leave_out(table: FrameTable, verdicts: Sequence[Verdict], index_dir: str | None) -> Path:
-    """List episodes as bad, so that skip_bad_episodes leaves them out."""
-    path = bad_episodes_file(table.directory, index_dir)
-    listed = json.loads(path.read_text()) if path.exists() else {}
-    for verdict in verdicts:
-        episode = table.episodes[verdict.episode]
-        file = table.shards[episode["shard"]]
-        listed.setdefault(file, {})[str(episode["record"])] = f"doctor.py: {verdict.kind}"
-    with atomic(path) as scratch:
-        scratch.write_text(json.dumps(listed, indent=1))
-    return path
-
-
-def write_numbers(path: Path, table: FrameTable, verdicts: list[Verdict], losses: dict[int, float]
-                  ) -> None:
-    """The verdict of every episode, the worst first."""
-    entries = []
-    for verdict in verdicts:
-        episode = table.episodes[verdict.episode]
-        entries.append({**verdict._asdict(), "loss": losses.get(verdict.episode),
-                        "split": table.splits[episode["split"]],
-                        "file": table.shards[episode["shard"]], "record": int(episode["record"])})
-    with atomic(path) as scratch:
-        scratch.write_text(json.dumps({"episodes": entries}, indent=1))

@@ -47,20 +47,20 @@ def picture_findings(table: FrameTable, sample: Sample, moved: np.ndarray) -> It
                                  "leave one out of the recipe, or correct the recording")
 
 
-def look(table: FrameTable, rows: np.ndarray, camera: int) -> np.ndarray:
-    """(R, SIDE, SIDE) gray pictures, float32 in 0..255. NaN for one that is missing or broken."""
+def look(table: FrameTable, rows: np.ndarray, camera: int, side: int = SIDE) -> np.ndarray:
+    """(R, side, side) gray pictures, float32 in 0..255. NaN for one that is missing or broken."""
     from machinery.images import decode_native  # here: it imports PyTorch
 
-    pictures = np.full((len(rows), SIDE, SIDE), np.nan, np.float32)
+    pictures = np.full((len(rows), side, side), np.nan, np.float32)
     for number, row in enumerate(rows):
         try:
             data = table.read_image(int(row), camera)
             picture = Image.open(io.BytesIO(data))
             if picture.format == "JPEG":
-                picture.draft("L", (SIDE, SIDE))  # it decodes an eighth of the pixels
+                picture.draft("L", (side, side))  # it decodes an eighth of the pixels
             else:
                 picture = Image.fromarray(decode_native(data))
-            pictures[number] = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+            pictures[number] = picture.convert("L").resize((side, side), Image.Resampling.BOX)
         except (ValueError, OSError, SyntaxError):  # data.py --check names it
             continue
     return pictures

@@ -155,6 +155,7 @@ class Seen(FrameTable):
         self.frames["instruction"] = [self.instructions.index(text) for text in texts]
         self.frames["action"] = answer(policy.predict_action([[view] for view in views], texts, "metaworld_demo"))
         self.episodes = np.array([(0, 0, 0, 0, len(rows), True)], table.episodes.dtype)
+        self.first_frames = np.zeros(1, int)
 
     def read_image(self, row, camera):
         return self.files[row]
@@ -186,14 +187,16 @@ FAULTS = {  # {fault: (arguments of Seen, words of the first cause)}
     "flipped": ({"see": lambda x: x[::-1]}, "upside down.*image[::-1]"),
     "bgr": ({"see": lambda x: x[..., ::-1]}, "red and blue.*RGB"),
     "black": ({"see": np.zeros_like}, "black.*camera"),
-    "capitals": ({"read": str.upper}, "capitals.*Push and close"),
+    "capitals": ({"read": str.upper}, None),  # prompts are in lower case
+    "a full stop": ({"read": lambda text: f"{text}."}, "not in the training data.*[^.]': send"),
     "other words": ({"read": lambda text: "do it"}, "not in the training data"),
     "sign": ({"answer": lambda x: x * [1, 1, 1, -1]}, r"action\[3\] have the other sign"),
     "scale": ({"answer": lambda x: x * 0.03}, "0.03 times.*statistics"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=[] if fault in ("sound", "flipped") else pytest.mark.slow)
+                                   for fault in FAULTS])
 def test_a_fault_is_named_first(asked, fault):
     arguments, words = FAULTS[fault]
     found = [cause for cause in asked(**arguments) if cause.kind != "model"]
@@ -278,18 +281,15 @@ def tiny_policy(**changes):
 def test_the_likelihood_is_the_trainings(changes, tmp_path):
     policy = tiny_policy(index_dir=str(tmp_path), **changes)
     mixture = open_mixture(policy.cfg, policy.tokenizer)
-    batch = next(examine.batches(mixture, [3, 500, 1000, 2000], "cpu"))
-    batch.pop("dataset", None)
-    kept = []
-    head = policy.vla.llm.get_output_embeddings()
-    hook = head.register_forward_hook(lambda head, inputs, logits: kept.append(logits))
-    _, _, true = policy.vla(**batch)
-    hook.remove()
-    tokenizer = policy.action_tokenizer
-    logits = kept[0][:, :-1, tokenizer.first_id : tokenizer.vocab_size].log_softmax(-1)
-    expected = logits.gather(-1, (true - tokenizer.first_id)[..., None])[..., 0]
-    features = examine.look(policy.vla, batch.pop("images"))
-    torch.testing.assert_close(examine.log_likelihood(policy.vla, features, **batch), expected)
+    rows = [3, 500, 1000, 2000]
+    batch = next(examine.batches(mixture, rows, "cpu"))
+    found = examine.log_likelihood(policy.vla, batch)
+    assert found.shape == (4, policy.vla.num_action_tokens) and (found < 0).all()
+    for place, row in enumerate(rows):  # without the others, and their padding
+        own = examine.log_likelihood(policy.vla, next(examine.batches(mixture, [row], "cpu")))
+        torch.testing.assert_close(own[0], found[place], atol=1e-4, rtol=1e-4)
+    loss, _, _ = policy.vla(**batch)
+    assert -found.mean() < loss  # of which the other tokens are a part
 
 
 def test_text_of_the_data_cannot_leave_its_place(tmp_path):
@@ -302,9 +302,11 @@ def test_text_of_the_data_cannot_leave_its_place(tmp_path):
     assert "innerHTML" not in page and "document.write" not in page
 
 
-def test_pictures_are_thinned_out(monkeypatch):
-    monkeypatch.setattr(report, "PICTURE_BYTES", 3000)  # of 12,000
-    episodes = [{"pictures": {"a": [[frame, "x" * 100] for frame in range(80)]}} for _ in range(2)]
-    report.thin_out(episodes)
-    kept = [len(episode["pictures"]["a"]) for episode in episodes]
-    assert kept == [20, 20] and episodes[0]["pictures"]["a"][0][0] == 0
+def test_a_long_episode_shows_some_of_its_pictures(monkeypatch):
+    robot = ROBOTS["changes"](seed=1, episodes=2).draw_pictures()
+    table = robot.table()
+    monkeypatch.setattr(report, "PICTURES", 8 * len(table.cameras))
+    facts = report.page_facts(table, "robot", "bounds_q99", ([str(i) for i in range(99)],) * 2, [], [], {0: "", 1: ""})
+    for episode in facts["episodes"]:
+        frames = [frame for frame, _ in episode["pictures"][table.cameras[0]]]
+        assert len(frames) == 4 and frames[0] == 0 and frames[-1] == episode["count"] - 1
