@@ -137,11 +137,10 @@ class Signal:
         for finding in findings:
             self.continuous[list(finding.dims)] = False
 
-    def finding(self, kind: str, dims: np.ndarray, bad: np.ndarray | None, text: str, cure: str,
-                severity: str = "high") -> Finding:
-        """dims: ascending numbers, or (D,) bool; the text begins with "action dimensions 0-2, 7"
-        """
-        dims = np.flatnonzero(dims) if np.asarray(dims).dtype == bool else np.asarray(dims)
+    def finding(self, kind: str, dims: np.ndarray | range, bad: np.ndarray | None, text: str,
+                cure: str, severity: str = "high") -> Finding:
+        """dims: ascending numbers, or (D,) bool, which the text names; bad: as of Sample.finding"""
+        dims = np.arange(len(self.place))[dims]
         runs = np.split(dims, np.flatnonzero(np.diff(dims) != 1) + 1)
         names = ", ".join("-".join(map(str, sorted({run[0], run[-1]}))) for run in runs)
         text = f"{self.of} dimension{'s' * (len(dims) > 1)} {names}: {text}"

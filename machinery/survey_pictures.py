@@ -113,9 +113,8 @@ def twin_findings(sample: Sample, held_out: np.ndarray) -> Iterator[Finding]:
             text = f"{len(some)} of {len(held_out)} episodes are copies of others ({named})"
             text += ", one held out, one trained on" * (kind == "held_out_seen")
             copies = np.isin(sample.episode, some[:, 1])
-            many = kind == "held_out_seen" or copies.mean() > 0.1
-            yield sample.finding(kind, "episode", text, "leave the copies out", copies,
-                                 "high" if many else "medium")
+            severity = "high" if kind == "held_out_seen" or copies.mean() > 0.1 else "medium"
+            yield sample.finding(kind, "episode", text, "leave the copies out", copies, severity)
 
 
 def find_twins(sample: Sample) -> np.ndarray:

@@ -189,8 +189,9 @@ def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping)
     """Which dimensions of the actions look like targets, (A,) bool: they never come near zero, or
     move little from frame to frame, or the state follows them. stats: of the actions."""
     episodes = episodes[:: len(episodes) // 256 + 1]
-    parts = [np.arange(e["first"], e["first"] + e["count"] - 1) for e in episodes]
-    rows = np.concatenate(parts).astype(int)  # all but the last of each episode
+    firsts = episodes["first"].astype(int)
+    lasts = firsts + episodes["count"].astype(int) - 1
+    rows = np.concatenate([*map(np.arange, firsts, lasts)])  # all but the last of each episode
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
     if len(rows) < 2:
         return np.zeros(len(low), bool)
@@ -200,7 +201,7 @@ def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping)
     # an angle far from zero moves in steps, a velocity that keeps its sign may be noisy
     one_sign = ((low > 0) | (high < 0)) & (steps < 0.5 * actions.std(0))
     followed = np.zeros_like(smooth)
-    integrated = np.zeros_like(smooth)
+    integrated = followed
     if "proprio" in frames.dtype.names:
         state = frames["proprio"][rows + 1]
         like_state = abs(correlation(actions, state)).max(1)
@@ -212,7 +213,6 @@ def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping)
         integrated = (like_change > 0.7) & (like_change > like_state + 0.15)
     # a robot rests before and after an episode, so that its velocities are near zero there. A base
     # reports velocities as its state, which follows them
-    ends = np.concatenate([episodes["first"], episodes["first"] + episodes["count"] - 1])
-    ends = abs(frames["action"][ends.astype(int)])
+    ends = abs(frames["action"][np.concatenate([firsts, lasts])])
     rests = (ends < 0.1 * np.maximum(abs(low), abs(high))).mean(0) > 0.8
     return (high > low) & ~rests & ~integrated & (one_sign | smooth | followed)
