@@ -437,13 +437,15 @@ NO_STATE = re.compile(r"(^|/|next[._])(is_first|is_last|is_terminal|terminate_ep
                       r"success|discount|timestamp|((frame|episode|task|step)_)?index)$|embedding")
 
 
-def unused(features: Mapping[str, Feature], recipe: Recipe) -> list[str]:
-    """What each step records and the recipe leaves out: numbers that may be states or actions, and
+def unused(features: Mapping[str, Feature], recipe: Recipe, cameras: list[str | None],
+           load_proprio: bool) -> list[str]:
+    """What each step records and a table leaves out: numbers that may be states or actions, and
     images. Each is named with its size."""
-    fields = parse_fields(recipe.action) + parse_fields(recipe.state, "observation/")
+    fields = parse_fields(recipe.action)
+    if load_proprio:
+        fields += parse_fields(recipe.state, "observation/")
     used = {field.key for field in fields}
-    for keys in recipe.camera_names.values():
-        used |= {feature_name(key, "observation/") for key in keys.split("|")}
+    used |= {feature_name(key, "observation/") for key in cameras if key}
     found = []
     for name, feature in features.items():
         if name in used or not feature.of_step or NO_STATE.search(name):

@@ -85,7 +85,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
             "targets": target.tolist(),
             "declared": recipes.declared(recipe, action_widths).tolist(),
             "features": widths_of_features | recipes.unzipped(recipe, action_widths),
-            "unused": recipes.unused(features, recipe),
+            "unused": recipes.unused(features, recipe, cameras, load_proprio),
             "openvla_rules": recipe.openvla_rules,
             "frame": [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names],
             "statistics": statistics(frames, len(episodes), ~raw),

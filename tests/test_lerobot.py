@@ -30,7 +30,7 @@ from machinery.config import Recipe, TrainConfig, UserError
 from machinery.convention import undo
 from machinery.fields import parse_fields
 from machinery.inspect_data import TO_TRAIN
-from machinery.kinds import assumptions, field_list, kind_by_name
+from machinery.kinds import Dimension, assumptions, field_list, kind_by_name
 from machinery.recipes import action_masks, read_fields
 from machinery.rlds import Steps, read_records, step_features
 
@@ -41,7 +41,7 @@ import pyarrow.parquet as pq  # noqa: E402
 EXAMPLE = ROOT / "examples/lerobot"
 sys.path.insert(0, str(EXAMPLE))
 import convert as converter  # noqa: E402
-from resample import resample  # noqa: E402
+from resample import lost_commands, resample  # noqa: E402
 
 SO101 = [f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex",
                                       "wrist_roll", "gripper")]
@@ -784,6 +784,17 @@ def test_a_command_shorter_than_a_written_frame_is_named(tmp_path):
     (line,) = [line for line in printed.splitlines() if "shorter than" in line]
     assert re.match("warning: gripper.pos .* 4 .*--fps", line)
     assert "shorter than" not in convert(source, tmp_path / "all")
+
+
+@pytest.mark.parametrize("values, lost", [
+    ([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, -1, -1], 1),  # + opens, - closes: 1 of the 2 commands
+    ([0, 30, 60, 60, 60, 60, 60, 60, 60, 0, 0, 0], 0),  # goes far at once, and stays
+    ([0, 0, 0, 0, 60, 60, 60, 0, 0, 0, 0, 0], 0),  # three frames, one of which is the last before the next
+    ([0, 60, 0, 0, 0, 0, 0, 0, 60, 60, 60, 60], 1)])
+def test_which_commands_are_lost(values, lost):
+    values = np.array(values, np.float32)[:, None]
+    dimension = Dimension("gripper", "target", 0, None, float(values.min()), float(values.max()))
+    assert lost_commands(values, [dimension], np.arange(0, 12, 3)).tolist() == [lost]
 
 
 # ---- From a recording to a robot that acts -----------------------------------------------------------------

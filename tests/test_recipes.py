@@ -494,10 +494,10 @@ def test_what_is_recorded_and_not_used_is_listed(tmp_path):
     directory = write_arm(tmp_path, random_actions(7), observation=more, step={**step, **flags_every(8)})
     table = index(directory)
     assert table.unused == ["action_abs (3 numbers)", "index_finger (1 number)",
-                            "observation/depth (Image)", "observation/qvel (7 numbers)"]
-    recipe = Recipe(primary="image", wrist="depth", action="action, action_abs, index_finger", state="0")
+                            "observation/depth (Image)", "observation/qvel (7 numbers)", "observation/state (2 numbers)"]
+    recipe = Recipe(primary="image", wrist="depth", action="action, action_abs, index_finger")
     assert frame_table(directory, recipe, ["image"], False, index_dir=tmp_path / "index").unused == [
-        "observation/qvel (7 numbers)", "observation/state (2 numbers)"]
+        "observation/depth (Image)", "observation/qvel (7 numbers)", "observation/state (2 numbers)"]
 
 
 def test_the_guess_takes_several_features(tmp_path):

@@ -25,8 +25,9 @@ def lost_commands(values: np.ndarray, dimensions: list[Dimension], frames: np.nd
     kinds = np.array([dimension.kind for dimension in dimensions])
     span = np.array([dimension.high - dimension.low for dimension in dimensions])
     taken = resample(values, kinds, frames)
-    before = np.concatenate([taken[:1], taken[:-1]])
+    before = np.concatenate([values[:1], taken[:-1]])
     low = np.minimum.reduceat(values, frames, axis=0)
     high = np.maximum.reduceat(values, frames, axis=0)
     beyond = np.maximum(np.minimum(before, taken) - low, high - np.maximum(before, taken))
-    return ((beyond > 0.5 * span) & (kinds == "target")).sum(0)
+    # 0.4: a gripper's command may go from 0 to 1 or -1, half of its range
+    return ((beyond > 0.4 * span) & (kinds == "target")).sum(0)
