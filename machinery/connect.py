@@ -247,8 +247,8 @@ class Progress:
 
     def _watch(self) -> None:
         rank = int(os.environ["RANK"])
-        here = self.hosts[rank]  # one rank of each machine reports that rank 0 does not answer
-        speaker = self.hosts.index(here, 1) if here in self.hosts[1:] else None
+        # one rank of each machine reports that rank 0 does not answer
+        speaks = rank == 1 or os.environ["LOCAL_RANK"] == "0"
         views = deque(maxlen=3)  # of all ranks' reports
         reader = None
         beat = 0
@@ -269,7 +269,7 @@ class Progress:
             if waited > due:
                 due += PATIENCE
                 late = None
-                if silent and rank == speaker:
+                if silent and speaks:
                     late = f"for rank 0 on {self.hosts[0]}: no answer"
                 elif not silent and len(views) == views.maxlen:
                     late = late_ranks(rank, views[0], views[-1], self.hosts)

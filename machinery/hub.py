@@ -50,10 +50,8 @@ def fetch(name: str, patterns: list[str], needed: list[str],
         folder = cached(name, patterns, needed)
         if folder:
             return folder
-        if out_of_reach(name):
-            reason = "HF_HUB_OFFLINE is set"
-            if not constants.HF_HUB_OFFLINE:
-                reason = f"the hub does not answer ({constants.ENDPOINT})"
+        reason = out_of_reach()
+        if reason:
             raise LocalEntryNotFoundError(reason)
         # some of the client's requests have no time limit: a silent hub would be waited for forever
         get_session().event_hooks["request"].append(limit_time)
@@ -76,21 +74,19 @@ def fetch(name: str, patterns: list[str], needed: list[str],
 
 
 @functools.cache
-def out_of_reach(name: str) -> bool:
-    """Whether `name` is not a path and the hub does not answer (its client retries for minutes)."""
-    if os.path.exists(name):
-        return False
+def out_of_reach() -> str | None:
+    """Why the hub cannot be asked, or None. Its client would retry for minutes."""
     if constants.HF_HUB_OFFLINE:
-        return True
+        return "HF_HUB_OFFLINE is set"
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
     proxied = urllib.request.getproxies().keys() & {hub.scheme, "all"}
     if proxied and not urllib.request.proxy_bypass(hub.hostname):
-        return False  # only the client can ask through a proxy
+        return None  # only the client can ask through a proxy
     try:
         socket.create_connection((hub.hostname, hub.port or hub.scheme), timeout=3).close()
     except OSError:
-        return True
-    return False
+        return f"the hub does not answer ({constants.ENDPOINT})"
+    return None
 
 
 def cached(name: str, patterns: list[str], needed: list[str]) -> Path | None:

@@ -193,8 +193,6 @@ def stop_if_not_finite(
         if mine is None and not torch.isfinite(loss):
             records = sorted(set(batches.records((step - 1) * len(losses) + i)))
             mine = f"the loss on rank {dist.get_rank()} came from {'; '.join(records[:8])}"
-            if len(records) > 8:
-                mine += f" and {len(records) - 8} more records"
     reports = gather(mine)
     cause = next(filter(None, reports), "this step's losses were finite, the gradients were not")
     raise UserError(
