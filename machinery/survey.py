@@ -173,8 +173,12 @@ def lost_actions(action: Signal, table: FrameTable, kind: str, explained: Collec
     """Dimensions of the actions that do not come back: a finding for each cure. explained: those
     whose range another finding explains."""
     stats = table.statistics["action"]
-    few = action.values[:: len(action.values) // 4096 + 1]
+    every = len(action.values) // 4096 + 1
+    few = action.values[::every]
     back = round_trip(few, stats, kind)
+    # a spike of one frame is not motion, and better clipped: the median of three frames has none
+    near = [np.roll(action.values, shift, axis=0) for shift in (-1, 0, 1)]
+    lost = round_trip(np.median(near, axis=0)[::every], stats, kind)["lost"]
     raw = action.raw
     low, high, q01, q99 = (np.array(stats[key]) for key in ("min", "max", "q01", "q99"))
     full = np.select([high <= 100, high <= 255, high <= 1000], [100, 255, 1000], high)
@@ -192,7 +196,7 @@ def lost_actions(action: Signal, table: FrameTable, kind: str, explained: Collec
         (raw & (low < -0.001) & many,
          f"is raw and {reach} with many values between, like a position or an angle",
          "remove raw (or `absolute`) from the recipe, so that it is normalized"),
-        (~raw & (kind == "bounds_q99") & ((q01 == q99) | (back["lost"] > 0.5)),
+        (~raw & (kind == "bounds_q99") & ((q01 == q99) | (lost > 0.5)),
          f"{reach}, but 98% of it is within {{q01:.4g}}..{{q99:.4g}}: the rest is clipped, and "
          "will never be commanded", "action_normalization: bounds"),
         (back["clipped"] > 0.05 + 3 / len(few),  # of a few frames, q99 clips more

@@ -318,8 +318,11 @@ def is_quaternion(signal: Signal, dims: range, length: np.ndarray) -> bool:
     steady = (abs(length - typical) < 0.01 * typical).mean()
     # two that vary, and not zeros and ones; a length other than 1 must be exactly constant
     varies = signal.continuous[dims] & (signal.span[dims] > 0.01 * typical)
+    # small changes beside an open gripper, which is 1, have this length, too
+    flag = ~signal.continuous[dims] & (abs(signal.values[:, dims]).max(0) > 0.01)
     one = abs(typical - 1) < 0.01
-    return varies.sum() > 1 and typical > 0.1 and steady > (0.8 if one else 0.999)
+    enough = 0.8 if one else 0.999
+    return varies.sum() > 1 and not flag.any() and typical > 0.1 and steady > enough
 
 
 def quaternion(signal: Signal, dims: range, length: np.ndarray) -> Iterator[Finding]:

@@ -195,8 +195,9 @@ def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping)
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
     if len(rows) < 2:
         return np.zeros(len(low), bool)
-    actions = frames["action"][rows]
-    steps = abs(frames["action"][rows + 1] - actions).mean(0)
+    # without outliers, which would decide all of what follows
+    actions = np.clip(frames["action"][rows], low, high)
+    steps = abs(np.clip(frames["action"][rows + 1], low, high) - actions).mean(0)
     smooth = steps < 0.12 * np.maximum(actions.std(0), 1e-9)
     # an angle far from zero moves in steps, a velocity that keeps its sign may be noisy
     one_sign = ((low > 0) | (high < 0)) & (steps < 0.5 * actions.std(0))

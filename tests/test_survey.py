@@ -74,6 +74,26 @@ def test_sound_robots_with_pictures(name):
     assert [str(finding) for finding in found(sound(name, 3, True))] == []
 
 
+@pytest.mark.parametrize("of", [["actions"], ["actions", "states"]])
+def test_small_changes_beside_an_open_gripper_are_not_a_quaternion(of):
+    """Their length is one in most frames."""
+    def damage(robot):
+        every(robot, lambda values, e: np.column_stack([0.2 * values[:, :6], np.arange(len(values)) < 0.85 * len(values)]), of=of)
+
+    assert kinds(found(damaged("changes", damage))) == set()
+
+
+@pytest.mark.parametrize("name", ["bimanual", "changes"])
+def test_rare_spikes_that_the_quantiles_leave_out(name):
+    """No advice to use the whole range, and changes stay changes."""
+    def damage(robot):
+        robot.recipe = {"action": robot.recipe["action"].replace(" change", "")}
+        for e in range(0, 30, 4):
+            robot.actions[e][20, 2] = 655.35
+
+    assert not {"range", "target_or_change"} & kinds(found(damaged(name, damage)))
+
+
 def test_velocities_that_keep_their_sign_are_not_targets():
     """With the recipe's word `change`, and without any."""
     for said in ("", " change"):
