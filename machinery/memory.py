@@ -49,11 +49,13 @@ def check_size(cfg: TrainConfig, tensors: Tensors) -> None:
                            tower.get("depth", 1) * tower.get("mlp_ratio", 1)]
             numbers.append(tower.get("embed_dim", 1) * max(per_channel))
             layers.append(tower.get("depth", 1))
+        present = sum(map(math.prod, tensors.shapes.values()))
+        larger = (max(sides) > LARGEST or max(layers) > len(tensors.shapes)
+                  or max(numbers) > present)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{tensors.where}: its config.json does not describe a model: "
                               f"{one_line(error)[:300]}") from error
-    present = sum(map(math.prod, tensors.shapes.values()))
-    if max(sides) > LARGEST or max(layers) > len(tensors.shapes) or max(numbers) > present:
+    if larger:
         raise CheckpointError(f"{tensors.where}: config.json describes a larger model than the "
                               "files contain")
 

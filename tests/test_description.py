@@ -149,6 +149,7 @@ sys.addaudithook(audit)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(HOSTILE)), min_size=1, max_size=3))
 @example([(("tower", "model"), "local-dir:{canary}")])
 @example([(("tower", "model"), "hf-hub:evil/x")])
+@example([(("tower", "embed_dim"), "")])
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_config_reads_a_path_asks_an_address_or_fills_the_memory(openvlas, tmp_path, changes):
     global watched
