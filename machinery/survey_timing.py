@@ -122,13 +122,15 @@ def delay_findings(action: Signal, state: Signal) -> Iterator[Finding]:
         return
     moves, responses = (np.clip(values, *np.quantile(values, [0.02, 0.98], axis=0))  # no outliers
                         for values in (action.moves[:, dims], state.steps[:, state.continuous]))
-    curves = []  # (lags, dims) the correlation of each action with the state that is most like it
+    curves = []  # of each lag the correlation of each pair
     rows = np.flatnonzero(sample.joined)
     for lag in lags:
         later = (rows + lag) % len(moves)
         same = sample.joined[later] & (sample.episode[later] == sample.episode[rows])
-        curves.append(correlation(moves[rows[same]], responses[later[same]]).max(1))
-    curves = np.stack(curves)
+        curves.append(correlation(moves[rows[same]], responses[later[same]]))
+    curves = np.stack(curves)  # (lags, dims, parts of the state)
+    partner = curves.max(0).argmax(1)  # the part that follows an action, or precedes it
+    curves = curves[:, np.arange(len(dims)), partner]
     sure = curves.max(0) > 0.7
     if not sure.any():
         return

@@ -218,7 +218,7 @@ def test_held_velocities_are_no_places(changes, opened, tmp_path):
     write_arm(tmp_path, actions, observation={
         "state": (F.Tensor(shape=(2,), dtype=np.float32), lambda e, t: np.float32(states[e][t]))})
     mixture = opened({"action": "action", "state": "state", "absolute": 0}, action_chunk=4, use_proprio=True)
-    assert ["dimensions 0-1 look" in line for line in notes(mixture)] == [True] * (not changes)
+    assert ["dimensions 0-1: look" in line for line in notes(mixture)] == [True] * (not changes)
 
 
 @pytest.mark.parametrize("action, target, raw", [
@@ -617,7 +617,7 @@ def test_a_state_that_never_moved(opened, tmp_path):
         "state": (F.Tensor(shape=(2,), dtype=np.float32), lambda e, t: np.float32([0.1, e + t]))})
     for kind, told in (("normal", True), ("bounds_q99", False)):
         mixture = opened({"state": "state"}, use_proprio=True, action_normalization=kind)
-        assert any("state dimensions 0: never change" in line for line in notes(mixture)) == told
+        assert any("state dimension 0: never change" in line for line in notes(mixture)) == told
 
 
 @pytest.mark.parametrize("recipe, message", [
