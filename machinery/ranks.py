@@ -221,17 +221,18 @@ def run_job(program: Callable[[], None]) -> None:
             neighbor = start_job()
             program()
             neighbor.release()
-        dist.destroy_process_group()
-        return
     except SystemExit as stop:
         print_line(str(stop))
+        end_at_once()  # while the error holds the DataLoader, whose end may print a traceback
     except torch.OutOfMemoryError:
         print_line(f"error: the GPU's memory is full: {LESS_MEMORY}")
+        end_at_once()
     except Exception:
         time.sleep(2)  # if another rank's death is the cause, Neighbor ends this rank meanwhile
         traceback.print_exc()
         sys.stderr.flush()
-    end_at_once()
+        end_at_once()
+    dist.destroy_process_group()
 
 
 def end_at_once() -> None:
