@@ -41,17 +41,19 @@ from machinery.survey_timing import (
     end_findings,
     idle_findings,
     jump_findings,
+    rate_findings,
+    stuck_states,
     target_findings,
 )
 
-SURVEY_VERSION = 2  # change it when a survey would find something else
+SURVEY_VERSION = 3  # change it when a survey would find something else
 MOST = 5  # findings that a training prints
 
 KINDS = {  # in the order in which a training prints them
     "bad_episodes": "episodes that cannot be read",
     "no_camera": "no picture at all, or none in some frames",
     "range": "actions that do not come back from their tokens",
-    "target_or_change": "targets that the recipe takes for changes",
+    "target_or_change": "targets that the recipe takes for changes, or changes for targets",
     "episode_scale": "episodes in another unit",
     "outliers": "rare values that take the bins of all others",
     "jitter": "dimensions that are constant but for noise",
@@ -63,8 +65,8 @@ KINDS = {  # in the order in which a training prints them
     "delay": "actions that follow the state, or precede it by far",
     "ends": "first or last steps that are filled in",
     "jumps": "positions that jump within an episode",
-    "dropped_frames": "steps much larger than those before and after",
-    "still_state": "states that never move, by whose deviation they are divided",
+    "dropped_frames": "lost or repeated frames, and episodes at another rate",
+    "still_state": "states that never move while the actions do",
     "gripper": "grippers that look inverted",
     "camera_hung": "the same picture while the robot moves",
     "equal_cameras": "two cameras with one picture",
@@ -122,12 +124,15 @@ def number_findings(every: list[Signal], table: FrameTable, normalization: str, 
     for signal in every:
         found += end_findings(signal)
     found += jump_findings(every[-1])
+    found += rate_findings(every[-1])
     found += idle_findings(action)
+    found += opposite_grippers(action)
     if action_chunk > 1:
-        found += target_findings(action, table)
+        found += target_findings(action, states, table)
     for state in states:
         found += copy_findings(action, state)
         found += delay_findings(action, state)
+        found += stuck_states(action, state)
         if normalization == "normal":
             found += still_states(state)
     return found
@@ -180,7 +185,7 @@ def lost_actions(action: Signal, table: FrameTable, kind: str, explained: Collec
     near = [np.roll(action.values, shift, axis=0) for shift in (-1, 0, 1)]
     lost = round_trip(np.median(near, axis=0)[::every], stats, kind)["lost"]
     raw = action.raw
-    low, high, q01, q99 = (np.array(stats[key]) for key in ("min", "max", "q01", "q99"))
+    low, high, q01, q99 = (np.array(stats[key]) + 0.0 for key in ("min", "max", "q01", "q99"))
     full = np.select([high <= 100, high <= 255, high <= 1000], [100, 255, 1000], high)
     many = np.array([len(np.unique(column)) > 16 for column in few.T])
     facts = {"low": low, "high": high, "q01": q01, "q99": q99, "full": full,
@@ -279,6 +284,21 @@ def inverted_grippers(tables: Mapping[str, FrameTable]) -> Iterator[tuple[str, F
             text = (f"its gripper begins at {start:.2g}, that of {opened[0]} at "
                     f"{starts[opened[0]]:.2g}: is 1 closed in one of them?")
             yield name, Finding("gripper", "high", text, "write `invert` in its recipe", "action")
+
+
+def opposite_grippers(action: Signal) -> Iterator[Finding]:
+    """A few episodes whose gripper both begins and ends as the opposite of the others."""
+    sample = action.sample
+    upper = action.values > (action.values.min(0) + action.values.max(0)) / 2
+    edges = np.stack([upper[sample.first], upper[sample.last]])  # (2, E, D)
+    odd = edges != np.median(edges, axis=1, keepdims=True)
+    # an object in the hand changes the first or the last state, hardly both
+    dims = action.raw & action.place & ((~odd).all(0).mean(0) >= 0.8) & odd.all(0).any(0)
+    if dims.any() and len(sample.numbers) > 4:
+        bad = odd.all(0)[:, dims].any(1)[sample.episode]
+        yield action.finding("gripper", dims, bad, "begins and ends as the opposite of the others "
+                             f"{sample.where(bad)}: is 1 closed there?",
+                             "invert it in these episodes, or leave them out", "medium")
 
 
 def mixture_lines(job: dict) -> list[str]:

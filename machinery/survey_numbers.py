@@ -198,6 +198,8 @@ def odd_episodes(signal: Signal) -> tuple[np.ndarray, float]:
     away, reach = relative(signal, signal.values - center)
     # a dimension that the others hardly use differs without a fault
     used = signal.continuous & (reach > 0.02 * np.median(reach))
+    mean = signal.sample.per_episode(signal.values)[signal.sample.episode]
+    around, _ = relative(signal, signal.values - mean)
     larger = np.where(used, np.minimum(motion, away), 0)
     smaller = used & signal.place & (motion > 0) & (np.maximum(motion, level) < 0.1)
     # operators and tasks differ by factors of 2 or 3; units by 57, 100 or 1000
@@ -205,6 +207,10 @@ def odd_episodes(signal: Signal) -> tuple[np.ndarray, float]:
     # a pause has small changes, too, but not in most positions
     most = max(2, 0.5 * (used & signal.place).sum())
     odd |= smaller & (smaller.sum(1) > most)[:, None]
+    # or a place, or one arm of two. One that rests at zero is as small, but noise makes its steps
+    # as large as its deviation
+    tiny = smaller & (np.maximum(motion, level) < 0.03) & (motion < 3 * around)
+    odd |= smaller & (tiny.sum(1) > 2)[:, None]
     if len(odd) < 5 or not odd.any() or odd.any(1).mean() > 0.4:  # then they are not the exception
         return np.zeros_like(odd), 1.0
     return odd, float(np.median(motion[odd]))

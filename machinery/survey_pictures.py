@@ -197,7 +197,8 @@ def misspelled(texts: list[str], count: np.ndarray, known: np.ndarray) -> list[t
         for other in {seen.setdefault(form, n) for form in shorter} - {n}:
             new = {*text.split()} - {*plain[other].split()}
             new = [word for word in new if words[word] == 1 and not re.search(r"\d", word)]
-            rare = new and count[n] <= 0.2 * count[other]
+            once = count[n] == 1 and count[other] > 2
+            rare = new and (once or count[n] <= 0.2 * count[other])
             spaced = text == plain[other] and texts[n].lower() != texts[other].lower()
             if rare or spaced:
                 alike.append((other, n))

@@ -30,21 +30,32 @@ def end_findings(signal: Signal) -> Iterator[Finding]:
         return
     zero = (signal.values == 0).all(1)
     filled = zero
+    last = sample.last
     dims = signal.continuous & signal.place
     if dims.any():
+        zero = (signal.values[:, dims] == 0).all(1)
+        # where up to 10 zeros begin, with which an episode is padded
+        before = np.maximum.reduceat(np.where(zero, -1, np.arange(len(zero))), sample.first)
+        padded = (last - before <= 10) & (sample.count > 20)
+        last = np.where(padded, np.minimum(before + 1, last), last)
+        inner[last] = False
         steps = abs(signal.steps[:, dims]) / signal.span[dims]
         # 3 times the usual largest step, and a fifth of the range
         filled = (steps > np.maximum(3 * np.quantile(steps[inner], 0.99, axis=0), 0.2)).any(1)
         filled[sample.first] = filled[sample.second]
     elif zero[inner].mean() > 0.1:  # pauses, which are not filled in
         return
-    for name, edge in (("last", sample.last[long]), ("first", sample.first[long])):
+    for name, edge in (("last", last[long]), ("first", sample.first[long])):
         bad = np.isin(np.arange(len(filled)), edge[filled[edge]])
         if bad[edge].mean() > 0.3:  # a robot may jump at the end of some
             what = "all zeros" if zero[edge].mean() > 0.3 else "far from the step beside it"
+            cure = "trim: true in the recipe drops the first and last step"
+            more = np.median((sample.last - last)[long]) if name == "last" else 0
+            if more:
+                cure = f"leave the last {more + 1:.0f} steps out of each episode"
+                what += f", as are {more:.0f} before it"
             yield signal.finding("ends", signal.continuous, bad,
-                                 f"the {name} step is {what}, {sample.where(bad)}",
-                                 "trim: true in the recipe drops the first and last step",
+                                 f"the {name} step is {what}, {sample.where(bad)}", cure,
                                  "high" if dims.any() else "medium")
 
 
@@ -74,18 +85,75 @@ def jump_findings(signal: Signal) -> Iterator[Finding]:
         yield signal.finding("jumps", dims, jumps, text, cure, "high" if often else "medium")
     steps = signal.steps[:, dims] / signal.span[dims]
     size = np.linalg.norm(steps, axis=1)
-    moving = inner & (size > 0.3 * np.median(size[inner]))
-    dropped = inner & ~jumps
-    for shift in (1, -1):  # before and after: in the same direction, but 2.5 times as far
-        length = np.roll(size, shift)
-        product = (steps * np.roll(steps, shift, axis=0)).sum(1)
-        dropped &= np.roll(moving, shift) & (product > 0.9 * size * length) & (size > 2.5 * length)
+    moving = inner & (size > 0.3 * np.median(size[inner & (size > 0)]))
+    beside = np.stack([np.roll(size, 1), np.roll(size, -1)])  # the steps before and after
+    # one lost frame doubles a step, which is plain if the steps beside it are equal
+    even = beside.min(0) > 0.8 * beside.max(0)
+    dropped = inner & ~jumps & (size > np.where(even, 1.7, 2.5) * beside.max(0))
+    held = inner & (size == 0)
+    for shift in (1, -1):
+        near = np.roll(steps, shift, axis=0)
+        product = (steps * near).sum(1)  # in the same direction
+        dropped &= np.roll(moving, shift) & (product > 0.9 * size * np.roll(size, shift))
+        # an encoder's ticks repeat a state, too, but then most dimensions stay between others
+        held &= np.roll(moving, shift) & ((near != 0).mean(1) > 0.5)
+    if held.mean() > 0.05:
+        text = f"repeats the state of the frame before while it moves, {sample.where(held)}"
+        yield signal.finding("dropped_frames", dims, held, text, "read the state in each frame, or "
+                             "record at the rate at which it changes", "medium")
     if dropped.sum() > 2 and dropped.mean() > 0.005:
-        text = ("moves more than 2.5 times as far as just before and after "
+        text = ("moves about twice as far as just before and after, or more, "
                 f"{sample.where(dropped)}: frames were dropped there")
         yield signal.finding("dropped_frames", dims, dropped, text, "record at a steady rate, or "
                              "leave these episodes out",
                              "high" if dropped.mean() > 0.03 else "medium")
+
+
+def rate_findings(signal: Signal) -> Iterator[Finding]:
+    """Episodes whose steps are twice or half as large, in all dimensions, as in others with their
+    instruction, and which have as many fewer or more frames."""
+    sample = signal.sample
+    dims = signal.continuous & signal.place
+    if dims.sum() < 3:  # two may well be fast by chance
+        return
+    size = sample.per_episode(abs(signal.steps[:, dims]))
+    task = sample.frames["instruction"][sample.first]
+    odd = np.zeros(len(task), bool)
+    for number in np.unique(task):
+        same = task == number
+        if same.sum() > 4:
+            speed = size[same] / np.maximum(np.median(size[same], axis=0), 1e-30)
+            frames = sample.count[same] / np.median(sample.count[same])
+            odd[same] = ((speed.min(1) > 1.6) & (frames < 0.65)) | (
+                (speed.max(1) < 0.65) & (frames > 1.6))
+    if odd.any() and odd.mean() < 0.3:  # more are not the exception
+        bad = odd[sample.episode]
+        text = ("moves twice or half as far from frame to frame as in others with the same "
+                f"instruction, {sample.where(bad)}: another frame rate?")
+        yield signal.finding("dropped_frames", dims, bad, text,
+                             "record at one rate, or leave these episodes out", "medium")
+
+
+def stuck_states(action: Signal, state: Signal) -> Iterator[Finding]:
+    """States that never move, in all or in some episodes, though actions command motion."""
+    sample = state.sample
+    reach = np.maximum.reduceat(state.values, sample.first)
+    reach = reach - np.minimum.reduceat(state.values, sample.first)
+    still = (reach <= 0.01 * np.quantile(reach, 0.9, axis=0)).all(1)
+    # or all is noise, which is as large from frame to frame as in all, and far below any command
+    deviation = state.values - sample.per_episode(state.values)[sample.episode]
+    noise = (state.steps.std(0) >= 0.7 * deviation.std(0)).all()
+    still |= noise & (np.ptp(state.values, axis=0).max() < 1e-3 * action.span.max())
+    commanded = sample.per_episode(action.motion)
+    still &= (commanded > 0.2 * np.median(commanded)) & (sample.count > 9)
+    if still.any():
+        bad = still[sample.episode]
+        text = f"never moves while the actions do, {sample.where(bad)}"
+        often = still.mean() > 0.5
+        cure = "use_proprio: false" if often else "leave these episodes out"
+        dims = np.ones(len(state.place), bool)
+        yield state.finding("still_state", dims, bad, text, f"{cure}, or record it again",
+                            "high" if often else "medium")
 
 
 def idle_findings(action: Signal) -> Iterator[Finding]:
@@ -95,7 +163,11 @@ def idle_findings(action: Signal) -> Iterator[Finding]:
     spread = np.median(np.maximum.reduceat(action.values, sample.first)
                        - np.minimum.reduceat(action.values, sample.first), axis=0)
     spread = np.where(spread > 0, spread, action.span)
-    still = ((abs(action.moves) < 1e-3 * spread) | (spread == 0)).all(1)
+    moves = abs(action.moves) / np.where(spread > 0, spread, np.inf)
+    size = moves.max(1)
+    # a slow motion at a high rate has small steps, but few are much smaller than its others
+    still = size < np.minimum(1e-3, 0.05 * sample.per_episode(size)[sample.episode])
+    still |= size == 0
     # the first frame's target has no frame before: it is as still as the second's
     still[sample.first] &= still[sample.second]
     if not spread.any() or still.mean() < 0.05:
@@ -107,7 +179,7 @@ def idle_findings(action: Signal) -> Iterator[Finding]:
             f"of episodes, {end.mean():.0%} at the end, {(still & ~start & ~end).mean():.0%} "
             "between), and policies copy such pauses")
     yield sample.finding("idle", "action", text, "remove them", still,
-                         "high" if still.mean() > 0.5 else "medium")
+                         "high" if still.mean() > 0.5 or start.mean() > 0.25 else "medium")
 
 
 # ---- Delays, copies ------------------------------------------------------------------------------
@@ -176,8 +248,9 @@ def copy_findings(action: Signal, state: Signal) -> Iterator[Finding]:
 # ---- Targets or changes --------------------------------------------------------------------------
 
 
-def target_findings(action: Signal, table: FrameTable) -> Iterator[Finding]:
-    """Dimensions that look like targets but are changes, though the recipe does not say so."""
+def target_findings(action: Signal, states: list[Signal], table: FrameTable) -> Iterator[Finding]:
+    """Dimensions that look like targets though the recipe takes them for changes, or vice versa.
+    """
     likely = looks_like_targets(table.frames, table.episodes, table.statistics["action"])
     dims = ~table.targets & ~table.declared & likely
     if dims.any():
@@ -185,6 +258,26 @@ def target_findings(action: Signal, table: FrameTable) -> Iterator[Finding]:
                 "episode, the labels jump to the middle of the range")
         yield action.finding("target_or_change", dims, None, text,
                              "write `target` after them in the recipe, or `change`")
+    for state in states:
+        yield from called_targets(action, state)
+
+
+def called_targets(action: Signal, state: Signal) -> Iterator[Finding]:
+    """Dimensions that the recipe calls targets, but whose sum the state follows."""
+    rows = np.flatnonzero(action.sample.joined)
+    if len(rows) < 100:  # fewer may be alike by chance
+        return
+    values, steps = (np.clip(some, *np.quantile(some, [0.01, 0.99], axis=0))  # no outliers
+                     for some in (action.values[rows - 1], state.steps[rows]))
+    like_change = correlation(values, steps).max(1)
+    like_state = abs(correlation(values, state.values[rows])).max(1)
+    dims = action.place & action.continuous & ~action.raw & (like_change > 0.9)
+    dims &= like_change > like_state + 0.1  # a target is most of all like the state
+    if dims.any():
+        text = (f"the state moves by them (correlation {like_change[dims].min():.2f} with its "
+                f"change, {like_state[dims].max():.2f} with itself), so they are changes, which "
+                "the recipe calls `target`")
+        yield action.finding("target_or_change", dims, None, text, "write `change` instead")
 
 
 def looks_like_targets(frames: np.ndarray, episodes: np.ndarray, stats: Mapping) -> np.ndarray:

@@ -148,6 +148,7 @@ NOISE = np.random.RandomState(1)
     ("bimanual", JOINTS, 57.3, [3]), ("bimanual", JOINTS, 57.3, [2, 9, 10, 11, 20, 21, 22, 29]),
     ("hand_pose", [0, 1, 2], 1000, [7, 8]), ("arm_in_degrees", [0, 1, 2, 3, 4], 1 / 57.3, [0, 1]),
     ("changes", [0, 1, 2], 1000, [4]), ("mobile_base", [0, 1, 2, 3, 4], 1 / 57.3, [28]),
+    ("hand_pose", [0, 1, 2], 1e-3, [3, 7, 9]), ("bimanual", [7, 8, 9, 10, 11, 12], 1e-3, [4, 11]),
 ])
 def test_episodes_in_another_unit(name, columns, factor, episodes):
     findings = found(damaged(name, scaled(columns, factor, episodes)))
@@ -164,6 +165,13 @@ def test_any_few_episodes_in_another_unit(episodes, factor):
     findings = found(damaged("hand_pose", scaled([0, 1, 2], factor, sorted(episodes))))
     assert kinds(findings) == {"episode_scale"}
     assert all({*finding.dims} <= {0, 1, 2} for finding in findings)
+
+
+def test_an_arm_that_rests_at_zero_is_not_in_another_unit():
+    def damage(robot):
+        every(robot, lambda values, e: np.column_stack([values[:, :7], 1e-3 * NOISE.randn(len(values), 6), values[:, 13]]),
+              [3, 8, 20])
+    assert "episode_scale" not in kinds(found(damaged("bimanual", damage)))
 
 
 def spikes(of: str, column: int, value, every_n: int):
@@ -348,6 +356,17 @@ def test_steps_that_are_filled_in(name, of, row, value, severity):
     assert kinds(findings) - {"ends"} <= {"outliers"}  # zeros are 1 of 90 frames
 
 
+@pytest.mark.parametrize("name, of, count", [
+    ("bimanual", "actions", 5), ("arm_in_degrees", "actions", 2), ("hand_pose", "actions", 10), ("bimanual", "states", 8),
+])
+def test_episodes_that_are_padded_with_zeros(name, of, count):
+    def damage(robot):
+        for values in getattr(robot, of):
+            values[-count:] = 0
+    (finding,) = [finding for finding in found(damaged(name, damage)) if finding.kind == "ends"]
+    assert (finding.of, finding.severity) == (of[:-1], "high") and f"last {count} steps" in finding.cure
+
+
 @pytest.mark.parametrize("name", ["bimanual", "arm_in_degrees", "hand_pose", "changes"])
 def test_two_executions_in_a_record(name):
     def damage(robot):
@@ -374,7 +393,67 @@ def test_dropped_frames(name):
     assert finding.of == "state" and kinds(findings) <= {"dropped_frames"}
 
 
-@pytest.mark.parametrize("before, after, severity", [(20, 0, "medium"), (0, 40, "medium"), (80, 90, "high")])
+def smooth(e: int, steps: int = 80, speed: float = 1.0) -> np.ndarray:
+    time = speed * np.arange(steps + 1)[:, None]
+    return np.sin(time / 12 + np.arange(6) + e) * [1, 0.5, 2, 1, 1, 0.7]
+
+
+def smooth_robot(kept=lambda way, e: way, speeds=(1.0,), slow: int = 1) -> Robot:
+    ways = [kept(smooth(e, round(80 * slow / speed), speed / slow), e)
+            for e, speed in enumerate([*speeds, *[1.0] * (20 - len(speeds))])]
+    return Robot([way[1:] for way in ways], [way[:-1] for way in ways], ["go", "stop"] * 10, {"action": "action target"})
+
+
+@pytest.mark.parametrize("kept, text", [
+    (lambda way, e: way[np.arange(81) % 25 != 7], "dropped"), (lambda way, e: way[np.random.RandomState(e).rand(81) > 0.05], "dropped"),
+    (lambda way, e: way[np.arange(81) // 2 * 2], "repeats"), (lambda way, e: way[np.arange(81) - (np.arange(81) % 9 == 5)], "repeats"),
+])
+def test_single_frames_that_are_lost_or_repeated(kept, text):
+    (finding,) = [f for f in found(smooth_robot(kept)) if f.kind == "dropped_frames"]
+    assert text in finding.text and not found(smooth_robot())
+
+
+@pytest.mark.parametrize("speed", [2.0, 5.0, 0.5])
+def test_episodes_at_another_rate(speed):
+    findings = found(smooth_robot(speeds=[speed, speed, 1.2, 0.9]))
+    (finding,) = [f for f in findings if f.kind == "dropped_frames"]
+    assert finding.severity == "medium" and finding.episodes == (0, 1) and "rate" in finding.text
+
+
+def test_a_slow_motion_at_a_high_rate_is_not_idle():
+    assert "idle" not in {f.kind for f in found(smooth_robot(slow=60))}
+
+
+def stuck(episodes, value):
+    def damage(robot):
+        for e in episodes:
+            robot.states[e] = value(robot.states[e])
+    return damage
+
+
+@pytest.mark.parametrize("name", ["bimanual", "changes"])
+@pytest.mark.parametrize("episodes, value, severity", [
+    (range(30), lambda state: 0 * state + 0.3, "high"), (range(30), lambda state: 0.3 + 1e-6 * NOISE.randn(*state.shape), "high"),
+    ([3, 5, 8], lambda state: 0 * state + state[0], "medium"), ([29], lambda state: 0 * state, "medium"),
+])
+def test_states_that_never_move(name, episodes, value, severity):
+    (finding,) = [f for f in found(damaged(name, stuck(episodes, value))) if f.kind == "still_state"]
+    assert finding.severity == severity and {*finding.episodes} <= {*episodes}
+    assert ("use_proprio" in finding.cure) == (severity == "high")
+
+
+@pytest.mark.parametrize("name, episodes", [("bimanual", [3, 9]), ("changes", [0]), ("hand_pose", [1, 2, 28])])
+def test_grippers_that_are_inverted_in_a_few_episodes(name, episodes):
+    def damage(robot):
+        for e in range(30):
+            robot.actions[e][:, -1] = np.arange(len(robot.actions[e])) < 60 - 40 * (name == "changes")
+        for e in episodes:
+            robot.actions[e][:, -1] = 1 - robot.actions[e][:, -1]
+    (finding,) = [f for f in found(damaged(name, damage)) if f.kind == "gripper"]
+    assert finding.severity == "medium" and sorted(finding.episodes) == episodes and "invert" in finding.cure
+
+
+@pytest.mark.parametrize("before, after, severity", [(20, 0, "medium"), (40, 0, "high"), (0, 40, "medium"), (80, 90, "high")])
 def test_pauses(before, after, severity):
     def damage(robot):
         every(robot, lambda values, e: np.concatenate([values[:1].repeat(before, 0), values,
@@ -502,6 +581,23 @@ def test_targets_that_the_recipe_takes_for_changes():
         assert "target_or_change" not in kinds(found(robot))
 
 
+def velocities(robot):
+    """Of joints, which keep their sign, with the state that they move."""
+    for e, action in enumerate(robot.actions):
+        speed = 0.02 * (1 + 0.3 * np.sin(np.arange(len(action)) / 8 + e + np.arange(6)[:, None])).T
+        robot.actions[e] = np.column_stack([speed, action[:, 6]])
+        robot.states[e] = np.cumsum(np.concatenate([robot.states[e][:1, :6], speed[:-1]]), axis=0)
+
+
+@pytest.mark.parametrize("damage", [lambda robot: None, velocities])
+def test_changes_that_the_recipe_calls_targets(damage):
+    robot = damaged("changes", damage)
+    assert "target_or_change" not in kinds(found(robot))
+    robot.recipe = {"action": "action[:6] target, action[6:] target raw"}
+    (finding,) = [f for f in found(robot) if f.kind == "target_or_change"]
+    assert finding.severity == "high" and finding.dims == (0, 1, 2, 3, 4, 5) and "`change`" in finding.cure
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -589,6 +685,11 @@ def test_instructions(damage, kind, words):
     findings = found(damaged("changes", damage))
     (finding,) = [finding for finding in findings if finding.kind == kind]
     assert words in finding.text and finding.severity == "medium" and finding.of == "instruction"
+
+
+@pytest.mark.parametrize("count, alike", [([3, 1], True), ([4, 1], True), ([2, 1], False), ([10, 3], False)])
+def test_one_typo_among_few(count, alike):
+    assert bool(misspelled(["pick up the red cup", "pick up the red cpu"], np.array(count), np.arange(2))) == alike
 
 
 def test_other_words_are_not_misspelled():
