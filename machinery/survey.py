@@ -125,7 +125,7 @@ def number_findings(every: list[Signal], table: FrameTable, normalization: str, 
         found += end_findings(signal)
     found += jump_findings(every[-1])
     found += rate_findings(every[-1])
-    found += idle_findings(action)
+    found += idle_findings(action, every[-1].motion)
     found += opposite_grippers(action)
     if action_chunk > 1:
         found += target_findings(action, states, table)
@@ -291,11 +291,11 @@ def opposite_grippers(action: Signal) -> Iterator[Finding]:
     sample = action.sample
     upper = action.values > (action.values.min(0) + action.values.max(0)) / 2
     edges = np.stack([upper[sample.first], upper[sample.last]])  # (2, E, D)
-    odd = edges != np.median(edges, axis=1, keepdims=True)
     # an object in the hand changes the first or the last state, hardly both
-    dims = action.raw & action.place & ((~odd).all(0).mean(0) >= 0.8) & odd.all(0).any(0)
-    if dims.any() and len(sample.numbers) > 4:
-        bad = odd.all(0)[:, dims].any(1)[sample.episode]
+    odd = (edges != np.median(edges, axis=1, keepdims=True)).sum(0)  # (E, D), of 2
+    dims = action.raw & action.place & ((odd == 0).mean(0) >= 0.8) & (odd == 2).any(0)
+    if dims.any():
+        bad = (odd[:, dims] == 2).any(1)[sample.episode]
         yield action.finding("gripper", dims, bad, "begins and ends as the opposite of the others "
                              f"{sample.where(bad)}: is 1 closed there?",
                              "invert it in these episodes, or leave them out", "medium")

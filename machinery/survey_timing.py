@@ -31,13 +31,14 @@ def end_findings(signal: Signal) -> Iterator[Finding]:
     zero = (signal.values == 0).all(1)
     filled = zero
     last = sample.last
+    padded = np.zeros_like(long)
     dims = signal.continuous & signal.place
     if dims.any():
         zero = (signal.values[:, dims] == 0).all(1)
         # where up to 10 zeros begin, with which an episode is padded
         before = np.maximum.reduceat(np.where(zero, -1, np.arange(len(zero))), sample.first)
-        padded = (last - before <= 10) & (sample.count > 20)
-        last = np.where(padded, np.minimum(before + 1, last), last)
+        padded = (last - before > 1) & (last - before <= 10) & (sample.count > 20)
+        last = np.where(padded, before + 1, last)
         inner[last] = False
         steps = abs(signal.steps[:, dims]) / signal.span[dims]
         # 3 times the usual largest step, and a fifth of the range
@@ -50,10 +51,8 @@ def end_findings(signal: Signal) -> Iterator[Finding]:
         if bad[edge].mean() > 0.3:  # a robot may jump at the end of some
             what = "all zeros" if zero[edge].mean() > 0.3 else "far from the step beside it"
             cure = "trim: true in the recipe drops the first and last step"
-            more = np.median((sample.last - last)[long]) if name == "last" else 0
-            if more:
-                cure = f"leave the last {more + 1:.0f} steps out of each episode"
-                what += f", as are {more:.0f} before it"
+            if name == "last" and padded.any():
+                cure = f"leave out the last {np.max(sample.last - last) + 1} steps of each episode"
             yield signal.finding("ends", signal.continuous, bad,
                                  f"the {name} step is {what}, {sample.where(bad)}", cure,
                                  "high" if dims.any() else "medium")
@@ -123,9 +122,9 @@ def rate_findings(signal: Signal) -> Iterator[Finding]:
         same = task == number
         if same.sum() > 4:
             speed = size[same] / np.maximum(np.median(size[same], axis=0), 1e-30)
-            frames = sample.count[same] / np.median(sample.count[same])
-            odd[same] = ((speed.min(1) > 1.6) & (frames < 0.65)) | (
-                (speed.max(1) < 0.65) & (frames > 1.6))
+            slow = sample.count[same] / np.median(sample.count[same])
+            odd[same] = (np.minimum(speed.min(1), 1 / slow) > 1.6) | (
+                np.maximum(speed.max(1), 1 / slow) < 0.65)
     if odd.any() and odd.mean() < 0.3:  # more are not the exception
         bad = odd[sample.episode]
         text = ("moves twice or half as far from frame to frame as in others with the same "
@@ -139,25 +138,22 @@ def stuck_states(action: Signal, state: Signal) -> Iterator[Finding]:
     sample = state.sample
     reach = np.maximum.reduceat(state.values, sample.first)
     reach = reach - np.minimum.reduceat(state.values, sample.first)
-    still = (reach <= 0.01 * np.quantile(reach, 0.9, axis=0)).all(1)
-    # or all is noise, which is as large from frame to frame as in all, and far below any command
-    deviation = state.values - sample.per_episode(state.values)[sample.episode]
-    noise = (state.steps.std(0) >= 0.7 * deviation.std(0)).all()
-    still |= noise & (np.ptp(state.values, axis=0).max() < 1e-3 * action.span.max())
+    # noise only: far less than in other episodes, or than the values. Meters among millimeters are
+    # a thousandth
+    noise = 1e-4 * max(abs(state.values).max(), action.span.max())
+    still = (reach <= np.maximum(0.01 * np.quantile(reach, 0.9, axis=0), noise)).all(1)
     commanded = sample.per_episode(action.motion)
     still &= (commanded > 0.2 * np.median(commanded)) & (sample.count > 9)
     if still.any():
         bad = still[sample.episode]
         text = f"never moves while the actions do, {sample.where(bad)}"
-        often = still.mean() > 0.5
-        cure = "use_proprio: false" if often else "leave these episodes out"
-        dims = np.ones(len(state.place), bool)
-        yield state.finding("still_state", dims, bad, text, f"{cure}, or record it again",
-                            "high" if often else "medium")
+        yield state.finding("still_state", range(len(state.place)), bad, text,
+                            "leave these episodes out, or use_proprio: false",
+                            "high" if still.mean() > 0.5 else "medium")
 
 
-def idle_findings(action: Signal) -> Iterator[Finding]:
-    """Many frames in which no motion is commanded."""
+def idle_findings(action: Signal, motion: np.ndarray) -> Iterator[Finding]:
+    """Many frames in which no motion is commanded. motion: (N,) of the robot."""
     sample = action.sample
     # of the median episode: others may be in another unit
     spread = np.median(np.maximum.reduceat(action.values, sample.first)
@@ -168,6 +164,7 @@ def idle_findings(action: Signal) -> Iterator[Finding]:
     # a slow motion at a high rate has small steps, but few are much smaller than its others
     still = size < np.minimum(1e-3, 0.05 * sample.per_episode(size)[sample.episode])
     still |= size == 0
+    still &= motion <= 0.2 * np.quantile(motion, 0.9)  # not on its way to a target that is held
     # the first frame's target has no frame before: it is as still as the second's
     still[sample.first] &= still[sample.second]
     if not spread.any() or still.mean() < 0.05:
@@ -271,12 +268,11 @@ def called_targets(action: Signal, state: Signal) -> Iterator[Finding]:
                      for some in (action.values[rows - 1], state.steps[rows]))
     like_change = correlation(values, steps).max(1)
     like_state = abs(correlation(values, state.values[rows])).max(1)
-    dims = action.place & action.continuous & ~action.raw & (like_change > 0.9)
-    dims &= like_change > like_state + 0.1  # a target is most of all like the state
+    # a target is most of all like the state
+    dims = action.place & action.continuous & (like_change > np.maximum(0.9, like_state + 0.1))
     if dims.any():
-        text = (f"the state moves by them (correlation {like_change[dims].min():.2f} with its "
-                f"change, {like_state[dims].max():.2f} with itself), so they are changes, which "
-                "the recipe calls `target`")
+        text = ("changes that the recipe calls `target`: the state moves by them (correlation "
+                f"{like_change[dims].min():.2f}, {like_state[dims].max():.2f} with its values)")
         yield action.finding("target_or_change", dims, None, text, "write `change` instead")
 
 
