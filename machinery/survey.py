@@ -181,9 +181,8 @@ def lost_actions(action: Signal, table: FrameTable, kind: str, explained: Collec
     every = len(action.values) // 4096 + 1
     few = action.values[::every]
     back = round_trip(few, stats, kind)
-    # a spike of one frame is not motion, and better clipped: the median of three frames has none
-    near = [np.roll(action.values, shift, axis=0) for shift in (-1, 0, 1)]
-    lost = round_trip(np.median(near, axis=0)[::every], stats, kind)["lost"]
+    # a spike of one frame is not motion, and better clipped
+    lost = round_trip(action.calm[::every], stats, kind)["lost"]
     raw = action.raw
     low, high, q01, q99 = (np.array(stats[key]) + 0.0 for key in ("min", "max", "q01", "q99"))
     full = np.select([high <= 100, high <= 255, high <= 1000], [100, 255, 1000], high)

@@ -103,6 +103,12 @@ class Signal:
         return steps * self.sample.joined[:, None]
 
     @cached_property
+    def calm(self) -> np.ndarray:
+        """(N, D) the values without spikes of one frame: medians of three."""
+        near = [np.roll(self.values, shift, axis=0) for shift in (-1, 0, 1)]
+        return np.median(near, axis=0)
+
+    @cached_property
     def moves(self) -> np.ndarray:
         """(N, D) how far each dimension moves, or is commanded to: steps of positions, or changes.
         """
@@ -193,13 +199,13 @@ def scale_findings(signal: Signal, kind: str) -> Iterator[Finding]:
 def odd_episodes(signal: Signal) -> tuple[np.ndarray, float]:
     """-> which dimensions of which episodes are in another unit, (E, D) bool; by what factor."""
     center = np.where(signal.place, signal.quantiles[2], 0)
-    level, _ = relative(signal, signal.values)
-    motion, _ = relative(signal, signal.moves)
-    away, reach = relative(signal, signal.values - center)
+    level, _ = relative(signal, signal.calm)
+    motion, _ = relative(signal, np.where(signal.place, signal.steps, signal.calm))
+    away, reach = relative(signal, signal.calm - center)
     # a dimension that the others hardly use differs without a fault
     used = signal.continuous & (reach > 0.02 * np.median(reach))
-    mean = signal.sample.per_episode(signal.values)[signal.sample.episode]
-    around, _ = relative(signal, signal.values - mean)
+    mean = signal.sample.per_episode(signal.calm)[signal.sample.episode]
+    around, _ = relative(signal, signal.calm - mean)
     larger = np.where(used, np.minimum(motion, away), 0)
     smaller = used & signal.place & (motion > 0) & (np.maximum(motion, level) < 0.1)
     # operators and tasks differ by factors of 2 or 3; units by 57, 100 or 1000

@@ -94,6 +94,13 @@ def test_rare_spikes_that_the_quantiles_leave_out(name):
     assert not {"range", "target_or_change"} & kinds(found(damaged(name, damage)))
 
 
+@pytest.mark.parametrize("name, of", [("bimanual", "states"), ("changes", "actions"), ("hand_pose", "actions")])
+def test_a_spike_is_not_another_unit(name, of):
+    def damage(robot):
+        getattr(robot, of)[3][20, 2] = -1e9
+    assert "episode_scale" not in kinds(found(damaged(name, damage)))
+
+
 def test_velocities_that_keep_their_sign_are_not_targets():
     """With the recipe's word `change`, and without any."""
     for said in ("", " change"):
