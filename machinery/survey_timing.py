@@ -138,9 +138,10 @@ def stuck_states(action: Signal, state: Signal) -> Iterator[Finding]:
     sample = state.sample
     reach = np.maximum.reduceat(state.values, sample.first)
     reach = reach - np.minimum.reduceat(state.values, sample.first)
-    # noise only: far less than in other episodes, or than the values. Meters among millimeters are
-    # a thousandth
-    noise = 1e-4 * max(abs(state.values).max(), action.span.max())
+    # noise only: far less than in other episodes, or than the values (but for rare outliers).
+    # Meters among millimeters are a thousandth
+    commands = action.quantiles[3] - action.quantiles[1]
+    noise = 1e-4 * max(abs(state.quantiles[2]).max(), commands.max())
     still = (reach <= np.maximum(0.01 * np.quantile(reach, 0.9, axis=0), noise)).all(1)
     commanded = sample.per_episode(action.motion)
     still &= (commanded > 0.2 * np.median(commanded)) & (sample.count > 9)
