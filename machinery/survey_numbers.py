@@ -159,6 +159,8 @@ def signals(sample: Sample, table: FrameTable, kind: str) -> list[Signal]:
     for of, column in (("action", "action"), ("state", "proprio")):
         if column not in sample.frames.dtype.names:
             continue
+        if of == "state" and all("action" in name for name in table.features):
+            continue  # the recipe has constants for a state, as `0`
         stats = table.statistics[column]
         values = np.ascontiguousarray(sample.frames[column])
         raw = ~np.array(stats.get("mask", [True] * values.shape[1]), bool)
