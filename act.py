@@ -30,7 +30,6 @@ from machinery.convention import Convention, convention
 from machinery.host import cores
 from machinery.images import center_crop, resize_image
 from machinery.lora import linear_layers
-from machinery.memory import check_size
 from machinery.weights import fill, open_weights, parameters_without_memory
 from model import VLA, at_positions
 
@@ -64,7 +63,6 @@ def load_vla(
               "(image_aug), as OpenVLA's fine-tuned models were: they need --center_crop yes",
               file=sys.stderr)
     cfg = TrainConfig(**weights.config)
-    check_size(cfg, weights.tensors)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     try:
         with parameters_without_memory():
@@ -258,14 +256,8 @@ class Policy:
         return unnorm_key
 
     def dataset_statistics(self, unnorm_key: str | None) -> dict:
-        """The statistics of a dataset. Raises UserError for those of another robot."""
-        name = self.dataset_name(unnorm_key)
-        stats = self.norm_stats[name]
-        width = len(stats["action"]["q01"])
-        if width != self.cfg.action_dim:
-            raise UserError(f"unnorm_key {name!r}: its actions have {width} dimensions, the "
-                            f"model's {self.cfg.action_dim}")
-        return stats
+        """The statistics of a dataset. Raises UserError."""
+        return self.norm_stats[self.dataset_name(unnorm_key)]
 
     # ---- The model ------------------------------------------------------------------------------
 

@@ -455,7 +455,7 @@ def main() -> None:
                         help="PNG; the JSON goes beside it; default: in the run's directory")
     args = parser.parse_args()
     with exit_with_one_line():
-        crop = args.center_crop and args.center_crop == "yes"
+        crop = {"yes": True, "no": False}.get(args.center_crop)
         if torch.cuda.is_available():
             policy = load_vla(args.checkpoint, "cuda", torch.bfloat16, center_crop=crop)
         else:

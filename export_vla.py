@@ -35,7 +35,6 @@ from machinery.config import TrainConfig, exit_with_one_line
 from machinery.description import DESCRIPTION
 from machinery.files import atomic
 from machinery.lora import ADAPTER
-from machinery.memory import check_size
 from machinery.weights import (
     LANGUAGE_MODELS,
     PRISMATIC,
@@ -60,7 +59,6 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         raise CheckpointError(f"{out} exists: remove it or choose another directory")
     weights = open_weights(where)
     cfg = TrainConfig(**weights.config)
-    check_size(cfg, weights.tensors)
     write = {"hf": write_hugging_face, "native": write_native, "peft": write_peft}[format]
     with atomic(out) as scratch:
         scratch.mkdir(parents=True)

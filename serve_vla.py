@@ -42,7 +42,6 @@ import asyncio
 import hmac
 import math
 import queue
-import resource
 import signal
 import socket
 import sys
@@ -65,6 +64,7 @@ from act import PROMPT_LENGTHS, ModelError, Policy, load_vla
 from machinery.checkpoint import CheckpointError
 from machinery.config import UserError, exit_with_one_line, read_secret
 from machinery.connections import is_foreign, uvicorn_config
+from machinery.host import allow_open_files
 from machinery.reader import Readers
 from machinery.record import Recorder, recording_facts
 from machinery.wire import MAX_BODY, Query, encode_action, pack
@@ -368,8 +368,7 @@ def serve(
     batcher.start()
     # the model waits this long for Python when other threads are busy: for each of its operations
     sys.setswitchinterval(1e-5)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_open_files()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after stopping
     listener.listen()  # before the next line invites clients
@@ -385,21 +384,6 @@ def serve(
     if recorder:
         recorder.close()
     log("stopped")
-
-
-def keep_usable(policy: Policy, checkpoint: str) -> None:
-    """Leave out the statistics of robots with another number of action dimensions: a fine-tuned
-    OpenVLA still has those of its base. Raises CheckpointError."""
-    width = policy.cfg.action_dim
-    others = [name for name, stats in policy.norm_stats.items()
-              if len(stats["action"]["q01"]) != width]
-    for name in others:
-        del policy.norm_stats[name]
-    if not policy.norm_stats:
-        raise CheckpointError(f"{checkpoint}: no dataset statistics for actions of {width} "
-                              "dimensions, so it cannot act: give a VLA, not a plain VLM")
-    if others:
-        log(f"unnorm_keys_left_out {','.join(others)} action_dim {width}")
 
 
 def record_graphs(policy: Policy, max_batch: int, prefixes: list[int]) -> None:
@@ -455,9 +439,11 @@ def main() -> None:
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((args.host, args.port))
-        crop = args.center_crop and args.center_crop == "yes"
+        crop = {"yes": True, "no": False}.get(args.center_crop)
         policy = load_vla(args.checkpoint, args.device, DTYPES[dtype], args.int8, crop)
-        keep_usable(policy, args.checkpoint)
+        if not policy.norm_stats:
+            raise CheckpointError(f"{args.checkpoint}: no dataset statistics, so it cannot act: "
+                                  "give a VLA, not a plain VLM")
         max_batch = args.max_batch or (16 if args.speed_up is None else 1)
         if args.speed_up is not None:
             record_graphs(policy, max_batch, args.speed_up)

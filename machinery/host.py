@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores and memory.
+"""What this process may use of its machine: cores, memory, open files.
 
 A container (Docker, Kubernetes, a SLURM job) is a Linux control group with limits of its own, in
 version 1 or 2 of these files. os and psutil count the cores and the memory of the whole machine.
@@ -6,6 +6,7 @@ version 1 or 2 of these files. os and psutil count the cores and the memory of t
 
 import functools
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def cores() -> int:
         if quota and quota[0] not in ("max", "-1"):
             count = min(count, int(quota[0]) / int(quota[1]))
     return max(1, round(count))
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files as far as the system lets it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @functools.cache  # of the job's start: later, its own memory would count as that of others

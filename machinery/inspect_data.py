@@ -43,10 +43,9 @@ from machinery.frames import (
     frame_table,
     refuse_lerobot,
 )
-from machinery.guess import action_fields, state_fields
+from machinery.guess import action_fields, assumptions, field_list, guess_kinds, state_fields
 from machinery.host import cores
 from machinery.images import contact_sheet, decode_image, decode_native
-from machinery.kinds import assumptions, field_list, guess_kinds
 from machinery.recipes import Feature
 from machinery.rlds import step_features
 from machinery.survey import round_trip, survey

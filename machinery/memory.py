@@ -8,56 +8,14 @@ take. All sizes are in GB (1e9 bytes).
 """
 
 import argparse
-import math
 
 import torch
 
-from machinery.backbones import llm_config
-from machinery.checkpoint import CheckpointError, Tensors
-from machinery.config import (
-    TrainConfig,
-    exit_with_one_line,
-    load_config,
-    load_ds_config,
-    one_line,
-)
+from machinery.config import exit_with_one_line, load_config, load_ds_config
 from machinery.cost import memory_needed
 from machinery.lora import linear_layers
 from machinery.weights import start_from
 from model import VLA
-
-LARGEST = 10_000  # pixels of a side, blocks, cameras, numbers of an action, ...
-
-
-def check_size(cfg: TrainConfig, tensors: Tensors) -> None:
-    """Raise CheckpointError if a description would make a much larger model than its files contain:
-    making it could fill the memory before the files are compared with it."""
-    try:
-        llm = llm_config(cfg.llm_backbone, 1)
-        sides = [cfg.image_size, cfg.action_dim * cfg.action_chunk, cfg.proprio_dim,
-                 cfg.window_size * len(cfg.cameras), getattr(llm, "head_dim", None) or 0]
-        sides += [count for counts in cfg.features.values() for count in counts.values()]
-        experts = max(getattr(llm, key, 0) or 1 for key in ("num_experts", "num_local_experts"))
-        width = getattr(llm, "moe_intermediate_size", 0) or llm.intermediate_size
-        layers = [llm.num_hidden_layers]
-        numbers = [llm.num_hidden_layers * llm.hidden_size * width * experts]  # a part of them
-        for tower in cfg.vision_backbone.values():
-            sides += [value for value in tower.values() if isinstance(value, int | float)]
-            patch = tower.get("patch_size", 8)
-            patch = min(patch) if isinstance(patch, list) else patch
-            per_channel = [(cfg.image_size // patch) ** 2, 3 * patch**2,
-                           tower.get("depth", 1) * tower.get("mlp_ratio", 1)]
-            numbers.append(tower.get("embed_dim", 1) * max(per_channel))
-            layers.append(tower.get("depth", 1))
-        present = sum(map(math.prod, tensors.shapes.values()))
-        larger = (max(sides) > LARGEST or max(layers) > len(tensors.shapes)
-                  or max(numbers) > present)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(f"{tensors.where}: its config.json does not describe a model: "
-                              f"{one_line(error)[:300]}") from error
-    if larger:
-        raise CheckpointError(f"{tensors.where}: config.json describes a larger model than the "
-                              "files contain")
 
 
 def memory_if(vla: VLA) -> str:

@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import os
-import resource
 import signal
 import socket
 import sys
@@ -259,8 +258,7 @@ def start_job() -> Neighbor:
     connect()
     # DeepSpeed would do it after the model is made
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # workers send batches as open files
+    host.allow_open_files()  # workers send batches as open files
     host.memory()  # before any rank takes some
     deepspeed.init_distributed()
     share_cores()

@@ -41,12 +41,11 @@ from machinery.survey_timing import (
     end_findings,
     idle_findings,
     jump_findings,
-    rate_findings,
     stuck_states,
     target_findings,
 )
 
-SURVEY_VERSION = 3  # change it when a survey would find something else
+SURVEY_VERSION = 4  # change it when a survey would find something else
 MOST = 5  # findings that a training prints
 
 KINDS = {  # in the order in which a training prints them
@@ -65,7 +64,7 @@ KINDS = {  # in the order in which a training prints them
     "delay": "actions that follow the state, or precede it by far",
     "ends": "first or last steps that are filled in",
     "jumps": "positions that jump within an episode",
-    "dropped_frames": "lost or repeated frames, and episodes at another rate",
+    "dropped_frames": "frames that were lost or repeated",
     "still_state": "states that never move while the actions do",
     "gripper": "grippers that look inverted",
     "camera_hung": "the same picture while the robot moves",
@@ -124,7 +123,6 @@ def number_findings(every: list[Signal], table: FrameTable, normalization: str, 
     for signal in every:
         found += end_findings(signal)
     found += jump_findings(every[-1])
-    found += rate_findings(every[-1])
     found += idle_findings(action, every[-1].motion)
     found += opposite_grippers(action)
     if action_chunk > 1:

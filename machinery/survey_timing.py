@@ -108,31 +108,6 @@ def jump_findings(signal: Signal) -> Iterator[Finding]:
                              "high" if dropped.mean() > 0.03 else "medium")
 
 
-def rate_findings(signal: Signal) -> Iterator[Finding]:
-    """Episodes whose steps are twice or half as large, in all dimensions, as in others with their
-    instruction, and which have as many fewer or more frames."""
-    sample = signal.sample
-    dims = signal.continuous & signal.place
-    if dims.sum() < 3:  # two may well be fast by chance
-        return
-    size = sample.per_episode(abs(signal.steps[:, dims]))
-    task = sample.frames["instruction"][sample.first]
-    odd = np.zeros(len(task), bool)
-    for number in np.unique(task):
-        same = task == number
-        if same.sum() > 4:
-            speed = size[same] / np.maximum(np.median(size[same], axis=0), 1e-30)
-            slow = sample.count[same] / np.median(sample.count[same])
-            odd[same] = (np.minimum(speed.min(1), 1 / slow) > 1.6) | (
-                np.maximum(speed.max(1), 1 / slow) < 0.65)
-    if odd.any() and odd.mean() < 0.3:  # more are not the exception
-        bad = odd[sample.episode]
-        text = ("moves twice or half as far from frame to frame as in others with the same "
-                f"instruction, {sample.where(bad)}: another frame rate?")
-        yield signal.finding("dropped_frames", dims, bad, text,
-                             "record at one rate, or leave these episodes out", "medium")
-
-
 def stuck_states(action: Signal, state: Signal) -> Iterator[Finding]:
     """States that never move, in all or in some episodes, though actions command motion."""
     sample = state.sample

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -120,8 +119,8 @@ def test_an_index_lists_files_of_its_folder(name, copied):
 
 
 HOSTILE = ["hf-hub:evil/x", "local-dir:{canary}", "{canary}", "../canary", "http://127.0.0.1:9/x", "evil/x",
-           {"file": "{canary}"}, {"url": "http://127.0.0.1:9/x"}, ["{canary}"], 10**4, 10**6, 10**9, 1e9, -1, 0,
-           True, None, "", [], {}, [10**6, 10**6], [0, 0]]
+           {"file": "{canary}"}, {"url": "http://127.0.0.1:9/x"}, ["{canary}"], -1, 0, True, None, "", [], {},
+           [0, 0]]
 KEYS = {
     "top": ["zerovla", "norm_stats", "model_type", "auto_map", "quantization_config"],
     "zerovla": ["vision_backbone", "llm_backbone", "tokenizer", "data_root_dir", "image_size", "action_dim",
@@ -151,7 +150,7 @@ sys.addaudithook(audit)
 @example([(("tower", "model"), "hf-hub:evil/x")])
 @example([(("tower", "embed_dim"), "")])
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_config_reads_a_path_asks_an_address_or_fills_the_memory(openvlas, tmp_path, changes):
+def test_no_config_reads_a_path_or_asks_an_address(openvlas, tmp_path, changes):
     global watched
     folder = tmp_path / "copy"
     if not folder.exists():
@@ -166,7 +165,6 @@ def test_no_config_reads_a_path_asks_an_address_or_fills_the_memory(openvlas, tm
     text = json.dumps(config).replace("{canary}", str(tmp_path / "canary"))
     (folder / "config.json").write_text(text)
     watched = {"seen": []}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         load_vla(folder).predict_action(IMAGE, "open")
     except UserError as error:
@@ -177,22 +175,14 @@ def test_no_config_reads_a_path_asks_an_address_or_fills_the_memory(openvlas, tm
         seen = watched["seen"]
         watched = None
     assert not seen
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 400_000  # kB
 
 
-@pytest.mark.parametrize("place, key, value", [
-    ("tower", "reg_tokens", 10**8), ("tower", "depth", 10**4), ("tower", "embed_dim", 10**4),
-    ("tower", "mlp_ratio", 1e4), ("llm", "num_hidden_layers", 10**5), ("llm", "intermediate_size", 10**8),
-    ("llm", "head_dim", 10**6), ("zerovla", "image_size", 10**5), ("zerovla", "action_chunk", 10**7),
-    ("zerovla", "features", {"arm": {"a": 10**9}}), ("zerovla", "cameras", ["a"] * 20_000)])
-def test_a_model_is_not_larger_than_its_files(place, key, value, copied):
-    def change(config):
-        tower = next(iter(config["zerovla"]["vision_backbone"].values()))
-        {"zerovla": config["zerovla"], "llm": config["zerovla"]["llm_backbone"], "tower": tower}[place][key] = value
-
-    edit(copied, change)
-    with pytest.raises(CheckpointError, match=f"{copied}.*larger model than"):
-        load_vla(copied)
+def test_statistics_of_robots_of_another_width_are_left_out(copied):
+    """A fine-tuned OpenVLA still has those of its base, whose robots have 7 dimensions."""
+    own = [*open_weights(copied).norm_stats]
+    base = {"base": {"action": {"q01": [0.0] * 7}}}
+    edit(copied, lambda config: config.update(norm_stats=base | config["norm_stats"]))
+    assert [*open_weights(copied).norm_stats] == own
 
 
 def test_a_run_from_the_hub_brings_only_its_description(openvlas, tmp_path, plain_run, tiny, monkeypatch):

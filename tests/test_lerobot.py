@@ -29,8 +29,8 @@ from machinery import inspect_data, oxe
 from machinery.config import Recipe, TrainConfig, UserError
 from machinery.convention import undo
 from machinery.fields import parse_fields
+from machinery.guess import Dimension, assumptions, field_list, kind_by_name
 from machinery.inspect_data import TO_TRAIN
-from machinery.kinds import Dimension, assumptions, field_list, kind_by_name
 from machinery.recipes import action_masks, read_fields
 from machinery.rlds import Steps, read_records, step_features
 

@@ -238,6 +238,14 @@ def recipes(draw) -> tuple[str, dict[str, int]]:
     return ", ".join(fields), widths
 
 
+def accepted(recipe: Recipe, features: dict, values: dict, load_proprio: bool) -> tuple[dict, dict]:
+    """The widths of its features, and an episode in standard form, as indexing makes them. Raises UserError."""
+    features = features | {"language_instruction": Feature((), np.dtype(object), "Text")}
+    check_recipe("arm", recipe)
+    widths = check_features(features, recipe, [], load_proprio)
+    return widths, standardize(Episode(values), recipe, [], load_proprio)
+
+
 @settings(max_examples=300)
 @given(recipes(), st.integers(0, 99))
 def test_what_training_takes_acts(drawn, seed):
@@ -254,11 +262,8 @@ def test_what_training_takes_acts(drawn, seed):
             kind = Feature((), np.dtype(object), "Tensor")
             values[name] = [compress(row) for row in values[name]]
         features[name] = kind
-    features["language_instruction"] = Feature((), np.dtype(object), "Text")
     try:
-        check_recipe("arm", recipe)
-        numbers = check_features(features, recipe, [], False)
-        episode = standardize(Episode(values), recipe, [], False)
+        numbers, episode = accepted(recipe, features, values, load_proprio=False)
     except UserError:
         return
     numbers |= unzipped(recipe, episode["widths"])
@@ -291,11 +296,8 @@ def test_states_come_in_as_they_were_recorded(drawn, seed):
     values = {name: draw.uniform(0.1, 0.9, (6, width)).astype(np.float32) for name, width in widths.items()}
     values = {f"observation/{name}": rows for name, rows in values.items()} | values
     features = {name: Feature(rows.shape[1:], np.dtype("f4"), "Tensor") for name, rows in values.items()}
-    features["language_instruction"] = Feature((), np.dtype(object), "Text")
     try:
-        check_recipe("arm", recipe)
-        numbers = check_features(features, recipe, [], True)
-        episode = standardize(Episode(values), recipe, [], True)
+        numbers, episode = accepted(recipe, features, values, load_proprio=True)
     except UserError:
         return
     frames = np.zeros(6, [(key, "<f4", episode[key].shape[1:]) for key in ("action", "proprio")])

@@ -30,7 +30,6 @@ from test_model import tiny_policy
 
 import serve_vla
 from act import ModelError, load_vla
-from machinery.config import UserError
 from machinery.images import decode_native
 from machinery.wire import (
     Costly,
@@ -323,17 +322,6 @@ def test_a_client_cannot_make_it_compile(monkeypatch):
         np.testing.assert_array_equal(policy.predict_action(*request), action)
     # not for five at once, the long text, and a prefix of 1
     assert len(policy.graphs) == 8 and sorted(replayed) == sorted(policy.graphs)
-
-
-def test_statistics_of_other_robots_are_left_out(capsys):
-    """A fine-tuned OpenVLA still has those of its base, whose robots have 7 dimensions."""
-    policy = tiny_policy()
-    policy.norm_stats = {"base": {"action": {"q01": [0.0] * 7}}, **policy.norm_stats}
-    serve_vla.keep_usable(policy, "here")
-    assert [*policy.norm_stats] == ["a"] and "base" in capsys.readouterr().out
-    policy.norm_stats = {"base": {"action": {"q01": [0.0] * 7}}}
-    with pytest.raises(UserError, match="here"):
-        serve_vla.keep_usable(policy, "here")
 
 
 def test_speed_up_needs_a_gpu(colors):

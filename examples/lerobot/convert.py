@@ -7,7 +7,7 @@ before anything is written. Then encodes each episode's images as JPEGs on all c
 episode in OUT/.NAME.episodes: an interrupted command continues where it stopped. Finally prints the
 lines for the YAML and the warnings of `data.py --inspect`.
 
-Read convert. lerobot_format.py reads the files, and machinery/kinds.py interprets actions.
+Read convert. lerobot_format.py reads the files, and machinery/guess.py interprets actions.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from machinery.config import UserError, exit_with_one_line
 from machinery.convention import number_labels
 from machinery.fields import write_recipe
 from machinery.frames import end_with_parent
+from machinery.guess import Dimension, assumptions, field_list, guess_kinds
 from machinery.host import cores
 from machinery.inspect_data import TO_TRAIN, Subject, as_yaml, guess_recipe, write_yaml
-from machinery.kinds import Dimension, assumptions, field_list, guess_kinds
 from machinery.rlds import EPISODE, DataError, step_features, write_rlds
 from machinery.survey import survey
 from machinery.survey_timing import looks_like_targets

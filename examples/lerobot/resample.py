@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from machinery.kinds import Dimension
+from machinery.guess import Dimension
 
 
 def resample(values: np.ndarray, kinds: np.ndarray, frames: np.ndarray) -> np.ndarray:
