@@ -390,6 +390,12 @@ def unzipped(recipe: Recipe, widths: list[int]) -> dict[str, int]:
 # ---- Does a recipe fit a dataset? ----------------------------------------------------------------
 
 
+def all_fields(recipe: Recipe, load_proprio: bool) -> list[Field]:
+    """The fields of a recipe's action and, if it is loaded, of its state."""
+    states = parse_fields(recipe.state, "observation/") if load_proprio else []
+    return parse_fields(recipe.action) + states
+
+
 def check_features(features: Mapping[str, Feature], recipe: Recipe, cameras: list[str | None],
                    load_proprio: bool) -> dict[str, int]:
     """-> {feature: numbers per step} of the actions and states in a recipe.
@@ -397,9 +403,7 @@ def check_features(features: Mapping[str, Feature], recipe: Recipe, cameras: lis
     Raises DataError for a feature that the dataset does not have, or not in a form that gives one
     value per step: most other forms would be read as something else.
     """
-    fields = parse_fields(recipe.action)
-    if load_proprio:
-        fields += parse_fields(recipe.state, "observation/")
+    fields = all_fields(recipe, load_proprio)
     uses = [(field.key, "zlib" if "unzip" in field.helpers else "number")
             for field in fields if not field.constant]
     for key in cameras:
@@ -441,9 +445,7 @@ def unused(features: Mapping[str, Feature], recipe: Recipe, cameras: list[str | 
            load_proprio: bool) -> list[str]:
     """What each step records and a table leaves out: numbers that may be states or actions, and
     images. Each is named with its size."""
-    fields = parse_fields(recipe.action)
-    if load_proprio:
-        fields += parse_fields(recipe.state, "observation/")
+    fields = all_fields(recipe, load_proprio)
     used = {field.key for field in fields}
     used |= {feature_name(key, "observation/") for key in cameras if key}
     found = []
