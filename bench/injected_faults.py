@@ -1,32 +1,33 @@
 """Does doctor.py name why a policy fails? Inject one fault at a time, and look for it in its list.
 
     python bench/injected_faults.py --policies runs/faults --out /tmp/faults                   everything
-    python bench/injected_faults.py --policies runs/faults --out /tmp/faults --only bgr black  some of it
+    python bench/injected_faults.py --policies runs/faults --out /tmp/faults --only bgr sound  some of it
 
-Each fault belongs to a sound policy: the demo's, in Meta-World, or that of examples/own_robot's arm.
-The loop is closed: the simulator is seen by a client with the fault, the policy answers its requests
-as serve_vla.py does, and machinery.record.Recorder records them. Then doctor.py examines the policy
-and the requests, and a row tells the rank of the right cause in its list, and the first line of it.
-A cause is right if its kind and its text are as FAULTS expects them.
+Each fault belongs to a sound policy: the demo's, in Meta-World, or one of examples/own_robot's arm. A client
+with the fault sees the simulator, asks the policy as serve_vla.py is asked, and does what it answers, while
+machinery.record.Recorder records the requests. Then doctor.py examines the policy and the requests. A row
+tells the rank of the right cause, whose kind and text are as FAULTS expects them, and the first line. Then come
+pairs of faults: are both within the first four? And sound policies, of which nothing may be found, and a
+weak one: only its training may be blamed.
 
-Read Client, the sound client, and FAULTS: what each of them changes in it, in the policy that
-answers (`serve`), or in the run that is examined (`run`). Both simulators are needed:
-
-    pip install -r examples/metaworld/requirements.txt
+Read Client, and FAULTS: what each changes in it, in the policy that answers (`serve`), in the run that
+answers and is examined (`run`), or in its training (RUNS of faulty_policies.py). Missing policies are trained, but
+`demo` is a link to the demo's run. Both simulators are needed, unless all recordings are in --out
+(requirements.txt in examples/metaworld).
 """
 
 import argparse
 import base64
 import contextlib
+import functools
 import io
-import json
 import re
-import subprocess
+import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,10 +35,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "examples" / name) for name in ("own_robot", "metaworld"))]
 
 import numpy as np
+from faulty_policies import (
+    RUNS,
+    causal,
+    doubled,
+    of_its_base,
+    rescaled,
+    reweigh,
+    train,
+    with_another_dataset,
+)
 from PIL import Image
 
 REQUESTS, EPISODES = 120, 6  # recorded, at least
-STEPS = 40  # of an episode, at most
 FIRST_SEED = 300_000  # no recorded episode has these seeds
 PAUSE = 15 * 10**9  # nanoseconds between episodes
 
@@ -48,9 +58,9 @@ PAUSE = 15 * 10**9  # nanoseconds between episodes
 class MetaWorld:
     """The demo's six tasks, or others."""
 
-    cameras, quality, period, over_at_success = {"primary": "image"}, 75, 3 / 80, True
+    quality, period, steps, ends = 75, 3 / 80, 25, True  # of JPEG; seconds; at most; at success
 
-    def __init__(self, tasks: str = "demo"):
+    def __init__(self, tasks: str):
         from simulator import INSTRUCTIONS, task_names
 
         self.tasks, self.words, self.made = task_names([tasks]), INSTRUCTIONS, {}
@@ -63,6 +73,7 @@ class MetaWorld:
             self.made[task] = Simulator(task, ["image"], 96, self.quality, action_repeat=3)
         self.simulator, self.instruction = self.made[task], self.words[task]
         self.simulator.reset(seed)
+        self.move = self.simulator.step
 
     def look(self) -> dict:
         images = {}
@@ -70,62 +81,52 @@ class MetaWorld:
         self.simulator.sheet.read()
         return {"images": images, "state": self.simulator.state[:4].astype(np.float32)}
 
-    def move(self, action: np.ndarray) -> None:
-        self.simulator.step(action)
-
     @property
     def solved(self) -> bool:
         return self.simulator.success_at is not None
 
 
-def arm(cameras: dict[str, str]):
-    """The arm of examples/own_robot, seen by these cameras: {the model's: the robot's}."""
+@functools.cache
+def robot_of(policy: str, tasks: str):
+    """A simulator, with the facts of its recordings."""
+    if policy not in RUNS:
+        return MetaWorld(tasks)
     from robot import Arm
 
     robot = Arm()
-    robot.cameras = tuple(cameras.values())
-    robot.__dict__.update(quality=95, period=0.1, over_at_success=False)
+    robot.__dict__.update(cameras=tuple(RUNS[policy].cameras.values()), quality=95, period=0.1, steps=40, ends=False)
     return robot
 
 
-# ---- A sound client ------------------------------------------------------------------------------
+# ---- A client ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Client:
-    """Between a robot and a policy. Each fault replaces some of these.
+    """What is between a robot and a policy. A fault replaces some of it.
 
-    see: {camera: image} and a dict that is empty at an episode's begin -> what is sent instead
-    say: the instruction; feel: the state, and such a dict; do: an answer (steps, A), and the state
+    see, say, feel: {camera: image}, the instruction, the state -> what is sent, with a dict that is empty when an
+    episode begins. do: an answer (steps, A), and the state -> the actions that are executed
     """
 
     see: Callable = lambda images, memory: images
-    say: Callable = lambda text: text
+    say: Callable = lambda text, memory: text
     feel: Callable = lambda state, memory: state
     do: Callable = lambda answer, state: answer
     quality: int | None = None  # of JPEG; None: as the robot's recording
     execute: int | None = None  # steps of an answer; None: all
-    hold: int = 1  # periods that a step lasts
+    hold: int = 1  # periods that an action lasts
     delay: int = 0  # periods from the picture and the state to the request
-    serve: Callable = lambda policy: policy
     key: str | None = None  # unnorm_key
-    tasks: str = "demo"
+    tasks: str = "demo"  # of Meta-World
+    serve: Callable = lambda policy: policy  # what answers, if it is not the run that is examined
+    run: Callable | None = None  # changes the run, of which it gets a copy
 
 
-def both(first: Client, second: Client) -> Client:
-    """A client with two faults."""
-    made = replace(first)
-    for name, default in vars(Client()).items():
-        ours, theirs = getattr(first, name), getattr(second, name)
-        if getattr(theirs, "__code__", theirs) == getattr(default, "__code__", default):
-            continue
-        if not callable(theirs):
-            setattr(made, name, theirs)
-        elif name in ("say", "serve"):
-            setattr(made, name, lambda x, a=ours, b=theirs: b(a(x)))
-        else:
-            setattr(made, name, lambda x, more, a=ours, b=theirs: b(a(x, more), more))
-    return made
+def both(first: dict, second: dict) -> dict:
+    """The fields of a client with two faults."""
+    return first | second | {name: lambda x, more, a=first[name], b=second[name]: b(a(x, more), more)
+                             for name in first.keys() & second.keys()}
 
 
 def encoded(image: np.ndarray, quality: int) -> str:
@@ -135,8 +136,8 @@ def encoded(image: np.ndarray, quality: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def play(policy, robot, cameras: dict[str, str], client: Client, folder: Path) -> tuple[int, int]:
-    """Record requests in a folder -> (episodes, those that succeeded)."""
+def play(policy, robot, cameras: dict[str, str], client: Client, folder: Path) -> str:
+    """Record requests in a folder -> successes. cameras: {the model's: the robot's}."""
     from machinery import record
     from machinery.wire import parse
 
@@ -147,19 +148,16 @@ def play(policy, robot, cameras: dict[str, str], client: Client, folder: Path) -
     requests = episode = successes = 0
     while requests < REQUESTS or episode < EPISODES:
         robot.reset(FIRST_SEED + episode)
-        memory, step, solved = {}, 0, []
-        past = deque([robot.look()], client.delay + 1)
-        while step < STEPS and not (robot.over_at_success and robot.solved):
-            old = past[0]
-            images = client.see({name: old["images"][key] for name, key in cameras.items()}, memory)
-            sent = {"images": {name: encoded(image, client.quality or robot.quality)
-                               for name, image in images.items()},
-                    "instruction": client.say(robot.instruction), "unnorm_key": client.key, "episode": episode,
-                    "state": client.feel(old["state"], memory).tolist()}
-            query = parse(sent, policy)
+        memory, step, solved, past = {}, 0, [], deque([robot.look()], client.delay + 1)
+        while step < robot.steps and not (robot.ends and robot.solved):
+            images, state = past[0]["images"], past[0]["state"]
+            images = client.see({name: images[key] for name, key in cameras.items()}, memory)
+            images = {name: encoded(image, client.quality or robot.quality) for name, image in images.items()}
+            query = parse({"images": images, "state": client.feel(state, memory).tolist(), "episode": episode,
+                           "instruction": client.say(robot.instruction, memory), "unnorm_key": client.key}, policy)
             answer = policy.predict_action(query.views, query.instruction, query.unnorm_key, query.proprio)
             while recorder.waiting.qsize() > 32:
-                time.sleep(0.01)
+                time.sleep(0.01)  # it leaves out what it cannot keep up with
             recorder.add("robot", query, answer)
             requests += 1
             for action in client.do(np.atleast_2d(answer), past[-1]["state"])[: client.execute]:
@@ -170,171 +168,212 @@ def play(policy, robot, cameras: dict[str, str], client: Client, folder: Path) -
                     solved.append(robot.solved)
                     if client.delay:
                         past.append(robot.look())
-            past.append(robot.look())
+            if not client.delay:
+                past.append(robot.look())
         episode += 1
-        successes += any(solved) if robot.over_at_success else all(solved[-8:])
+        successes += any(solved) if robot.ends else all(solved[-8:])  # as rollout.py and drive.py
         now.ns += PAUSE
     recorder.close()
-    return episode, successes
+    return f"{successes} of {episode}"
 
 
-# ---- Faults --------------------------------------------------------------------------------------
+# ---- Faults of the client ------------------------------------------------------------------------
 
 
 @dataclass
 class Fault:
     kinds: str  # the right cause's kind, a regular expression
     words: str  # what its text or cure must contain, one too
-    client: Client = field(default_factory=Client)
+    changes: dict = field(default_factory=dict)  # fields of Client
     policy: str = "demo"
 
-
-def each(change: Callable, *only: str) -> Callable:
-    """Client.see that changes the picture of each camera, or only of these."""
-    return lambda images, memory: {name: change(image) if not only or name in only else image
-                                   for name, image in images.items()}
-
-
-def freeze(*only: str) -> Callable:
-    """Client.see that shows the first picture of the episode."""
-    return lambda images, memory: images | {name: memory.setdefault(name, image) for name, image
-                                            in images.items() if not only or name in only}
+    def rank(self, found: list[re.Match]) -> int | None:
+        """The place of the right cause, from 1."""
+        places = (place for place, cause in enumerate(found, 1) if re.fullmatch(self.kinds, cause["kind"])
+                  and re.search(self.words, cause["text"], re.I))
+        return next(places, None)
 
 
-def small(image: np.ndarray, side: int) -> np.ndarray:
+def each(change: Callable, *only: str) -> dict:
+    """The picture of each camera, or only of these, is changed."""
+    return {"see": lambda images, memory: {name: change(image) if not only or name in only else image
+                                           for name, image in images.items()}}
+
+
+def freeze(*cameras: str) -> dict:
+    return {"see": lambda images, memory: images | {name: memory.setdefault(name, images[name]) for name in cameras}}
+
+
+def smaller(image: np.ndarray, side: int) -> np.ndarray:
     """A picture of low resolution, scaled up again."""
     return np.array(Image.fromarray(image).resize((side, side)).resize(image.shape[1::-1]))
 
 
-def middle(image: np.ndarray, share: float) -> np.ndarray:
-    """The middle of a picture."""
-    cut = round(len(image) * (1 - share) / 2)
+def middle(image: np.ndarray) -> np.ndarray:
+    cut = len(image) // 8
     return image[cut:-cut, cut:-cut]
 
 
-def gripper(change: Callable) -> Callable:
-    """Client.do that changes the last number of each step."""
-    return lambda answer, state: np.hstack([answer[:, :-1], change(answer[:, -1:])])
+def gripper(change: Callable) -> dict:
+    return {"do": lambda answer, state: np.hstack([answer[:, :-1], change(answer[:, -1:])])}
 
 
 def toward(answer: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """A client that takes changes for positions to go to."""
+    """Changes are taken for positions to go to."""
     return np.hstack([np.clip((answer[:, :3] - state[:3]) * 10, -1, 1), answer[:, 3:]])
 
 
+def degrees(state: np.ndarray, memory: dict) -> np.ndarray:
+    return np.append(np.rad2deg(state[:3]), state[3])
+
+
+# ---- All faults ------------------------------------------------------------------------------------
+
+CHINESE = {
+    "Press a button from the top": "从上方按下按钮", "Push a button on the coffee machine": "按下咖啡机的按钮",
+    "Push and close a drawer": "推上抽屉", "Slide a plate into a cabinet": "把盘子滑进柜子",
+    "Reach a goal position": "到达目标位置", "Push and close a window": "把窗户关上"}
+AFTER = "actions?|answers|execution|client|robot|timing|motion"  # kinds of causes after the answer
+TOO_SLOW = "rate|slow|fast|long|frequen|steps"
+LATE = "late|delay|old|behind|earlier"
+TURN = functools.partial(np.rot90, k=2)
 FAULTS = {
-    # pictures
-    "upside down": Fault("pictures", "upside down", Client(see=each(np.flipud))),
-    "turned by 180": Fault("pictures", "180", Client(see=each(lambda x: x[::-1, ::-1]))),
-    "bgr": Fault("pictures", "bgr|red and blue", Client(see=each(lambda x: x[..., ::-1]))),
-    "black": Fault("pictures", "black", Client(see=each(np.zeros_like))),
-    "frozen camera": Fault("pictures", "frozen|same", Client(see=freeze())),
-    "crop": Fault("pictures", "crop|complete", Client(see=each(lambda x: middle(x, 0.75)))),
-    "low-quality jpeg": Fault("pictures", "compress|jpeg", Client(quality=8)),
-    "low resolution": Fault("pictures", "resolution|blur|sharp", Client(see=each(lambda x: small(x, 24)))),
-    # words
-    "paraphrase": Fault("words", "not in the training", Client(say=lambda text: f"please {text.lower()} now")),
-    "another language": Fault("words", "not in the training", Client(say=lambda text: {
-        "Press a button from the top": "从上方按下按钮", "Push a button on the coffee machine": "按下咖啡机的按钮",
-        "Push and close a drawer": "推上抽屉", "Slide a plate into a cabinet": "把盘子滑进柜子",
-        "Reach a goal position": "到达目标位置", "Push and close a window": "把窗户关上"}[text])),
-    # actions, after the answer
-    "gripper sign": Fault("actions|execution", "gripper", Client(do=gripper(lambda x: -x))),
-    "delta as absolute": Fault("actions|execution", "absolute|target|position|change|delta", Client(do=toward)),
-    "columns exchanged": Fault("actions|execution", "exchanged|swapped|order",
-                               Client(do=lambda answer, state: answer[:, [1, 0, 2, 3]])),
-    "half the rate": Fault("actions|execution", "rate|slow|fast|long|frequency", Client(hold=2)),
-    "delay": Fault("actions|execution|pictures", "late|delay|old|behind", Client(delay=3)),
-    # training
-    "task never trained": Fault("words|training", "not in the training|never",
-                                Client(tasks="door-open-v3")),
+    "upside down": Fault("pictures", "upside down", each(np.flipud)),
+    "turned by 180": Fault("pictures", "180", each(TURN)),
+    "bgr": Fault("pictures", "bgr|red and blue", each(lambda x: x[..., ::-1])),
+    "black": Fault("pictures", "black", each(np.zeros_like)),
+    "frozen camera": Fault("pictures", "frozen|same", freeze("primary")),
+    "crop": Fault("pictures", "crop|complete", each(middle)),
+    "low-quality jpeg": Fault("pictures", "compress|jpeg", {"quality": 8}),
+    "low resolution": Fault("pictures", "resolution|blur|sharp|small", each(lambda x: smaller(x, 24))),
+    "swapped cameras": Fault("pictures", "of wrist|of primary|swap", {
+        "see": lambda images, memory: dict(zip(images, [*images.values()][::-1], strict=True))}, "arm2"),
+    "black wrist": Fault("pictures", "wrist.*black", each(np.zeros_like, "wrist"), "arm2"),
+    "wrist turned by 180": Fault("pictures", "wrist.*180", each(TURN, "wrist"), "arm2"),
+    "frozen wrist": Fault("pictures", "wrist.*(frozen|same)", freeze("wrist"), "arm2"),
+
+    "paraphrase": Fault("words", "not in the training", {"say": lambda text, _: f"please {text.lower()} now"}),
+    "another language": Fault("words", "not in the training", {"say": lambda text, _: CHINESE[text]}),
+    "task never trained": Fault("words|training", "not in the training|never", {"tasks": "door-open-v3"}),
+
+    "degrees": Fault("state", "degrees", {"feel": degrees}, "arm2"),
+    "order of states": Fault("state", "order", {"feel": lambda state, _: state[[1, 2, 0, 3]]}, "arm2"),
+    "frozen state": Fault("state", "frozen", {"feel": lambda state, memory: memory.setdefault("", state)}, "arm2"),
+    "offset of a state": Fault("state", "offset", {"feel": lambda state, _: state + np.eye(4)[1] * 0.8}, "arm2"),
+
+    "another unnorm_key": Fault(f"statistics|{AFTER}", "unnorm_key|statistics", {
+        "run": with_another_dataset, "key": "other_robot"}, "arm2"),
+    "statistics of the run": Fault("statistics|model|answers|data", "statistics", {"run": rescaled}),
+    "statistics of the server": Fault(f"statistics|{AFTER}", "statistics|times", {"serve": doubled}),
+
+    "gripper sign": Fault(AFTER, r"gripper|action\[3\]", gripper(lambda x: -x)),
+    "gripper sign of the arm": Fault(AFTER, "gripper", gripper(lambda x: 1 - x), "arm2"),
+    "gripper range": Fault(AFTER, "gripper", gripper(lambda x: x / 10), "arm2"),
+    "change as target": Fault(AFTER, "absolute|target|position", {"do": toward}),
+    "target as change": Fault(AFTER, "absolute|target|position|change", {
+        "do": lambda x, state: np.hstack([state[:3] + x[:, :3], x[:, 3:]])}, "arm2"),
+    "columns exchanged": Fault(AFTER, "exchange|swap|order", {"do": lambda x, _: x[:, [1, 0, 2, 3]]}),
+    "columns of the arm": Fault(AFTER, "exchange|swap|order", {"do": lambda x, _: x[:, [1, 0, 2, 3]]}, "arm2"),
+    "chunk too long": Fault(AFTER, f"chunk|repeat|{TOO_SLOW}", {"do": lambda x, _: np.vstack([x, x])}, "arm2"),
+    "chunk too short": Fault(AFTER, "chunk|steps|short|execute", {"execute": 1}, "arm2"),
+    "half the rate": Fault(AFTER, TOO_SLOW, {"hold": 2}),
+    "half the rate of the arm": Fault(AFTER, TOO_SLOW, {"hold": 2}, "arm2"),
+    "delay": Fault(f"{AFTER}|pictures", LATE, {"delay": 3}),
+    "delay of the arm": Fault(f"{AFTER}|pictures|state", LATE, {"delay": 4}, "arm2"),
+
+    "random head": Fault("model", "weights|random|without any learning", reweigh(
+        lambda name, x: "lm_head" in name and x.copy_(x[np.random.default_rng(0).permutation(len(x))]))),
+    "base weights": Fault("model", "weights|base", {"run": of_its_base}, "arm1"),
+    "adapter not merged": Fault("model", "weights|adapter|base", reweigh(
+        lambda name, x: "lora_B" in name and x.zero_()), "arm1-lora"),
+    "acted causally": Fault("answers|model", "another model|causal|one by one|parallel", {"serve": causal}, "arm2"),
+    "actions shifted": Fault(f"data|training|{AFTER}", "frames?|shift|late|early", policy="arm2-shifted"),
+    "shuffled texts": Fault("words|model|training|data", "instruction|text|words", policy="arm2-shuffled"),
+    "few steps": Fault("model|training", "longer|steps|learning", policy="arm2-few-steps"),
+    "few episodes": Fault("training|model|data", "memorized|episodes|overfit", policy="arm2-few-episodes"),
 }
-
-PAIRS = [("bgr", "paraphrase")]
-
-
-# ---- Policies ------------------------------------------------------------------------------------
-
-ONE, TWO = {"primary": "outside"}, {"primary": "outside", "wrist": "wrist"}
-POLICIES = {  # {name: (cameras, robot)}
-    "demo": (MetaWorld.cameras, MetaWorld),
-}
+PAIRS = [("bgr", "paraphrase"), ("upside down", "gripper sign"), ("crop", "columns exchanged"),
+         ("half the rate", "low-quality jpeg"), ("random head", "turned by 180"),
+         ("swapped cameras", "degrees"), ("black wrist", "offset of a state"),
+         ("frozen wrist", "gripper sign of the arm"), ("order of states", "target as change"),
+         ("wrist turned by 180", "chunk too long")]
+SOUND = ["demo", "arm2", "arm1", "arm1-lora", "weak"]  # weak: the demo, at the first of its checkpoints
 
 
-def open_run(path: Path):
-    from act import load_vla
-
-    return load_vla(path)
+# ---- Recording and examining ---------------------------------------------------------------------
 
 
-# ---- Examining -----------------------------------------------------------------------------------
+def record(policies: Path, out: Path, name: str, policy: str, changes: dict) -> tuple[Path, Path]:
+    """Play with a client that has these changes, unless that was done -> the run that is to be examined, and the
+    folder of what belongs to this row."""
+    folder = out / re.sub(r"\W+", "-", f"{policy} {name}")
+    client = Client(**changes)
+    run = train(policies, policy) if policy in RUNS else policies / policy
+    if policy == "weak":
+        run = min((policies / "demo").glob("checkpoints/*"))
+    if client.run:
+        sound, run = run, folder / "run"
+    if not (folder / "played.txt").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if client.run:
+            shutil.copytree(sound, run, ignore=shutil.ignore_patterns("checkpoints"))
+            last = max(sound.glob("checkpoints/*"))
+            shutil.copytree(last, run / "checkpoints" / last.name)
+            client.run(run)
+        cameras = RUNS[policy].cameras if policy in RUNS else {"primary": "image"}
+        from act import load_vla
+
+        successes = play(load_vla(run), robot_of(policy, client.tasks), cameras, client, folder / "seen")
+        (folder / "played.txt").write_text(successes)
+    return run, folder
 
 
-def doctor(run: Path, seen: Path | None, out: Path) -> tuple[list[re.Match], str, float]:
-    """Examine a policy as a user does -> its causes, all that it printed, seconds."""
-    command = [sys.executable, ROOT / "doctor.py", run, "--out", out, *(["--seen", seen] if seen else [])]
+def examine(run: Path, folder: Path, more: list[str]) -> tuple[list[re.Match], str]:
+    """Call doctor.py as users do -> its causes, and the row's columns but one."""
+    import doctor
+
+    sys.argv = ["doctor.py", str(run), "--seen", str(folder / "seen"), "--out", str(folder / "report.html"), *more]
     start = time.perf_counter()
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        doctor.main()
     seconds = time.perf_counter() - start
-    found = [*re.finditer(r"^cause (?P<kind>\S+) evidence (?P<evidence>\S+) (?P<text>.*)", done.stdout, re.M)]
-    if done.returncode or "\ncauses " not in done.stdout:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    return found, done.stdout, seconds
-
-
-def rank(found: list[re.Match], fault: Fault) -> int | None:
-    """The place of the right cause, from 1."""
-    for place, cause in enumerate(found, 1):
-        if re.fullmatch(fault.kinds, cause["kind"]) and re.search(fault.words, cause["text"], re.I):
-            return place
-    return None
-
-
-class Protocol:
-    """Plays and examines; recordings in `out` are used again."""
-
-    def __init__(self, policies: Path, out: Path):
-        self.policies, self.out, self.robots = policies, out, {}
-
-    def examine(self, name: str, policy: str, client: Client) -> tuple[list[re.Match], str, float]:
-        """The doctor's list for a client with a fault."""
-        run = self.policies / policy
-        folder = self.out / re.sub(r"\W+", "-", f"{policy} {name}")
-        seen = folder / "seen"
-        if not (folder / "played.json").exists():
-            cameras, robot = POLICIES[policy]
-            place = policy, client.tasks
-            if place not in self.robots:
-                self.robots[place] = robot(client.tasks) if robot is MetaWorld else arm(cameras)
-            episodes, successes = play(open_run(run), self.robots[place], cameras, client, seen)
-            (folder / "played.json").write_text(json.dumps({"episodes": episodes, "successes": successes}))
-        found, printed, seconds = doctor(run, seen, folder / "report.html")
-        (folder / "doctor.txt").write_text(printed)
-        return found, json.loads((folder / "played.json").read_text()), seconds
+    (folder / "doctor.txt").write_text(printed.getvalue())
+    found = [*re.finditer(r"^cause (?P<kind>\S+) evidence (?P<evidence>\S+) (?P<text>.*)", printed.getvalue(), re.M)]
+    first = found[0][0][:200] if found else "causes 0"
+    return found, f"{(folder / 'played.txt').read_text()} | {{}} | {first} | {seconds:.0f}"
 
 
 def main() -> None:
-    """Print a row for each fault."""
+    """Print a row for each fault, pair, and sound policy."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--policies", type=Path, required=True, help="their runs")
     parser.add_argument("--out", type=Path, required=True, help="recordings, which are used again, and reports")
-    parser.add_argument("--only", nargs="+", metavar="FAULT", help="default: all of them")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows, or faults, pairs, sound")
+    parser.add_argument("--record", action="store_true", help="only record, for doctor.py to be called elsewhere")
     args = parser.parse_args()
-    protocol = Protocol(args.policies, args.out)
+    rows = [(name, [fault], fault.policy, fault.changes) for name, fault in FAULTS.items()]
+    for pair in PAIRS:
+        one, two = faults = [FAULTS[name] for name in pair]
+        rows.append((" + ".join(pair), faults, one.policy, both(one.changes, two.changes)))
+    rows += [(f"sound {policy}", [], policy, {}) for policy in SOUND]
+    groups = "sound", "faults", "pairs"  # by the number of a row's faults
+    places = {group: [] for group in groups}
     print("fault | policy | successes | rank of the right cause | first line | seconds", flush=True)
-    for name, fault in FAULTS.items():
-        if args.only and name not in args.only:
+    for name, faults, policy, changes in rows:
+        group = groups[len(faults)]
+        if args.only and not {name, group} & {*args.only}:
             continue
-        found, played, seconds = protocol.examine(name, fault.policy, fault.client)
-        first = found[0][0] if found else "no cause"
-        print(f"{name} | {fault.policy} | {played['successes']}/{played['episodes']} | "
-              f"{rank(found, fault) or '-'} | {first[:150]} | {seconds:.0f}", flush=True)
-    for policy in dict.fromkeys(fault.policy for fault in FAULTS.values()):
-        if args.only and "sound" not in args.only:
+        run, folder = record(args.policies.resolve(), args.out, name, policy, changes)
+        if args.record:
             continue
-        found, played, seconds = protocol.examine("sound", policy, Client())
-        print(f"sound | {policy} | {played['successes']}/{played['episodes']} | causes {len(found)} | "
-              f"{found[0][0][:150] if found else ''} | {seconds:.0f}", flush=True)
+        found, row = examine(run, folder, ["--data_mix", "my_robot"] if "key" in changes else [])
+        ranks = [fault.rank(found) or np.inf for fault in faults]
+        places[group].append(max(ranks, default=len(found)))
+        print(f"{name} | {policy} | {row.format(ranks or f'causes {len(found)}')}", flush=True)
+    faults, pairs, sound = (np.array(places[group]) for group in ("faults", "pairs", "sound"))
+    print(f"faults {len(faults)} first {(faults == 1).sum()} within_three {(faults <= 3).sum()} "
+          f"pairs {len(pairs)} both_within_four {(pairs <= 4).sum()} sound {len(sound)} silent {(sound == 0).sum()}")
 
 
 if __name__ == "__main__":
