@@ -71,8 +71,8 @@ def program(*command) -> None:
 def train(policies: Path, name: str) -> Path:
     """Train a policy of RUNS, unless that was done -> its run."""
     run = RUNS[name]
-    if not (policies / name / "checkpoints").exists():
-        starts = [f"pretrained_checkpoint={train(policies, run.start)}"] if run.start else []
+    if not any((policies / name).glob("checkpoints/step-*")):
+        starts = ["is_resume=false", f"pretrained_checkpoint={train(policies, run.start)}"] if run.start else []
         program(ROOT / "train_vla.py", "--config", ROOT / "configs/my_robot.yaml", "--deepspeed_config",
                 ROOT / "ds_configs/cpu.json", "--set", f"data_root_dir={demonstrations(policies, run.change)}",
                 f"run_root_dir={policies}", f"run_id={name}", "eval_interval=0", "save_interval=0",
