@@ -25,7 +25,7 @@ from PIL import Image
 
 from act import load_vla
 from action_tokenizer import PROMPTS, load_tokenizer, prompt_ids
-from export_vla import description, export
+from export_vla import description, export, save_tokenizer
 from machinery.config import TrainConfig
 from machinery.weights import PRISMATIC, prismatic_config
 from model import VLA
@@ -49,8 +49,8 @@ def make_model(base: str, folder: Path) -> None:
     for name, value in vla.state_dict().items():
         modules.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
     (folder / "checkpoints").mkdir(parents=True)
-    description_of_it = description(cfg) | {"tokenizer": cfg.tokenizer}
-    (folder / "config.json").write_text(json.dumps({"zerovla": description_of_it}))
+    save_tokenizer(cfg, folder)
+    (folder / "config.json").write_text(json.dumps({"zerovla": description(cfg)}))
     (folder / "dataset_statistics.json").write_text(json.dumps(STATS))
     torch.save({"model": modules}, folder / "checkpoints/step-000000-epoch-00-loss=0.0000.pt")
 

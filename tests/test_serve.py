@@ -334,7 +334,8 @@ def test_health(server, colors):
     assert Client(server[0]).send(b"", "/health", "GET") == (200, {
         "status": "ok", "model": str(colors), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
         "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0,
-        "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")}})
+        "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")},
+        "gripper": {key: [1, 0] for key in ("cold", "warmer")}})
 
 
 def test_32_clients_at_once_get_what_one_would(server, vla):
