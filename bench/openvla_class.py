@@ -4,9 +4,9 @@
 
 Makes two models with random weights: OpenVLA-7B and OpenVLA-v01, but with a small Llama (DINOv2 +
 SigLIP; and only SigLIP, with letterboxed images and Vicuna's prompt). Exports them. OpenVLA's
-class, in its own environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; without this
-project), processes an image and a prompt. Prints the largest difference in pixels and logits, and
-both actions.
+class, in its own environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; here with torch
+2.14 and NumPy 1.26; without this project), processes an image and a prompt. Prints the largest
+difference in pixels and logits, and both actions.
 """
 
 import argparse

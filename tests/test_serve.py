@@ -232,6 +232,20 @@ def test_json_numpys_scalars_and_lists_of_arrays(vla):
     np.testing.assert_array_equal(parse_image(json.loads(sent)["image"], "image"), IMAGE)
 
 
+def test_clients_with_json_numpy_itself(server, vla):
+    """OpenVLA's and OpenVLA-OFT's. The latter get a list of arrays; what the model does not use is left out."""
+    real = pytest.importorskip("json_numpy", reason="pip install json-numpy")
+    with_alpha = np.dstack([IMAGE, np.full(IMAGE.shape[:2], 7, np.uint8)])
+    expected = vla.predict_action(IMAGE, "hold it", "cold")
+    oft = {"full_image": with_alpha, "wrist_image": IMAGE[::-1], "state": np.zeros(8), "instruction": "hold it",
+           "unnorm_key": "cold"}
+    for sent, kind in ((query(with_alpha), np.ndarray), (oft, list)):
+        status, reply = Client(server[0]).send(real.dumps(sent).encode())
+        answer = real.loads(json.dumps(reply))
+        assert status == 200 and isinstance(answer, kind)
+        np.testing.assert_array_equal(answer, [expected] if kind is list else expected)
+
+
 def test_alpha_is_dropped_and_other_shapes_are_refused():
     image = picture(1, 0)
     with_alpha = np.dstack([image, np.full(image.shape[:2], 7, np.uint8)])
