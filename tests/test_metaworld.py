@@ -8,7 +8,6 @@ Skipped where Meta-World, MuJoCo or an OpenGL to render with is missing: nothing
 import hashlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ RECORDING = {**CAMERA, "multisampling": 0, "noise": 0.0, "tail": 0, "experts": "
 try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its first context
     import make_dataset
     import rollout
-    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, TASKS, Sheet, Simulator, task_names
+    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Sheet, Simulator, task_names
 
     Simulator("reach-v3", **CAMERA)
 except Exception as error:
@@ -299,12 +298,21 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     assert refused.returncode == 1 and "other conditions" in refused.stderr
 
 
-def test_the_ceiling_of_a_task(monkeypatch, capsys):
-    monkeypatch.setitem(TASKS, "mt50", ["reach-v3"])  # whose demonstrations set the statistics
-    monkeypatch.setattr(sys, "argv", ["ceiling.py", "--tasks", "reach-v3", "--seeds", "1"])
-    runpy.run_path(str(EXAMPLE / "ceiling.py"), run_name="__main__")
-    row = capsys.readouterr().out.splitlines()[-1].split()
-    assert row[:2] == ["reach-v3", "1"], row  # the replayed demonstration succeeds
+CEILING = """
+import runpy, sys
+import simulator
+simulator.TASKS["mt50"] = ["reach-v3"]  # whose demonstrations set the statistics
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_ceiling_of_a_task():
+    """In a process of its own: it imports PyTorch's compiler, and this one has drawn with Mesa."""
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLE)!r}); sys.argv[0] = {str(EXAMPLE / 'ceiling.py')!r}{CEILING}"
+    done = subprocess.run([sys.executable, "-c", code, "--tasks", "reach-v3", "--seeds", "1"], text=True,
+                          capture_output=True, timeout=600, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[:2] == ["reach-v3", "1"]  # the replayed demonstration succeeds
 
 
 def test_averages():
