@@ -126,7 +126,7 @@ def test_lerobots_recordings_are_compared():
 def test_openvlas_own_class_loads_our_exports():
     """With the same prompt, pixels, logits and action as here."""
     printed = start("bench/openvla_class.py", "--openvla", OPENVLA[0], "--openvla_python", OPENVLA[1])
-    models = printed.split("model ")[1:]
+    models = re.split(r"(?m)^model ", printed)[1:]
     assert len(models) == 2
     for model in models:
         assert "prompt_ids equal" in model
