@@ -2,16 +2,15 @@
 
     python eval_vla.py --checkpoint runs/demo+n1+b32+x7                    on held-out episodes
     python eval_vla.py --checkpoint runs/demo+n1+b32+x7 --on-train-frames  on frames it learned from
-    python eval_vla.py --checkpoint openvla/openvla-7b --config my_robot.yaml
-                                                                   any model on the data of a YAML
+    python eval_vla.py --checkpoint openvla/openvla-7b --config YAML       any model on other data
 
 For each dataset and action dimension this prints the accuracy of the action tokens and the L1
 error, normalized (-1..1), and for each number of the robot's action the L1 error in its own units
 (degrees, 0..255, ...). Beside each is the value for always answering the most frequent bin of the
 training data. eval.json keeps the numbers and eval.png shows some episodes, recorded and predicted;
-both go into the run's directory. A low open-loop error does not prove a good policy, but a high one
-proves a bad one. The third command gives the baseline for fine-tuning: a model that does not know
-the data acts by their statistics or, with --unnorm_key, by those of a dataset that it knows.
+both go into the run's or export's directory. A low open-loop error does not prove a good policy,
+but a high one proves a bad one. The third command gives the baseline for fine-tuning: a model that
+does not know the data acts by their statistics or, with --unnorm_key, by a dataset's that it knows.
 
 Robots fail most often because acting prepares the inputs in another way than training did: swapped
 red and blue, another resize, prompt or statistics. So the same frames are answered in three ways:
@@ -451,8 +450,7 @@ def main() -> None:
     parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
     parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
     parser.add_argument("--on-train-frames", action="store_true", help="the last it learned from")
-    parser.add_argument("--out", type=Path,
-                        help="PNG; the JSON goes beside it; default: in the run's directory")
+    parser.add_argument("--out", type=Path, help="PNG, with a JSON; default: beside the checkpoint")
     args = parser.parse_args()
     with exit_with_one_line():
         crop = {"yes": True, "no": False}.get(args.center_crop)
@@ -462,10 +460,11 @@ def main() -> None:
             policy = load_vla(args.checkpoint, "cpu", torch.float32, center_crop=crop)
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
-        own = Path(tensors.where) / "checkpoint.json"
-        folder = own.parents[2] if own.exists() else Path()
-        out = args.out or folder / ("eval_train" if args.on_train_frames else "eval")
-        out = out.with_suffix(".png")
+        folder = Path(tensors.where if Path(args.checkpoint).exists() else "")  # "": of the hub
+        if folder.suffix == ".pt" or (folder / "checkpoint.json").exists():
+            folder = folder.parents[1]  # its run
+        name = "eval_train" if args.on_train_frames else "eval"
+        out = (args.out or folder / name).with_suffix(".png")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("ab").close()  # fail before minutes of evaluating
         evaluate(policy, tensors, cfg, args.samples, args.on_train_frames, out)

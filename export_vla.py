@@ -8,7 +8,8 @@ The first argument is anything weights.py can open.
 
     hf        for OpenVLA's Hugging Face class: config.json, safetensors, processor, tokenizer
     native    for OpenVLA's training code: config.json, dataset_statistics.json, checkpoints/*.pt
-    peft      adapters without their base; peft loads them onto the base as exported for hf
+    peft      adapters without their base; peft loads them onto the base in Hugging Face format,
+              which they name: its hub id or directory. Another one must be exported (hf), too
 
 hf and native keep this project's description beside OpenVLA's, as "zerovla" in config.json:
 load_vla and base_vlm read the export back exactly. Adapters (lora.py) are merged into the weights.
@@ -19,6 +20,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -340,9 +342,23 @@ def write_peft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype
         "target_modules": sorted(layers),
         "bias": "none",
         "init_lora_weights": "gaussian",
-        "base_model_name_or_path": own.base["where"],
+        "base_model_name_or_path": base_for_peft(own.base["where"], weights.base.where),
         "inference_mode": True,
     })
+
+
+def base_for_peft(name: str, where: Path) -> str | None:
+    """The base's hub id, or its directory in Hugging Face format: what peft and transformers load.
+
+    name: as the run knows it; where: the opened directory or file. Prints a note if there is none.
+    """
+    config = Path(where) / "config.json"
+    if not config.exists() or json.loads(config.read_text()).get("model_type") != "openvla":
+        print(f"note: the base {name} is not in Hugging Face format: export it, too (--format hf), "
+              "and tell peft its directory")
+        return None
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", str(where))  # of the hub
+    return "/".join(cached.groups()) if cached else name
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ dataset. `prefix`, (k, A), holds the first actions of the chunk if they are sett
 
 The reply is the action, (A,) or (action_chunk, A): a json_numpy object if the request held one,
 else plain lists. A request {"encoded": "<all of this as a string>"} gets a string. /health labels
-each number of action and state (machinery/convention.py), and has status 503 if the model fails.
+each number of action and state (machinery/convention.py), tells which values of the action's last
+one are an open and a closed gripper, if it is one, and has status 503 if the model fails.
 Mistakes get status 4xx and {"error": the problem and its cure}. A websocket first sends the facts
 of /health, and answers a mistake with text.
 
@@ -374,8 +375,10 @@ def serve(
     listener.listen()  # before the next line invites clients
     keys = sorted(policy.norm_stats)
     cameras = ",".join(policy.cfg.cameras)
+    service.facts["gripper"] = {}
     for key in keys:
         robot = policy.convention(key)
+        service.facts["gripper"][key] = robot.gripper(policy.cfg.action_dim)
         state = f" state {','.join(robot.state)}" if policy.cfg.use_proprio else ""
         log(f"unnorm_key {key} cameras {cameras} action {','.join(robot.action)}{state}")
     host, port, *_ = listener.getsockname()

@@ -162,7 +162,7 @@ class TrainConfig(BaseModel):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps; needs a schedule
     seed: int = 7
     compile: bool = False  # torch.compile each transformer block: takes a minute, then faster
-    cuda_graph: bool = False  # replay the passes of LoRA and small models (cuda_graph.py)
+    cuda_graph: bool = True  # replay the passes of LoRA and small models (cuda_graph.py)
     zero_speed: bool = True  # use faster parts in DeepSpeed's ZeRO-2 and 3 (zero_speed.py)
 
     # run. An interval of 0 means: only at the end

@@ -13,7 +13,9 @@ from conftest import TINY, read_metrics, write_colors
 from PIL import Image
 
 import eval_vla
+import export_vla
 from act import Policy
+from machinery.weights import open_weights
 
 
 def evaluate(monkeypatch, capsys, run, out, *arguments) -> tuple[dict, str]:
@@ -132,6 +134,22 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
         for training, acting in ((given[0], given[1]), (given[2], given[3])):  # two batches
             assert training[0].shape == (16, 4, 28, 28, 3) and torch.equal(training[0], acting[0])
             assert training[1] == acting[1] and torch.equal(training[2], acting[2])
+
+
+def test_results_go_beside_the_checkpoint(colors, monkeypatch, capsys, tmp_path):
+    """A run's or an export's folder. A model of the hub has none."""
+    monkeypatch.setattr(eval_vla, "evaluate", lambda *arguments: capsys.readouterr() and print(arguments[-1]))
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "native"):
+        export_vla.export(str(colors), tmp_path / name, name)
+    (pt,) = (tmp_path / "native/checkpoints").glob("step-*.pt")
+    checkpoint = open_weights(colors).tensors.where
+    for where, folder in ((colors, colors), (checkpoint, colors), (tmp_path / "hf", tmp_path / "hf"),
+                          (tmp_path / "native", tmp_path / "native"), (pt, tmp_path / "native")):
+        data = [] if folder == colors else ["--config", colors.parents[1] / "colors.yaml"]
+        monkeypatch.setattr(sys, "argv", ["eval_vla.py", "--checkpoint", str(where), *map(str, data)])
+        eval_vla.main()
+        assert capsys.readouterr().out.strip() == str(folder / "eval.png")
 
 
 def test_mistakes_name_the_cure(colors, monkeypatch, capsys, tmp_path):

@@ -298,6 +298,23 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     assert refused.returncode == 1 and "other conditions" in refused.stderr
 
 
+CEILING = """
+import runpy, sys
+import simulator
+simulator.TASKS["mt50"] = ["reach-v3"]  # whose demonstrations set the statistics
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_ceiling_of_a_task():
+    """In a process of its own: it imports PyTorch's compiler, and this one has drawn with Mesa."""
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLE)!r}); sys.argv[0] = {str(EXAMPLE / 'ceiling.py')!r}{CEILING}"
+    done = subprocess.run([sys.executable, "-c", code, "--tasks", "reach-v3", "--seeds", "1"], text=True,
+                          capture_output=True, timeout=600, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[:2] == ["reach-v3", "1"]  # the replayed demonstration succeeds
+
+
 def test_averages():
     def episodes(*success_at):
         return [{"seed": i, "steps": at or 500, "success_at": at} for i, at in enumerate(success_at)]
