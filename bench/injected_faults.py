@@ -336,11 +336,14 @@ def examine(run: Path, folder: Path, more: list[str]) -> tuple[list[re.Match], s
     sys.argv = ["doctor.py", str(run), "--seen", str(folder / "seen"), "--out", str(folder / "report.html"), *more]
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        doctor.main()
+        try:
+            doctor.main()
+        except Exception as error:  # a row of the table, too
+            print(f"the doctor failed: {error!r}")
     seconds = time.perf_counter() - start
     (folder / "doctor.txt").write_text(printed.getvalue())
     found = [*re.finditer(r"^cause (?P<kind>\S+) evidence (?P<evidence>\S+) (?P<text>.*)", printed.getvalue(), re.M)]
-    first = found[0][0][:200] if found else "causes 0"
+    first = found[0][0][:200] if found else re.search("(causes|the doctor failed).*", printed.getvalue())[0]
     return found, f"{(folder / 'played.txt').read_text()} | {{}} | {first} | {seconds:.0f}"
 
 
