@@ -68,6 +68,8 @@ class Motion:
         rows = 1 + np.flatnonzero(episode[:-2] == episode[2:])
         change = states[rows + 1] - states[rows]
         self.scale = change.std(0) + 1e-9  # (P,)
+        self.middle = states.mean(0)
+        self.reach = np.ptp(states, axis=0)
         known = self.inputs(states[rows], actions[rows], actions[rows - 1])
         spread = known.std(0) + 1e-9
         spread[0] = 1
@@ -203,7 +205,9 @@ class Trial:
         self.played = played
         self.length = length
         episode = played.episode
-        self.followed = np.append(episode[1:] == episode[:-1], False)
+        away = np.abs(played.states - motion.middle) / (motion.reach + 1e-9)
+        near = (away < 2).all(1)  # farther away, actions have other effects
+        self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
         self.number = np.arange(len(episode)) - np.searchsorted(episode, episode)
 
     def errors(self, way: Way, frames: int) -> np.ndarray:

@@ -292,7 +292,7 @@ class Machine:
             for _ in range(execute * hold):
                 action = change(plan.pop(0), state)
                 reach = np.where(self.targets, action - state, action)
-                state = (state + reach * [0.8, 0.8, 0.8, 0.5]).clip(-3, 3)
+                state = (state + reach * [0.8, 0.8, 0.8, 0.5]).clip(-30, 30)
         return [np.array(part) for part in zip(*kept, strict=True)]
 
     def causes(self, chunk=1, execute=1, **fault) -> list:
