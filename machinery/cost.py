@@ -62,8 +62,8 @@ def recomputes(vla: VLA, ds_config: dict, ranks: int, gpu: float) -> bool:
 
 
 def largest_micro_batch(vla: VLA, held: dict[str, float], gpu: float) -> int:
-    """How many samples at a time fit. Too few rather than too many: measured peaks (bench/README.md)
-    are up to 1.9 GB and 1.2 times the activations above the estimate."""
+    """How many samples at a time fit. Too few rather than too many: measured peaks
+    (bench/README.md) are up to 1.9 GB and 1.2 times the activations above the estimate."""
     room = 0.95 * gpu - 2e9 - held["weights"] - held["gradients"] - held["optimizer"]
     return max(0, int(room / (1.3 * held["activations"] / vla.cfg.per_device_batch_size)))
 

@@ -319,6 +319,19 @@ def test_memory_is_told_and_too_much_refused(stage, expected, monkeypatch):
     with pytest.raises(UserError, match=f"take {sum(expected):.1f} GB.* 4.0.*per_device_batch_size"):
         cost.memory_needed(vla, ds_config, ranks=4)
 
+    # recomputation: always, never, or only if a micro-batch would not fit
+    kept = cost.memory_held(vla, ds_config, 4, recompute=False)
+    room = 2e9 + sum(kept.values()) + 0.3 * kept["activations"]
+    samples = vla.cfg.per_device_batch_size
+    for gb, fits in ((1.001 * room / 0.95e9, True), (0.999 * room / 0.95e9, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gb=gb: (0, gb * 1e9))
+        for wanted, recompute in ((None, False), ({}, True), ({"only_if_needed": True}, not fits)):
+            changed = ds_config | ({} if wanted is None else {"activation_checkpointing": wanted})
+            assert cost.recomputes(vla, changed, 4, cost.gpu_memory()) == recompute
+            *_, told, _, largest = cost.memory_needed(vla, changed, ranks=4).split()
+            assert told == ("yes" if recompute else "no")
+            assert int(largest) >= samples or not (recompute or fits)
+
 
 def test_host_memory_for_what_is_offloaded_is_told_and_too_much_refused(monkeypatch):
     """Two machines of four ranks, and 60 % of the optimizer on the host."""
@@ -366,6 +379,7 @@ SEVEN_B = prismatic_config(*PRISMATIC["prism-dinosiglip-224px+7b"]) | {
     "tokenizer": str(ROOT / "tests/fixtures/model/tokenizer_llama"), "action_dim": 7}
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_is_said_to_fit_does():
     """Against the peaks that were measured (bench/README.md): on a GPU of just that size, a smaller one is named."""
     with torch.device("meta"):
@@ -385,10 +399,11 @@ def test_a_micro_batch_that_is_said_to_fit_does():
     for json_name, gb in (("zero2", 116), ("zero3", 123)):  # without recomputation: it is asked for
         assert largest(json_name, 2, 32, False, gb)[0] == "yes"
         assert largest(json_name, 2, 32, False, 160)[0] == "no"
-    add_adapters(vla.requires_grad_(False), 32, 16.0, seed=7)
+    add_adapters(vla, 32, 16.0, seed=7)
     for samples, gb in ((1, 19.1), (4, 19.5), (8, 20.3), (32, 25.2)):
         assert largest("one_small_gpu", 1, samples, True, gb)[1] < samples
-    assert largest("one_small_gpu", 1, 8, False, 24) == ("yes", 18)  # which is not too cautious: 20.3 GB
+    decided, count = largest("one_small_gpu", 1, 8, False, 24)
+    assert decided == "yes" and count >= 8  # which is not too cautious: it took 20.3 GB
     assert largest("one_small_gpu", 1, 8, False, 80)[0] == "no"
 
 

@@ -8,6 +8,7 @@ not stopped.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -54,7 +55,7 @@ def table_row(clock: dict, summary: dict, gpus: int) -> str:
     import torch
 
     ends = [clock[name] for name in ("start", "record", "train", "play")]
-    minutes = [f"{(end - begin) / 60:.1f}" for begin, end in zip(ends, ends[1:], strict=False)]
+    minutes = [f"{(end - begin) / 60:.1f}" for begin, end in itertools.pairwise(ends)]
     machine = f"{gpus} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
     seeds = [f"{seed}: {100 * part['per_task_average']['rate']:.1f}" for seed, part in summary["seeds"].items()]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
