@@ -245,18 +245,15 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(tmp_path):
 
 def test_another_seed_replaces_a_failure(tmp_path):
     """A dataset has the first seeds at which the expert succeeds, in their order, whoever recorded them."""
-    recording = {**RECORDING, "cameras": ["image"], "image_size": 16, "action_repeat": 10, "noise": 1.0}
-    expected, seed = [], 0
-    while len(expected) < 3:
-        expected += [seed] * (make_dataset.record("push-v3", seed, recording) is not None)
-        seed += 1
-    assert expected != [0, 1, 2]
-    done = python("make_dataset.py", "--tasks", "push-v3", "--episodes", 3, "--image_size", 16, "--action_repeat",
-                  10, "--noise", "1.0", "--workers", 2, "--name", "mw", "--out", tmp_path)
+    recording = {**RECORDING, "cameras": [], "action_repeat": 1, "noise": 0.2}  # what succeeds is no matter of images
+    succeeds = [make_dataset.record("hand-insert-v3", seed, recording) is not None for seed in range(3)]
+    assert succeeds == [False, True, True]
+    done = python("make_dataset.py", "--tasks", "hand-insert-v3", "--episodes", 2, "--image_size", 16, "--noise", 0.2,
+                  "--workers", 2, "--name", "mw", "--out", tmp_path)
     (shard,) = (tmp_path / "mw/1.0.0").glob("*.tfrecord*")
     features = step_features(open_builder(tmp_path / "mw/1.0.0").info.features)
     found = [int(Steps(data, offset, features)["episode_metadata/seed"][0]) for offset, data in read_records(shard)]
-    assert found == expected and f"attempts {seed} expert_failed {seed - 3}" in done.stdout
+    assert found == [1, 2] and "attempts 3 expert_failed 1" in done.stdout
 
 
 def test_play_shows_the_last_frames_and_executes_chunks(tmp_path):
