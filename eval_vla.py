@@ -257,18 +257,16 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
             frames = [(dataset, row, 0) for row in rows[i : i + BATCH].tolist()]
             _, actions = from_camera(policy, mixture, frames)
             predicted.append(actions[:, 0])  # the first step of each chunk
-        curves = {"recorded": robot.to_robot(recorded_actions(mixture, dataset, rows)[:, 0]),
-                  "predicted": robot.to_robot(np.concatenate(predicted))}  # (R, A) each
-        path_of_fps = table.directory / "recording.json"
-        fps = json.loads(path_of_fps.read_text()).get("fps") if path_of_fps.exists() else None
+        recording = table.directory / "recording.json"
+        fps = json.loads(recording.read_text()).get("fps") if recording.exists() else None
         x = (rows - first) / (fps or 1)
-        panels = []
-        for dim, name in enumerate(robot.action):
-            panels.append((name, {label: np.stack([x, curves[label][:, dim]], 1)
-                                  for label in curves}))
+        curves = {label: (x, robot.to_robot(actions)) for label, actions in (
+            ("recorded", recorded_actions(mixture, dataset, rows)[:, 0]),
+            ("predicted", np.concatenate(predicted)))}
         text = table.instructions[table.frames["instruction"][first]]
         title = f"{mixture.names[dataset]}, episode {table.episode_of(first)}, {len(rows)} frames"
-        columns.append((f"{title}\n{text[:50]}", " s" if fps else " frames", panels))
+        unit = " s" if fps else " frames"
+        columns.append((f"{title}\n{text[:50]}", unit, robot.action, curves))
     draw_curves(columns, path)
 
 

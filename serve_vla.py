@@ -44,7 +44,6 @@ import asyncio
 import hmac
 import math
 import queue
-import re
 import signal
 import socket
 import sys
@@ -213,9 +212,9 @@ class Service:
 
     async def page(self, request: Request) -> Response:
         """GET /: machinery/page.html. It holds nothing secret, and asks for the token."""
-        folder = PROJECT / "machinery"
-        style = re.search("(?s)<style>(.*?)</style>", (folder / "report.html").read_text())[1]
-        page = (folder / "page.html").read_text()
+        page, report = ((PROJECT / "machinery" / f"{name}.html").read_text()
+                        for name in ("page", "report"))
+        style = report.split("<style>")[1].split("</style>")[0]
         return HTMLResponse(page.replace("{{style of report.html}}", style))
 
     async def health(self, request: Request) -> Response:
@@ -334,7 +333,7 @@ def describe(policy: Policy, model: str) -> dict:
     facts = {
         "status": "ok",
         "model": model,
-        "unnorm_keys": list(robots),
+        "unnorm_keys": [*robots],
         "cameras": policy.cfg.cameras,
         "images": policy.vla.num_images,
         "proprio": policy.cfg.use_proprio,

@@ -122,11 +122,10 @@ def augment(image: np.ndarray, top: float, left: float, brightness: float, contr
 def contact_sheet(tiles: list[tuple[list[np.ndarray], str]], columns: int = 4) -> Image.Image:
     """Samples in one picture: their images (S, S, 3) uint8 side by side above a caption."""
     side = len(tiles[0][0][0])
-    width = max(240, max(len(views) for views, _ in tiles) * (side + 4)) + 8
-    captions = ["\n".join(line for part in caption.splitlines()
-                          for line in textwrap.wrap(part, width // 7)) for _, caption in tiles]
-    height = side + 16 * max(caption.count("\n") + 1 for caption in captions) + 14
-    columns = min(columns, len(tiles))
+    width = max(240, len(tiles[0][0]) * (side + 4)) + 8
+    captions = ["\n".join(textwrap.fill(line, width // 7) for line in caption.splitlines())
+                for _, caption in tiles]
+    height = side + 16 * max(caption.count("\n") for caption in captions) + 30
     sheet = Image.new("RGB", (width * columns, height * -(-len(tiles) // columns)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.font = ImageFont.load_default(13)  # at 10, 11 and 14, its spaces almost vanish

@@ -112,5 +112,5 @@ def tag(key: str) -> str:
     """
     if key.startswith("eval/"):
         return key
-    scores = key.partition("/")[0] in ("loss", "accuracy", "l1")  # perhaps of one dataset
+    scores = key.startswith(("loss", "accuracy", "l1"))
     return f"{'train' if scores else 'tuning'}/{key}"

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from machinery.files import read_metrics
 
-COLORS = ("#444444", "#e07000", "#2a7fc0")
+COLORS = ("#444444", "darkorange", "#2a7fc0")
 WIDTH, HEIGHT = 480, 150  # pixels of a panel
 LEFT, TOP = 76, 56  # margins
 KEYS = "loss accuracy l1 learning_rate grad_norm samples_per_second".split()
@@ -20,24 +20,27 @@ SERIES = {"training": "{}", "held-out": "eval/{}",
           "most frequent bin": "eval/{}_of_most_frequent_bin"}
 
 
-def draw_curves(columns: list[tuple[str, str, list]], path: Path) -> None:
-    """Columns of panels: [(heading, what x is, [(title, {label: points (R, 2)}), ...]), ...]."""
-    height = TOP + HEIGHT * max(len(panels) for *_, panels in columns)
+def draw_curves(columns: list[tuple[str, str, list[str], dict]], path: Path) -> None:
+    """Columns of panels: (heading, what x is, names, {label: (x (R,), y (R, names))}) each. NaN and
+    infinity are left out."""
+    height = TOP + HEIGHT * max(len(names) for _, _, names, _ in columns)
     sheet = Image.new("RGB", (WIDTH * len(columns), height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.font = ImageFont.load_default(13)  # at 11 and 14, its spaces almost vanish
-    for i, (heading, unit, panels) in enumerate(columns):
+    for i, (heading, unit, names, curves) in enumerate(columns):
         left = i * WIDTH + LEFT
         pen.multiline_text((left, 10), heading, "black")
-        for j, (title, curves) in enumerate(panels):
+        for j, name in enumerate(names):
             top = TOP + j * HEIGHT
-            pen.text((left, top), title, "black")
-            draw_panel(pen, left, top + HEIGHT - 28, unit, curves)
+            pen.text((left, top), name, "black")
+            draw_panel(pen, left, top, unit, {label: np.stack([x, y[:, j]], 1)[np.isfinite(y[:, j])]
+                                              for label, (x, y) in curves.items()})
     sheet.save(path)
 
 
-def draw_panel(pen: ImageDraw.ImageDraw, left: int, bottom: int, unit: str, curves: dict) -> None:
-    """Curves {label: points (R, 2)}, their labels above, and three numbers of each axis."""
+def draw_panel(pen: ImageDraw.ImageDraw, left: int, top: int, unit: str, curves: dict) -> None:
+    """Curves {label: points (R, 2)}, with three numbers of each axis."""
+    bottom = top + HEIGHT - 28
     size = np.array([WIDTH - LEFT - 20, 52 - HEIGHT])  # to the right and up
     points = np.concatenate([*curves.values()])
     low = points.min(0)
@@ -48,27 +51,26 @@ def draw_panel(pen: ImageDraw.ImageDraw, left: int, bottom: int, unit: str, curv
         pen.line((left, y, left + size[0], y), "#dddddd")
         pen.text((left - 6, y), f"{second:.3g}", "gray", anchor="rm")
         pen.text((x, bottom + 4), f"{first:.4g}{unit * (share == 0.5)}", "gray", anchor="ma")
-    for i, (label, curve) in enumerate(curves.items()):
-        pen.text((left + 150 + 80 * i, bottom + size[1] - 24), label, COLORS[i])
-        pixels = (left, bottom) + (curve - low) / span * size
+    for i, (label, points) in enumerate(curves.items()):
+        pixels = (left, bottom) + (points - low) / span * size
         pen.line(pixels.ravel().tolist(), COLORS[i], 2)
         for point in pixels.tolist():
             pen.circle(point, 1.5, COLORS[i])
+        if len(points):
+            pen.text((left + 150 + 80 * i, top), label, COLORS[i])
 
 
 def draw_training(run_dir: Path) -> None:
     """curves.png, from metrics.jsonl."""
     metrics = read_metrics(run_dir)
-    panels = []
-    for key in KEYS:
+    steps = [line["step"] for line in metrics]
+    columns = []
+    for heading, keys in ((run_dir.name, KEYS[:3]), ("", KEYS[3:])):
         curves = {}
         for label, form in SERIES.items():
-            points = [(line["step"], line.get(form.format(key), math.nan)) for line in metrics]
-            if points := [point for point in points if math.isfinite(point[1])]:
-                curves[label] = np.array(points)
-        if curves:
-            panels.append((key, curves))
-    columns = [(run_dir.name, " steps", panels[:3]), ("", " steps", panels[3:])]
+            rows = [[line.get(form.format(key), math.nan) for key in keys] for line in metrics]
+            curves[label] = steps, np.array(rows)
+        columns.append((heading, " steps", keys, curves))
     draw_curves(columns, run_dir / "curves.png")
 
 

@@ -185,7 +185,7 @@ class Run:
                              ("dataset_statistics", statistics)):
             (self.path / f"{name}.json").write_text(json.dumps(values, indent=2))
         mixture.tokenizer.save_pretrained(self.path / "tokenizer")
-        self.open_log(cfg)
+        self.open_log()
 
     # ---- The survey of the data ------------------------------------------------------------------
 
@@ -219,19 +219,16 @@ class Run:
 
     # ---- The log ---------------------------------------------------------------------------------
 
-    def open_log(self, cfg: TrainConfig) -> None:
+    def open_log(self) -> None:
         """Start or continue the files. Lines logged after the checkpoint that training resumes from
         are dropped: those steps are about to be repeated."""
         # TensorBoard's own switch against importing TensorFlow, whose builds may crash beside torch
         sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
         from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
 
         self.board = SummaryWriter(self.path, purge_step=self.step + 1)
-        settings = {key: value for key, value in walk(cfg.model_dump())
-                    if isinstance(value, str | int | float)}
-        for summary in hparams(settings, {"eval/loss": 0, "eval/accuracy": 0})[:2]:
-            self.board.file_writer.add_summary(summary)
+        text = (self.path / "config.yaml").read_text()
+        self.board.add_text("config", f"```\n{text}\n```")
         lines = [line for line in read_metrics(self.path) if line["step"] <= self.step]
         with atomic(self.path / "metrics.jsonl") as scratch:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -284,7 +281,7 @@ class Run:
             tiles.append((views, f"{instruction}\naction {action}"))
         self.line(f"first_prompt {prompt!r}")
         self.line(f"first_action {action}")
-        sheet = contact_sheet(tiles, columns=2)
+        sheet = contact_sheet(tiles, 2)
         sheet.save(self.path / "first_batch.png")
         self.board.add_image("view/first_batch", np.asarray(sheet), dataformats="HWC")
 

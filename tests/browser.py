@@ -1,6 +1,7 @@
 """Chromium, driven by its DevTools protocol."""
 
 import base64
+import contextlib
 import itertools
 import json
 import re
@@ -20,6 +21,7 @@ class Browser:
 
     def __init__(self, folder: Path, width: int = 1280, height: int = 900, dark: bool = False):
         self.numbers = itertools.count(1)
+        self.stack = contextlib.ExitStack()
         self.process = subprocess.Popen(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
              "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--remote-debugging-port=0",
@@ -30,7 +32,7 @@ class Browser:
                 break
         with urllib.request.urlopen(f"http://{found[1]}/json") as reply:
             page = next(target for target in json.load(reply) if target["type"] == "page")
-        self.socket = connect(page["webSocketDebuggerUrl"], max_size=None)
+        self.socket = self.stack.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None))
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)
 
@@ -40,6 +42,7 @@ class Browser:
     def __exit__(self, *error):
         self.process.kill()
         self.process.wait()
+        self.stack.close()
 
     def call(self, method: str, **parameters) -> dict:
         number = next(self.numbers)
