@@ -27,12 +27,10 @@ with augmentation gets the same center crop in all three.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from act import Policy, load_vla
@@ -42,9 +40,11 @@ from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
 from machinery.convention import Convention, convention, dimension_names
+from machinery.files import read_metrics
 from machinery.frames import DataError
 from machinery.images import decode_native
-from machinery.run import data_facts, step_of
+from machinery.plots import draw_curves
+from machinery.run import data_facts
 from machinery.weights import open_weights
 
 BATCH = 16  # frames per call of the model
@@ -178,9 +178,7 @@ def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int,
                     on_train_frames: bool) -> float | None:
     """The training log's accuracy: on held-out frames at this step, or on the last `samples`
     training frames."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.loads(line) for line in lines if step_of(line) < math.inf]  # not a partial line
+    lines = read_metrics(run_dir)
     if not on_train_frames:
         for line in lines:
             if line["step"] == step and "eval/accuracy" in line:
@@ -240,10 +238,6 @@ def report(name: str, result: dict) -> None:
 
 # ---- The picture -------------------------------------------------------------------------------
 
-COLORS = {"recorded": "black", "predicted": "darkorange"}
-WIDTH, HEIGHT = 520, 120  # pixels of one curve
-LEFT, TOP = 90, 76  # margins
-
 
 def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
     """Some episodes side by side, a row for each number of the robot's action, in its units."""
@@ -252,54 +246,27 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             episodes.append((dataset, first, count))
     chosen = np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))
-    episodes = [episodes[i] for i in chosen]
-    robots = [robot_of(mixture, dataset) for dataset, *_ in episodes]
-    height = TOP + HEIGHT * max(len(robot.action) for robot in robots)
-    sheet = Image.new("RGB", (WIDTH * len(episodes), height), "white")
-    pen = ImageDraw.Draw(sheet)
-    small = ImageFont.load_default(13)
-    large = ImageFont.load_default(16)
-    for column, ((dataset, first, count), robot) in enumerate(zip(episodes, robots, strict=True)):
+    columns = []
+    for dataset, first, count in [episodes[i] for i in chosen]:
         table = mixture.tables[dataset]
+        robot = robot_of(mixture, dataset)
         rows = first + np.arange(min(count, EPISODE_FRAMES))
         predicted = []
         for i in range(0, len(rows), BATCH):
             frames = [(dataset, row, 0) for row in rows[i : i + BATCH].tolist()]
             _, actions = from_camera(policy, mixture, frames)
             predicted.append(actions[:, 0])  # the first step of each chunk
-        curves = {"recorded": robot.to_robot(recorded_actions(mixture, dataset, rows)[:, 0]),
-                  "predicted": robot.to_robot(np.concatenate(predicted))}  # (R, A) each
-
-        x = column * WIDTH + LEFT
+        recording = table.directory / "recording.json"
+        fps = json.loads(recording.read_text()).get("fps") if recording.exists() else None
+        x = (rows - first) / (fps or 1)
+        curves = {label: (x, robot.to_robot(actions)) for label, actions in (
+            ("recorded", recorded_actions(mixture, dataset, rows)[:, 0]),
+            ("predicted", np.concatenate(predicted)))}
         text = table.instructions[table.frames["instruction"][first]]
         title = f"{mixture.names[dataset]}, episode {table.episode_of(first)}, {len(rows)} frames"
-        pen.multiline_text((x, 6), f"{title}\n{text[:50]}", "black", large)
-        for i, (label, color) in enumerate(COLORS.items()):
-            pen.line((x + 110 * i, 60, x + 24 + 110 * i, 60), color, 3)
-            pen.text((x + 30 + 110 * i, 52), label, color, small)
-        for dim, label in enumerate(robot.action):
-            top = TOP + dim * HEIGHT
-            box = (x, top + 18, x + WIDTH - LEFT - 16, top + HEIGHT - 4)
-            values = {key: curve[:, dim] for key, curve in curves.items()}
-            draw_curves(pen, small, box, label, values)
-    sheet.save(path)
-
-
-def draw_curves(pen: ImageDraw.ImageDraw, font, box: tuple, title: str,
-                curves: dict[str, np.ndarray]) -> None:
-    """Curves (R,) in a frame, with its title above and its range on the left."""
-    left, top, right, bottom = box
-    values = np.concatenate(list(curves.values()))
-    low = values.min()
-    high = max(values.max(), low + 1e-6)
-    pen.rectangle(box, outline="lightgray")
-    pen.text((left - 6, top), f"{high:.3g}", "gray", font, anchor="ra")
-    pen.text((left - 6, bottom - 15), f"{low:.3g}", "gray", font, anchor="ra")
-    pen.text((left, top - 17), title, "dimgray", font)
-    for label, curve in curves.items():
-        x = np.linspace(left, right, len(curve))
-        y = bottom - 4 - (curve - low) / (high - low) * (bottom - top - 8)
-        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), COLORS[label], 2)
+        unit = " s" if fps else " frames"
+        columns.append((f"{title}\n{text[:50]}", unit, robot.action, curves))
+    draw_curves(columns, path)
 
 
 # ---- The program -------------------------------------------------------------------------------

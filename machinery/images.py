@@ -1,12 +1,13 @@
 """Images: decode, resize, crop and augment them as OpenVLA does with TensorFlow."""
 
 import io
+import textwrap
 
 import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
@@ -118,18 +119,20 @@ def augment(image: np.ndarray, top: float, left: float, brightness: float, contr
     return np.minimum(x * 255.5, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def contact_sheet(tiles: list[tuple[np.ndarray, str]], columns: int = 4) -> Image.Image:
-    """Images (H, W, 3) uint8, each with a caption of a few lines below it, in one picture."""
-    height = max(tile.shape[0] for tile, _ in tiles)
-    width = max(240, *(tile.shape[1] for tile, _ in tiles))
-    lines = max(caption.count("\n") + 1 for _, caption in tiles)
-    cell = height + 14 * lines + 8
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (width * min(columns, len(tiles)), cell * rows), "white")
+def contact_sheet(tiles: list[tuple[list[np.ndarray], str]], columns: int = 4) -> Image.Image:
+    """Samples in one picture: their images (S, S, 3) uint8 side by side above a caption."""
+    side = len(tiles[0][0][0])
+    width = max(240, len(tiles[0][0]) * (side + 4)) + 8
+    captions = ["\n".join(textwrap.fill(line, width // 7) for line in caption.splitlines())
+                for _, caption in tiles]
+    height = side + 16 * max(caption.count("\n") for caption in captions) + 30
+    sheet = Image.new("RGB", (width * columns, height * -(-len(tiles) // columns)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (tile, caption) in enumerate(tiles):
+    pen.font = ImageFont.load_default(13)  # at 10, 11 and 14, its spaces almost vanish
+    for i, (views, _) in enumerate(tiles):
         x = i % columns * width
-        y = i // columns * cell
-        sheet.paste(Image.fromarray(tile), (x, y))
-        pen.multiline_text((x + 2, y + height + 2), caption, fill="black")
+        y = i // columns * height
+        pen.multiline_text((x + 2, y + side + 2), captions[i], "black", spacing=2)
+        for j, view in enumerate(views):
+            sheet.paste(Image.fromarray(view), (x + j * (side + 4), y))
     return sheet

@@ -345,11 +345,22 @@ def test_speed_up_needs_a_gpu(colors):
 
 
 def test_health(server, colors):
-    assert Client(server[0]).send(b"", "/health", "GET") == (200, {
+    status, facts = Client(server[0]).send(b"", "/health", "GET")
+    statistics = json.loads((colors / "dataset_statistics.json").read_text())
+    for key, (low, high) in facts.pop("action_q01_q99").items():
+        assert (low, high) == tuple(statistics[key]["action"][name] for name in ("q01", "q99"))
+    assert (status, facts) == (200, {
         "status": "ok", "model": str(colors), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
-        "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0,
+        "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0, "center_crop": False,
+        "instructions": {key: statistics[key]["instructions"] for key in ("cold", "warmer")},
         "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")},
         "gripper": {key: [1, 0] for key in ("cold", "warmer")}})
+
+
+def test_what_the_model_saw(server, vla):
+    status, reply = Client(server[0]).send(GOOD, "/act?seen")
+    assert (status, reply["action"]) == (200, json_numpy(vla.predict_action(IMAGE, "hold it", "cold")))
+    assert (from_json_numpy(reply["seen"][0]) == vla.prepare_image(IMAGE)).all() and len(reply["seen"]) == 1
 
 
 def test_32_clients_at_once_get_what_one_would(server, vla):
@@ -569,7 +580,7 @@ def test_huge_and_broken_connections_and_other_addresses(server, vla):
     assert status == 400 and "image" in reply["error"] and "5000 x 40" in reply["error"]
     status, reply = huge.send({str(number): 0 for number in range(100000)})
     assert status == 400 and "100000 keys" in reply["error"]
-    for method, path in (("GET", "/act"), ("PUT", "/act"), ("POST", "/health"), ("GET", "/")):
+    for method, path in (("GET", "/act"), ("PUT", "/act"), ("POST", "/health"), ("POST", "/")):
         other = Client(port).http
         other.request(method, path, b"{}")
         assert other.getresponse().status in (404, 405)

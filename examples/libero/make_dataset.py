@@ -138,7 +138,7 @@ def main() -> None:
     kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
     path = write_rlds(args.out, args.name, "1.0.0", features(), splits)
-    (path / "recording.json").write_text(json.dumps({**recording, "tasks": tasks}) + "\n")
+    (path / "recording.json").write_text(json.dumps({**recording, "tasks": tasks, "fps": 20}) + "\n")
     shutil.rmtree(scratch)
     print(path)
 

@@ -128,8 +128,8 @@ def main() -> None:
     kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
     path = write_rlds(args.out, args.name, "1.0.0", features(args.cameras, args.image_size), splits)
-    # rollout.py reads it to use the same settings
-    (path / "recording.json").write_text(json.dumps(recording) + "\n")
+    # rollout.py reads it to use the same settings, and eval_vla.py its `fps`: 80 simulator steps a second
+    (path / "recording.json").write_text(json.dumps({**recording, "fps": 80 / args.action_repeat}) + "\n")
     shutil.rmtree(scratch)
     print(path)
 
