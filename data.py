@@ -11,8 +11,12 @@ has a row for each frame: its action, and where its images are (machinery/frames
 """
 
 import functools
-import runpy
 import signal
+import sys
+
+if __name__ == "__main__":  # python data.py --inspect DIR, which needs no PyTorch
+    from machinery import config, inspect_data  # noqa: F401
+    sys.exit(inspect_data.main())
 
 import numpy as np
 import torch
@@ -341,7 +345,3 @@ def to_device(batch: dict, device) -> dict:
     """The model's inputs, on the GPU. From pinned memory, the copy overlaps with computation."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()
             if key != "dataset"}
-
-
-if __name__ == "__main__":  # python data.py --inspect DIR
-    runpy.run_module("machinery.inspect_data", run_name="__main__", alter_sys=True)
