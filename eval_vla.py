@@ -46,8 +46,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
     parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
     parser.add_argument("--on-train-frames", action="store_true", help="the last it learned from")
-    parser.add_argument("--out", type=Path,
-                        help="PNG; the JSON goes beside it; default: in the run's directory")
+    parser.add_argument("--out", type=Path, help="PNG, and a JSON beside it; default: in the run")
     return parser.parse_args()
 
 
@@ -207,8 +206,7 @@ def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int,
                 return line["eval/accuracy"]
         return None
     lines = [line for line in lines if "accuracy" in line and line["step"] <= step]
-    total = 0.0
-    seen = 0  # steps
+    total, seen = 0.0, 0  # seen: steps
     while lines and seen * global_batch < samples:
         line = lines.pop()
         steps = line["step"] - (lines[-1]["step"] if lines else 0)

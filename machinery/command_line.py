@@ -1,20 +1,12 @@
-"""The command line of train_vla.py: a YAML, a JSON, and keys of the YAML after --set.
-
-`--help` and docs/keys.md list all keys of the YAML, by the comments in config.py.
-"""
+"""The command line of train_vla.py: a YAML, a JSON, and keys of the YAML after --set."""
 
 import argparse
-import inspect
 import itertools
-import json
-import re
+import runpy
 import sys
-import textwrap
-from collections.abc import Iterator
-from typing import NamedTuple
 
 from machinery.config import (
-    Recipe,
+    PROJECT,
     TrainConfig,
     UserError,
     exit_with_one_line,
@@ -25,48 +17,6 @@ from machinery.config import (
 )
 
 
-class Key(NamedTuple):
-    section: str
-    name: str
-    default: str  # in YAML
-    text: str
-
-
-def keys(model: type[TrainConfig] | type[Recipe]) -> Iterator[Key]:
-    """The keys that a class in config.py declares: a section's first line is a comment, and a key's
-    comment is above it or at the end of its line."""
-    defaults = vars(model())
-    for section in inspect.getsource(model).split("\n\n"):
-        title, *lines = section.splitlines()
-        comments = []
-        for line in lines:
-            name = line.strip().partition(":")[0]
-            comment = line.partition("# ")[2]
-            if comment:
-                comments.append(comment)
-            if name not in defaults:
-                continue
-            choices = re.search(r"Literal\[(.*?)\]", str(model.__annotations__[name]))
-            if choices:
-                comments.append(f"({choices[1]})")
-            default = json.dumps(defaults[name]).strip('"')
-            yield Key(title.strip(" #"), name, default, " ".join(comments))
-            comments = []
-
-
-def help_on_keys() -> str:
-    """The end of --help."""
-    text = "keys of the YAML, and their defaults:\n"
-    every = itertools.chain(keys(TrainConfig), keys(Recipe))
-    for section, group in itertools.groupby(every, lambda key: key.section):
-        text += f"\n{section}\n"
-        for key in group:
-            line = f"  {key.name + ': ' + key.default:38} {key.text}"
-            text += textwrap.fill(line, 100, subsequent_indent=" " * 41,
-                                  break_on_hyphens=False) + "\n"
-    return text
-
-
 @exit_with_one_line()
 def parse_command_line(description: str) -> tuple[TrainConfig, dict]:
     """The files that the command line names, read and checked; also sets this process's rank.
@@ -74,7 +24,7 @@ def parse_command_line(description: str) -> tuple[TrainConfig, dict]:
     description: the program's docstring. Ends the program if there is a mistake.
     """
     parser = argparse.ArgumentParser(
-        description=description.partition("\n")[0], epilog=help_on_keys(),
+        description=description.partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the training")
     parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json",
@@ -83,6 +33,8 @@ def parse_command_line(description: str) -> tuple[TrainConfig, dict]:
                         help="override keys of the YAML")
     # launchers pass it in two spellings; we read LOCAL_RANK from the environment
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    if {"-h", "--help"} & {*sys.argv}:
+        parser.epilog = runpy.run_path(str(PROJECT / "docs/keys.py"))["for_terminal"]()
     for option, after in itertools.pairwise([*sys.argv[1:], "--"]):
         name, _, value = option.partition("=")
         key = name.removeprefix("--").replace("-", "_")

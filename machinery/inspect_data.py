@@ -10,6 +10,7 @@ for copying, and with --yaml FILE written as a YAML to train with.
 
 import argparse
 import json
+import sys
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -65,7 +66,8 @@ class Subject:
     def table(self, index_dir: str | None, skip_bad_episodes: bool, load_proprio: bool = True
               ) -> FrameTable:
         keys = self.recipe.camera_keys([*self.recipe.camera_names])
-        return frame_table(self.directory, self.recipe, keys, load_proprio, index_dir=index_dir,
+        recipe = replace(self.recipe, instructions=[])  # all of it is looked at
+        return frame_table(self.directory, recipe, keys, load_proprio, index_dir=index_dir,
                            skip_bad_episodes=skip_bad_episodes)
 
 
@@ -387,4 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())  # before data.py imports PyTorch
