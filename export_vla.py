@@ -32,7 +32,8 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a run, a checkpoint, an export or a hub id (see weights.py)")
     parser.add_argument("out", type=Path, help="a new directory")
-    parser.add_argument("--format", choices=["hf", "native", "peft"], required=True)
+    parser.add_argument("--format", choices=["hf", "native", "peft"], required=True,
+                        help="of OpenVLA's class, of its training code, or of adapters alone")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
     return parser.parse_args()
 

@@ -371,7 +371,8 @@ def main() -> None:
     parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
     parser.add_argument("--index_dir", metavar="DIR",
                         help="folder for frame tables (default: with the dataset)")
-    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
+    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"),
+                        help="the picture")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")
     args = parser.parse_args()
     with exit_with_one_line():
