@@ -29,16 +29,37 @@ import argparse
 import json
 from pathlib import Path
 
+from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
+    parser.add_argument("--center_crop", choices=["yes", "no"],
+                        help="show the middle of each image; default: as the checkpoint says")
+    parser.add_argument("--config", metavar="YAML", help="its data; default: the training's")
+    parser.add_argument("--data_mix", help="another mixture or dataset")
+    parser.add_argument("--data_root_dir", help="another folder of datasets")
+    parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
+    parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
+    parser.add_argument("--on-train-frames", action="store_true", help="the last it learned from")
+    parser.add_argument("--out", type=Path, help="PNG, with a JSON; default: beside the checkpoint")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # mistakes and --help, before PyTorch is imported for seconds
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
-from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables
+from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables, to_device
 from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
-from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
 from machinery.convention import Convention, convention, dimension_names
 from machinery.files import read_metrics
 from machinery.frames import DataError
@@ -51,6 +72,7 @@ BATCH = 16  # frames per call of the model
 EPISODES = 3  # in the PNG
 EPISODE_FRAMES = 300  # of each, at most
 TOLERANCE = 0.03  # of accuracies that should agree
+ANSWERS = ("teacher_forced", "greedy", "inference")
 
 
 # ---- Three answers to the same frames ----------------------------------------------------------
@@ -66,9 +88,7 @@ def from_camera(policy: Policy, mixture: Mixture, frames: list[tuple]
     table = mixture.tables[dataset]
     cfg = mixture.cfg
     black = np.zeros((cfg.image_size, cfg.image_size, 3), np.uint8)  # for a missing camera
-    views = []
-    texts = []
-    states = []
+    views, texts, states = [], [], []
     for _, row, epoch in frames:
         first = int(table.first_frames[table.episode_of(row)])
         images = []
@@ -94,8 +114,7 @@ def from_training_inputs(policy: Policy, mixture: Mixture, frames: list[tuple]
     samples = [mixture.sample(*frame) for frame in frames]
     prompts = [sample["input_ids"][sample["labels"] == IGNORE_INDEX].tolist() for sample in samples]
     batch = collate(samples, mixture.tokenizer.pad_token_id)
-    del batch["dataset"]
-    batch = {key: value.to(policy.vla.llm.device) for key, value in batch.items()}
+    batch = to_device(batch, policy.vla.llm.device)
     _, forced, true = policy.vla(**batch)
     greedy = policy.generate(batch["images"], prompts, batch.get("proprio"))
     return forced.cpu().numpy(), greedy.cpu().numpy(), true.cpu().numpy()
@@ -149,9 +168,8 @@ def measure(mixture: Mixture, dataset: int, rows: np.ndarray, answers: dict[str,
                 "l1_per_dim": l1.mean((0, 1)).tolist(),
                 "l1_units_per_dim": np.nanmean(units, (0, 1)).tolist()}
 
-    recipe, table = mixture.recipes[dataset], mixture.tables[dataset]
     return {"frames": len(rows),
-            "names": dimension_names(recipe, table.features)[0],
+            "names": dimension_names(mixture.recipes[dataset], mixture.tables[dataset].features)[0],
             "robot": robot.action,
             "inference": score(answers["inference"], answers["actions"]),
             "most_frequent_bin": score(frequent, frequent_actions)}
@@ -185,8 +203,7 @@ def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int,
                 return line["eval/accuracy"]
         return None
     lines = [line for line in lines if "accuracy" in line and line["step"] <= step]
-    total = 0.0
-    seen = 0  # steps
+    total, seen = 0.0, 0  # seen: steps
     while lines and seen * global_batch < samples:
         line = lines.pop()
         steps = line["step"] - (lines[-1]["step"] if lines else 0)
@@ -200,9 +217,7 @@ def verdict(accuracy: dict[str, float], agreement: float, frames: int, strategy:
     """-> (the mismatch between training and acting, if there is one, and other remarks)."""
     mismatch = None
     remarks = []
-    forced = accuracy["teacher_forced"]
-    greedy = accuracy["greedy"]
-    inference = accuracy["inference"]
+    forced, greedy, inference = (accuracy[key] for key in ANSWERS)
     if agreement < 1 - TOLERANCE:
         mismatch = (f"{1 - agreement:.1%} of the action tokens differ between acting on the "
                     f"recorded images (accuracy {inference:.3f}) and training's inputs "
@@ -294,11 +309,11 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
     results, tokens = score_datasets(policy, mixture, learned, frames, samples)
     accuracy = {}
     if seen:
-        batch = cfg.global_batch_size
-        logged = logged_accuracy(ours.run_dir, step, samples, batch, on_train_frames)
+        logged = logged_accuracy(ours.run_dir, step, samples, cfg.global_batch_size,
+                                 on_train_frames)
         if logged:
             accuracy["logged"] = logged
-    for key in ("teacher_forced", "greedy", "inference"):
+    for key in ANSWERS:
         accuracy[key] = float((tokens[key] == tokens["true"]).mean())
     agreement = float((tokens["greedy"] == tokens["inference"]).mean())
     line = f"{'train' if on_train_frames else 'held-out'} frames {len(frames)}"
@@ -327,7 +342,7 @@ def score_datasets(policy: Policy, mixture: Mixture, learned: Mixture, frames: n
 
     learned: training data, whose most frequent tokens in `samples` frames are the baseline"""
     results = {}
-    tokens = {key: [] for key in ("teacher_forced", "greedy", "inference", "true")}
+    tokens = {key: [] for key in (*ANSWERS, "true")}
     for dataset in np.unique(frames[:, 0]).tolist():
         name = mixture.names[dataset]
         chosen = frames[frames[:, 0] == dataset]
@@ -407,24 +422,11 @@ def data_config(policy: Policy, args: argparse.Namespace) -> TrainConfig:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
-    parser.add_argument("--center_crop", choices=["yes", "no"],
-                        help="show the middle of each image; default: as the checkpoint says")
-    parser.add_argument("--config", metavar="YAML", help="its data; default: the training's")
-    parser.add_argument("--data_mix", help="another mixture or dataset")
-    parser.add_argument("--data_root_dir", help="another folder of datasets")
-    parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
-    parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
-    parser.add_argument("--on-train-frames", action="store_true", help="the last it learned from")
-    parser.add_argument("--out", type=Path, help="PNG, with a JSON; default: beside the checkpoint")
-    args = parser.parse_args()
+    args = read_options()
     with exit_with_one_line():
         crop = {"yes": True, "no": False}.get(args.center_crop)
-        if torch.cuda.is_available():
-            policy = load_vla(args.checkpoint, "cuda", torch.bfloat16, center_crop=crop)
-        else:
-            policy = load_vla(args.checkpoint, "cpu", torch.float32, center_crop=crop)
+        how = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        policy = load_vla(args.checkpoint, *how, center_crop=crop)
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
         folder = Path(tensors.where if Path(args.checkpoint).exists() else "")  # "": of the hub

@@ -26,6 +26,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from machinery.config import TrainConfig, exit_with_one_line
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a run, a checkpoint, an export or a hub id (see weights.py)")
+    parser.add_argument("out", type=Path, help="a new directory")
+    parser.add_argument("--format", choices=["hf", "native", "peft"], required=True,
+                        help="of OpenVLA's class, of its training code, or of adapters alone")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # mistakes and --help, before PyTorch is imported for seconds
+
 import torch
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
@@ -33,7 +50,6 @@ from tqdm import tqdm
 from action_tokenizer import load_tokenizer
 from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError
-from machinery.config import TrainConfig, exit_with_one_line
 from machinery.description import DESCRIPTION
 from machinery.files import atomic
 from machinery.lora import ADAPTER
@@ -363,12 +379,7 @@ def base_for_peft(name: str, where: Path) -> str | None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a run, a checkpoint, an export or a hub id (see weights.py)")
-    parser.add_argument("out", type=Path, help="a new directory")
-    parser.add_argument("--format", choices=["hf", "native", "peft"], required=True)
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
-    args = parser.parse_args()
+    args = read_options()
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
     with exit_with_one_line():
         export(args.model, args.out, args.format, dtypes[args.dtype])

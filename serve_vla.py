@@ -54,6 +54,38 @@ import traceback
 from concurrent.futures import Future
 from pathlib import Path
 
+from machinery.config import PROJECT, UserError, exit_with_one_line, read_secret
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
+    parser.add_argument("--center_crop", choices=["yes", "no"],
+                        help="show the middle of each image; default: as the checkpoint says")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address to listen on; 0.0.0.0: reachable from the network")
+    parser.add_argument("--token", help="a file or environment variable with the clients' token")
+    parser.add_argument("--no_token", action="store_true", help="answer everyone who reaches it")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU, if there is one")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"],
+                        help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--int8", action="store_true",
+                        help="hold the language model's matrices in 8 bits: half the memory")
+    parser.add_argument("--max_batch", type=int,
+                        help="most requests the model sees at once; default: 16, with --speed_up 1")
+    parser.add_argument("--speed_up", nargs="*", type=int, metavar="K",
+                        help="on a GPU: compile for minutes before serving, then answer several "
+                        "times as fast, requests without a prefix and with one of K steps")
+    parser.add_argument("--record", type=Path, metavar="DIR",
+                        help="keep requests and answers there as an RLDS dataset")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # mistakes and --help, before PyTorch is imported for seconds
+
 import numpy as np
 import torch
 import uvicorn
@@ -65,7 +97,6 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from act import PROMPT_LENGTHS, ModelError, Policy, load_vla
 from machinery.checkpoint import CheckpointError
-from machinery.config import PROJECT, UserError, exit_with_one_line, read_secret
 from machinery.connections import is_foreign, uvicorn_config
 from machinery.host import allow_open_files
 from machinery.reader import Readers
@@ -424,33 +455,12 @@ def record_graphs(policy: Policy, max_batch: int, prefixes: list[int]) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
-    parser.add_argument("--center_crop", choices=["yes", "no"],
-                        help="show the middle of each image; default: as the checkpoint says")
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="address to listen on; 0.0.0.0: reachable from the network")
-    parser.add_argument("--token", help="a file or environment variable with the clients' token")
-    parser.add_argument("--no_token", action="store_true", help="answer everyone who reaches it")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--device", choices=["cuda", "cpu"],
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES),
-                        help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--int8", action="store_true",
-                        help="hold the language model's matrices in 8 bits: half the memory")
-    parser.add_argument("--max_batch", type=int,
-                        help="most requests the model sees at once; default: 16, with --speed_up 1")
-    parser.add_argument("--speed_up", nargs="*", type=int, metavar="K",
-                        help="on a GPU: compile for minutes before serving, then answer several "
-                        "times as fast, requests without a prefix and with one of K steps")
-    parser.add_argument("--record", type=Path, metavar="DIR",
-                        help="keep requests and answers there as an RLDS dataset")
-    args = parser.parse_args()
-    if args.speed_up is not None and args.device == "cpu":
-        parser.error("--speed_up records CUDA graphs: it needs --device cuda")
-    dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    args = read_options()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     with exit_with_one_line():
+        if args.speed_up is not None and device == "cpu":
+            raise UserError("--speed_up records CUDA graphs: it needs --device cuda")
         token = read_secret(args.token, "--token") if args.token else None
         if token == "":  # which every client would send
             raise UserError(f"--token: {args.token!r} is empty: write a long random text there")
@@ -464,7 +474,7 @@ def main() -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((args.host, args.port))
         crop = {"yes": True, "no": False}.get(args.center_crop)
-        policy = load_vla(args.checkpoint, args.device, DTYPES[dtype], args.int8, crop)
+        policy = load_vla(args.checkpoint, device, DTYPES[dtype], args.int8, crop)
         if not policy.norm_stats:
             raise CheckpointError(f"{args.checkpoint}: no dataset statistics, so it cannot act: "
                                   "give a VLA, not a plain VLM")

@@ -1,12 +1,13 @@
-"""Images: decode, resize, crop and augment them as OpenVLA does with TensorFlow."""
+"""Images: decode, resize, crop and augment them as OpenVLA does with TensorFlow.
+
+PyTorch is imported where it is used: programs that only decode start without it, seconds earlier.
+"""
 
 import io
 import textwrap
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 
@@ -39,6 +40,9 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """
     if image.shape[:2] == (size, size):
         return image
+    import torch
+    import torch.nn.functional as F
+
     try:
         x = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
@@ -53,9 +57,12 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 CROP_SIDE = 0.9**0.5  # crops keep 90% of the area
 
 
-def crop(image: np.ndarray, top: float, left: float, size: int) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, size, size) float32 in 0..1: the part from (top, left) on, of length
-    CROP_SIDE, all as fractions of the sides. Bilinear, as tf.image.crop_and_resize."""
+def crop(image: np.ndarray, top: float, left: float, size: int):
+    """(H, W, 3) uint8 -> (3, size, size) float32 tensor in 0..1: the part from (top, left) on, of
+    length CROP_SIDE, all as fractions of the sides. Bilinear, as tf.image.crop_and_resize."""
+    import torch
+    import torch.nn.functional as F
+
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     from_center = torch.linspace(-1, 1, size) * CROP_SIDE  # the image is -1..1
     x_grid = from_center + (2 * left + CROP_SIDE - 1)

@@ -10,6 +10,7 @@ for copying, and with --yaml FILE written as a YAML to train with.
 
 import argparse
 import json
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,7 +65,8 @@ class Subject:
     def table(self, index_dir: str | None, skip_bad_episodes: bool, load_proprio: bool = True
               ) -> FrameTable:
         keys = self.recipe.camera_keys([*self.recipe.camera_names])
-        return frame_table(self.directory, self.recipe, keys, load_proprio, index_dir=index_dir,
+        recipe = replace(self.recipe, instructions=[])  # all of it is looked at
+        return frame_table(self.directory, recipe, keys, load_proprio, index_dir=index_dir,
                            skip_bad_episodes=skip_bad_episodes)
 
 
@@ -365,7 +367,8 @@ def main() -> None:
     parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
     parser.add_argument("--index_dir", metavar="DIR",
                         help="folder for frame tables (default: with the dataset)")
-    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
+    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"),
+                        help="the picture")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")
     args = parser.parse_args()
     with exit_with_one_line():
@@ -383,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())  # before data.py imports PyTorch

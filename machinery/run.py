@@ -420,8 +420,8 @@ def data_facts(cfg: TrainConfig, tables: list) -> dict:
         raise UserError(f"data_mix: cannot mix datasets of different action dimensions: "
                         f"{action_dims}")
     proprio_dims = [len(table.statistics["proprio"]["mean"]) for *_, table in tables]
-    features = {name: table.features for name, _, _, table in tables
-                if name.partition(":")[0] in cfg.datasets}
+    features = {name: table.features for name, _, recipe, table in tables
+                if replace(recipe, instructions=[]) != oxe.DATASETS.get(name.partition(":")[0])}
     return {"action_dim": next(iter(action_dims.values())), "features": features,
             "proprio_dim": max(proprio_dims) if cfg.use_proprio else 0}
 

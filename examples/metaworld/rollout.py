@@ -26,6 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # those that need torch are imported where they are used: the simulators' processes read this file
 # too
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from PIL import Image
 from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Sheet, Simulator, task_names
@@ -33,7 +37,6 @@ from tqdm import tqdm
 
 from examples import closed_loop
 from examples.closed_loop import SIDE, draw_films, encode_film, open_folder, row
-from machinery.config import UserError, exit_with_one_line
 from machinery.host import cores
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
@@ -236,7 +239,7 @@ def main() -> None:
     parser.add_argument("--recording", type=Path,
                         help="the dataset's recording.json; default: found through the run")
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--int8", action="store_true",
                         help="the language model's weights in 8 bits")
