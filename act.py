@@ -154,7 +154,8 @@ class Policy:
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.prepare_views(views) for views in images])
         pixels = images.to(device)
-        prompts = [prompt_ids(self.tokenizer, text, cfg.prompt_style) for text in instructions]
+        ids = {text: prompt_ids(self.tokenizer, text, cfg.prompt_style) for text in {*instructions}}
+        prompts = [ids[text] for text in instructions]
         if not cfg.use_proprio:
             return pixels, prompts, None
         with np.errstate(over="ignore"):  # infinity is reported below

@@ -25,7 +25,7 @@ from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_de
 from machinery import zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError
-from machinery.cost import memory_needed, utilization
+from machinery.cost import gpu_memory, memory_needed, recomputes, utilization
 from machinery.cuda_graph import capture_passes
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
@@ -170,7 +170,7 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
         in_8_bits = linear_layers(vla) if cfg.frozen_weights else {}
         fill(vla, weights.tensors, get_accelerator().current_device_name(), dtype, in_8_bits)
-    recompute = "activation_checkpointing" in ds_config
+    recompute = recomputes(vla, ds_config, dist.get_world_size(), gpu_memory())
     if cfg.compile:
         vla.compile_blocks(recompute)
     elif recompute:
