@@ -39,6 +39,8 @@ def look(vla: VLA, images: torch.Tensor) -> np.ndarray:
     the towers' patches, normalized, averaged over a coarse grid, and projected at random."""
     dtype = vla.llm.get_input_embeddings().weight.dtype
     pixels = [pixels.to(dtype) for pixels in vla.pixel_values(images)]
+    if vla.cfg.film:
+        vla.forget()
     patches = vla.patch_features(pixels).float()  # (B * N, patches, width)
     patches = F.layer_norm(patches, patches.shape[-1:])
     side = int(patches.shape[1] ** 0.5)

@@ -113,6 +113,12 @@ class OftVLA(VLA):
                 both = [layer[part](language)[:, None] for part in SCALE_AND_SHIFT]
                 block.film = [each.repeat_interleave(self.num_images, 0) for each in both]
 
+    def forget(self):
+        """FiLM: let the towers see without an instruction."""
+        for tower in self.vision_backbone.values():
+            for block in tower.blocks:
+                block.film = (0.0, 0.0)
+
     def ids_of(self, values: torch.Tensor) -> torch.Tensor:
         """ActionTokenizer.encode on the device."""
         tokenizer = self.action_tokenizer

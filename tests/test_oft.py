@@ -1,6 +1,7 @@
 """OpenVLA-OFT's checkpoints in and out, and training with its head, against its own outputs
 (tests/fixtures/oft)."""
 
+import base64
 import json
 import re
 import shutil
@@ -9,13 +10,14 @@ import export_vla
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, LLAMA_TOKENIZER, TINY, open_mixture, read_metrics
+import yaml
+from conftest import FIXTURES, LLAMA_TOKENIZER, TINY, ds_json, open_mixture, read_metrics
 from safetensors.torch import save_file
 
 from act import load_vla
 from action_tokenizer import load_tokenizer
-from machinery import examine, oft, oft_data
-from machinery.checkpoint import CheckpointError
+from machinery import examine, oft, oft_data, wire
+from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from machinery.config import TrainConfig, UserError, load_config
 from machinery.weights import hugging_face_to_ours, open_weights, rename
 from train_vla import scheduled_learning_rate
@@ -254,3 +256,143 @@ def test_keys_without_effect(changes, message, tiny):
 def test_the_learning_rate_falls_once():
     cfg = TrainConfig(learning_rate=1e-3, num_steps_before_decay=3)
     assert [scheduled_learning_rate(cfg, step, 9) for step in (0, 2, 3, 8)] == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, plain_run):
+    """A run with FiLM and states, all trained."""
+    folder = tmp_path_factory.mktemp("film")
+    done = plain_run(write_yaml(folder, **FILMED), "--deepspeed_config", "ds_configs/cpu.json")
+    assert done.returncode == 0, done.text
+    return folder / "runs/vla"
+
+
+def write_yaml(folder, **changes):
+    values = {**TINY, "run_root_dir": str(folder / "runs"), "run_id": "vla", "max_steps": 12, "index_dir": str(folder),
+              "eval_samples": 8, **changes}
+    (folder / "oft.yaml").write_text(yaml.safe_dump(values))
+    return folder / "oft.yaml"
+
+
+def test_a_run_learns_and_acts(run):
+    steps = [*read_metrics(run.parent).values()]
+    losses = [step["loss"] for step in steps if "loss" in step]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    assert 0 < steps[-1]["eval/accuracy"] < 1 and steps[-1]["eval/l1"] < 1
+    policy = load_vla(run)
+    actions = policy.predict_action(IMAGE, "open the drawer", None, np.zeros(len(policy.convention(None).state)))
+    assert actions.shape == (4, 4) and np.isfinite(actions).all()
+
+
+def tensors_of(where):
+    tensors = open_weights(where).tensors
+    return {name: tensors.whole(name) for name in tensors.shapes}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("form", ["oft", "native"])
+def test_exports_of_a_run_are_read_back_exactly(form, run, tmp_path, capsys):
+    export_vla.export(str(run), tmp_path / "out", form)
+    same(tensors_of(run), tensors_of(tmp_path / "out"))
+    assert open_weights(tmp_path / "out").config["film"]
+    state = np.zeros(len(load_vla(run).convention(None).state))
+    ours, theirs = (load_vla(where).predict_action(IMAGE, "open", None, state) for where in (run, tmp_path / "out"))
+    assert ours.tolist() == theirs.tolist()
+    if form == "oft":
+        assert "NUM_ACTIONS_CHUNK 4, ACTION_DIM 4, PROPRIO_DIM 4" in capsys.readouterr().out
+        with pytest.raises(CheckpointError, match="--format hf does not fit action_head l1"):
+            export_vla.export(str(run), tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize("variant", ["l1_2cam_proprio", "l1_2cam_proprio_film"])
+def test_an_imported_checkpoint_is_exported_with_the_same_files(variant, tmp_path):
+    folder = checkpoint(variant, tmp_path / "theirs")
+    export_vla.export(str(folder), tmp_path / "native", "native")
+    same(tensors_of(folder), tensors_of(tmp_path / "native"))
+    export_vla.export(str(tmp_path / "native"), tmp_path / "out", "oft")
+    same(tensors_of(folder), tensors_of(tmp_path / "out"))
+    for file in folder.glob("*--*.pt"):
+        part = file.name.partition("--")[0]
+        (out,) = (tmp_path / "out").glob(f"{part}--*checkpoint.pt")
+        theirs, ours = torch.load(file, weights_only=True), torch.load(out, weights_only=True)
+        assert {name: x.shape for name, x in theirs.items()} == {name: x.shape for name, x in ours.items()}
+        if part != "vision_backbone":
+            same(theirs, ours)
+    i, arrays, request = next(requests(variant))
+    np.testing.assert_allclose(load_vla(tmp_path / "out").predict_action(*request), arrays["actions_0"], atol=1e-4)
+
+
+def test_adapters_beside_a_head_trained_whole_on_two_ranks(run, tmp_path, ranks):
+    """From a run: --set base_vlm. The head continues, and each stage of ZeRO takes the same steps."""
+    losses = {}
+    for stage in (2, 3):
+        folder = tmp_path / str(stage)
+        folder.mkdir()
+        config = write_yaml(folder, **FILMED, base_vlm=str(run), lora_rank=4, max_steps=3, keep_checkpoints=1)
+        done = ranks(2, config, "--deepspeed_config", ds_json(folder / "ds.json", stage, bf16=False))
+        assert done.returncode == 0, done.text
+        losses[stage] = [values["loss"] for values in read_metrics(folder / "runs").values() if "loss" in values]
+    assert losses[2] == pytest.approx(losses[3], rel=1e-5) and losses[2][2] < losses[2][0]
+    trained = Checkpoint(list_checkpoints(folder / "runs/vla/checkpoints")[-1]).shapes
+    assert {name.split(".")[0] for name in trained if "lora" not in name} == {"action_head", "film", "proprio_projector"}
+    assert any("vision_backbone" in name for name in trained)
+    state = np.zeros(len(load_vla(run).convention(None).state))
+    assert np.isfinite(load_vla(folder / "runs/vla").predict_action(IMAGE, "open", None, state)).all()
+
+
+def test_blocks_that_recompute_see_the_same_instruction(policies):
+    """Recomputation in the backward pass reads FiLM's numbers again."""
+    arrays = np.load(OFT / "l1_2cam_proprio_film.npz")
+    vla = policies("l1_2cam_proprio_film").vla.requires_grad_(True)
+    batch = {name: torch.from_numpy(arrays[f"train_{name}"])
+             for name in ("images", "input_ids", "labels", "actions", "proprio")}
+    gradients = []
+    for again in (False, True):
+        if again:
+            vla.recompute_activations()
+        vla.zero_grad()
+        vla(**batch)[0].backward()
+        gradients.append({name: p.grad for name, p in vla.named_parameters() if p.grad is not None})
+    for block in vla.blocks:
+        del block.forward
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+# ---- Other programs ----------------------------------------------------------------------------------------
+
+
+def test_the_likelihood_of_numbers(run, tmp_path):
+    policy = load_vla(run)
+    mixture = examine.open_data(policy, "metaworld_demo", None, str(tmp_path))[0]
+    batch = next(examine.batches(mixture, [3, 500], "cpu"))
+    found = examine.log_likelihood(policy.vla, batch)
+    assert found.shape == (2, policy.vla.num_action_tokens)
+    loss = policy.vla(**batch)[0].item()
+    assert -found.mean().item() == pytest.approx(1 + np.log(255 * loss), abs=0.3)  # of each sample, exactly so
+
+
+def test_evaluation_and_the_doctor_take_it(run, tmp_path, commands):
+    jobs = [("", {}, "eval_vla.py", ["--checkpoint", run, "--samples", "16"]),
+            ("", {}, "doctor.py", [TINY["data_root_dir"] + "/metaworld_demo", "--checkpoint", run, "--index_dir", tmp_path,
+                                   "--out", tmp_path / "page.html"])]
+    for status, text in commands(*jobs):
+        assert status == 0, text
+
+
+def test_ofts_client_is_answered(policies):
+    policy = policies("l1_2cam_proprio")
+    _, arrays, ((full, wrist), text, _, state) = next(requests("l1_2cam_proprio"))
+    sent = {"full_image": wire.encode_array(full), "wrist_image": wire.encode_array(wrist), "instruction": text,
+            "state": wire.encode_array(state)}
+    query = wire.parse_request(json.dumps(sent).encode(), policy)
+    reply = wire.encode_action(policy.predict_action(query.views, query.instruction, query.unnorm_key, query.proprio),
+                               query)
+    steps = [np.frombuffer(base64.b64decode(step["__numpy__"]), step["dtype"]) for step in reply]
+    np.testing.assert_allclose(steps, arrays["actions_0"], atol=5e-5)
