@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 import numpy as np
 from experts import expert_of
-from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
+from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, PACKAGES, Simulator, task_names
 
+from examples.closed_loop import versions
 from examples.recording import episodes_from, open_scratch, record_all
 from machinery.config import exit_with_one_line
 from machinery.host import cores
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=cores())
     args = parser.parse_args()
     recording = {key: getattr(args, key) for key in ("cameras", *OPTICS, "noise", "tail", "experts")}
+    recording["simulator"] = versions(PACKAGES)
     scratch = args.out / f".{args.name}.episodes"
     with exit_with_one_line():
         tasks = task_names(args.tasks)

@@ -28,7 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 import numpy as np
 from PIL import Image
-from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Sheet, Simulator, task_names
+from simulator import (
+    GROUPS,
+    INSTRUCTIONS,
+    MAX_STEPS,
+    OPTICS,
+    PACKAGES,
+    Sheet,
+    Simulator,
+    task_names,
+)
 from tqdm import tqdm
 
 from examples import closed_loop
@@ -98,8 +107,8 @@ class Player:
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
         # older recordings do not have it
-        recorded = {"multisampling": 0, **json.loads(path.read_text())}
-        self.camera = {"cameras": self.views, **{key: recorded[key] for key in OPTICS}}
+        self.recording = {"multisampling": 0, **json.loads(path.read_text())}
+        self.camera = {"cameras": self.views, **{key: self.recording[key] for key in OPTICS}}
         self.execute = execute or max(1, cfg.action_chunk // 2)
 
     def act(self, task: str, histories: list[deque]) -> np.ndarray:
@@ -170,26 +179,28 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
     summary = {"per_task_average": rate(everything), "per_task_average_400": rate(everything, 400),
                "macro_average": {"rate": float(np.mean([g["rate"] for g in groups.values()])),
                                  "standard_error": math.sqrt(variance)},
-               "groups": groups, "tasks": {task: rate(episodes) for task, episodes in of.items()}}
+               "groups": groups, "tasks": {task: {**rate(episodes), "instruction": INSTRUCTIONS[task]}
+                                           for task, episodes in of.items()}}
     if len(seeds := {seed for _, seed in results}) > 1:
         summary["seeds"] = {str(seed): summarize({key: episodes for key, episodes in results.items()
                                                   if key[1] == seed}) for seed in sorted(seeds)}
     return summary
 
 
-def table(summary: dict) -> str:
-    """The summary as text."""
+def table(summary: dict, simulator: str) -> str:
+    """The summary as text. simulator: its versions, beside each average."""
     macro = summary["macro_average"]
     rows = [row(name, entry) for kind in ("tasks", "groups") for name, entry in summary[kind].items()]
-    rows += [row(name, summary[name]) for name in ("per_task_average_400", "per_task_average")]
-    rows += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
+    rows += [f"{row(name, summary[name])}  {simulator}" for name in ("per_task_average_400", "per_task_average")]
+    rows += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"
+             f"  {simulator}"]
     for seed, part in summary.get("seeds", {}).items():
         rows += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%} "
-                 f"macro_average {part['macro_average']['rate']:.1%}"]
+                 f"macro_average {part['macro_average']['rate']:.1%}  {simulator}"]
     return "\n".join(rows)
 
 
-def draw_chart(summary: dict, path: Path) -> None:
+def draw_chart(summary: dict, simulator: str, path: Path) -> None:
     """Draw the success of each task, by group, with intervals."""
     bars = []
     for group, members in GROUPS.items():
@@ -198,7 +209,8 @@ def draw_chart(summary: dict, path: Path) -> None:
         bars += [(group, summary["groups"][group], "#1f4e79")] if found else []
         bars += [(f"  {task}", summary["tasks"][task], "#8fb8de") for task in found]
     macro, mean = summary["macro_average"]["rate"], summary["per_task_average"]["rate"]
-    closed_loop.draw_chart(f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", bars, path)
+    title = f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}, {simulator}"
+    closed_loop.draw_chart(title, bars, path)
 
 
 def take_picture(simulator: Simulator, sheet: Sheet, film: list[Image.Image]) -> None:
@@ -245,18 +257,20 @@ def main() -> None:
         player = Player(args.checkpoint, args.recording, args.execute, device, args.int8)
         checkpoint = Path(open_weights(args.checkpoint).tensors.where)
         out = args.out or checkpoint.parents[1] / f"rollouts-{checkpoint.name}"
+        simulator = closed_loop.versions(PACKAGES)
         conditions = {"checkpoint": str(checkpoint), "execute": player.execute, "trials": args.trials,
-                      **player.camera, "device": device, "int8": args.int8}
+                      **player.camera, "device": device, "int8": args.int8, "simulator": simulator}
         open_folder(out, conditions)
+    closed_loop.compare_versions(simulator, player.recording)
     jobs = [(task, seed) for seed in args.seeds for task in tasks]
     paths = {job: out / "{}-{}.json".format(*job) for job in jobs}
     run(player, [job for job in jobs if not paths[job].exists()], args.trials, args.workers, out)
     results = {job: json.loads(path.read_text()) for job, path in paths.items()}
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
-    draw_chart(summary, out / "success.png")
+    draw_chart(summary, simulator, out / "success.png")
     draw_films(first_films(results, out), out)
-    print(table(summary))
+    print(table(summary, simulator))
     print(f"rollouts {out}")
 
 

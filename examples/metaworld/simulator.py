@@ -102,6 +102,8 @@ TASKS = {
     **GROUPS,
 }
 MAX_STEPS = 500  # simulator steps, Meta-World's own limit
+# success depends on their versions
+PACKAGES = ("mujoco", "metaworld")
 # the settings of a dataset's recording
 OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")
 

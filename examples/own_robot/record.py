@@ -10,6 +10,7 @@ Names help: joint_1, gripper_closed (if the larger value is closed), base_vx, de
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def main() -> None:
     splits = {split: demonstrations(robot, range(FIRST_SEED[split], FIRST_SEED[split] + count))
               for split, count in counts.items()}
     path = write_rlds(args.out, args.name, "1.0.0", features(robot), splits)
+    if hasattr(robot, "simulator"):
+        (path / "recording.json").write_text(json.dumps({"simulator": robot.simulator}) + "\n")
     print(f"recorded {path}")
     describe_dataset(path, {"action": [*robot.action_names], "observation/state": [*robot.state_names]})
 
