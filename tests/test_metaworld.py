@@ -31,7 +31,7 @@ RECORDING = {**CAMERA, "multisampling": 0, "noise": 0.0, "tail": 0, "experts": "
 try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its first context
     import make_dataset
     import rollout
-    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Sheet, Simulator, task_names
+    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, PACKAGES, Sheet, Simulator, task_names
 
     Simulator("reach-v3", **CAMERA)
 except Exception as error:
@@ -217,6 +217,8 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(tmp_path):
                 if p.is_file()}
 
     assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
+    recording = json.loads((tmp_path / "cut/mw/1.0.0/recording.json").read_text())
+    assert recording["noise"] == 0.1 and recording["simulator"] == rollout.closed_loop.versions(PACKAGES)
     assert not scratch.exists()
     again = python("make_dataset.py", *arguments(tmp_path / "cut"), check=False)
     assert again.returncode == 1 and "exists" in again.stderr
@@ -278,7 +280,8 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollout")
     run = tiny_run(folder)
     recording = folder / "recording.json"  # long actions, so that the hopeless episodes are soon over
-    recording.write_text(json.dumps({"image_size": 32, "jpeg_quality": 90, "action_repeat": 25}))
+    recording.write_text(json.dumps({"image_size": 32, "jpeg_quality": 90, "action_repeat": 25,
+                                     "simulator": "mujoco 3.1.0 metaworld 3.1.1"}))
     common = ["--checkpoint", run, "--trials", "2", "--recording", recording, "--device", "cpu", "--execute"]
     python("rollout.py", *common, "3", "--tasks", "reach-v3", "--out", folder / "alone")
     python("rollout.py", *common, "3", "--tasks", "coffee-button-v3", "--out", folder / "together")
@@ -290,7 +293,13 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     assert [trial["seed"] for trial in alone] == [200_000, 200_001]
     summary = json.loads((folder / "together/summary.json").read_text())
     assert summary["execute"] == 3 and summary["per_task_average"]["trials"] == 6
-    assert "macro_average" in done.stdout
+    simulator = summary["simulator"]
+    assert simulator.startswith("mujoco 3") and " metaworld 3" in simulator
+    averages = [line for line in done.stdout.splitlines() if "_average" in line]
+    assert len(averages) == 3 and all(line.endswith(simulator) for line in averages)
+    assert summary["tasks"]["reach-v3"]["instruction"] == INSTRUCTIONS["reach-v3"]
+    (warning,) = (line for line in done.stdout.splitlines() if "warning" in line)
+    assert simulator in warning and "recorded with mujoco 3.1.0" in warning
     pictures = {path.name for path in (folder / "together").iterdir()}
     assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= pictures
     refused = python("rollout.py", *common, "1", "--tasks", "reach-v3", "--out", folder / "alone",
@@ -309,6 +318,6 @@ def test_averages():
     assert summary["macro_average"]["rate"] == pytest.approx((3 / 4 + 4 / 6) / 2)
     assert summary["per_task_average"]["rate"] == 7 / 10 and summary["per_task_average_400"]["rate"] == 6 / 10
     assert summary["seeds"]["1"]["macro_average"]["rate"] == 1
-    assert "seed 1 per_task_average 100.0%" in rollout.table(summary)
+    assert "seed 1 per_task_average 100.0%" in rollout.table(summary, "mujoco 3.3.0")
     assert rollout.closed_loop.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # SciPy's figures
     assert rollout.closed_loop.wilson(0, 10)[0] == 0 and rollout.closed_loop.wilson(10, 10)[1] == 1

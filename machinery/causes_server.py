@@ -1,0 +1,97 @@
+"""Does a running server answer as this checkpoint does? Both answer the same training frames.
+
+If they differ, the checkpoint answers again: to changed pictures, and with or without the center
+crop. A change that makes them equal is the cause. Otherwise the numbers show whether the server has
+other statistics or another model. Rounding (8 bits, compiled code) changes few answers: no fault.
+"""
+
+import base64
+import itertools
+
+import numpy as np
+import requests
+
+from act import Policy
+from data import Mixture
+from machinery.causes import CHANGES, Cause, answer_causes, spread
+from machinery.config import UserError
+from machinery.images import decode_native
+from serve_vla import describe
+
+EVERY = 7  # of the frames that `spread` chooses: about 24
+BLACK = base64.b64decode(  # a PNG of 16 x 16 pixels, in place of a missing camera
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAEElEQVR42mNgGAWjYBTAAAADEAAB1y2EYwAAAABJRU5Erk"
+    "Jggg==")
+
+
+def server_causes(policy: Policy, train: Mixture, url: str, token: str | None) -> list[Cause]:
+    """Why the server at `url` does not answer as the policy does. Prints some of its facts. Raises
+    UserError if it does not answer at all."""
+    theirs = call(f"{url}/health", token)
+    if "model" not in theirs:
+        raise UserError(f"--server {url}: only clients with its token get its facts: add --token")
+    print("server", url, *(f"{key} {theirs[key]}" for key in ("model", "cameras", "action_shape")))
+    ours = describe(policy, theirs["model"])
+    for key, value in ours.items():
+        if theirs.get(key, value) != value:
+            text = f"the server's {key} is {theirs[key]}, this checkpoint's {value}"
+            return [Cause(1.0, "model", text, "serve this checkpoint")]
+
+    name = train.names[0]
+    table = train.tables[0]
+    samples = []
+    given = []
+    for row in spread(train)[::EVERY].tolist():
+        files = [file or BLACK for file in train.image_files(0, row)]
+        text = table.instructions[table.frames["instruction"][row]]
+        state = None
+        if policy.cfg.use_proprio:
+            # in standard form: it need not be the robot's, because both get the same
+            width = len(ours["state"][name])
+            state = np.resize(table.frames["proprio"][row], width).tolist()
+        samples.append(([decode_native(file) for file in files], text, name, state))
+        images = [base64.b64encode(file).decode() for file in files]
+        given.append(call(f"{url}/act", token, {"images": images, "instruction": text,
+                                                "unnorm_key": name, "proprio": state}))
+    names = ours["action"][name]
+    cfg = policy.cfg
+
+    def differences(change=np.asarray, crop: bool = cfg.image_aug) -> list[Cause]:
+        """Between the server's answers and the policy's to changed pictures."""
+        policy.cfg = cfg.model_copy(update={"image_aug": crop})
+        own = [policy.predict_action([change(view) for view in views], *rest)
+               for views, *rest in samples]
+        policy.cfg = cfg
+        return answer_causes(*(np.reshape(part, (-1, len(names))) for part in (own, given)), names)
+
+    return explain(differences, cfg.image_aug)
+
+
+def call(url: str, token: str | None, request: dict | None = None):
+    """The reply to a request. Raises UserError with the server's message."""
+    method = "POST" if request else "GET"
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    try:
+        reply = requests.request(method, url, json=request, headers=headers, timeout=600).json()
+    except requests.RequestException as error:
+        raise UserError(f"--server {url}: {error}: does serve_vla.py listen there?") from error
+    if "error" in reply:
+        raise UserError(f"--server {url}: {reply['error']}")
+    return reply
+
+
+def explain(differences, crops: bool) -> list[Cause]:
+    """Causes for the differences between a server's answers and a policy's.
+
+    differences: (a change of pictures, with center crop?) -> those that are left
+    crops: does the policy crop?"""
+    found = differences()
+    ways = {"unchanged": [np.asarray], **CHANGES}
+    for crop, fault in itertools.product([crops, not crops], ways if found else ()):
+        if not differences(ways[fault][0], crop):
+            text = (f"the server's answers are those to {fault} pictures with image_aug {crop}: "
+                    f"this checkpoint has {crops}")
+            return [Cause(max(found).evidence, "pictures", text, "serve with --center_crop "
+                          f"{'yes' if crops else 'no'}, and look for code that changes pictures")]
+    return [cause._replace(kind="model" if "another model" in cause.text else "statistics",
+                           text=f"the server: {cause.text}") for cause in found]
