@@ -39,17 +39,18 @@ def server_causes(policy: Policy, train: Mixture, url: str, token: str | None) -
 
     name = train.names[0]
     table = train.tables[0]
-    samples = []
+    rows = spread(train)[::EVERY]
+    texts = [table.instructions[number] for number in table.frames["instruction"][rows]]
+    states = [None] * len(rows)
+    if policy.cfg.use_proprio:
+        # in standard form: they need not be the robot's, because both get the same
+        shape = len(rows), len(ours["state"][name])
+        states = np.resize(table.frames["proprio"][rows], shape).tolist()
+    views = []
     given = []
-    for row in spread(train)[::EVERY].tolist():
+    for row, text, state in zip(rows.tolist(), texts, states, strict=True):
         files = [file or BLACK for file in train.image_files(0, row)]
-        text = table.instructions[table.frames["instruction"][row]]
-        state = None
-        if policy.cfg.use_proprio:
-            # in standard form: it need not be the robot's, because both get the same
-            width = len(ours["state"][name])
-            state = np.resize(table.frames["proprio"][row], width).tolist()
-        samples.append(([decode_native(file) for file in files], text, name, state))
+        views.append([decode_native(file) for file in files])
         images = [base64.b64encode(file).decode() for file in files]
         given.append(call(f"{url}/act", token, {"images": images, "instruction": text,
                                                 "unnorm_key": name, "proprio": state}))
@@ -59,8 +60,8 @@ def server_causes(policy: Policy, train: Mixture, url: str, token: str | None) -
     def differences(change=np.asarray, crop: bool = cfg.image_aug) -> list[Cause]:
         """Between the server's answers and the policy's to changed pictures."""
         policy.cfg = cfg.model_copy(update={"image_aug": crop})
-        own = [policy.predict_action([change(view) for view in views], *rest)
-               for views, *rest in samples]
+        changed = [[change(view) for view in frame] for frame in views]
+        own = policy.predict_action(changed, texts, name, states if cfg.use_proprio else None)
         policy.cfg = cfg
         return answer_causes(*(np.reshape(part, (-1, len(names))) for part in (own, given)), names)
 
@@ -93,5 +94,7 @@ def explain(differences, crops: bool) -> list[Cause]:
                     f"this checkpoint has {crops}")
             return [Cause(max(found).evidence, "pictures", text, "serve with --center_crop "
                           f"{'yes' if crops else 'no'}, and look for code that changes pictures")]
-    return [cause._replace(kind="model" if "another model" in cause.text else "statistics",
-                           text=f"the server: {cause.text}") for cause in found]
+    # other statistics scale every answer, and another model's may look scaled in some dimensions
+    others = [cause for cause in found if "another model" in cause.text]
+    return [cause._replace(kind="model" if others else "statistics",
+                           text=f"the server: {cause.text}") for cause in others or found]

@@ -28,6 +28,7 @@ from PIL import Image
 from starlette.requests import HTTPConnection
 from test_model import tiny_policy
 
+import act
 import serve_vla
 from act import ModelError, load_vla
 from machinery.causes_server import call, server_causes
@@ -622,7 +623,13 @@ def rounding(policy):
 
 
 def crop(policy):
-    policy.cfg.image_aug = True
+    policy.cfg.image_aug = True  # to the middle half, as the colors are far outside
+    policy.prepare_image = lambda image: act.Policy.prepare_image(policy, middle(image, policy.cfg.image_aug))
+
+
+def middle(image: np.ndarray, cropped: bool) -> np.ndarray:
+    width = image.shape[1] // 4 if cropped else 0
+    return image[:, width : image.shape[1] - width]
 
 
 def two_steps(policy):
