@@ -14,12 +14,16 @@ import functools
 import runpy
 import signal
 
+from machinery.config import Recipe, TrainConfig
+
+if __name__ == "__main__":  # python data.py --inspect DIR, which needs no PyTorch
+    runpy.run_module("machinery.inspect_data", run_name="__main__", alter_sys=True)
+
 import numpy as np
 import torch
 
 from action_tokenizer import IGNORE_INDEX, ActionTokenizer, normalize, prompt_ids
 from machinery import oxe
-from machinery.config import Recipe, TrainConfig
 from machinery.frames import DataError, FrameTable, follow_rank, frame_table
 from machinery.images import augment, center_crop, decode_image, draw_augmentation
 
@@ -149,8 +153,8 @@ class Mixture:
         count) of each."""
         first, count = oxe.kept_episodes(self.tables[dataset], self.train)
         if self.recipes[dataset].skip_idle:
-            actions = functools.partial(self.actions, dataset)
-            first, count = oxe.without_idle(first, count, actions)
+            first, count = oxe.divide(first, count, lambda rows: ~oxe.is_idle(
+                self.actions(dataset, rows)))
         first, count = first[count > 0], count[count > 0]
         return first, count, np.cumsum(count)
 
@@ -340,7 +344,3 @@ def to_device(batch: dict, device) -> dict:
     """The model's inputs, on the GPU. From pinned memory, the copy overlaps with computation."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()
             if key != "dataset"}
-
-
-if __name__ == "__main__":  # python data.py --inspect DIR
-    runpy.run_module("machinery.inspect_data", run_name="__main__", alter_sys=True)

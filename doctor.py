@@ -22,10 +22,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from machinery.config import (  # first: it names a missing package
+    Recipe,
+    UserError,
+    exit_with_one_line,
+    read_secret,
+)
+
+# isort: split
+
 import numpy as np
 
 from machinery import peers
-from machinery.config import Recipe, UserError, exit_with_one_line, read_secret
 from machinery.convention import dimension_names
 from machinery.files import atomic
 from machinery.frames import FrameTable, bad_episodes_file, frame_table

@@ -31,7 +31,7 @@ from machinery import recipes
 from machinery.config import Recipe, UserError
 from machinery.fields import check_recipe
 from machinery.files import atomic
-from machinery.frames import DataError, end_with_parent
+from machinery.frames import DataError, end_with_parent, statistics
 from machinery.host import cores
 from machinery.recipes import Feature
 from machinery.tfrecords import Steps, masked_crc, open_builder, read_records, step_features
@@ -184,43 +184,6 @@ def frame_rows(episode: dict) -> tuple[np.ndarray, list[str]]:
     for key, values in numbers.items():
         frames[key] = values
     return frames, instructions
-
-
-def statistics(frames: np.ndarray, num_trajectories: int, mask: np.ndarray) -> dict:
-    """The content of OpenVLA's dataset_statistics.json, over all splits of a dataset, bit for bit.
-
-    mask: which of an action's dimensions are normalized, (A,) bool. Mean and deviation are float32
-    sums in file order. Without proprio, OpenVLA writes zeros of the action's size.
-    """
-    action = np.ascontiguousarray(frames["action"])
-    proprio = np.zeros_like(action)
-    if "proprio" in frames.dtype.names:
-        proprio = np.ascontiguousarray(frames["proprio"])
-    result: dict = {"num_transitions": len(frames), "num_trajectories": num_trajectories}
-    for name, values in (("action", action), ("proprio", proprio)):
-        result[name] = {
-            "mean": values.mean(0).tolist(),
-            "std": values.std(0).tolist(),
-            "max": values.max(0).tolist(),
-            "min": values.min(0).tolist(),
-            "q01": quantile(values, 0.01).tolist(),
-            "q99": quantile(values, 0.99).tolist(),
-        }
-    result["action"]["mask"] = mask.tolist()
-    return result
-
-
-def quantile(values: np.ndarray, q: float) -> np.ndarray:
-    """Linear quantile over axis 0 with the rounding of NumPy 1.26, OpenVLA's version: the
-    neighbors' difference in float32, the rest in float64 (newer versions stay in float32)."""
-    position = (len(values) - 1) * q
-    low = int(position)
-    high = min(low + 1, len(values) - 1)
-    t = position - low
-    ordered = np.partition(values, (low, high), axis=0)
-    a, b = ordered[low], ordered[high]
-    difference = (b - a).astype(np.float64)
-    return a + difference * t if t < 0.5 else b - difference * (1 - t)
 
 
 # ---- Writing -------------------------------------------------------------------------------------

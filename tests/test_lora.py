@@ -216,6 +216,9 @@ def test_a_base_in_openvlas_format_and_adapters_on_adapters(runs, tmp_path, plai
         assert f"weights_from {where}" in done.text and "resumed" in done.text
     assert "\nmemory weights_gb" in done.text
     np.testing.assert_array_equal(read(tmp_path / "on_hf"), read(tmp_path / "on_run"))
+    export_vla.export(str(tmp_path / "on_hf"), tmp_path / "adapter", "peft")
+    named = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "hf")  # peft and transformers load it
     weights = tmp_path / "hf/model-00001-of-00001.safetensors"
     content = bytearray(weights.read_bytes())
     content[-8:] = b"\0" * 8  # in the first row of the last tensor, a vector
@@ -235,12 +238,28 @@ def test_what_cannot_be_is_refused(tmp_path, tiny, plain_run):
 # ---- For peft ----------------------------------------------------------------------------------------------
 
 
-def test_peft_loads_the_adapters_onto_the_exported_base(runs, batch, tmp_path):
+def test_the_base_that_peft_is_told(tmp_path, capsys):
+    """Its id on the hub, also for the hub's cache; its directory; nothing, if peft could not load it."""
+    cached = tmp_path / "models--openvla--openvla-7b/snapshots/31f090d0"
+    for folder in (cached, tmp_path / "native"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": "openvla"} if folder == cached else {"vla": {}}))
+    for name, where, told in (("openvla/openvla-7b", cached, "openvla/openvla-7b"),
+                              (str(cached), cached, "openvla/openvla-7b"),
+                              ("prism-siglip-224px+7b", tmp_path / "native/checkpoints/step-1.pt", None),
+                              (str(tmp_path / "native"), tmp_path / "native", None)):
+        assert export_vla.base_for_peft(name, where) == told
+        assert ("--format hf" in capsys.readouterr().out) == (told is None)
+
+
+def test_peft_loads_the_adapters_onto_the_exported_base(runs, batch, tmp_path, capsys):
     """The module tree of OpenVLA's Hugging Face class, made of this project's modules."""
     peft = pytest.importorskip("peft")
     adapted = runs / "lora-full-zero0-x1"
     export_vla.export(str(runs / "base"), tmp_path / "base", "hf")
     export_vla.export(str(adapted), tmp_path / "adapter", "peft")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path is None
+    assert f"note: the base {runs / 'base'}" in capsys.readouterr().out
     vla = load_vla(tmp_path / "base").vla
     begun, projector = logits(vla, batch), vla.projector["projector"]
 

@@ -22,6 +22,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from expert import TASKS, Expert
 from protocol import MAX_STEPS, PACKAGES, Protocol, jpeg, settle
@@ -29,7 +33,6 @@ from simulator import Simulator, instructions
 
 from examples.closed_loop import versions
 from examples.recording import episodes_from, open_scratch, record_all
-from machinery.config import UserError, exit_with_one_line
 from machinery.host import cores
 from machinery.rlds import write_rlds
 
@@ -126,9 +129,9 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.2,
                         help="standard deviation, on the executed changes of position; 1 is 5 cm")
     parser.add_argument("--tail", type=int, default=8, help="recorded steps after success")
-    parser.add_argument("--name", default="libero_scripted")
-    parser.add_argument("--out", type=Path, default=Path("datasets"))
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--name", default="libero_scripted", help="of the dataset")
+    parser.add_argument("--out", type=Path, default=Path("datasets"), help="the folder of all datasets")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     args = parser.parse_args()
     recording = {"noise": args.noise, "tail": args.tail, "simulator": versions(PACKAGES),
                  **{key: getattr(Protocol(), key) for key in RECORDED}}
@@ -143,7 +146,7 @@ def main() -> None:
     kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
     path = write_rlds(args.out, args.name, "1.0.0", features(), splits)
-    (path / "recording.json").write_text(json.dumps({**recording, "tasks": tasks}) + "\n")
+    (path / "recording.json").write_text(json.dumps({**recording, "tasks": tasks, "fps": 20}) + "\n")
     shutil.rmtree(scratch)
     print(path)
 

@@ -33,13 +33,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from PIL import Image
 from protocol import MAX_STEPS, PACKAGES, Protocol, command, see, settle
 from tqdm import tqdm
 
 from examples import closed_loop
-from machinery.config import UserError, exit_with_one_line
 from machinery.convention import STANDARD
 from machinery.host import cores
 
@@ -293,7 +296,7 @@ def parse_arguments() -> argparse.Namespace:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--checkpoint", help="a run, a checkpoint, OpenVLA's, or a hub id")
     asked.add_argument("--server", help="the address of a server that replies like serve_vla.py")
-    parser.add_argument("--suite", required=True, choices=[*MAX_STEPS])
+    parser.add_argument("--suite", required=True, choices=[*MAX_STEPS], help="of tasks")
     parser.add_argument("--tasks", type=int, nargs="+",
                         help="numbers in the suite, from 0; default: all")
     parser.add_argument("--trials", type=int, default=50,
@@ -304,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="actions executed per predicted chunk; default: all")
     parser.add_argument("--unnorm_key", help="the dataset whose units to use; default: the suite's")
     parser.add_argument("--out", type=Path, help="default: a folder in the run, or in this one")
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--int8", action="store_true",
                         help="the language model's weights in 8 bits")
@@ -316,7 +319,8 @@ def parse_arguments() -> argparse.Namespace:
     points.add_argument("--jpeg_quality", type=int, default=default.jpeg_quality, help="0: no JPEG")
     points.add_argument("--center_crop", choices=["yes", "no"],
                         help="default: on for OpenVLA's checkpoints, as trained for ours, off for servers")
-    points.add_argument("--settling_steps", type=int, default=default.settling_steps)
+    points.add_argument("--settling_steps", type=int, default=default.settling_steps,
+                        help="steps without motion before the first image")
     points.add_argument("--max_steps", type=int, help="after settling; default: the suite's")
     points.add_argument("--opens_at", type=int, choices=[0, 1],
                         help="the model's value of an open gripper; default: from its data, else 1")

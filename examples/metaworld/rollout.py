@@ -26,6 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # those that need torch are imported where they are used: the simulators' processes read this file
 # too
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from PIL import Image
 from simulator import (
@@ -42,7 +46,6 @@ from tqdm import tqdm
 
 from examples import closed_loop
 from examples.closed_loop import SIDE, draw_films, encode_film, open_folder, row
-from machinery.config import UserError, exit_with_one_line
 from machinery.host import cores
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
@@ -188,28 +191,35 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
 
 
 def table(summary: dict, simulator: str) -> str:
-    """The summary as text. simulator: its versions, beside each average."""
-    macro = summary["macro_average"]
-    rows = [row(name, entry) for kind in ("tasks", "groups") for name, entry in summary[kind].items()]
-    rows += [f"{row(name, summary[name])}  {simulator}" for name in ("per_task_average_400", "per_task_average")]
-    rows += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"
-             f"  {simulator}"]
+    """The summary as text. Groups and their mean are left out if all tasks are of one. simulator: its
+    versions, beside each average."""
+    rows = [row(name, entry) for name, entry in summary["tasks"].items()]
+    macro, several, averages = summary["macro_average"], len(summary["groups"]) > 1, []
+    if several:
+        rows += [row(name, entry) for name, entry in summary["groups"].items()]
+    if summary["per_task_average_400"] != summary["per_task_average"]:
+        averages += [row("per_task_average_400", summary["per_task_average_400"])]
+    averages += [row("per_task_average", summary["per_task_average"])]
+    if several:
+        averages += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
     for seed, part in summary.get("seeds", {}).items():
-        rows += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%} "
-                 f"macro_average {part['macro_average']['rate']:.1%}  {simulator}"]
+        mean = f" macro_average {part['macro_average']['rate']:.1%}" if several else ""
+        averages += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%}{mean}"]
+    rows += [f"{line}  {simulator}" for line in averages]
     return "\n".join(rows)
 
 
 def draw_chart(summary: dict, simulator: str, path: Path) -> None:
     """Draw the success of each task, by group, with intervals."""
-    bars = []
+    bars, several = [], len(summary["groups"]) > 1
     for group, members in GROUPS.items():
         found = [task for task in members if task in summary["tasks"]]
         found.sort(key=lambda task: -summary["tasks"][task]["rate"])
-        bars += [(group, summary["groups"][group], "#1f4e79")] if found else []
+        bars += [(group, summary["groups"][group], "#1f4e79")] if found and several else []
         bars += [(f"  {task}", summary["tasks"][task], "#8fb8de") for task in found]
     macro, mean = summary["macro_average"]["rate"], summary["per_task_average"]["rate"]
-    title = f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}, {simulator}"
+    title = f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}" if several else f"success: {mean:.1%}"
+    title += f", {simulator}"
     closed_loop.draw_chart(title, bars, path)
 
 
@@ -242,7 +252,7 @@ def main() -> None:
     parser.add_argument("--recording", type=Path,
                         help="the dataset's recording.json; default: found through the run")
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--int8", action="store_true",
                         help="the language model's weights in 8 bits")

@@ -19,9 +19,12 @@ import json
 import urllib.error
 import urllib.request
 
+from robot import Arm  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from PIL import Image
-from robot import Arm
 
 # the model's camera names (see the YAML): the robot's
 CAMERAS = {"primary": "outside", "wrist": "wrist"}
@@ -83,7 +86,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where serve_vla.py listens")
-    parser.add_argument("--episodes", type=int, default=40)
+    parser.add_argument("--episodes", type=int, default=40, help="how many")
     parser.add_argument("--delay", type=int, default=0, help="steps from the images to the answer")
     parser.add_argument("--prefix", action="store_true",
                         help="send the actions executed in these steps")
