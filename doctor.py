@@ -217,21 +217,26 @@ def examine_policy(args: argparse.Namespace) -> None:
     from machinery.examine import open_data, open_policy
 
     policy = open_policy(str(args.what))
-    name = policy.dataset_name(args.data_mix)
+    name = args.data_mix or next((key for key in policy.norm_stats if key in policy.cfg.data_mix),
+                                 None)
+    name = policy.dataset_name(name)
     train, held_out = open_data(policy, name, args.dataset, args.index_dir)
     seen = seen_table(args.seen, policy.cfg, args.index_dir) if args.seen else None
     print(f"policy {args.what} dataset {train.tables[0].directory}")
-    causes = find_causes(policy, train, held_out, seen)
+    causes = find_causes(policy, args.what, train, held_out, seen)
+    examined = "data, statistics, weights, prompt, training"
+    if seen:
+        examined += "; requests: pictures, words, states, answers, and what the robot did"
     if args.rollout:
         causes += rollout_causes(train, args.rollout)
+        examined += "; a closed loop"
     if args.server:
         token = read_secret(args.token, "--token") if args.token else None
         causes += server_causes(policy, train, args.server.rstrip("/"), token)
+        examined += "; a server"
     causes.sort(reverse=True, key=lambda cause: cause.evidence)
     for cause in causes:
         print(f"cause {cause.kind} evidence {cause.evidence:.2f} {cause.text}: {cause.cure}")
-    examined = "its own frames" + (", requests (pictures, words, states, answers)" if seen else "")
-    examined += ", a closed loop" * bool(args.rollout) + ", a server" * bool(args.server)
     print(f"causes {len(causes)} examined: {examined}")
     out = args.out or Path("report.html")
     write_causes(out, str(args.what), examined, causes)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from data import Mixture
-from machinery.causes import Cause
 from machinery.config import UserError
+from machinery.examine import Cause
 
 
 def rollout_causes(train: Mixture, path: Path) -> list[Cause]:

@@ -13,8 +13,9 @@ import requests
 
 from act import Policy
 from data import Mixture
-from machinery.causes import CHANGES, Cause, answer_causes, spread
+from machinery.causes import CHANGES, answer_causes
 from machinery.config import UserError
+from machinery.examine import Cause, spread
 from machinery.images import decode_native
 from serve_vla import describe
 
