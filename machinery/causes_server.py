@@ -1,12 +1,12 @@
 """Does a running server answer as this checkpoint does? Both answer the same training frames.
 
-If they differ, the checkpoint answers again: to changed pictures, and with or without the center
-crop. A change that makes them equal is the cause. Otherwise the numbers show whether the server has
-other statistics or another model. Rounding (8 bits, compiled code) changes few answers: no fault.
+First, what the server reports of itself (/health) is compared. If its answers differ, the
+checkpoint answers again, to changed pictures: a change that makes them equal is the cause. Otherwise
+the numbers show whether the server scales its answers or has another model. Rounding (8 bits,
+compiled code) changes few answers and is no fault.
 """
 
 import base64
-import itertools
 
 import numpy as np
 import requests
@@ -19,6 +19,7 @@ from machinery.examine import Cause, spread
 from machinery.images import decode_native
 from serve_vla import describe
 
+KINDS = {"center_crop": "pictures", "action_q01_q99": "statistics"}  # of facts; others: model
 EVERY = 7  # of the frames that `spread` chooses: about 24
 BLACK = base64.b64decode(  # a PNG of 16 x 16 pixels, in place of a missing camera
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAEElEQVR42mNgGAWjYBTAAAADEAAB1y2EYwAAAABJRU5Erk"
@@ -36,7 +37,7 @@ def server_causes(policy: Policy, train: Mixture, url: str, token: str | None) -
     for key, value in ours.items():
         if theirs.get(key, value) != value:
             text = f"the server's {key} is {theirs[key]}, this checkpoint's {value}"
-            return [Cause(1.0, "model", text, "serve this checkpoint")]
+            return [Cause(1.0, KINDS.get(key, "model"), text, "serve this checkpoint as it is")]
 
     name = train.names[0]
     table = train.tables[0]
@@ -56,17 +57,14 @@ def server_causes(policy: Policy, train: Mixture, url: str, token: str | None) -
         given.append(call(f"{url}/act", token, {"images": images, "instruction": text,
                                                 "unnorm_key": name, "proprio": state}))
     names = ours["action"][name]
-    cfg = policy.cfg
 
-    def differences(change=np.asarray, crop: bool = cfg.image_aug) -> list[Cause]:
+    def differences(change=np.asarray) -> list[Cause]:
         """Between the server's answers and the policy's to changed pictures."""
-        policy.cfg = cfg.model_copy(update={"image_aug": crop})
         changed = [[change(view) for view in frame] for frame in views]
-        own = policy.predict_action(changed, texts, name, states if cfg.use_proprio else None)
-        policy.cfg = cfg
+        own = policy.predict_action(changed, texts, name, states if ours["proprio"] else None)
         return answer_causes(*(np.reshape(part, (-1, len(names))) for part in (own, given)), names)
 
-    return explain(differences, cfg.image_aug)
+    return explain(differences)
 
 
 def call(url: str, token: str | None, request: dict | None = None):
@@ -82,19 +80,16 @@ def call(url: str, token: str | None, request: dict | None = None):
     return reply
 
 
-def explain(differences, crops: bool) -> list[Cause]:
+def explain(differences) -> list[Cause]:
     """Causes for the differences between a server's answers and a policy's.
 
-    differences: (a change of pictures, with center crop?) -> those that are left
-    crops: does the policy crop?"""
+    differences: a change of pictures -> those that are left"""
     found = differences()
-    ways = {"unchanged": [np.asarray], **CHANGES}
-    for crop, fault in itertools.product([crops, not crops], ways if found else ()):
-        if not differences(ways[fault][0], crop):
-            text = (f"the server's answers are those to {fault} pictures with image_aug {crop}: "
-                    f"this checkpoint has {crops}")
-            return [Cause(max(found).evidence, "pictures", text, "serve with --center_crop "
-                          f"{'yes' if crops else 'no'}, and look for code that changes pictures")]
+    for fault in CHANGES if found else ():
+        if not differences(CHANGES[fault][0]):
+            text = f"the server's answers are those to pictures that are {fault}"
+            return [Cause(max(found).evidence, "pictures", text,
+                          "look for code in the server, or before it, that changes pictures")]
     # other statistics scale every answer, and another model's may look scaled in some dimensions
     others = [cause for cause in found if "another model" in cause.text]
     return [cause._replace(kind="model" if others else "statistics",

@@ -649,13 +649,11 @@ def rounding(policy):
 
 
 def crop(policy):
-    policy.cfg.image_aug = True  # to the middle half, as the colors are far outside
-    policy.prepare_image = lambda image: act.Policy.prepare_image(policy, middle(image, policy.cfg.image_aug))
+    policy.cfg.image_aug = True
 
 
-def middle(image: np.ndarray, cropped: bool) -> np.ndarray:
-    width = image.shape[1] // 4 if cropped else 0
-    return image[:, width : image.shape[1] - width]
+def other_units(policy):
+    policy.actions = lambda *given: 2 * act.Policy.actions(policy, *given)
 
 
 def two_steps(policy):
@@ -664,9 +662,9 @@ def two_steps(policy):
 
 @pytest.mark.parametrize("change, kind, words", [
     (lambda policy: None, None, None), (rounding, None, None),
-    (wrong_colors, "pictures", "red and blue swapped pictures with image_aug False"),
-    (crop, "pictures", "unchanged pictures with image_aug False.* --center_crop yes"),
-    (other_statistics, "statistics", "2 times this policy's"),
+    (wrong_colors, "pictures", "pictures that are red and blue swapped"),
+    (crop, "pictures", "center_crop is False, this checkpoint's True"),
+    (other_statistics, "statistics", "action_q01_q99"), (other_units, "statistics", "0.5 times this policy's"),
     (another_head, "model", "another model.*serve this checkpoint"),
     (two_steps, "model", "action_shape is .1, 3., this checkpoint's .2, 3.")])
 def test_the_doctor_compares_a_server_with_a_checkpoint(change, kind, words, server, colors, capsys):
