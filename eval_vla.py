@@ -58,7 +58,7 @@ from tqdm import tqdm
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
 from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables, to_device
-from machinery import oxe
+from machinery import oft_data, oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.convention import Convention, convention, dimension_names
 from machinery.files import read_metrics
@@ -99,7 +99,7 @@ def from_camera(policy: Policy, mixture: Mixture, frames: list[tuple]
     inputs = policy.prepare(views, texts, name, np.stack(states) if states else None)
     tokens = policy.generate(*inputs)
     actions = policy.actions(tokens, name)
-    return tokens.cpu().numpy(), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
+    return policy.ids(tokens), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ def from_training_inputs(policy: Policy, mixture: Mixture, frames: list[tuple]
     batch = to_device(batch, policy.vla.llm.device)
     _, forced, true = policy.vla(**batch)
     greedy = policy.generate(batch["images"], prompts, batch.get("proprio"))
-    return forced.cpu().numpy(), greedy.cpu().numpy(), true.cpu().numpy()
+    return forced.cpu().numpy(), policy.ids(greedy), true.cpu().numpy()
 
 
 def collect(policy: Policy, mixture: Mixture, frames: np.ndarray) -> dict[str, np.ndarray]:
@@ -372,7 +372,7 @@ def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     if action_dim != cfg.action_dim:
         raise DataError(f"data_mix {cfg.data_mix}: its actions have {action_dim} dimensions, the "
                         f"model's {cfg.action_dim}")
-    mixture = Mixture(cfg, tables, policy.tokenizer, train)
+    mixture = oft_data.mixture_class(cfg)(cfg, tables, policy.tokenizer, train)
     for name, ours in mixture.statistics.items():
         theirs = policy.norm_stats.setdefault(name, ours)
         for key in ("q01", "q99", "mean"):  # the mean notices an inverted gripper

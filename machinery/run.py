@@ -55,7 +55,7 @@ from machinery.weights import SHAPE, describe_base, fingerprint, start_from
 MEANING = """vision_backbone llm_backbone tokenizer add_action_tokens arch_specifier prompt_style
     image_size freeze_vision_backbone freeze_llm_backbone unfreeze_last_llm_layer lora_rank
     lora_alpha frozen_weights cameras use_proprio window_size action_chunk parallel_decoding
-    action_normalization""".split()
+    action_head film action_normalization""".split()
 # keys that determine its start and its batches: a run continues with the same ones only
 BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights image_aug
     skip_bad_episodes max_prefix seed global_batch_size""".split()

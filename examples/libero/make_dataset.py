@@ -143,9 +143,10 @@ def main() -> None:
         open_scratch(scratch, recording)
     counts = {"train": args.episodes, "val": args.val_episodes}
     wanted = {(task, FIRST_SEED[split]): count for split, count in counts.items() if count for task in tasks}
-    kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
+    layout = features()
+    kept = record_all(functools.partial(record, recording=recording), layout, wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
-    path = write_rlds(args.out, args.name, "1.0.0", features(), splits)
+    path = write_rlds(args.out, args.name, "1.0.0", layout, splits)
     (path / "recording.json").write_text(json.dumps({**recording, "tasks": tasks, "fps": 20}) + "\n")
     shutil.rmtree(scratch)
     print(path)

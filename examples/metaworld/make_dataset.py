@@ -38,7 +38,7 @@ from machinery.rlds import write_rlds
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
 
 
-@functools.lru_cache(maxsize=1)  # one per process: all episodes of a job have the same task
+@functools.lru_cache(maxsize=1)  # one per process: it records one task for a while
 def simulator_of(task: str, cameras: tuple, *optics) -> Simulator:
     """This process's simulator of a task. optics: values of OPTICS."""
     return Simulator(task, cameras, *optics)
@@ -130,9 +130,10 @@ def main() -> None:
         open_scratch(scratch, recording)
     counts = {"train": args.episodes, "val": args.val_episodes}
     wanted = {(task, FIRST_SEED[split]): count for split, count in counts.items() if count for task in tasks}
-    kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
+    layout = features(args.cameras, args.image_size)
+    kept = record_all(functools.partial(record, recording=recording), layout, wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
-    path = write_rlds(args.out, args.name, "1.0.0", features(args.cameras, args.image_size), splits)
+    path = write_rlds(args.out, args.name, "1.0.0", layout, splits)
     # rollout.py reads it to use the same settings, and eval_vla.py its `fps`: 80 simulator steps a second
     (path / "recording.json").write_text(json.dumps({**recording, "fps": 80 / args.action_repeat}) + "\n")
     shutil.rmtree(scratch)
