@@ -254,7 +254,7 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
         change, cure = CHANGES.get(best, (None, "swap the cameras in the request"))
         if evidence > ENOUGH and plain > 1.5 * usual:
             text = (f"{best}: training's pictures, changed so, are "
-                    f"{1 / max(1 - evidence, 1e-9):.1f} times as near to what acting sees")
+                    f"{1 / max(1 - evidence, 1e-3):.1f} times as near to what acting sees")
             change = None if best == "black" else change
         elif coarse:
             evidence, best = coarse

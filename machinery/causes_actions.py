@@ -21,7 +21,7 @@ from machinery.peers import distances
 
 RIDGE = 0.003  # of the kernel, whose diagonal is 1
 FEW = 20  # requests with a next one: fewer prove nothing
-EXPLAINED = 0.15  # a way is named if it explains this share of the error
+EXPLAINED = 0.15, 0.4  # a way is named if it explains this share of the error; a second way
 DELAYS = range(1, 7)  # frames
 HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
 SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
@@ -68,6 +68,8 @@ class Motion:
         rows = 1 + np.flatnonzero(episode[:-2] == episode[2:])
         change = states[rows + 1] - states[rows]
         self.scale = change.std(0) + 1e-9  # (P,)
+        self.middle = states.mean(0)
+        self.reach = np.ptp(states, axis=0)
         known = self.inputs(states[rows], actions[rows], actions[rows - 1])
         spread = known.std(0) + 1e-9
         spread[0] = 1
@@ -141,22 +143,19 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
         if raw[dim]:
             text = f"{name} is executed in another range"
             cure = f"send {name} as it is answered, in {low[dim]:g}..{high[dim]:g}"
-            pointwise(text, cure, dim, lambda x: (x + 1) / 2)
-            pointwise(text, cure, dim, lambda x: 2 * x - 1)
+            for factor, offset in ((0.5, 0.5), (2, -1), (0.5, 0), (0.1, 0), (10, 0)):
+                pointwise(text, cure, dim, lambda x, a=factor, b=offset: a * x + b)
         for other in range(dim):
             order = every.copy()
             order[[dim, other]] = other, dim
             found.append(Way(f"{names[other]} and {name} are exchanged: another order of columns",
                              f"execute the columns in the order {', '.join(names)}",
                              lambda x, states, order=order: x[:, order]))
-    for places in range(1, width):
-        found.append(Way("the columns are executed in another order",
-                         f"execute the columns in the order {', '.join(names)}",
-                         lambda x, states, places=places: np.roll(x, places, 1)))
     for factor in SCALES:
         for dims in [every[~raw], *every[~raw][:, None]]:
             which = "the actions are" if len(dims) > 1 else f"{names[dims[0]]} is"
-            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit",
+            sign = ", or the other sign, if it cannot move back" * (len(dims) == 1 and factor < 1)
+            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit{sign}",
                       "execute the numbers of the answer in the units of the recording, unscaled",
                       dims, lambda x, factor=factor: x * factor)
     place = np.abs(motion.effect / motion.scale).argmax(1)  # (A,) the state that an action moves
@@ -206,7 +205,9 @@ class Trial:
         self.played = played
         self.length = length
         episode = played.episode
-        self.followed = np.append(episode[1:] == episode[:-1], False)
+        away = np.abs(played.states - motion.middle) / (motion.reach + 1e-9)
+        near = (away < 2).all(1)  # farther away, actions have other effects
+        self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
         self.number = np.arange(len(episode)) - np.searchsorted(episode, episode)
 
     def errors(self, way: Way, frames: int) -> np.ndarray:
@@ -217,11 +218,11 @@ class Trial:
         wrong = np.where((self.followed & early)[:, None], np.abs(wrong), np.nan)
         return wrong[:, self.motion.moved]
 
-    def best(self, way: Way, most: int = 1_000_000) -> tuple[int, np.ndarray]:
+    def best(self, way: Way) -> tuple[int, np.ndarray]:
         """The frames from request to request that explain it best, and the errors."""
         steps = self.played.answers.shape[1]
         tries = [(way.hold * count, self.errors(way, way.hold * count))
-                 for count in range(1, steps + 1) if way.hold * count <= most or count == 1]
+                 for count in range(1, steps + 1)]
         return min(tries, key=lambda each: np.nanmean(each[1]))
 
 
@@ -230,10 +231,12 @@ def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
     it explains, way, frames from request to request)."""
     now = Way("", "")
     found = []
-    for _ in range(2):
+    for least in EXPLAINED:
         _, errors = trial.best(now)
         tried = []
         for way in every:
+            if any(way.text == other.text for _, other, _ in found):
+                continue
             frames, after = trial.best(combined(way, now))
             before = np.where(np.isnan(after), np.nan, errors)
             tried.append((np.nanmean(after) / np.nanmean(before), way, frames, before, after))
@@ -243,7 +246,7 @@ def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
             break
         gain = min(1 - np.nansum(after[half::2, touched]) / np.nansum(before[half::2, touched])
                    for half in (0, 1))
-        if not gain > EXPLAINED:
+        if not gain > least:
             break
         found.append((float(gain), way, frames))
         now = combined(way, now)

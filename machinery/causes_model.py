@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from act import Policy
 from action_tokenizer import PROMPTS, SENTENCEPIECE_SPACE, prompt_ids
 from data import Mixture
-from machinery.examine import FRAMES, Cause, batches, log_likelihood, look, spread
+from machinery.examine import Cause, batches, log_likelihood, look, spread
 from machinery.peers import distances, evenly
 from machinery.survey import survey
 from machinery.survey_numbers import bounds
@@ -35,7 +34,8 @@ def model_causes(policy: Policy, train: Mixture, held_out: Mixture | None, run: 
     if wrong := statistics_cause(policy, train):
         yield wrong
         return  # all losses follow from it
-    loss, blind = losses(policy, train)
+    loss = loss_of(policy, train)
+    blind = loss_of(policy, train, own_pictures=False)
     chance = entropy(train)
     logged, step = logged_loss(run)
     logged *= 1 + 1 / policy.vla.num_action_tokens  # which counts </s>, whose loss is 0
@@ -56,41 +56,35 @@ def model_causes(policy: Policy, train: Mixture, held_out: Mixture | None, run: 
     if blind - loss < 0.05:
         yield Cause(0.8, "model", f"pictures hardly matter: {text}with other frames' pictures "
                     f"{blind:.2f}", "data.py --inspect draws what its camera sees")
-    elif better := other_reading(policy, train, loss):
+    elif not logged and (better := other_reading(policy, train, loss)):
         yield better
-    if ignored := text_cause(policy, train):
+    if ignored := text_cause(policy, train, loss):
         yield ignored
-    unknown = losses(policy, held_out)[0] if held_out else loss
+    unknown = loss_of(policy, held_out) if held_out else loss
     if unknown > loss + 1.0:
         yield Cause(0.4, "training", f"the loss is {loss:.2f} on training frames and {unknown:.2f} "
                     "on held-out ones: it has memorized them (overfitting)",
                     "record more episodes, train shorter, or set image_aug: true")
     if step < 0.9 * cfg.max_steps:
-        yield Cause(0.2, "weak", f"{text}at step {step:.0f} of {cfg.max_steps}", "train to the end, "
-                    "or use the last checkpoint")
+        yield Cause(0.2, "weak", f"{text}at step {step:.0f} of {cfg.max_steps}",
+                    "train to the end, or use the last checkpoint")
 
 
 # ---- The loss ------------------------------------------------------------------------------------
 
 
-def losses(policy: Policy, mixture: Mixture, most: int = FRAMES) -> np.ndarray:
-    """(2,) nats per action token: with each frame's own pictures, and with another frame's."""
-    found = []
-    for batch in batches(mixture, spread(mixture, most), policy.vla.llm.device):
-        images = batch["images"]
-        other = batch | {"images": images.roll(len(images) // 2, dims=0)}
-        both = [-log_likelihood(policy.vla, inputs).mean(1) for inputs in (batch, other)]
-        found.append(torch.stack(both).cpu().numpy())
-    return np.concatenate(found, axis=1).mean(1)
-
-
-def loss_of(policy: Policy, mixture: Mixture, prompt: Callable | None = None) -> float:
-    """Nats per action token of some frames, with another prompt: a function of the instruction."""
+def loss_of(policy: Policy, mixture: Mixture, prompt: Callable | None = None,
+            own_pictures: bool = True) -> float:
+    """Nats per action token, as in training, or with another prompt, a function of the instruction,
+    or with other frames' pictures."""
     own = mixture.prompt
     mixture.prompt = prompt or own
+    found = []
     try:
-        found = [-log_likelihood(policy.vla, batch).mean(1).cpu().numpy() for batch
-                 in batches(mixture, spread(mixture, FRAMES // 2), policy.vla.llm.device)]
+        for batch in batches(mixture, spread(mixture), policy.vla.llm.device):
+            if not own_pictures:
+                batch["images"] = batch["images"].roll(len(batch["images"]) // 2, dims=0)
+            found.append(-log_likelihood(policy.vla, batch).mean(1).cpu().numpy())
     finally:
         mixture.prompt = own
     return float(np.concatenate(found).mean())
@@ -127,7 +121,6 @@ def logged_loss(run: Path) -> tuple[float, float]:
 def other_reading(policy: Policy, mixture: Mixture, loss: float) -> Cause | None:
     """The prompt or the attention mask with which the weights explain the frames far better."""
     tokenizer, cfg = policy.tokenizer, policy.cfg
-    own = loss_of(policy, mixture)
     space = tokenizer.convert_tokens_to_ids(SENTENCEPIECE_SPACE)
     tries = {}
     for style in PROMPTS:
@@ -141,12 +134,12 @@ def other_reading(policy: Policy, mixture: Mixture, loss: float) -> Cause | None
         with full_attention(policy):
             tries["full attention"] = loss_of(policy, mixture)
     best = min(tries, key=tries.__getitem__)
-    if tries[best] > own - BETTER:
+    if tries[best] > loss - BETTER:
         return None
     cure = "act with causal attention only as it was trained, or train it again here"
     if best != "full attention":
         cure = f"act with the prompt of its training: {best}"
-    return Cause(0.95, "model", f"the loss on its own training frames is {own:.2f} as it is "
+    return Cause(0.95, "model", f"the loss on its own training frames is {loss:.2f} as it is "
                  f"configured (causal attention, prompt_style {cfg.prompt_style}), and "
                  f"{tries[best]:.2f} with {best}", cure)
 
@@ -167,7 +160,7 @@ def full_attention(policy: Policy) -> Iterator[None]:
         hook.remove()
 
 
-def text_cause(policy: Policy, mixture: Mixture) -> Cause | None:
+def text_cause(policy: Policy, mixture: Mixture, loss: float) -> Cause | None:
     """Instructions that make no difference, although the pictures do not tell the task."""
     table = mixture.tables[0]
     first, _, _ = mixture.stretches[0]
@@ -177,7 +170,6 @@ def text_cause(policy: Policy, mixture: Mixture) -> Cause | None:
     if len(every) < 2 or len(first) < 8:
         return None
     other = dict(zip(every, every[1:] + every[:1], strict=True))
-    loss = loss_of(policy, mixture)
     swapped = loss_of(policy, mixture, lambda text, own=mixture.prompt: own(other.get(text, text)))
     if swapped > loss + 0.02:
         return None

@@ -1,9 +1,9 @@
 """Does a running server answer as this checkpoint does? Both answer the same training frames.
 
-First, the facts that the server reports (/health) are compared. If its answers differ, the
-checkpoint answers again, to changed pictures: a change that makes them equal is the cause. Otherwise the
-numbers show whether the server scales its answers or has another model. Rounding (8 bits, compiled
-code) changes few answers and is no fault.
+The facts that the server reports (/health) are compared first. If its answers differ, the
+checkpoint answers again, to changed pictures: a change that makes them equal is the cause.
+Otherwise the numbers show whether the server scales its answers or has another model. Rounding
+(8 bits, compiled code) changes few answers and is no fault.
 """
 
 import base64
