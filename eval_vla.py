@@ -90,13 +90,8 @@ def from_camera(policy: Policy, mixture: Mixture, frames: list[tuple]
     black = np.zeros((cfg.image_size, cfg.image_size, 3), np.uint8)  # for a missing camera
     views, texts, states = [], [], []
     for _, row, epoch in frames:
-        first = int(table.first_frames[table.episode_of(row)])
-        images = []
-        for past in range(cfg.window_size - 1, -1, -1):
-            for key in mixture.cameras_shown(dataset, row, epoch):
-                image = table.read_image(max(row - past, first), table.cameras.index(key))
-                images.append(decode_native(image) if image else black)
-        views.append(images)
+        files = mixture.image_files(dataset, row, epoch)
+        views.append([decode_native(file) if file else black for file in files])
         texts.append(table.instructions[table.frames["instruction"][row]])
         if cfg.use_proprio:
             states.append(table.frames["proprio"][row])

@@ -34,7 +34,7 @@ try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its
     import make_dataset
     import rollout
     import simulator as module
-    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Sheet, Simulator, task_names
+    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, PACKAGES, Sheet, Simulator, task_names
 
     Simulator("reach-v3", **CAMERA)
 except Exception as error:
@@ -238,6 +238,8 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(tmp_path):
                 if p.is_file()}
 
     assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
+    recording = json.loads((tmp_path / "cut/mw/1.0.0/recording.json").read_text())
+    assert recording["noise"] == 0.1 and recording["simulator"] == rollout.closed_loop.versions(PACKAGES)
     assert not scratch.exists()
     again = python("make_dataset.py", *arguments(tmp_path / "cut"), check=False)
     assert again.returncode == 1 and "exists" in again.stderr
@@ -312,7 +314,8 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollout")
     run = tiny_run(folder)
     recording = folder / "recording.json"  # long actions, so that the hopeless episodes are soon over
-    recording.write_text(json.dumps({"image_size": 32, "jpeg_quality": 90, "action_repeat": 25}))
+    recording.write_text(json.dumps({"image_size": 32, "jpeg_quality": 90, "action_repeat": 25,
+                                     "simulator": "mujoco 3.1.0 metaworld 3.1.1"}))
     common = ["--checkpoint", run, "--trials", "2", "--recording", recording, "--device", "cpu", "--execute"]
     python("rollout.py", *common, "3", "--tasks", "reach-v3", "--out", folder / "alone")
     python("rollout.py", *common, "3", "--tasks", "coffee-button-v3", "--out", folder / "together")
@@ -325,6 +328,12 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     summary = json.loads((folder / "together/summary.json").read_text())
     assert summary["execute"] == 3 and summary["per_task_average"]["trials"] == 6
     assert done.stdout.count("per_task_average ") == 1 and "macro_average" not in done.stdout  # one group
+    simulator = summary["simulator"]
+    assert simulator.startswith("mujoco 3") and " metaworld 3" in simulator
+    assert all(line.endswith(simulator) for line in done.stdout.splitlines() if "_average" in line)
+    assert summary["tasks"]["reach-v3"]["instruction"] == INSTRUCTIONS["reach-v3"]
+    (warning,) = (line for line in done.stdout.splitlines() if "warning" in line)
+    assert simulator in warning and "recorded with mujoco 3.1.0" in warning
     pictures = {path.name for path in (folder / "together").iterdir()}
     assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= pictures
     refused = python("rollout.py", *common, "1", "--tasks", "reach-v3", "--out", folder / "alone",
@@ -376,10 +385,10 @@ def test_averages():
     assert summary["macro_average"]["rate"] == pytest.approx((3 / 4 + 4 / 6) / 2)
     assert summary["per_task_average"]["rate"] == 7 / 10 and summary["per_task_average_400"]["rate"] == 6 / 10
     assert summary["seeds"]["1"]["macro_average"]["rate"] == 1
-    text = rollout.table(summary)
-    assert "seed 1 per_task_average 100.0% macro_average 100.0%" in text
+    text = rollout.table(summary, "mujoco 3.3.0")
+    assert "seed 1 per_task_average 100.0% macro_average 100.0%  mujoco 3.3.0" in text
     assert [text.count(word) for word in ("\neasy ", "\nhard ", "\nmacro_average", "_400 ")] == [1, 1, 1, 1]
-    alone = rollout.table(rollout.summarize({("reach-v3", 0): episodes(10, None)}))
+    alone = rollout.table(rollout.summarize({("reach-v3", 0): episodes(10, None)}), "")
     assert [line.split()[0] for line in alone.splitlines()] == ["reach-v3", "per_task_average"]
     assert rollout.closed_loop.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # SciPy's figures
     assert rollout.closed_loop.wilson(0, 10)[0] == 0 and rollout.closed_loop.wilson(10, 10)[1] == 1

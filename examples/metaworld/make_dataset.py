@@ -28,8 +28,9 @@ from machinery.config import exit_with_one_line  # first: it names a missing pac
 
 import numpy as np
 from experts import expert_of
-from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
+from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, PACKAGES, Simulator, task_names
 
+from examples.closed_loop import versions
 from examples.recording import episodes_from, open_scratch, record_all
 from machinery.host import cores
 from machinery.rlds import write_rlds
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     args = parser.parse_args()
     recording = {key: getattr(args, key) for key in ("cameras", *OPTICS, "noise", "tail", "experts")}
+    recording["simulator"] = versions(PACKAGES)
     scratch = args.out / f".{args.name}.episodes"
     with exit_with_one_line():
         tasks = task_names(args.tasks)

@@ -33,7 +33,16 @@ from machinery.config import UserError, exit_with_one_line  # first: it names a 
 
 import numpy as np
 from PIL import Image
-from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Sheet, Simulator, task_names
+from simulator import (
+    GROUPS,
+    INSTRUCTIONS,
+    MAX_STEPS,
+    OPTICS,
+    PACKAGES,
+    Sheet,
+    Simulator,
+    task_names,
+)
 from tqdm import tqdm
 
 from examples import closed_loop
@@ -103,8 +112,8 @@ class Player:
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
         # older recordings do not have it
-        recorded = {"multisampling": 0, **json.loads(path.read_text())}
-        self.camera = {"cameras": self.views, **{key: recorded[key] for key in OPTICS}}
+        self.recording = {"multisampling": 0, **json.loads(path.read_text())}
+        self.camera = {"cameras": self.views, **{key: self.recording[key] for key in OPTICS}}
         self.execute = execute or max(1, cfg.action_chunk // 2)
         self.together = 1 if device == "cpu" else 8  # tasks in a batch
         self.threads = ThreadPoolExecutor(min(4, cores()))
@@ -198,31 +207,34 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
     summary = {"per_task_average": rate(everything), "per_task_average_400": rate(everything, 400),
                "macro_average": {"rate": float(np.mean([g["rate"] for g in groups.values()])),
                                  "standard_error": math.sqrt(variance)},
-               "groups": groups, "tasks": {task: rate(episodes) for task, episodes in of.items()}}
+               "groups": groups, "tasks": {task: {**rate(episodes), "instruction": INSTRUCTIONS[task]}
+                                           for task, episodes in of.items()}}
     if len(seeds := {seed for _, seed in results}) > 1:
         summary["seeds"] = {str(seed): summarize({key: episodes for key, episodes in results.items()
                                                   if key[1] == seed}) for seed in sorted(seeds)}
     return summary
 
 
-def table(summary: dict) -> str:
-    """The summary as text. Groups and their mean are left out if all tasks are of one."""
+def table(summary: dict, simulator: str) -> str:
+    """The summary as text. Groups and their mean are left out if all tasks are of one. simulator: its
+    versions, beside each average."""
     rows = [row(name, entry) for name, entry in summary["tasks"].items()]
-    macro, several = summary["macro_average"], len(summary["groups"]) > 1
+    macro, several, averages = summary["macro_average"], len(summary["groups"]) > 1, []
     if several:
         rows += [row(name, entry) for name, entry in summary["groups"].items()]
     if summary["per_task_average_400"] != summary["per_task_average"]:
-        rows += [row("per_task_average_400", summary["per_task_average_400"])]
-    rows += [row("per_task_average", summary["per_task_average"])]
+        averages += [row("per_task_average_400", summary["per_task_average_400"])]
+    averages += [row("per_task_average", summary["per_task_average"])]
     if several:
-        rows += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
+        averages += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
     for seed, part in summary.get("seeds", {}).items():
         mean = f" macro_average {part['macro_average']['rate']:.1%}" if several else ""
-        rows += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%}{mean}"]
+        averages += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%}{mean}"]
+    rows += [f"{line}  {simulator}" for line in averages]
     return "\n".join(rows)
 
 
-def draw_chart(summary: dict, path: Path) -> None:
+def draw_chart(summary: dict, simulator: str, path: Path) -> None:
     """Draw the success of each task, by group, with intervals."""
     bars, several = [], len(summary["groups"]) > 1
     for group, members in GROUPS.items():
@@ -232,6 +244,7 @@ def draw_chart(summary: dict, path: Path) -> None:
         bars += [(f"  {task}", summary["tasks"][task], "#8fb8de") for task in found]
     macro, mean = summary["macro_average"]["rate"], summary["per_task_average"]["rate"]
     title = f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}" if several else f"success: {mean:.1%}"
+    title += f", {simulator}"
     closed_loop.draw_chart(title, bars, path)
 
 
@@ -279,9 +292,11 @@ def main() -> None:
         player = Player(args.checkpoint, args.recording, args.execute, device, args.int8)
         checkpoint = Path(open_weights(args.checkpoint).tensors.where)
         out = args.out or checkpoint.parents[1] / f"rollouts-{checkpoint.name}"
+        simulator = closed_loop.versions(PACKAGES)
         conditions = {"checkpoint": str(checkpoint), "execute": player.execute, "trials": args.trials,
-                      **player.camera, "device": device, "int8": args.int8}
+                      **player.camera, "device": device, "int8": args.int8, "simulator": simulator}
         open_folder(out, conditions)
+    closed_loop.compare_versions(simulator, player.recording)
     jobs = [(task, seed) for seed in args.seeds for task in tasks]
     paths = {job: out / "{}-{}.json".format(*job) for job in jobs}
     # the hardest first: their failures last longest
@@ -291,9 +306,9 @@ def main() -> None:
     results = {job: json.loads(path.read_text()) for job, path in paths.items()}
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
-    draw_chart(summary, out / "success.png")
+    draw_chart(summary, simulator, out / "success.png")
     draw_films(first_films(results, out), out)
-    print(table(summary))
+    print(table(summary, simulator))
     print(f"rollouts {out}")
 
 

@@ -103,6 +103,8 @@ TASKS = {
 }
 MAX_STEPS = 500  # simulator steps, Meta-World's own limit
 HIDDEN = 5  # a group of geoms that MuJoCo does not draw
+# success depends on their versions
+PACKAGES = ("mujoco", "metaworld")
 # the settings of a dataset's recording
 OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")
 
