@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from robots import ROBOTS
+from test_libero import rollout as libero
 
 import doctor
 from machinery import causes, causes_actions, causes_model, examine, peers, report
+from machinery.causes_rollout import rollout_causes
 from machinery.config import Recipe, TrainConfig
 from machinery.frames import frame_table
 from machinery.images import decode_native
@@ -359,6 +361,65 @@ def test_the_program_examines_recorded_requests(monkeypatch, capsys, tmp_path):
                   "--out", tmp_path / "page.html")
     assert "cause pictures" in printed and "unlike training's" in printed
     assert len(facts_of((tmp_path / "page.html").read_text())["findings"]) == printed.count("\ncause ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A closed loop (for a server: test_serve.py)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """Write what examples/libero/rollout.py writes, with the demo's tasks and one that training never had, and
+    ask why it failed: ask(successes of each task in 10 trials, conditions, recording.json) -> causes."""
+    source, folder = ROOT / "datasets/metaworld_demo/1.0.0", tmp_path_factory.mktemp("played")
+    directory = folder / "metaworld_demo/1.0.0"
+    directory.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.name != "recording.json":
+            (directory / file.name).symlink_to(file)
+    policy = tiny_policy(action_chunk=4)
+    train, _ = examine.open_data(policy, "metaworld_demo", directory, str(folder / "index"))
+    texts = [train.tables[0].instructions[0], train.tables[0].instructions[1].upper(), "Fold the towel"]
+
+    def ask(successes, recording=None, **conditions) -> list:
+        episodes = [{"task": task, "seed": 0, "trial": trial, "success": trial < wins, "steps": 5}
+                    for task, wins in enumerate(successes) for trial in range(10)]
+        out = folder / "rollouts"
+        out.mkdir(exist_ok=True)
+        film = libero.closed_loop.encode_film([Image.new("RGB", (16, 16), color) for color in ("red", "blue")])
+        for task in range(3):
+            libero.film_path(out, task, 0).write_bytes(film)
+        conditions = {"suite": "demo", "execute": 1, "simulator": "mujoco 3.3.0", **conditions}
+        libero.report(libero.summarize(episodes), texts, episodes, conditions, out)
+        (directory / "recording.json").write_text(json.dumps(recording or {}))
+        return rollout_causes(train, out)
+
+    return ask
+
+
+RECORDING = {"simulator": "mujoco 3.3.0", "image_size": 96, "cameras": ["image", "wrist"], "tasks": ["a", "b"]}
+SAME = {"image_size": 96, "cameras": ["image"]}
+
+
+@pytest.mark.parametrize("successes, changes, kind, words", [
+    ((10, 10, 10), {"simulator": "mujoco 3.9.0"}, None, None),  # nothing fails
+    ((10, 5), {}, None, None),
+    ((1, 0), {}, None, None),  # no worse than the others, beyond luck
+    ((10, 9, 0), {}, "training", "task 2 .'fold the towel'. is not in the training data"),
+    ((10, 0), {}, "training", "task 1 always fails.* 20 episodes"),
+    ((10, 5), {"simulator": "mujoco 3.9.0"}, "simulator", "mujoco 3.9.0, the recording's mujoco 3.3.0"),
+    ((10, 5), {"image_size": 80}, "simulator", "image_size is 80, .* 96"),
+    ((10, 5), {"cameras": ["front"]}, "simulator", "cameras is .'front'."),
+    ((10, 5), {"execute": 4}, "simulator", "4 of the 4 .*--execute 1")])
+def test_why_a_closed_loop_fails(played, successes, changes, kind, words):
+    found = played(successes, RECORDING, **{**SAME, **changes})
+    assert [cause.kind for cause in found] == ([kind] if kind else [])
+    for cause in found:
+        assert re.search(words, f"{cause.text}: {cause.cure}") and 0 < cause.evidence <= 1
+
+
+def test_a_recording_without_versions_is_not_blamed(played):
+    assert played((10, 9)) == []
 
 
 # ------------------------------------------------------------------------------------------------------------
