@@ -159,6 +159,7 @@ class Dummy(StepBenchmark):  # pictures with red and blue sides, as conftest.wri
     def make_obs(self, raw, task):
         view = np.full((32, 64, 3), 30, np.uint8)
         view[..., 0] = 230
+        view[:, 16:48] = 125
         return {"images": {"scene": view, "hand": view[..., ::-1].copy()}, "task_description": task["name"]}
     def check_done(self, result):
         return result.done
