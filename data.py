@@ -209,7 +209,8 @@ class Mixture:
         table = self.tables[dataset]
         frame = table.frames[row]
         try:
-            images = self.images(dataset, row, epoch)
+            images = [decode_image(file, cfg.image_size)
+                      for file in self.image_files(dataset, row, epoch)]
             prompt = self.prompt(table.instructions[frame["instruction"]])
             actions = self.actions(dataset, np.array([row]))  # (1, action_chunk, action_dim)
             answer = self.action_tokenizer.encode(actions.reshape(-1)).tolist()
@@ -236,16 +237,14 @@ class Mixture:
             sample["proprio"] = np.pad(proprio, (0, cfg.proprio_dim - len(proprio)))  # shorter ones
         return sample
 
-    def images(self, dataset: int, row: int, epoch: int) -> list[np.ndarray]:
-        """Of the frame and those before it in its window, oldest first, each camera's image."""
+    def image_files(self, dataset: int, row: int, epoch: int = 0) -> list[bytes]:
+        """Of the frame and those before it in its window, oldest first, each camera's image, or
+        b"" for a missing camera."""
         table = self.tables[dataset]
         first = int(table.first_frames[table.episode_of(row)])
-        images = []
-        for past in reversed(range(self.cfg.window_size)):
-            for key in self.cameras_shown(dataset, row, epoch):
-                data = table.read_image(max(row - past, first), table.cameras.index(key))
-                images.append(decode_image(data, self.cfg.image_size))
-        return images
+        cameras = [table.cameras.index(key) for key in self.cameras_shown(dataset, row, epoch)]
+        return [table.read_image(max(row - past, first), camera)
+                for past in reversed(range(self.cfg.window_size)) for camera in cameras]
 
     def cameras_shown(self, dataset: int, row: int, epoch: int) -> list[str | None]:
         """The key of each camera of cfg.cameras for a frame. DROID has two exterior cameras:

@@ -2,6 +2,7 @@
 
     python serve_vla.py --checkpoint runs/demo+n1+b32+x7   a run, a checkpoint, OpenVLA's, a hub id
 
+    GET /       a page on which to try the model: open it in a browser
     POST /act   {"image": ..., "instruction": "open the drawer", "unnorm_key": "bridge_orig"}
                 -> the action
     GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], "cameras": [...], ...}
@@ -24,7 +25,9 @@ dataset. `prefix`, (k, A), holds the first actions of the chunk if they are sett
 
 The reply is the action, (A,) or (action_chunk, A): a json_numpy object if the request held one,
 else plain lists. A request {"encoded": "<all of this as a string>"} gets a string. /health labels
-each number of action and state (machinery/convention.py), and has status 503 if the model fails.
+each number of action and state (machinery/convention.py), tells which values of the action's last
+one are an open and a closed gripper, if it is one, and has status 503 if the model fails.
+/act?seen gives {"action": ..., "seen": [the images as the model takes them]}.
 Mistakes get status 4xx and {"error": the problem and its cure}. A websocket first sends the facts
 of /health, and answers a mistake with text.
 
@@ -51,7 +54,7 @@ import traceback
 from concurrent.futures import Future
 from pathlib import Path
 
-from machinery.config import UserError, exit_with_one_line, read_secret
+from machinery.config import PROJECT, UserError, exit_with_one_line, read_secret
 
 
 def read_options() -> argparse.Namespace:
@@ -88,7 +91,7 @@ import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -98,7 +101,7 @@ from machinery.connections import is_foreign, uvicorn_config
 from machinery.host import allow_open_files
 from machinery.reader import Readers
 from machinery.record import Recorder, recording_facts
-from machinery.wire import MAX_BODY, Query, encode_action, pack
+from machinery.wire import MAX_BODY, Query, encode_action, encode_array, pack
 
 MAX_CLIENTS = 256  # requests at once; as many websockets; as many bodies that are arriving
 BODY_SECONDS = 60  # for a request's body to arrive
@@ -215,7 +218,8 @@ class Service:
         self.ignored: set[tuple[str, ...]] = set()  # logged before
 
     def app(self) -> Starlette:
-        return Starlette(routes=[Route("/act", self.act, methods=["POST"]),
+        return Starlette(routes=[Route("/", self.page),
+                                 Route("/act", self.act, methods=["POST"]),
                                  Route("/health", self.health),
                                  WebSocketRoute("/", self.websocket)])
 
@@ -237,6 +241,13 @@ class Service:
         if self.clients.locked():
             return refuse(f"there are {MAX_CLIENTS} requests: ask again later", 503)
         return None
+
+    async def page(self, request: Request) -> Response:
+        """GET /: machinery/page.html. It holds nothing secret, and asks for the token."""
+        page, report = ((PROJECT / "machinery" / f"{name}.html").read_text()
+                        for name in ("page", "report"))
+        style = report.split("<style>")[1].split("</style>")[0]
+        return HTMLResponse(page.replace("{{style of report.html}}", style))
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
@@ -267,7 +278,10 @@ class Service:
             status, reply, query = await self.answer(body, "parse_request", request.client.host)
         if status != 200:
             return JSONResponse({"error": reply}, status)
-        return JSONResponse(encode_action(reply, query))
+        action = encode_action(reply, query)
+        if "seen" in request.query_params:
+            action = {"action": action, "seen": [*map(encode_array, query.pixels)]}
+        return JSONResponse(action)
 
     async def websocket(self, socket: WebSocket) -> None:
         """openpi's protocol: the facts of /health, then actions for each observation. A mistake is
@@ -351,13 +365,21 @@ def describe(policy: Policy, model: str) -> dict:
     facts = {
         "status": "ok",
         "model": model,
-        "unnorm_keys": list(robots),
+        "unnorm_keys": [*robots],
         "cameras": policy.cfg.cameras,
         "images": policy.vla.num_images,
         "proprio": policy.cfg.use_proprio,
         "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
         "max_prefix": policy.max_prefix,
-        "action": {key: robot.action for key, robot in robots.items()}}
+        "center_crop": policy.cfg.image_aug,
+        "action": {key: robot.action for key, robot in robots.items()},
+        "action_q01_q99": {},
+        "instructions": {}}
+    for key, robot in robots.items():
+        stats = policy.norm_stats[key]
+        ends = np.array([stats["action"]["q01"], stats["action"]["q99"]])
+        facts["action_q01_q99"][key] = robot.to_robot(ends).tolist()
+        facts["instructions"][key] = stats.get("instructions", [])
     if policy.cfg.use_proprio:
         facts["state"] = {key: robot.state for key, robot in robots.items()}
     return facts
@@ -405,8 +427,10 @@ def serve(
     listener.listen()  # before the next line invites clients
     keys = sorted(policy.norm_stats)
     cameras = ",".join(policy.cfg.cameras)
+    service.facts["gripper"] = {}
     for key in keys:
         robot = policy.convention(key)
+        service.facts["gripper"][key] = robot.gripper(policy.cfg.action_dim)
         state = f" state {','.join(robot.state)}" if policy.cfg.use_proprio else ""
         log(f"unnorm_key {key} cameras {cameras} action {','.join(robot.action)}{state}")
     host, port, *_ = listener.getsockname()

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_device
-from machinery import zero
+from machinery import oft, oft_data, zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError
-from machinery.cost import memory_needed, utilization
+from machinery.cost import gpu_memory, memory_needed, recomputes, utilization
 from machinery.cuda_graph import capture_passes
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
@@ -126,9 +126,9 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
 
 def open_data(cfg: TrainConfig, tables: list, tokenizer) -> tuple[Mixture, Mixture | None]:
     """The mixture's training frames, and its held-out ones if every dataset has some."""
-    mixture = Mixture(cfg, tables, tokenizer)
+    mixture = oft_data.mixture_class(cfg)(cfg, tables, tokenizer)
     try:
-        return mixture, Mixture(cfg, tables, tokenizer, train=False)
+        return mixture, type(mixture)(cfg, tables, tokenizer, train=False)
     except DataError:
         return mixture, None
 
@@ -170,7 +170,7 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
         in_8_bits = linear_layers(vla) if cfg.frozen_weights else {}
         fill(vla, weights.tensors, get_accelerator().current_device_name(), dtype, in_8_bits)
-    recompute = "activation_checkpointing" in ds_config
+    recompute = recomputes(vla, ds_config, dist.get_world_size(), gpu_memory())
     if cfg.compile:
         vla.compile_blocks(recompute)
     elif recompute:
@@ -199,8 +199,9 @@ def make_vla(cfg: TrainConfig, tokenizer, weights: Weights | None, zero3: bool,
     cfg = cfg.model_copy(update={"vision_backbone": towers})
     with torch.device(get_accelerator().current_device_name()):
         if weights and zero3:
-            return zero.build_sharded(lambda init: VLA(cfg, tokenizer, init), ds_config)
-        return VLA(cfg, tokenizer, parameters_without_memory() if weights else None)
+            return zero.build_sharded(lambda init: oft.vla_class(cfg)(cfg, tokenizer, init),
+                                      ds_config)
+        return oft.vla_class(cfg)(cfg, tokenizer, parameters_without_memory() if weights else None)
 
 
 def load_weights(engine, cfg: TrainConfig, weights: Weights | None, run: Run) -> None:
@@ -220,7 +221,7 @@ def load_weights(engine, cfg: TrainConfig, weights: Weights | None, run: Run) ->
 def scheduled_learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0), as OpenVLA's, which are transformers'."""
     if cfg.lr_scheduler_type == "constant":
-        return cfg.learning_rate
+        return cfg.learning_rate / (10 if step >= (cfg.num_steps_before_decay or math.inf) else 1)
     warmup = int(total_steps * cfg.warmup_ratio)
     if step < warmup:
         return cfg.learning_rate * step / max(1, warmup)

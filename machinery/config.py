@@ -142,9 +142,9 @@ class TrainConfig(BaseModel):
     # how the prompt is written (action_tokenizer.PROMPTS)
     prompt_style: Literal["pure", "vicuna_v15", "llama2_chat", "mistral_instruct", "phi"] = "pure"
     image_size: Positive = 224  # pixels; images are resized to a square
-    # how images are resized when acting; OpenVLA has the last three
+    # when acting; OpenVLA has the next three, and OpenVLA-OFT its own way
     image_resize_strategy: Literal[
-        "lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
+        "lanczos", "resize-naive", "resize-crop", "letterbox", "oft"] = "lanczos"
 
     # the trained part (OpenVLA's four stages; see VLA.freeze)
     freeze_vision_backbone: bool = False  # keep the vision towers as they are
@@ -169,6 +169,9 @@ class TrainConfig(BaseModel):
     max_prefix: NotNegative = 0  # parallel_decoding: up to this many steps of a chunk may be given
     # the range mapped to -1..1: 1% to 99% quantiles, all, or a deviation around the mean
     action_normalization: Literal["bounds_q99", "bounds", "normal"] = "bounds_q99"
+    # OpenVLA-OFT's ways to predict a chunk (oft.py): l1 trains a head that returns numbers
+    action_head: Literal["tokens", "l1", "oft_tokens", "oft_tokens_causal"] = "tokens"
+    film: bool = False  # with action_head l1: let the instruction change the image features
     image_aug: bool = False  # random crop and colors, as in OpenVLA
     skip_bad_episodes: bool = False  # skip (and count) broken episodes; damaged files stop
     index_dir: str | None = None  # folder of the frame tables; default: beside each dataset
@@ -188,10 +191,11 @@ class TrainConfig(BaseModel):
     max_grad_norm: Rate = 1.0  # larger gradients are scaled down to this norm
     # how the learning rate changes
     lr_scheduler_type: Literal["constant", "linear-warmup+cosine-decay"] = "constant"
+    num_steps_before_decay: Positive | None = None  # constant: a tenth of it after these steps
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps; needs a schedule
     seed: int = 7  # of the random weights, the order of the samples and their augmentation
     compile: bool = False  # torch.compile each transformer block: takes a minute, then faster
-    cuda_graph: bool = False  # replay the passes of LoRA and small models (cuda_graph.py)
+    cuda_graph: bool = True  # replay the passes of LoRA and small models (cuda_graph.py)
     zero_speed: bool = True  # use faster parts in DeepSpeed's ZeRO-2 and 3 (zero_speed.py)
 
     # the run; an interval of 0 means: only at the end
@@ -225,6 +229,8 @@ class TrainConfig(BaseModel):
     def read_old_runs(cls, values: dict) -> dict:
         """Of earlier versions: max_length changed no result, and recipes had openvla_rules."""
         values = {key: value for key, value in values.items() if key != "max_length"}
+        if values.get("action_head", "tokens") != "tokens":
+            values["parallel_decoding"] = True
         recipes = values.get("datasets", {}) if values.get("action_dim") else {}
         for name, recipe in recipes.items():
             if isinstance(recipe, dict):
@@ -308,6 +314,12 @@ def find_conflicts(cfg: TrainConfig) -> Iterator[str]:
         yield "frozen_weights: nothing is frozen: set lora_rank or freeze_llm_backbone"
     if cfg.max_prefix and not (cfg.parallel_decoding and cfg.max_prefix < cfg.action_chunk):
         yield f"max_prefix {cfg.max_prefix}: needs parallel_decoding and a longer action_chunk"
+    if cfg.max_prefix and cfg.action_head != "tokens":
+        yield f"max_prefix {cfg.max_prefix}: an action_head {cfg.action_head} cannot learn it"
+    if cfg.film and cfg.action_head == "tokens":
+        yield "film: needs action_head: l1"
+    if cfg.num_steps_before_decay and cfg.lr_scheduler_type != "constant":
+        yield "num_steps_before_decay has no effect: set lr_scheduler_type: constant"
     if cfg.pretrained_backbones and (cfg.base_vlm or (start and not cfg.is_resume)):
         yield f"pretrained_backbones would replace the weights of {start}: remove one of them"
     if cfg.warmup_ratio and cfg.lr_scheduler_type == "constant":

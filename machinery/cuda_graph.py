@@ -20,6 +20,7 @@ from torch import nn
 from transformers import masking_utils
 
 from action_tokenizer import IGNORE_INDEX
+from machinery.config import UserError, one_line
 from model import VLA
 
 MAX_TRAINED = 500e6  # parameters. Larger models keep the GPU busy, and their gradients would be
@@ -40,13 +41,19 @@ def capture_passes(vla: VLA, ds_config: dict) -> None:
 
     def forward(**batch):
         if not torch.is_grad_enabled():  # evaluation
-            return VLA.forward(vla, **batch)
+            return type(vla).forward(vla, **batch)
         missing = -batch["input_ids"].shape[1] % TEXT_STEP
         batch["input_ids"] = F.pad(batch["input_ids"], (0, missing))
         batch["labels"] = F.pad(batch["labels"], (0, missing), value=IGNORE_INDEX)
         shape = tuple(value.shape for value in batch.values())
         if shape not in graphs or graphs[shape].moved():
-            graphs[shape] = Captured(vla, batch, pool)
+            try:
+                graphs[shape] = Captured(vla, batch, pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a library that does what a capture does not allow
+                raise UserError(f"cuda_graph: the passes cannot be captured: set cuda_graph: false "
+                                f"({one_line(error)[:200]})") from error
         return Replay.apply(graphs[shape], batch, *graphs[shape].params)
 
     vla.forward = forward
@@ -66,10 +73,10 @@ class Captured:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), twins(vla, trained) as leaves, no_tracing():
             for _ in range(WARMUP):
-                loss, *_ = VLA.forward(vla, **self.inputs)
+                loss, *_ = type(vla).forward(vla, **self.inputs)
                 torch.autograd.grad(loss, leaves, allow_unused=True)
             with torch.cuda.graph(self.graph, pool, stream):
-                loss, predicted, true = VLA.forward(vla, **self.inputs)
+                loss, predicted, true = type(vla).forward(vla, **self.inputs)
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
                 self.row = torch.cat([g.flatten() for g in gradients if g is not None])
         torch.cuda.current_stream().wait_stream(stream)

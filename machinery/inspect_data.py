@@ -11,7 +11,6 @@ for copying, and with --yaml FILE written as a YAML to train with.
 import argparse
 import json
 import sys
-import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -288,7 +287,6 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
     """Some frames, all cameras side by side, each with its instruction and action."""
     keys = [recipe.camera(name)[0] for name in recipe.camera_names]
     side, columns = (224, 4) if len(keys) == 1 else (160, max(6 // len(keys), 1))
-    width = side * len(keys)  # pixels
     tiles = []
     for row in np.linspace(0, len(table.frames) - 1, 12).astype(int):
         try:
@@ -298,10 +296,8 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
             raise DataError(f"{table.where(row)}: {error}: --check finds all such") from error
         text = table.instructions[table.frames["instruction"][row]]
         numbers = " ".join(f"{value:.2f}" for value in table.frames["action"][row])
-        caption = [f"frame {row}: {' | '.join(recipe.camera_names)}"]
-        caption += textwrap.wrap(text, width // 7)[:2]
-        caption += textwrap.wrap(numbers, max(width // 6, 40))
-        tiles.append((np.concatenate(views, axis=1), "\n".join(caption)))
+        caption = f"frame {row}: {' | '.join(recipe.camera_names)}\n{text[:100]}\n{numbers}"
+        tiles.append((views, caption))
     contact_sheet(tiles, columns).save(out)
 
 

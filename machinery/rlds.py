@@ -198,7 +198,8 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
     features: of an episode, in tensorflow_datasets.features:  {"steps": Dataset({...}), ...}
     episodes: {"train": iterable of episodes, "val": ...}; an episode is {"steps": [step, ...], ...}
               with NumPy values. Images are (H, W, 3) or (H, W, 1) uint8, or (H, W, 1) uint16, and
-              are stored in the feature's encoding_format. Bytes are stored unchanged.
+              are stored in the feature's encoding_format. Bytes are stored unchanged, also in the
+              place of an episode: its record, as `serializer` makes it.
 
     The dataset appears complete or not at all. Raises FileExistsError instead of overwriting one,
     and ValueError for a split without episodes or an image that is not of the declared shape.
@@ -232,7 +233,9 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
 def serializer(features, jpeg_quality: int = 95) -> Callable[[dict], bytes]:
     """The function from an episode to its record, for a tfds.features.FeaturesDict."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
-    def serialize(episode: dict) -> bytes:
+    def serialize(episode: dict | bytes) -> bytes:
+        if isinstance(episode, bytes):
+            return episode
         encoded = features.encode_example(_encode_images(features, episode, jpeg_quality))
         example = ExampleSerializer(features.get_serialized_info()).get_tf_example(encoded)
         return example.SerializeToString(deterministic=True)  # the same episode, the same bytes

@@ -13,6 +13,7 @@ Read convert. lerobot_format.py reads the files, and machinery/guess.py interpre
 import argparse
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -82,6 +83,7 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
             print(f"finished episodes are kept for the next command in {scratch}")
             raise
     shutil.rmtree(scratch)
+    (path / "recording.json").write_text(json.dumps({"fps": dataset.fps / step}) + "\n")  # for eval_vla.py
     report(dataset, chosen, dimensions, step, path, yaml)
 
 

@@ -16,6 +16,7 @@ and the seed, because the policy gets one image at a time.
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -38,7 +39,7 @@ from machinery.config import UserError, exit_with_one_line  # first: it names a 
 
 import numpy as np
 from PIL import Image
-from protocol import MAX_STEPS, Protocol, command, see, settle
+from protocol import MAX_STEPS, PACKAGES, Protocol, command, see, settle
 from tqdm import tqdm
 
 from examples import closed_loop
@@ -155,11 +156,16 @@ class Player:
         import torch
 
         from act import load_vla
+        from machinery.frames import DataError, find_dataset
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.policy = load_vla(checkpoint, device, dtype, in_8_bits)
         cfg = self.policy.cfg
         self.key = statistics_key([*self.policy.norm_stats], unnorm_key, suite)
+        self.recording = {}
+        with contextlib.suppress(DataError, OSError):  # the dataset may be on another machine
+            path = find_dataset(Path(cfg.data_root_dir), self.key) / "recording.json"
+            self.recording = json.loads(path.read_text())
         if cfg.window_size > 1:
             raise UserError(f"{checkpoint} looks at {cfg.window_size} frames; this example shows one")
         self.one_at_a_time = device == "cpu"
@@ -191,6 +197,7 @@ class Remote:
         """execute: as Player's. workers: the number of concurrent requests; the server batches
         those that wait."""
         self.url, self.threads = url.rstrip("/"), ThreadPoolExecutor(workers)
+        self.recording = {}  # of an unknown dataset
         self.health = self.get("/health", None)
         self.key = statistics_key(self.health["unnorm_keys"], unnorm_key, suite)
         self.cameras, self.size = self.health["cameras"], 224
@@ -262,19 +269,21 @@ def summarize(episodes: list[dict]) -> dict:
             **({"seeds": seeds} if len(seeds) > 1 else {})}
 
 
-def table(summary: dict, texts: list[str]) -> str:
-    """The summary as text. texts: the tasks' instructions."""
+def table(summary: dict, texts: list[str], simulator: str) -> str:
+    """The summary as text. texts: the tasks' instructions; simulator: its versions."""
     rows = [closed_loop.row(f"task {task}", entry, 10) + f"  {texts[int(task)]}"
             for task, entry in summary["tasks"].items()]
     rows += [closed_loop.row(f"seed {seed}", entry, 10) for seed, entry in summary.get("seeds", {}).items()]
-    return "\n".join([*rows, closed_loop.row("success", summary["success"], 10)])
+    return "\n".join([*rows, closed_loop.row("success", summary["success"], 10) + f"  {simulator}"])
 
 
 def report(summary: dict, texts: list[str], episodes: list[dict], conditions: dict, out: Path) -> None:
     """Write the summary, the chart, and the film."""
+    for task, entry in summary["tasks"].items():
+        entry["instruction"] = texts[int(task)]
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
     bars = [(f"{task} {texts[int(task)]}", entry, "#8fb8de") for task, entry in summary["tasks"].items()]
-    title = f"{conditions['suite']}: success {summary['success']['rate']:.1%}"
+    title = f"{conditions['suite']}: success {summary['success']['rate']:.1%}, {conditions['simulator']}"
     closed_loop.draw_chart(title, bars, out / "success.png", left=480)
     first = {e["task"]: (texts[e["task"]], film_path(out, e["task"], e["seed"]), e["success"])
              for e in episodes if e["trial"] == 0}
@@ -326,9 +335,11 @@ def main() -> None:
         protocol = protocol_of(args, player)
         tasks = args.tasks or range(90 if args.suite == "libero_90" else 10)
         conditions |= {"suite": args.suite, "execute": player.execute, "unnorm_key": player.key,
-                       **dataclasses.asdict(protocol), "resize": f"lanczos {player.size}"}
+                       **dataclasses.asdict(protocol), "resize": f"lanczos {player.size}",
+                       "simulator": closed_loop.versions(PACKAGES)}
         closed_loop.open_folder(out, conditions)
     settings = {**conditions, "seeds": ",".join(map(str, args.seeds)), "trials": args.trials}
+    closed_loop.compare_versions(conditions["simulator"], player.recording)
     print("protocol " + " ".join(f"{key} {value}" for key, value in settings.items()), flush=True)
     from simulator import instructions  # imported here: an error above does not need the simulator
 
@@ -343,7 +354,7 @@ def main() -> None:
     episodes = [read_episodes(out)[job] for job in jobs]
     summary = summarize(episodes)
     report(summary, texts, episodes, conditions, out)
-    print(table(summary, texts))
+    print(table(summary, texts, conditions["simulator"]))
     print(f"rollouts {out}")
 
 

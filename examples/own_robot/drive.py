@@ -106,7 +106,8 @@ def main() -> None:
     seams, others = (np.concatenate([result[key] for result in results]) for key in ("seams", "others"))
     low, high = interval(success, len(results))
     print(f"episodes {len(results)} reached {reached} success {success} rate {success / len(results):.3f} "
-          f"between {low:.3f} and {high:.3f} turn_at_seams {seams.mean():.3f} elsewhere {others.mean():.3f}")
+          f"between {low:.3f} and {high:.3f} turn_at_seams {seams.mean():.3f} elsewhere {others.mean():.3f} "
+          f"{getattr(robot, 'simulator', '')}".rstrip())
 
 
 if __name__ == "__main__":

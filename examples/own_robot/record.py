@@ -10,6 +10,7 @@ Names help: joint_1, gripper_closed (if the larger value is closed), base_vx, de
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,8 @@ def main() -> None:
               for split, count in counts.items()}
     with exit_with_one_line():
         path = write_rlds(args.out, args.name, "1.0.0", features(robot), splits)
+    if hasattr(robot, "simulator"):
+        (path / "recording.json").write_text(json.dumps({"simulator": robot.simulator}) + "\n")
     print(f"recorded {path}")
     describe_dataset(path, {"action": [*robot.action_names], "observation/state": [*robot.state_names]})
 
