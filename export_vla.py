@@ -9,7 +9,8 @@ The first argument is anything weights.py can open.
 
     hf        for OpenVLA's Hugging Face class: config.json, safetensors, processor, tokenizer
     native    for OpenVLA's training code: config.json, dataset_statistics.json, checkpoints/*.pt
-    peft      adapters without their base; peft loads them onto the base as exported for hf
+    peft      adapters without their base; peft loads them onto the base in Hugging Face format,
+              which they name: its hub id or directory. Another one must be exported (hf), too
     oft       action_head l1, for OpenVLA-OFT's code: as hf, and a file for each new part
 
 hf, native and oft keep this project's description beside OpenVLA's, as "zerovla" in config.json:
@@ -28,6 +29,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from machinery.config import TrainConfig, exit_with_one_line
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a run, a checkpoint, an export or a hub id (see weights.py)")
+    parser.add_argument("out", type=Path, help="a new directory")
+    parser.add_argument("--format", choices=["hf", "native", "peft", "oft"], required=True,
+                        help="of OpenVLA's class, of its training code, or of adapters alone")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # mistakes and --help, before PyTorch is imported for seconds
+
 import torch
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
@@ -35,7 +53,6 @@ from tqdm import tqdm
 from action_tokenizer import load_tokenizer
 from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError, Tensors
-from machinery.config import TrainConfig, exit_with_one_line
 from machinery.description import DESCRIPTION
 from machinery.files import atomic
 from machinery.lora import ADAPTER
@@ -349,9 +366,23 @@ def write_peft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype
         "target_modules": sorted(layers),
         "bias": "none",
         "init_lora_weights": "gaussian",
-        "base_model_name_or_path": own.base["where"],
+        "base_model_name_or_path": base_for_peft(own.base["where"], weights.base.where),
         "inference_mode": True,
     })
+
+
+def base_for_peft(name: str, where: Path) -> str | None:
+    """The base's hub id, or its directory in Hugging Face format: what peft and transformers load.
+
+    name: as the run knows it; where: the opened directory or file. Prints a note if there is none.
+    """
+    config = Path(where) / "config.json"
+    if not config.exists() or json.loads(config.read_text()).get("model_type") != "openvla":
+        print(f"note: the base {name} is not in Hugging Face format: export it, too (--format hf), "
+              "and tell peft its directory")
+        return None
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", str(where))  # of the hub
+    return "/".join(cached.groups()) if cached else name
 
 
 # ---- OpenVLA-OFT -------------------------------------------------------------------------------
@@ -385,12 +416,7 @@ FORMATS = {"hf": write_hugging_face, "native": write_native, "peft": write_peft,
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a run, a checkpoint, an export or a hub id (see weights.py)")
-    parser.add_argument("out", type=Path, help="a new directory")
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
-    args = parser.parse_args()
+    args = read_options()
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
     with exit_with_one_line():
         export(args.model, args.out, args.format, dtypes[args.dtype])

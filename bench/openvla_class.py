@@ -4,9 +4,9 @@
 
 Makes two models with random weights: OpenVLA-7B and OpenVLA-v01, but with a small Llama (DINOv2 +
 SigLIP; and only SigLIP, with letterboxed images and Vicuna's prompt). Exports them. OpenVLA's
-class, in its own environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; without this
-project), processes an image and a prompt. Prints the largest difference in pixels and logits, and
-both actions.
+class, in its own environment (transformers 4.40.1, timm 0.9.10, tokenizers 0.19.1; here with torch
+2.14 and NumPy 1.26; without this project), processes an image and a prompt. Prints the largest
+difference in pixels and logits, and both actions.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from PIL import Image
 
 from act import load_vla
 from action_tokenizer import PROMPTS, load_tokenizer, prompt_ids
-from export_vla import description, export
+from export_vla import description, export, save_tokenizer
 from machinery.config import TrainConfig
 from machinery.weights import PRISMATIC, prismatic_config
 from model import VLA
@@ -49,8 +49,8 @@ def make_model(base: str, folder: Path) -> None:
     for name, value in vla.state_dict().items():
         modules.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = value
     (folder / "checkpoints").mkdir(parents=True)
-    description_of_it = description(cfg) | {"tokenizer": cfg.tokenizer}
-    (folder / "config.json").write_text(json.dumps({"zerovla": description_of_it}))
+    save_tokenizer(cfg, folder)
+    (folder / "config.json").write_text(json.dumps({"zerovla": description(cfg)}))
     (folder / "dataset_statistics.json").write_text(json.dumps(STATS))
     torch.save({"model": modules}, folder / "checkpoints/step-000000-epoch-00-loss=0.0000.pt")
 

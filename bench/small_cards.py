@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--no_recompute", action="store_true", help="keep activations, as they do")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--no_compile", action="store_true")
-    parser.add_argument("--cuda_graph", action="store_true", help="capture and replay the passes")
+    parser.add_argument("--no_cuda_graph", action="store_true", help="launch each kernel from Python")
     parser.add_argument("--timeout", type=int, default=400, help="seconds for a case")
     parser.add_argument("--folder", type=Path,
                         help="for weights and data, kept; default: a temporary one")
@@ -138,7 +138,7 @@ def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:
         "data_mix": "libero_spatial_no_noops", "run_root_dir": str(runs), "max_steps": args.steps,
         "global_batch_size": micro, "per_device_batch_size": micro, "num_workers": 2, "log_interval": 1,
         "eval_interval": 0, "eval_samples": micro, "keep_checkpoints": "none",
-        "compile": not args.no_compile, "cuda_graph": args.cuda_graph,
+        "compile": not args.no_compile, "cuda_graph": not args.no_cuda_graph,
         "learning_rate": 1e-5, **keys}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())

@@ -44,6 +44,13 @@ class Convention:
     actions_from_robot: Callable[[np.ndarray], np.ndarray]
     from_robot: Callable[[np.ndarray], np.ndarray]
 
+    def gripper(self, dims: int) -> list[float]:
+        """The values of the robot's last number, if it is a gripper, for open and closed: 1 and 0
+        in standard form, whose dimensions are dims."""
+        ends = np.zeros((2, dims))
+        ends[0, -1] = 1
+        return self.to_robot(ends)[:, -1].tolist()
+
 
 def convention(cfg: TrainConfig, name: str, stats: dict) -> Convention:
     """The convention of a model's dataset. stats: its entry in dataset_statistics.json."""

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import masking_utils
 
 from action_tokenizer import IGNORE_INDEX
+from machinery.config import UserError, one_line
 from model import VLA
 
 MAX_TRAINED = 500e6  # parameters. Larger models keep the GPU busy, and their gradients would be
@@ -46,7 +47,13 @@ def capture_passes(vla: VLA, ds_config: dict) -> None:
         batch["labels"] = F.pad(batch["labels"], (0, missing), value=IGNORE_INDEX)
         shape = tuple(value.shape for value in batch.values())
         if shape not in graphs or graphs[shape].moved():
-            graphs[shape] = Captured(vla, batch, pool)
+            try:
+                graphs[shape] = Captured(vla, batch, pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a library that does what a capture does not allow
+                raise UserError(f"cuda_graph: the passes cannot be captured: set cuda_graph: false "
+                                f"({one_line(error)[:200]})") from error
         return Replay.apply(graphs[shape], batch, *graphs[shape].params)
 
     vla.forward = forward

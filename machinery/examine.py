@@ -6,7 +6,9 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +18,28 @@ from act import Policy, load_vla
 from data import Mixture, collate, to_device
 from machinery.config import Recipe, UserError, find_input
 from machinery.frames import DataError, FrameTable, find_dataset, frame_table
+from machinery.guess import state_fields
 from machinery.inspect_data import locate
 from machinery.oft_data import mixture_class
 from machinery.oxe import find_recipe
+from machinery.peers import evenly
+from machinery.rlds import step_features
 from model import VLA
 
 BATCH = 32  # frames per call of the model
+FRAMES = 160  # of a dataset, to look at
 GRID = 4  # a picture's features are averaged over GRID x GRID parts
 WIDTH = 512  # features of a picture
+
+
+class Cause(NamedTuple):
+    """Why a policy may fail."""
+
+    evidence: float  # 0..1, by which causes are ranked
+    kind: str  # pictures, words, state, actions, answers, statistics, data, model, training, weak
+    text: str  # the fault, in numbers
+    cure: str
+    pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
 
 
 def open_policy(checkpoint: str) -> Policy:
@@ -105,7 +121,9 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
     else:
         directory = locate(directory, directory.name, "")
     recipe = find_recipe(name.partition(":")[0], directory, cfg.datasets)
-    table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), cfg.use_proprio,
+    if not cfg.use_proprio:  # which shows what the actions do
+        recipe = replace(recipe, state=state_fields(step_features(directory)))
+    table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), True,
                         index_dir=index_dir or cfg.index_dir,
                         skip_bad_episodes=cfg.skip_bad_episodes)
     train = open_mixture(policy, name, recipe, table)
@@ -113,6 +131,12 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
         return train, open_mixture(policy, name, recipe, table, train=False)
     except DataError:
         return train, None
+
+
+def spread(mixture: Mixture, most: int = FRAMES) -> np.ndarray:
+    """Up to `most` rows of the mixture's one dataset, at even distances."""
+    index = evenly(int(mixture.sizes[0]), most)
+    return mixture.rows(np.zeros(len(index), int), index)
 
 
 def batches(mixture: Mixture, rows: Sequence[int], device) -> Iterator[dict]:

@@ -7,7 +7,6 @@ matrices reach more than small ones, so layers with the same input become one (`
 """
 
 import copy
-from functools import partial
 
 import torch
 import triton
@@ -60,6 +59,28 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
+class Linear(nn.Linear):
+    """A layer that computes as `linear`. A class, not a function for each layer: then torch.compile
+    sees the same code in all blocks, and compiles it once."""
+
+    def forward(self, x):
+        return linear(self, x)
+
+
+class Joined(nn.Linear):
+    """One of several layers that get the same input and share one matrix, self.shared[0]. The first
+    computes the outputs of all; the others return their part, or compute it for another input."""
+
+    def forward(self, x):
+        [joint] = self.shared
+        if self.place == 0:
+            parts = linear(joint, x).split(joint.rows, dim=-1)
+            for place, part in enumerate(parts):
+                joint.waiting[place] = (x, part)
+        computed_for, part = joint.waiting.pop(self.place, (None, None))
+        return part if computed_for is x else linear(self, x)
+
+
 def speed_up(model: nn.Module) -> None:
     """Make all linear layers of a model compute as `linear`, those of the same input together."""
     for module in model.modules():
@@ -67,35 +88,24 @@ def speed_up(model: nn.Module) -> None:
             layers = [getattr(module, name, None) for name in names]
             if (all(isinstance(layer, nn.Linear) for layer in layers)
                     and len({(layer.in_features, layer.bias is None) for layer in layers}) == 1):
-                join(*layers)
+                join(layers)
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and "forward" not in vars(layer):
-            layer.forward = partial(linear, layer)
+        if isinstance(layer, nn.Linear) and not isinstance(layer, Joined):
+            layer.__class__ = Linear
 
 
-def join(first: nn.Linear, *others: nn.Linear) -> None:
-    """Make one matrix of layers that get the same input. The first layer to be called computes the
-    outputs of all; the others return their part, or compute it themselves for another input."""
-    layers = (first, *others)
-    joint = copy.deepcopy(first)
-    waiting = {}  # {layer: (input, output)}
-    rows = [layer.out_features for layer in layers]
+def join(layers: list[nn.Linear]) -> None:
+    """Make one matrix of layers that get the same input."""
+    joint = copy.deepcopy(layers[0])
+    joint.rows = [layer.out_features for layer in layers]
+    joint.waiting = {}  # {place: (input, output)}
     for name in ("weight", "bias", "row_scale"):
-        if getattr(first, name, None) is not None:
+        if getattr(joint, name, None) is not None:
             joined = torch.cat([getattr(layer, name).data for layer in layers])
             getattr(joint, name).data = joined
-            for layer, part in zip(layers, joined.split(rows), strict=True):
+            for layer, part in zip(layers, joined.split(joint.rows), strict=True):
                 getattr(layer, name).data = part  # the same memory
-
-    def compute(x):
-        mine, *parts = linear(joint, x).split(rows, dim=-1)
-        waiting.update((i, (x, part)) for i, part in enumerate(parts))
-        return mine
-
-    def hand_out(i, x):
-        computed_for, part = waiting.pop(i, (None, None))
-        return part if computed_for is x else linear(others[i], x)
-
-    first.forward = compute
-    for i, layer in enumerate(others):
-        layer.forward = partial(hand_out, i)
+    for place, layer in enumerate(layers):
+        layer.__class__ = Joined
+        layer.place = place
+        layer.shared = [joint]  # in a list, so that its weights are not counted twice

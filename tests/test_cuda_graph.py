@@ -14,7 +14,7 @@ from model import VLA
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("changes, stage", [({"cuda_graph": True}, 3), ({}, 2)])
+@pytest.mark.parametrize("changes, stage", [({}, 3), ({"cuda_graph": False}, 2)])
 def test_what_is_not_captured(changes, stage, monkeypatch):
     """ZeRO-3, which gathers weights into new memory, and a model whose YAML switches it off."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -50,8 +50,7 @@ def test_a_captured_run_resumes_exactly(tiny, tmp_path, stage):
     for name, stops in {"through": [8], "resumed": [5, 8]}.items():
         runs = tmp_path / name
         for stop in stops:
-            config = tiny(run_root_dir=str(runs), max_steps=stop, compile=True,
-                          cuda_graph=True)
+            config = tiny(run_root_dir=str(runs), max_steps=stop, compile=True)
             done = launch(config, "--deepspeed_config", json_file, launcher="python")
             assert done.returncode == 0, done.text
         last[name] = read_metrics(runs)[8]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from conftest import TINY, read_metrics, write_colors
 from PIL import Image
 
 import eval_vla
+import export_vla
 from act import Policy
+from machinery.weights import open_weights
 
 
 def evaluate(monkeypatch, capsys, run, out, *arguments) -> tuple[dict, str]:
@@ -42,6 +45,22 @@ def test_held_out_frames_reproduce_the_log(colors, monkeypatch, capsys, tmp_path
         assert f"dataset {name} dim 2 accuracy 1 " in printed
     picture = np.array(Image.open(tmp_path / "eval.png"))
     assert (picture == [255, 140, 0]).all(-1).sum() > 500  # the predicted curves
+
+
+def test_the_picture_counts_seconds_where_the_rate_is_known(colors, monkeypatch, capsys, tmp_path):
+    """A dataset's recording.json may have it, as `fps`: other numbers below the same curves."""
+    recording = Path(json.loads((colors / "config.json").read_text())["data_root_dir"], "cold/1.0.0/recording.json")
+    pictures = []
+    for rate in (None, 5):
+        if rate:
+            recording.write_text(json.dumps({"fps": rate}))
+        try:
+            evaluate(monkeypatch, capsys, colors, tmp_path, "--samples", 8)
+        finally:
+            recording.unlink(missing_ok=True)
+        pictures.append(np.array(Image.open(tmp_path / "eval.png")))
+    frames, seconds = (picture[56:206, 76:460] for picture in pictures)  # the first panel
+    assert (frames[:123] == seconds[:123]).all() and (frames[123:] != seconds[123:]).sum() > 200
 
 
 def test_train_frames_reproduce_the_log(colors, monkeypatch, capsys, tmp_path):
@@ -132,6 +151,22 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
         for training, acting in ((given[0], given[1]), (given[2], given[3])):  # two batches
             assert training[0].shape == (16, 4, 28, 28, 3) and torch.equal(training[0], acting[0])
             assert training[1] == acting[1] and torch.equal(training[2], acting[2])
+
+
+def test_results_go_beside_the_checkpoint(colors, monkeypatch, capsys, tmp_path):
+    """A run's or an export's folder. A model of the hub has none."""
+    monkeypatch.setattr(eval_vla, "evaluate", lambda *arguments: capsys.readouterr() and print(arguments[-1]))
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "native"):
+        export_vla.export(str(colors), tmp_path / name, name)
+    (pt,) = (tmp_path / "native/checkpoints").glob("step-*.pt")
+    checkpoint = open_weights(colors).tensors.where
+    for where, folder in ((colors, colors), (checkpoint, colors), (tmp_path / "hf", tmp_path / "hf"),
+                          (tmp_path / "native", tmp_path / "native"), (pt, tmp_path / "native")):
+        data = [] if folder == colors else ["--config", colors.parents[1] / "colors.yaml"]
+        monkeypatch.setattr(sys, "argv", ["eval_vla.py", "--checkpoint", str(where), *map(str, data)])
+        eval_vla.main()
+        assert capsys.readouterr().out.strip() == str(folder / "eval.png")
 
 
 def test_mistakes_name_the_cure(colors, monkeypatch, capsys, tmp_path):

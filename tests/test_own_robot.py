@@ -350,6 +350,7 @@ def test_a_closed_gripper_stays_closed(opened, tmp_path):
     np.testing.assert_allclose(got, [*standard[:6], 255 * (1 - standard[6])])
     robot = policy.convention("arm")
     assert robot.action == [f"action[{i}]" for i in range(7)]
+    assert robot.gripper(7) == [0, 255]  # open and closed
     assert robot.state == ["state[0]", "state[1]", "state[2]"]
     np.testing.assert_allclose(robot.from_robot(asked[None]), [[10.5, 2.0]])
     indexed = mixture.tables[0].frames["proprio"][2 * 8 + 5]
@@ -364,7 +365,7 @@ def test_openvlas_datasets_speak_the_standard_form(data_config):
     robot = convention(mixture.cfg, "viola", mixture.statistics["viola"])
     actions = mixture.tables[0].frames["action"][:5]
     np.testing.assert_array_equal(robot.to_robot(actions), actions)
-    assert robot.action[-1] == "gripper(1=open)"
+    assert robot.action[-1] == "gripper(1=open)" and robot.gripper(7) == [1, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import tracemalloc
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import msgpack
@@ -123,13 +124,17 @@ def test_openpis_client_gets_the_right_actions(openpi, server, vla):
     assert server[1].read_text().count("warning: ignored") == 1  # once for all
 
 
-def test_openpis_scalars():
+def test_openpis_scalars_and_alpha():
     """It writes NumPy's scalars in a form of their own."""
     packer = pytest.importorskip("openpi_client.msgpack_numpy", reason="make .venv/dev installs it")
-    state = [np.float32(0.5), np.float64(-1.5), 0.25, np.int64(1)]
-    message = packer.packb({"observation/image": picture(1, 0), "prompt": "push", "observation/state": state})
+    state = [np.float32(0.5), np.float64(-1.5), 0.25, np.array(1)]
+    with_alpha = np.dstack([IMAGE, IMAGE[..., 0]])
+    message = packer.packb({"observation/image": with_alpha, "prompt": "push", "observation/state": state,
+                            "episode": np.int64(3)})
     read = parse_observation(message, tiny_policy(use_proprio=True))
     np.testing.assert_array_equal(read.proprio, state)
+    np.testing.assert_array_equal(read.views, [IMAGE])
+    assert read.episode == 3
 
 
 def test_after_a_restart_it_connects_again(openpi, colors, vla, tmp_path):
@@ -156,6 +161,9 @@ def test_a_token_is_an_api_key_for_openpi(openpi, vla):
                 openpi("127.0.0.1", port, wrong)
             assert refused.value.response.status_code == 401
             assert b"send the server's token" in refused.value.response.body
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:  # it asks for the token
+            assert page.headers["content-type"].startswith("text/html")
+            assert b"open sesame" not in (text := page.read()) and b"{{" not in text and b"--panel:" in text
         with talking(port, Authorization="Bearer open sesame") as (ask, *_):
             assert b"data" in ask(seen(picture(0, 1)))["actions"]
 

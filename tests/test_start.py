@@ -78,7 +78,7 @@ def test_openvlas_finetuned_statistics_count(key, exported):
     (["action_head--9_checkpoint.pt", "proprio_projector--9_checkpoint.pt"], "continuous action head"),
     (["proprio_projector--5_checkpoint.pt"], "projector of the robot's state"),
     (["vision_backbone--150000_checkpoint.pt"], "FiLM"), (["noisy_action_projector--1.pt"], "diffusion head"),
-    (["adapter_config.json", "adapter_model.safetensors"], "merge it first"),
+    (["adapter_config.json", "adapter_model.safetensors"], "export_vla.py --format hf"),
 ])
 def test_a_checkpoint_with_parts_that_would_be_left_out(names, part, exported, run):
     for name in names:
