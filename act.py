@@ -18,17 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from transformers import StaticCache
 
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
+from machinery import oft, oft_pictures
 from machinery.cached_llm import cached_forward, make_cache
 from machinery.checkpoint import CheckpointError
 from machinery.config import TrainConfig, UserError, one_line
 from machinery.convention import Convention, convention
+from machinery.cuda_graph import no_tracing
 from machinery.host import cores
-from machinery.images import center_crop, resize_image
+from machinery.images import center_crop, fit
 from machinery.lora import linear_layers
 from machinery.weights import fill, open_weights, parameters_without_memory
 from model import VLA, at_positions
@@ -66,7 +67,7 @@ def load_vla(
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     try:
         with parameters_without_memory():
-            vla = VLA(cfg, tokenizer)
+            vla = oft.vla_class(cfg)(cfg, tokenizer)
     except UserError:
         raise
     except Exception as error:  # timm and transformers raise many kinds for values they cannot use
@@ -154,16 +155,21 @@ class Policy:
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.prepare_views(views) for views in images])
         pixels = images.to(device)
-        prompts = [prompt_ids(self.tokenizer, text, cfg.prompt_style) for text in instructions]
+        ids = {text: prompt_ids(self.tokenizer, text, cfg.prompt_style) for text in {*instructions}}
+        prompts = [ids[text] for text in instructions]
         if not cfg.use_proprio:
             return pixels, prompts, None
-        with np.errstate(over="ignore"):  # infinity is reported below
-            states = np.asarray(proprio, np.float32)
+        states = np.asarray(proprio, np.float64)
         expected = (len(images), len(stats["proprio"]["min"]))
-        if states.shape != expected or not np.isfinite(states).all():
+        with np.errstate(over="ignore"):
+            small = states.astype(np.float32)
+        if states.shape != expected or not np.isfinite(small).all():
             raise UserError(f"proprio of shape {states.shape}: expected the robot's state, finite "
                             f"and of shape {expected}")
-        states = normalize(states, stats["proprio"], cfg.action_normalization)
+        if cfg.action_head == "tokens":
+            states = normalize(small, stats["proprio"], cfg.action_normalization)
+        else:
+            states = oft.normalize_state(states, stats["proprio"], cfg.action_normalization)
         states = np.pad(states, ((0, 0), (0, cfg.proprio_dim - states.shape[1])))
         return pixels, prompts, torch.from_numpy(states).to(device)
 
@@ -195,6 +201,8 @@ class Policy:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise UserError(f"an image of shape {image.shape} and type {image.dtype}: expected "
                             "(height, width, 3) uint8")
+        if cfg.image_resize_strategy == "oft":
+            return oft_pictures.prepare(image, cfg.image_size, cfg.image_aug)
         means = [(0.0, 0.0, 0.0)]
         if cfg.image_resize_strategy == "letterbox":  # margins in each tower's own mean color
             means = [tower.mean for tower in self.vla.vision_backbone.values()]
@@ -233,13 +241,22 @@ class Policy:
         return torch.from_numpy(self.action_tokenizer.encode(normalized).reshape(batch, -1))
 
     def actions(self, tokens: torch.Tensor, unnorm_key: str | None) -> np.ndarray:
-        """Action tokens (B, T) -> standard actions (B, action_chunk, action_dim), or
-        (B, action_dim) for one step, in the dataset's units."""
-        normalized = self.action_tokenizer.decode(tokens.cpu().numpy())
+        """Action tokens, or an action head's numbers (B, T) -> standard actions
+        (B, action_chunk, action_dim), or (B, action_dim) for one step, in the dataset's units."""
+        if self.cfg.action_head == "l1":
+            normalized = tokens.double().cpu().numpy()
+        else:
+            normalized = self.action_tokenizer.decode(tokens.cpu().numpy())
         chunk = () if self.cfg.action_chunk == 1 else (self.cfg.action_chunk,)
         normalized = normalized.reshape(len(tokens), *chunk, self.cfg.action_dim)
         stats = self.dataset_statistics(unnorm_key)["action"]
-        return unnormalize(normalized, stats, self.cfg.action_normalization)
+        undo = unnormalize if self.cfg.action_head == "tokens" else oft.unnormalize
+        return undo(normalized, stats, self.cfg.action_normalization)
+
+    def ids(self, tokens: torch.Tensor) -> np.ndarray:
+        """What `generate` returns, as token ids: of an action head's numbers, their bins."""
+        tokens = self.vla.ids_of(tokens) if self.cfg.action_head == "l1" else tokens
+        return tokens.cpu().numpy()
 
     def convention(self, unnorm_key: str | None) -> Convention:
         """The form in which a dataset's robot takes actions and reports states."""
@@ -267,7 +284,7 @@ class Policy:
     ) -> torch.Tensor:
         """The likeliest action tokens (B, T), T = action_chunk x action_dim, for images
         (B, N, H, W, C) uint8 and prompts of token ids. Only action ids can be chosen. known (B, K):
-        the first K of them."""
+        the first K of them. With an action head: the normalized numbers, float."""
         count = len(prompts)
         if known is None:
             known = torch.empty(count, 0, dtype=torch.int64)
@@ -293,7 +310,8 @@ class Policy:
         else:
             tokens = self.tokens_of(*inputs, self.make_cache(images, shape[1]))
         tokens = tokens[:count]
-        if (tokens < 0).any():
+        broken = ~tokens.isfinite() if tokens.is_floating_point() else tokens < 0
+        if broken.any():
             raise ModelError("the model computes numbers that are not finite (NaN or infinity): "
                              "its weights are damaged, or the state or dtype is out of range")
         return tokens
@@ -311,6 +329,11 @@ class Policy:
         are padded on the right. It uses only the device and its shapes depend only on its inputs'
         shapes, so a CUDA graph can record it."""
         vla = self.vla
+        if self.cfg.action_head != "tokens":
+            hidden = vla.hidden_states(images, input_ids, lengths, proprio)  # (B, T, width)
+            if self.cfg.action_head == "l1":
+                return vla.action_head(hidden).flatten(1)
+            return self.best_action(hidden)
         device = images.device
         count = vla.num_action_tokens - known.shape[1]  # tokens to predict
         inputs = vla.embed(images, input_ids, proprio)  # (B, S, hidden), S = L + patches (+ 1)
@@ -401,7 +424,7 @@ class Policy:
                  proprio,
                  torch.full((batch, known), first, device=device)]
         cache = self.make_cache(fixed[0], shape[1])
-        with self.fuse():
+        with self.fuse(), no_tracing():
             for _ in range(3):  # compile, and let libraries allocate their workspaces
                 self.tokens_of(*fixed, cache)
             graph = torch.cuda.CUDAGraph()
@@ -427,32 +450,6 @@ def shrinkable(vla: VLA) -> dict[str, nn.Linear]:
     """{name: layer} of the language model's linear layers, which take most memory and time."""
     layers = linear_layers(vla)
     return {name: layer for name, layer in layers.items() if name.startswith("llm_backbone")}
-
-
-def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) by image_resize_strategy.
-
-    "lanczos" is the resize of training data. The others are bicubic and OpenVLA's processors use
-    them for acting: "resize-naive", "resize-crop" (cut off the longer side) and "letterbox" (pad
-    with the color `fill`).
-    """
-    if strategy == "lanczos" or image.shape[:2] == (size, size):
-        return resize_image(image, size)
-    image = Image.fromarray(image)
-    width, height = image.size
-    if strategy == "letterbox":
-        longest = max(width, height)
-        left, top = (longest - width) // 2, (longest - height) // 2
-        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
-        padded.paste(image, (left, top))
-        image = padded
-        width, height = padded.size  # one pixel off square if the difference was odd
-    shape = (size, size)
-    if strategy != "resize-naive":  # the shorter side becomes `size`
-        shape = (size * width // min(width, height), size * height // min(width, height))
-    image = image.resize(shape, Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def side_by_side(first, second, pixel_values: list[torch.Tensor]) -> torch.Tensor:

@@ -14,12 +14,16 @@ import functools
 import runpy
 import signal
 
+from machinery.config import Recipe, TrainConfig
+
+if __name__ == "__main__":  # python data.py --inspect DIR, which needs no PyTorch
+    runpy.run_module("machinery.inspect_data", run_name="__main__", alter_sys=True)
+
 import numpy as np
 import torch
 
 from action_tokenizer import IGNORE_INDEX, ActionTokenizer, normalize, prompt_ids
 from machinery import oxe
-from machinery.config import Recipe, TrainConfig
 from machinery.frames import DataError, FrameTable, follow_rank, frame_table
 from machinery.images import augment, center_crop, decode_image, draw_augmentation
 
@@ -149,8 +153,8 @@ class Mixture:
         count) of each."""
         first, count = oxe.kept_episodes(self.tables[dataset], self.train)
         if self.recipes[dataset].skip_idle:
-            actions = functools.partial(self.actions, dataset)
-            first, count = oxe.without_idle(first, count, actions)
+            first, count = oxe.divide(first, count, lambda rows: ~oxe.is_idle(
+                self.actions(dataset, rows)))
         first, count = first[count > 0], count[count > 0]
         return first, count, np.cumsum(count)
 
@@ -205,7 +209,8 @@ class Mixture:
         table = self.tables[dataset]
         frame = table.frames[row]
         try:
-            images = self.images(dataset, row, epoch)
+            images = [decode_image(file, cfg.image_size)
+                      for file in self.image_files(dataset, row, epoch)]
             prompt = self.prompt(table.instructions[frame["instruction"]])
             actions = self.actions(dataset, np.array([row]))  # (1, action_chunk, action_dim)
             answer = self.action_tokenizer.encode(actions.reshape(-1)).tolist()
@@ -232,16 +237,14 @@ class Mixture:
             sample["proprio"] = np.pad(proprio, (0, cfg.proprio_dim - len(proprio)))  # shorter ones
         return sample
 
-    def images(self, dataset: int, row: int, epoch: int) -> list[np.ndarray]:
-        """Of the frame and those before it in its window, oldest first, each camera's image."""
+    def image_files(self, dataset: int, row: int, epoch: int = 0) -> list[bytes]:
+        """Of the frame and those before it in its window, oldest first, each camera's image, or
+        b"" for a missing camera."""
         table = self.tables[dataset]
         first = int(table.first_frames[table.episode_of(row)])
-        images = []
-        for past in reversed(range(self.cfg.window_size)):
-            for key in self.cameras_shown(dataset, row, epoch):
-                data = table.read_image(max(row - past, first), table.cameras.index(key))
-                images.append(decode_image(data, self.cfg.image_size))
-        return images
+        cameras = [table.cameras.index(key) for key in self.cameras_shown(dataset, row, epoch)]
+        return [table.read_image(max(row - past, first), camera)
+                for past in reversed(range(self.cfg.window_size)) for camera in cameras]
 
     def cameras_shown(self, dataset: int, row: int, epoch: int) -> list[str | None]:
         """The key of each camera of cfg.cameras for a frame. DROID has two exterior cameras:
@@ -341,7 +344,3 @@ def to_device(batch: dict, device) -> dict:
     """The model's inputs, on the GPU. From pinned memory, the copy overlaps with computation."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()
             if key != "dataset"}
-
-
-if __name__ == "__main__":  # python data.py --inspect DIR
-    runpy.run_module("machinery.inspect_data", run_name="__main__", alter_sys=True)

@@ -5,6 +5,7 @@
     python doctor.py datasets/my_robot --checkpoint runs/my_robot+n1+b32+x7
                                                    the episodes as its trained policy sees them
     python doctor.py runs/my_robot+n1+b32+x7 --seen seen                 why the policy fails
+    python doctor.py RUN --rollout RUN/rollouts-step-... --server http://127.0.0.1:8000
 
 Of a dataset it prints the survey's findings, as `data.py --inspect` does, then the episodes that do
 not fit the others of their instruction (machinery/peers.py), in two lists: *wrong* ones, which
@@ -21,10 +22,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from machinery.config import (  # first: it names a missing package
+    Recipe,
+    UserError,
+    exit_with_one_line,
+    read_secret,
+)
+
+# isort: split
+
 import numpy as np
 
 from machinery import peers
-from machinery.config import Recipe, UserError, exit_with_one_line
 from machinery.convention import dimension_names
 from machinery.files import atomic
 from machinery.frames import FrameTable, bad_episodes_file, frame_table
@@ -203,17 +212,31 @@ def seen_table(directory: Path, cfg, index_dir: str | None) -> FrameTable:
 def examine_policy(args: argparse.Namespace) -> None:
     """Print and write why a policy may fail."""
     from machinery.causes import find_causes
+    from machinery.causes_rollout import rollout_causes
+    from machinery.causes_server import server_causes
     from machinery.examine import open_data, open_policy
 
     policy = open_policy(str(args.what))
-    name = policy.dataset_name(args.data_mix)
+    name = args.data_mix or next((key for key in policy.norm_stats if key in policy.cfg.data_mix),
+                                 None)
+    name = policy.dataset_name(name)
     train, held_out = open_data(policy, name, args.dataset, args.index_dir)
     seen = seen_table(args.seen, policy.cfg, args.index_dir) if args.seen else None
     print(f"policy {args.what} dataset {train.tables[0].directory}")
-    causes = find_causes(policy, train, held_out, seen)
+    causes = find_causes(policy, args.what, train, held_out, seen)
+    examined = "data, statistics, weights, prompt, training"
+    if seen:
+        examined += "; requests: pictures, words, states, answers, and what the robot did"
+    if args.rollout:
+        causes += rollout_causes(train, args.rollout)
+        examined += "; a closed loop"
+    if args.server:
+        token = read_secret(args.token, "--token") if args.token else None
+        causes += server_causes(policy, train, args.server.rstrip("/"), token)
+        examined += "; a server"
+    causes.sort(reverse=True, key=lambda cause: cause.evidence)
     for cause in causes:
         print(f"cause {cause.kind} evidence {cause.evidence:.2f} {cause.text}: {cause.cure}")
-    examined = "its own frames" + (", requests (pictures, words, states, answers)" if seen else "")
     print(f"causes {len(causes)} examined: {examined}")
     out = args.out or Path("report.html")
     write_causes(out, str(args.what), examined, causes)
@@ -232,6 +255,9 @@ def main() -> None:
     parser.add_argument("--leave_out", type=int, default=0, metavar="N",
                         help="list the N worst episodes as bad, for skip_bad_episodes: true")
     parser.add_argument("--seen", type=Path, metavar="DIR", help="a policy's recorded requests")
+    parser.add_argument("--rollout", type=Path, metavar="DIR", help="a policy's closed loop")
+    parser.add_argument("--server", metavar="URL", help="which should answer as the policy does")
+    parser.add_argument("--token", help="a file or environment variable with the server's token")
     parser.add_argument("--dataset", type=Path, metavar="DIR",
                         help="a policy's training data (default: by its config)")
     parser.add_argument("--out", type=Path, help="default: report.html in the dataset's folder")

@@ -27,30 +27,52 @@ with augmentation gets the same center crop in all three.
 
 import argparse
 import json
-import math
 from pathlib import Path
+
+from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
+    parser.add_argument("--center_crop", choices=["yes", "no"],
+                        help="show the middle of each image; default: as the checkpoint says")
+    parser.add_argument("--config", metavar="YAML", help="its data; default: the training's")
+    parser.add_argument("--data_mix", help="another mixture or dataset")
+    parser.add_argument("--data_root_dir", help="another folder of datasets")
+    parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
+    parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
+    parser.add_argument("--on-train-frames", action="store_true", help="the last it learned from")
+    parser.add_argument("--out", type=Path, help="PNG, with a JSON; default: beside the checkpoint")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # mistakes and --help, before PyTorch is imported for seconds
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
-from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables
-from machinery import oxe
+from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables, to_device
+from machinery import oft_data, oxe
 from machinery.checkpoint import Checkpoint, Tensors
-from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
 from machinery.convention import Convention, convention, dimension_names
+from machinery.files import read_metrics
 from machinery.frames import DataError
 from machinery.images import decode_native
-from machinery.run import data_facts, step_of
+from machinery.plots import draw_curves
+from machinery.run import data_facts
 from machinery.weights import open_weights
 
 BATCH = 16  # frames per call of the model
 EPISODES = 3  # in the PNG
 EPISODE_FRAMES = 300  # of each, at most
 TOLERANCE = 0.03  # of accuracies that should agree
+ANSWERS = ("teacher_forced", "greedy", "inference")
 
 
 # ---- Three answers to the same frames ----------------------------------------------------------
@@ -66,17 +88,10 @@ def from_camera(policy: Policy, mixture: Mixture, frames: list[tuple]
     table = mixture.tables[dataset]
     cfg = mixture.cfg
     black = np.zeros((cfg.image_size, cfg.image_size, 3), np.uint8)  # for a missing camera
-    views = []
-    texts = []
-    states = []
+    views, texts, states = [], [], []
     for _, row, epoch in frames:
-        first = int(table.first_frames[table.episode_of(row)])
-        images = []
-        for past in range(cfg.window_size - 1, -1, -1):
-            for key in mixture.cameras_shown(dataset, row, epoch):
-                image = table.read_image(max(row - past, first), table.cameras.index(key))
-                images.append(decode_native(image) if image else black)
-        views.append(images)
+        files = mixture.image_files(dataset, row, epoch)
+        views.append([decode_native(file) if file else black for file in files])
         texts.append(table.instructions[table.frames["instruction"][row]])
         if cfg.use_proprio:
             states.append(table.frames["proprio"][row])
@@ -84,7 +99,7 @@ def from_camera(policy: Policy, mixture: Mixture, frames: list[tuple]
     inputs = policy.prepare(views, texts, name, np.stack(states) if states else None)
     tokens = policy.generate(*inputs)
     actions = policy.actions(tokens, name)
-    return tokens.cpu().numpy(), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
+    return policy.ids(tokens), actions.reshape(len(frames), cfg.action_chunk, cfg.action_dim)
 
 
 @torch.inference_mode()
@@ -94,11 +109,10 @@ def from_training_inputs(policy: Policy, mixture: Mixture, frames: list[tuple]
     samples = [mixture.sample(*frame) for frame in frames]
     prompts = [sample["input_ids"][sample["labels"] == IGNORE_INDEX].tolist() for sample in samples]
     batch = collate(samples, mixture.tokenizer.pad_token_id)
-    del batch["dataset"]
-    batch = {key: value.to(policy.vla.llm.device) for key, value in batch.items()}
+    batch = to_device(batch, policy.vla.llm.device)
     _, forced, true = policy.vla(**batch)
     greedy = policy.generate(batch["images"], prompts, batch.get("proprio"))
-    return forced.cpu().numpy(), greedy.cpu().numpy(), true.cpu().numpy()
+    return forced.cpu().numpy(), policy.ids(greedy), true.cpu().numpy()
 
 
 def collect(policy: Policy, mixture: Mixture, frames: np.ndarray) -> dict[str, np.ndarray]:
@@ -149,9 +163,8 @@ def measure(mixture: Mixture, dataset: int, rows: np.ndarray, answers: dict[str,
                 "l1_per_dim": l1.mean((0, 1)).tolist(),
                 "l1_units_per_dim": np.nanmean(units, (0, 1)).tolist()}
 
-    recipe, table = mixture.recipes[dataset], mixture.tables[dataset]
     return {"frames": len(rows),
-            "names": dimension_names(recipe, table.features)[0],
+            "names": dimension_names(mixture.recipes[dataset], mixture.tables[dataset].features)[0],
             "robot": robot.action,
             "inference": score(answers["inference"], answers["actions"]),
             "most_frequent_bin": score(frequent, frequent_actions)}
@@ -178,17 +191,14 @@ def logged_accuracy(run_dir: Path, step: int, samples: int, global_batch: int,
                     on_train_frames: bool) -> float | None:
     """The training log's accuracy: on held-out frames at this step, or on the last `samples`
     training frames."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.loads(line) for line in lines if step_of(line) < math.inf]  # not a partial line
+    lines = read_metrics(run_dir)
     if not on_train_frames:
         for line in lines:
             if line["step"] == step and "eval/accuracy" in line:
                 return line["eval/accuracy"]
         return None
     lines = [line for line in lines if "accuracy" in line and line["step"] <= step]
-    total = 0.0
-    seen = 0  # steps
+    total, seen = 0.0, 0  # seen: steps
     while lines and seen * global_batch < samples:
         line = lines.pop()
         steps = line["step"] - (lines[-1]["step"] if lines else 0)
@@ -202,9 +212,7 @@ def verdict(accuracy: dict[str, float], agreement: float, frames: int, strategy:
     """-> (the mismatch between training and acting, if there is one, and other remarks)."""
     mismatch = None
     remarks = []
-    forced = accuracy["teacher_forced"]
-    greedy = accuracy["greedy"]
-    inference = accuracy["inference"]
+    forced, greedy, inference = (accuracy[key] for key in ANSWERS)
     if agreement < 1 - TOLERANCE:
         mismatch = (f"{1 - agreement:.1%} of the action tokens differ between acting on the "
                     f"recorded images (accuracy {inference:.3f}) and training's inputs "
@@ -240,10 +248,6 @@ def report(name: str, result: dict) -> None:
 
 # ---- The picture -------------------------------------------------------------------------------
 
-COLORS = {"recorded": "black", "predicted": "darkorange"}
-WIDTH, HEIGHT = 520, 120  # pixels of one curve
-LEFT, TOP = 90, 76  # margins
-
 
 def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
     """Some episodes side by side, a row for each number of the robot's action, in its units."""
@@ -252,54 +256,27 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             episodes.append((dataset, first, count))
     chosen = np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))
-    episodes = [episodes[i] for i in chosen]
-    robots = [robot_of(mixture, dataset) for dataset, *_ in episodes]
-    height = TOP + HEIGHT * max(len(robot.action) for robot in robots)
-    sheet = Image.new("RGB", (WIDTH * len(episodes), height), "white")
-    pen = ImageDraw.Draw(sheet)
-    small = ImageFont.load_default(13)
-    large = ImageFont.load_default(16)
-    for column, ((dataset, first, count), robot) in enumerate(zip(episodes, robots, strict=True)):
+    columns = []
+    for dataset, first, count in [episodes[i] for i in chosen]:
         table = mixture.tables[dataset]
+        robot = robot_of(mixture, dataset)
         rows = first + np.arange(min(count, EPISODE_FRAMES))
         predicted = []
         for i in range(0, len(rows), BATCH):
             frames = [(dataset, row, 0) for row in rows[i : i + BATCH].tolist()]
             _, actions = from_camera(policy, mixture, frames)
             predicted.append(actions[:, 0])  # the first step of each chunk
-        curves = {"recorded": robot.to_robot(recorded_actions(mixture, dataset, rows)[:, 0]),
-                  "predicted": robot.to_robot(np.concatenate(predicted))}  # (R, A) each
-
-        x = column * WIDTH + LEFT
+        recording = table.directory / "recording.json"
+        fps = json.loads(recording.read_text()).get("fps") if recording.exists() else None
+        x = (rows - first) / (fps or 1)
+        curves = {label: (x, robot.to_robot(actions)) for label, actions in (
+            ("recorded", recorded_actions(mixture, dataset, rows)[:, 0]),
+            ("predicted", np.concatenate(predicted)))}
         text = table.instructions[table.frames["instruction"][first]]
         title = f"{mixture.names[dataset]}, episode {table.episode_of(first)}, {len(rows)} frames"
-        pen.multiline_text((x, 6), f"{title}\n{text[:50]}", "black", large)
-        for i, (label, color) in enumerate(COLORS.items()):
-            pen.line((x + 110 * i, 60, x + 24 + 110 * i, 60), color, 3)
-            pen.text((x + 30 + 110 * i, 52), label, color, small)
-        for dim, label in enumerate(robot.action):
-            top = TOP + dim * HEIGHT
-            box = (x, top + 18, x + WIDTH - LEFT - 16, top + HEIGHT - 4)
-            values = {key: curve[:, dim] for key, curve in curves.items()}
-            draw_curves(pen, small, box, label, values)
-    sheet.save(path)
-
-
-def draw_curves(pen: ImageDraw.ImageDraw, font, box: tuple, title: str,
-                curves: dict[str, np.ndarray]) -> None:
-    """Curves (R,) in a frame, with its title above and its range on the left."""
-    left, top, right, bottom = box
-    values = np.concatenate(list(curves.values()))
-    low = values.min()
-    high = max(values.max(), low + 1e-6)
-    pen.rectangle(box, outline="lightgray")
-    pen.text((left - 6, top), f"{high:.3g}", "gray", font, anchor="ra")
-    pen.text((left - 6, bottom - 15), f"{low:.3g}", "gray", font, anchor="ra")
-    pen.text((left, top - 17), title, "dimgray", font)
-    for label, curve in curves.items():
-        x = np.linspace(left, right, len(curve))
-        y = bottom - 4 - (curve - low) / (high - low) * (bottom - top - 8)
-        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), COLORS[label], 2)
+        unit = " s" if fps else " frames"
+        columns.append((f"{title}\n{text[:50]}", unit, robot.action, curves))
+    draw_curves(columns, path)
 
 
 # ---- The program -------------------------------------------------------------------------------
@@ -327,11 +304,11 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
     results, tokens = score_datasets(policy, mixture, learned, frames, samples)
     accuracy = {}
     if seen:
-        batch = cfg.global_batch_size
-        logged = logged_accuracy(ours.run_dir, step, samples, batch, on_train_frames)
+        logged = logged_accuracy(ours.run_dir, step, samples, cfg.global_batch_size,
+                                 on_train_frames)
         if logged:
             accuracy["logged"] = logged
-    for key in ("teacher_forced", "greedy", "inference"):
+    for key in ANSWERS:
         accuracy[key] = float((tokens[key] == tokens["true"]).mean())
     agreement = float((tokens["greedy"] == tokens["inference"]).mean())
     line = f"{'train' if on_train_frames else 'held-out'} frames {len(frames)}"
@@ -360,7 +337,7 @@ def score_datasets(policy: Policy, mixture: Mixture, learned: Mixture, frames: n
 
     learned: training data, whose most frequent tokens in `samples` frames are the baseline"""
     results = {}
-    tokens = {key: [] for key in ("teacher_forced", "greedy", "inference", "true")}
+    tokens = {key: [] for key in (*ANSWERS, "true")}
     for dataset in np.unique(frames[:, 0]).tolist():
         name = mixture.names[dataset]
         chosen = frames[frames[:, 0] == dataset]
@@ -395,7 +372,7 @@ def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     if action_dim != cfg.action_dim:
         raise DataError(f"data_mix {cfg.data_mix}: its actions have {action_dim} dimensions, the "
                         f"model's {cfg.action_dim}")
-    mixture = Mixture(cfg, tables, policy.tokenizer, train)
+    mixture = oft_data.mixture_class(cfg)(cfg, tables, policy.tokenizer, train)
     for name, ours in mixture.statistics.items():
         theirs = policy.norm_stats.setdefault(name, ours)
         for key in ("q01", "q99", "mean"):  # the mean notices an inverted gripper
@@ -440,24 +417,11 @@ def data_config(policy: Policy, args: argparse.Namespace) -> TrainConfig:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
-    parser.add_argument("--center_crop", choices=["yes", "no"],
-                        help="show the middle of each image; default: as the checkpoint says")
-    parser.add_argument("--config", metavar="YAML", help="its data; default: the training's")
-    parser.add_argument("--data_mix", help="another mixture or dataset")
-    parser.add_argument("--data_root_dir", help="another folder of datasets")
-    parser.add_argument("--unnorm_key", help="a dataset the model knows, to act so on unknown ones")
-    parser.add_argument("--samples", type=int, default=1024, help="how many frames, none twice")
-    parser.add_argument("--on-train-frames", action="store_true", help="the last it learned from")
-    parser.add_argument("--out", type=Path, help="PNG, with a JSON; default: beside the checkpoint")
-    args = parser.parse_args()
+    args = read_options()
     with exit_with_one_line():
         crop = {"yes": True, "no": False}.get(args.center_crop)
-        if torch.cuda.is_available():
-            policy = load_vla(args.checkpoint, "cuda", torch.bfloat16, center_crop=crop)
-        else:
-            policy = load_vla(args.checkpoint, "cpu", torch.float32, center_crop=crop)
+        how = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        policy = load_vla(args.checkpoint, *how, center_crop=crop)
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
         folder = Path(tensors.where if Path(args.checkpoint).exists() else "")  # "": of the hub

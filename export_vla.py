@@ -3,6 +3,7 @@
     python export_vla.py runs/bridge+n1+b32+x7 exported --format hf --dtype bf16
     python export_vla.py openvla/openvla-7b exported --format native
     python export_vla.py runs/my-lora+n1+b8+x7 adapter --format peft --dtype bf16
+    python export_vla.py runs/oft_libero+n1+b8+x7 exported --format oft --dtype bf16
 
 The first argument is anything weights.py can open.
 
@@ -10,8 +11,9 @@ The first argument is anything weights.py can open.
     native    for OpenVLA's training code: config.json, dataset_statistics.json, checkpoints/*.pt
     peft      adapters without their base; peft loads them onto the base in Hugging Face format,
               which they name: its hub id or directory. Another one must be exported (hf), too
+    oft       action_head l1, for OpenVLA-OFT's code: as hf, and a file for each new part
 
-hf and native keep this project's description beside OpenVLA's, as "zerovla" in config.json:
+hf, native and oft keep this project's description beside OpenVLA's, as "zerovla" in config.json:
 load_vla and base_vlm read the export back exactly. Adapters (lora.py) are merged into the weights.
 Tensors pass through memory a few at a time. No GPU is needed.
 """
@@ -24,7 +26,25 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+
+from machinery.config import TrainConfig, exit_with_one_line
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a run, a checkpoint, an export or a hub id (see weights.py)")
+    parser.add_argument("out", type=Path, help="a new directory")
+    parser.add_argument("--format", choices=["hf", "native", "peft", "oft"], required=True,
+                        help="of OpenVLA's class, of its training code, or of adapters alone")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # mistakes and --help, before PyTorch is imported for seconds
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -32,11 +52,11 @@ from tqdm import tqdm
 
 from action_tokenizer import load_tokenizer
 from machinery.backbones import build_tower, llm_config
-from machinery.checkpoint import Checkpoint, CheckpointError
-from machinery.config import TrainConfig, exit_with_one_line
+from machinery.checkpoint import Checkpoint, CheckpointError, Tensors
 from machinery.description import DESCRIPTION
 from machinery.files import atomic
 from machinery.lora import ADAPTER
+from machinery.oft_files import write_parts
 from machinery.weights import (
     LANGUAGE_MODELS,
     PRISMATIC,
@@ -52,7 +72,7 @@ HUB_CODE = "openvla/openvla-7b--"  # transformers finds the classes there (trust
 
 
 def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None) -> None:
-    """Write the model `where` to the new directory `out` in format "hf", "native" or "peft".
+    """Write the model `where` to the new directory `out` in one of FORMATS.
 
     dtype: None keeps each tensor's own; matrices with merged adapters are then float32. Raises
     CheckpointError if there is no model or `out` exists.
@@ -61,7 +81,10 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         raise CheckpointError(f"{out} exists: remove it or choose another directory")
     weights = open_weights(where)
     cfg = TrainConfig(**weights.config)
-    write = {"hf": write_hugging_face, "native": write_native, "peft": write_peft}[format]
+    if (format == "oft") != (cfg.action_head == "l1") and format != "native":
+        raise CheckpointError(f"{where}: --format {format} does not fit action_head "
+                              f"{cfg.action_head}: choose oft for l1, else hf, or native")
+    write = FORMATS[format]
     with atomic(out) as scratch:
         scratch.mkdir(parents=True)
         save_tokenizer(cfg, scratch)
@@ -160,8 +183,9 @@ def prismatic_ids(cfg: TrainConfig) -> tuple[str, str]:
     # settings that OpenVLA's class does not read
     complete = llm_config(cfg.llm_backbone, llm["vocab_size"]).to_dict()
     rope = complete.get("rope_parameters") or {}
+    extended = cfg.parallel_decoding or cfg.use_proprio or cfg.action_chunk > 1
     unread = (complete.get("attention_bias") or complete.get("mlp_bias") or "factor" in rope
-              or cfg.parallel_decoding or cfg.use_proprio or cfg.action_chunk > 1)
+              or (extended and cfg.action_head != "l1"))
     if unread or not visions or not same_kind:
         print("warning: OpenVLA does not know this model's towers, language model or extensions: "
               "only this project can read the export, OpenVLA's own code cannot", file=sys.stderr)
@@ -220,7 +244,7 @@ def hugging_face_config(cfg: TrainConfig, norm_stats: dict, dtype: str) -> dict:
 
 def openvla_strategy(cfg: TrainConfig) -> str:
     """How OpenVLA's processor resizes. It has no Lanczos; its bicubic comes nearest."""
-    if cfg.image_resize_strategy == "lanczos":
+    if cfg.image_resize_strategy in ("lanczos", "oft"):
         return "resize-naive"
     return cfg.image_resize_strategy
 
@@ -361,14 +385,38 @@ def base_for_peft(name: str, where: Path) -> str | None:
     return "/".join(cached.groups()) if cached else name
 
 
+# ---- OpenVLA-OFT -------------------------------------------------------------------------------
+
+
+def write_oft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype | None) -> None:
+    """A directory as OFT's finetune.py writes it (machinery/oft_files.py)."""
+    parts = {}
+    own = ["action_head", "proprio_projector", *(["film", "vision_backbone"] if cfg.film else [])]
+    body = Tensors(weights.tensors.where)
+    for name, shape in weights.tensors.shapes.items():
+        if name.split(".")[0] in own:
+            parts[name] = weights.tensors.whole(name).to(dtype).contiguous()
+        if name.split(".")[0] not in own[:3]:
+            body.add(name, shape, functools.partial(weights.tensors.read, name))
+    write_hugging_face(replace(weights, tensors=body), cfg, out, dtype)
+    config = json.loads((out / "config.json").read_text())
+    del config["auto_map"]  # OFT's code sets it to its own classes
+    write_json(out / "config.json", config)
+    theirs = functools.partial(rename, towers=tuple(cfg.vision_backbone), to_hugging_face=True)
+    step = re.match(r"step-0*(\d+)", Path(weights.tensors.where).name)
+    write_parts(parts, out, step[1] if step else "latest", theirs)
+    proprio = f", PROPRIO_DIM {cfg.proprio_dim}" if cfg.use_proprio else ""
+    print("note: OFT's code takes from its command line's words (prismatic/vla/constants.py): "
+          f"NUM_ACTIONS_CHUNK {cfg.action_chunk}, ACTION_DIM {cfg.action_dim}{proprio}, "
+          f"{cfg.action_normalization}; tell it num_images_in_input {len(cfg.cameras)}")
+
+
+FORMATS = {"hf": write_hugging_face, "native": write_native, "peft": write_peft, "oft": write_oft}
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a run, a checkpoint, an export or a hub id (see weights.py)")
-    parser.add_argument("out", type=Path, help="a new directory")
-    parser.add_argument("--format", choices=["hf", "native", "peft"], required=True)
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: each tensor's own")
-    args = parser.parse_args()
+    args = read_options()
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
     with exit_with_one_line():
         export(args.model, args.out, args.format, dtypes[args.dtype])

@@ -2,6 +2,7 @@
 
     python serve_vla.py --checkpoint runs/demo+n1+b32+x7   a run, a checkpoint, OpenVLA's, a hub id
 
+    GET /       a page on which to try the model: open it in a browser
     POST /act   {"image": ..., "instruction": "open the drawer", "unnorm_key": "bridge_orig"}
                 -> the action
     GET /health {"status": "ok", "model": ..., "unnorm_keys": [...], "cameras": [...], ...}
@@ -26,6 +27,7 @@ The reply is the action, (A,) or (action_chunk, A): a json_numpy object if the r
 else plain lists. A request {"encoded": "<all of this as a string>"} gets a string. /health labels
 each number of action and state (machinery/convention.py), tells which values of the action's last
 one are an open and a closed gripper, if it is one, and has status 503 if the model fails.
+/act?seen gives {"action": ..., "seen": [the images as the model takes them]}.
 Mistakes get status 4xx and {"error": the problem and its cure}. A websocket first sends the facts
 of /health, and answers a mistake with text.
 
@@ -52,23 +54,54 @@ import traceback
 from concurrent.futures import Future
 from pathlib import Path
 
+from machinery.config import PROJECT, UserError, exit_with_one_line, read_secret
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
+    parser.add_argument("--center_crop", choices=["yes", "no"],
+                        help="show the middle of each image; default: as the checkpoint says")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address to listen on; 0.0.0.0: reachable from the network")
+    parser.add_argument("--token", help="a file or environment variable with the clients' token")
+    parser.add_argument("--no_token", action="store_true", help="answer everyone who reaches it")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU, if there is one")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"],
+                        help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--int8", action="store_true",
+                        help="hold the language model's matrices in 8 bits: half the memory")
+    parser.add_argument("--max_batch", type=int,
+                        help="most requests the model sees at once; default: 16, with --speed_up 1")
+    parser.add_argument("--speed_up", nargs="*", type=int, metavar="K",
+                        help="on a GPU: compile for minutes before serving, then answer several "
+                        "times as fast, requests without a prefix and with one of K steps")
+    parser.add_argument("--record", type=Path, metavar="DIR",
+                        help="keep requests and answers there as an RLDS dataset")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # mistakes and --help, before PyTorch is imported for seconds
+
 import numpy as np
 import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from act import PROMPT_LENGTHS, ModelError, Policy, load_vla
 from machinery.checkpoint import CheckpointError
-from machinery.config import UserError, exit_with_one_line, read_secret
 from machinery.connections import is_foreign, uvicorn_config
 from machinery.host import allow_open_files
 from machinery.reader import Readers
 from machinery.record import Recorder, recording_facts
-from machinery.wire import MAX_BODY, Query, encode_action, pack
+from machinery.wire import MAX_BODY, Query, encode_action, encode_array, pack
 
 MAX_CLIENTS = 256  # requests at once; as many websockets; as many bodies that are arriving
 BODY_SECONDS = 60  # for a request's body to arrive
@@ -185,7 +218,8 @@ class Service:
         self.ignored: set[tuple[str, ...]] = set()  # logged before
 
     def app(self) -> Starlette:
-        return Starlette(routes=[Route("/act", self.act, methods=["POST"]),
+        return Starlette(routes=[Route("/", self.page),
+                                 Route("/act", self.act, methods=["POST"]),
                                  Route("/health", self.health),
                                  WebSocketRoute("/", self.websocket)])
 
@@ -207,6 +241,13 @@ class Service:
         if self.clients.locked():
             return refuse(f"there are {MAX_CLIENTS} requests: ask again later", 503)
         return None
+
+    async def page(self, request: Request) -> Response:
+        """GET /: machinery/page.html. It holds nothing secret, and asks for the token."""
+        page, report = ((PROJECT / "machinery" / f"{name}.html").read_text()
+                        for name in ("page", "report"))
+        style = report.split("<style>")[1].split("</style>")[0]
+        return HTMLResponse(page.replace("{{style of report.html}}", style))
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
@@ -237,7 +278,10 @@ class Service:
             status, reply, query = await self.answer(body, "parse_request", request.client.host)
         if status != 200:
             return JSONResponse({"error": reply}, status)
-        return JSONResponse(encode_action(reply, query))
+        action = encode_action(reply, query)
+        if "seen" in request.query_params:
+            action = {"action": action, "seen": [*map(encode_array, query.pixels)]}
+        return JSONResponse(action)
 
     async def websocket(self, socket: WebSocket) -> None:
         """openpi's protocol: the facts of /health, then actions for each observation. A mistake is
@@ -321,13 +365,21 @@ def describe(policy: Policy, model: str) -> dict:
     facts = {
         "status": "ok",
         "model": model,
-        "unnorm_keys": list(robots),
+        "unnorm_keys": [*robots],
         "cameras": policy.cfg.cameras,
         "images": policy.vla.num_images,
         "proprio": policy.cfg.use_proprio,
         "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
         "max_prefix": policy.max_prefix,
-        "action": {key: robot.action for key, robot in robots.items()}}
+        "center_crop": policy.cfg.image_aug,
+        "action": {key: robot.action for key, robot in robots.items()},
+        "action_q01_q99": {},
+        "instructions": {}}
+    for key, robot in robots.items():
+        stats = policy.norm_stats[key]
+        ends = np.array([stats["action"]["q01"], stats["action"]["q99"]])
+        facts["action_q01_q99"][key] = robot.to_robot(ends).tolist()
+        facts["instructions"][key] = stats.get("instructions", [])
     if policy.cfg.use_proprio:
         facts["state"] = {key: robot.state for key, robot in robots.items()}
     return facts
@@ -403,33 +455,12 @@ def record_graphs(policy: Policy, max_batch: int, prefixes: list[int]) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a hub id")
-    parser.add_argument("--center_crop", choices=["yes", "no"],
-                        help="show the middle of each image; default: as the checkpoint says")
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="address to listen on; 0.0.0.0: reachable from the network")
-    parser.add_argument("--token", help="a file or environment variable with the clients' token")
-    parser.add_argument("--no_token", action="store_true", help="answer everyone who reaches it")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--device", choices=["cuda", "cpu"],
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES),
-                        help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--int8", action="store_true",
-                        help="hold the language model's matrices in 8 bits: half the memory")
-    parser.add_argument("--max_batch", type=int,
-                        help="most requests the model sees at once; default: 16, with --speed_up 1")
-    parser.add_argument("--speed_up", nargs="*", type=int, metavar="K",
-                        help="on a GPU: compile for minutes before serving, then answer several "
-                        "times as fast, requests without a prefix and with one of K steps")
-    parser.add_argument("--record", type=Path, metavar="DIR",
-                        help="keep requests and answers there as an RLDS dataset")
-    args = parser.parse_args()
-    if args.speed_up is not None and args.device == "cpu":
-        parser.error("--speed_up records CUDA graphs: it needs --device cuda")
-    dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    args = read_options()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     with exit_with_one_line():
+        if args.speed_up is not None and device == "cpu":
+            raise UserError("--speed_up records CUDA graphs: it needs --device cuda")
         token = read_secret(args.token, "--token") if args.token else None
         if token == "":  # which every client would send
             raise UserError(f"--token: {args.token!r} is empty: write a long random text there")
@@ -443,7 +474,7 @@ def main() -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((args.host, args.port))
         crop = {"yes": True, "no": False}.get(args.center_crop)
-        policy = load_vla(args.checkpoint, args.device, DTYPES[dtype], args.int8, crop)
+        policy = load_vla(args.checkpoint, device, DTYPES[dtype], args.int8, crop)
         if not policy.norm_stats:
             raise CheckpointError(f"{args.checkpoint}: no dataset statistics, so it cannot act: "
                                   "give a VLA, not a plain VLM")

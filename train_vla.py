@@ -2,7 +2,7 @@
 
     deepspeed train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/zero2.json
 
-The YAML describes the training (machinery/config.py lists every key), the JSON how it is sharded
+The YAML describes the training (docs/keys.md lists every key), the JSON how it is sharded
 over GPUs. `train` is the whole program: data, model, engine, then the loop. The same command again
 resumes from the newest checkpoint. torchrun starts it too, and plain `python` on one device.
 """
@@ -10,7 +10,11 @@ resumes from the newest checkpoint. torchrun starts it too, and plain `python` o
 import contextlib
 import io
 import math
-from functools import partial
+
+from machinery.command_line import parse_command_line
+
+if __name__ == "__main__":  # mistakes and --help, before PyTorch is imported for seconds
+    parse_command_line(__doc__)
 
 import deepspeed
 import torch
@@ -18,10 +22,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_device
-from machinery import zero
+from machinery import oft, oft_data, zero
 from machinery.checkpoint import load_checkpoint
-from machinery.config import TrainConfig, UserError, exit_with_one_line, parse_command_line
-from machinery.cost import memory_needed, utilization
+from machinery.config import TrainConfig, UserError
+from machinery.cost import gpu_memory, memory_needed, recomputes, utilization
 from machinery.cuda_graph import capture_passes
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
@@ -38,7 +42,6 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
           weights: Weights | None) -> None:
     """Train, on every rank of the job. The arguments come from machinery.run.settle, which has
     filled in the keys that the YAML leaves open: cfg is final."""
-    rank = dist.get_rank()
     world_size = dist.get_world_size()
     accumulation = accumulation_steps(cfg, world_size)
     torch.manual_seed(cfg.seed)
@@ -50,7 +53,7 @@ def train(cfg: TrainConfig, ds_config: dict, run: Run, tables: list, tokenizer,
         return
     # batch k is a function of (seed, k), so resuming means counting from another k
     batches = TrainBatches(mixture, cfg.global_batch_size, cfg.per_device_batch_size,
-                           rank, world_size)
+                           dist.get_rank(), world_size)
     micro_batches = range(run.step * accumulation, total_steps * accumulation)
     # fork the workers now: pages this process touches later would be copied for each of them
     loader = make_loader(batches, cfg.num_workers, micro_batches)
@@ -123,12 +126,11 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
 
 def open_data(cfg: TrainConfig, tables: list, tokenizer) -> tuple[Mixture, Mixture | None]:
     """The mixture's training frames, and its held-out ones if every dataset has some."""
-    mixture = Mixture(cfg, tables, tokenizer)
+    mixture = oft_data.mixture_class(cfg)(cfg, tables, tokenizer)
     try:
-        held_out = Mixture(cfg, tables, tokenizer, train=False)
+        return mixture, type(mixture)(cfg, tables, tokenizer, train=False)
     except DataError:
-        held_out = None
-    return mixture, held_out
+        return mixture, None
 
 
 def make_engine(cfg: TrainConfig, ds_config: dict, accumulation: int, tokenizer,
@@ -143,7 +145,6 @@ def make_engine(cfg: TrainConfig, ds_config: dict, accumulation: int, tokenizer,
     zero.correct_engine(engine)
     if cfg.zero_speed:
         from machinery import zero_speed  # faster parts for ZeRO-2 and 3; nothing else imports it
-
         for note in zero_speed.apply(engine):
             run.line(note)
     load_weights(engine, cfg, weights, run)
@@ -169,7 +170,7 @@ def build_model(cfg: TrainConfig, ds_config: dict, tokenizer, weights: Weights |
         dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
         in_8_bits = linear_layers(vla) if cfg.frozen_weights else {}
         fill(vla, weights.tensors, get_accelerator().current_device_name(), dtype, in_8_bits)
-    recompute = "activation_checkpointing" in ds_config
+    recompute = recomputes(vla, ds_config, dist.get_world_size(), gpu_memory())
     if cfg.compile:
         vla.compile_blocks(recompute)
     elif recompute:
@@ -198,8 +199,9 @@ def make_vla(cfg: TrainConfig, tokenizer, weights: Weights | None, zero3: bool,
     cfg = cfg.model_copy(update={"vision_backbone": towers})
     with torch.device(get_accelerator().current_device_name()):
         if weights and zero3:
-            return zero.build_sharded(partial(VLA, cfg, tokenizer), ds_config)
-        return VLA(cfg, tokenizer, parameters_without_memory() if weights else None)
+            return zero.build_sharded(lambda init: oft.vla_class(cfg)(cfg, tokenizer, init),
+                                      ds_config)
+        return oft.vla_class(cfg)(cfg, tokenizer, parameters_without_memory() if weights else None)
 
 
 def load_weights(engine, cfg: TrainConfig, weights: Weights | None, run: Run) -> None:
@@ -219,7 +221,7 @@ def load_weights(engine, cfg: TrainConfig, weights: Weights | None, run: Run) ->
 def scheduled_learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0), as OpenVLA's, which are transformers'."""
     if cfg.lr_scheduler_type == "constant":
-        return cfg.learning_rate
+        return cfg.learning_rate / (10 if step >= (cfg.num_steps_before_decay or math.inf) else 1)
     warmup = int(total_steps * cfg.warmup_ratio)
     if step < warmup:
         return cfg.learning_rate * step / max(1, warmup)
@@ -229,9 +231,8 @@ def scheduled_learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> fl
 
 def main() -> None:
     """Command line."""
-    with exit_with_one_line():
-        cfg, ds_config = parse_command_line(__doc__)
-        zero.check_json(ds_config)
+    cfg, ds_config = parse_command_line(__doc__)
+    zero.check_json(ds_config)
     run_job(lambda: train(**settle(cfg, ds_config)))
 
 

@@ -4,6 +4,8 @@ figures.
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA act                  # or a checkout of OpenVLA-OFT
     OPENVLA_ENV/bin/torchrun --nproc-per-node 2 bench/openvla_peer.py OPENVLA train --micro 32 --recompute
     OPENVLA_ENV/bin/torchrun --nproc-per-node 1 bench/openvla_peer.py OPENVLA finetune --micro 4
+    OPENVLA_ENV/bin/python bench/openvla_peer.py OFT act_oft
+    OPENVLA_ENV/bin/torchrun --nproc-per-node 1 bench/openvla_peer.py OFT finetune_oft --micro 8 --tokens 80
     OPENVLA_ENV/bin/python bench/openvla_peer.py OPENVLA answer EXPORT IMAGE OUT.npz
 
 OPENVLA is a checkout of it. The environment has transformers 4.40.1, timm 0.9.10, and tokenizers
@@ -16,7 +18,8 @@ and the projector, sharding gradients and optimizer (and, with --full_shard, wei
 master weights, bf16 arithmetic, AdamW, clipping, and its accuracy and L1. A step of `finetune` is
 the one of vla-scripts/finetune.py: peft's adapters of rank 32 beside all linear layers of bf16
 weights, DDP, autocast, AdamW, accuracy, and L1. It neither recomputes nor clips. Data loading is
-not timed.
+not timed. `act_oft` and `finetune_oft` are the same for a checkout of OpenVLA-OFT with two cameras,
+the state, and an L1 head.
 """
 
 import argparse
@@ -32,7 +35,8 @@ import torch.distributed as dist
 
 INSTRUCTION = "put the carrot on the plate"
 PROMPT = f"In: What action should the robot take to {INSTRUCTION}?\nOut:"
-STATS = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]}}}
+STATS = {"made_up": {"action": {"q01": [-0.1] * 7, "q99": [0.2] * 7, "mask": [True] * 6 + [False]},
+                     "proprio": {"q01": [-1.0] * 8, "q99": [1.0] * 8, "min": [-1.0] * 8}}}
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests/fixtures/model/tokenizer_llama/tokenizer.json"
 
 
@@ -40,7 +44,7 @@ def import_openvla(checkout: str):
     """Its three modules: configuration, model, and processor. OpenVLA-OFT's model needs two more
     folders."""
     for name in ("prismatic", "prismatic.extern", "prismatic.extern.hf", "prismatic.training",
-                 "prismatic.vla"):  # skip their __init__ files
+                 "prismatic.vla", "prismatic.models"):  # skip their __init__ files
         module = types.ModuleType(name)
         module.__path__ = [f"{checkout}/{name.replace('.', '/')}"]
         sys.modules[name] = module
@@ -68,13 +72,33 @@ def make_model(configuration, modeling, layers: int, dtype: torch.dtype, device:
     return vla.to(device, dtype)
 
 
+def oft_parts(vla, device: str) -> tuple:
+    """Tell OFT's model that there are two images -> its L1 head in bf16, and its projector of the state."""
+    ddim = "diffusers.schedulers.scheduling_ddim"  # for its other head
+    for name in ("diffusers", "diffusers.schedulers", ddim):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules[ddim].DDIMScheduler = None
+    from prismatic.models.action_heads import L1RegressionActionHead
+    from prismatic.models.projectors import ProprioProjector
+
+    vla.vision_backbone.set_num_images_in_input(2)
+    head = L1RegressionActionHead(vla.llm_dim, vla.llm_dim, 7).to(device, torch.bfloat16)
+    return head, ProprioProjector(vla.llm_dim, 8).to(device)
+
+
 def act(args) -> None:
-    """Print the median seconds of an action, from an image in host memory to numbers."""
+    """Print the median seconds of an action, or of a chunk, from images in host memory to numbers."""
     from PIL import Image
     from transformers import PreTrainedTokenizerFast
 
     configuration, modeling, processing = import_openvla(args.checkout)
-    vla = make_model(configuration, modeling, args.layers, torch.bfloat16, "cuda").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vla = make_model(configuration, modeling, args.layers, torch.bfloat16, device).eval()
+    views, more = 1, {}
+    if args.what == "act_oft":
+        head, projector = oft_parts(vla, device)
+        views, more = 2, {"action_head": head.eval(), "proprio_projector": projector.bfloat16().eval(),
+                          "proprio": np.zeros(8)}
     processor = processing.PrismaticImageProcessor(
         use_fused_vision_backbone=True, image_resize_strategy="resize-naive", input_sizes=[(3, 224, 224)] * 2,
         interpolations=["bicubic"] * 2, means=[(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)],
@@ -82,14 +106,15 @@ def act(args) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER))
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     times = []
-    for _ in range(23):
+    for _ in range(args.repeats + 3):
         started = time.perf_counter()
         text = tokenizer(PROMPT, return_tensors="pt")
-        pixels = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+        pixels = torch.cat([processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+                            for _ in range(views)], dim=1)
         with torch.inference_mode():
             vla.predict_action(
-                input_ids=text["input_ids"].cuda(), attention_mask=text["attention_mask"].cuda(),
-                pixel_values=pixels.to("cuda", torch.bfloat16), unnorm_key="made_up", do_sample=False)
+                input_ids=text["input_ids"].to(device), attention_mask=text["attention_mask"].to(device),
+                pixel_values=pixels.to(device, torch.bfloat16), unnorm_key="made_up", do_sample=False, **more)
         times.append(time.perf_counter() - started)
     print("seconds", float(np.median(times[3:])))
 
@@ -105,14 +130,16 @@ def join() -> str:
     return device
 
 
-def make_batch(args, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random pixels (B, 6, 224, 224) float32; ids (B, tokens), which end in an action and stop;
-    labels."""
-    pixels = torch.randn(args.micro, 6, 224, 224, device=device)
+def make_batch(args, device: str, views: int = 1, numbers: int = 7
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random pixels (B, 6 x views, 224, 224) float32; ids (B, tokens), which end in the numbers of an
+    action, or a chunk, and stop; labels."""
+    pixels = torch.randn(args.micro, 6 * views, 224, 224, device=device)
     ids = torch.randint(1000, 31000, (args.micro, args.tokens), device=device)
-    ids[:, -8:-1] = torch.randint(31744, 32000, (args.micro, 7), device=device)
+    ids[:, -numbers - 1 : -1] = torch.randint(31744, 32000, (args.micro, numbers), device=device)
+    ids[:, -1] = 2
     labels = ids.clone()
-    labels[:, :-8] = -100
+    labels[:, : -numbers - 1] = -100
     return pixels, ids, labels
 
 
@@ -178,17 +205,10 @@ def train(args) -> None:
 
 def finetune(args) -> None:
     """Time the training of peft's adapters. Batches start in host memory, as from its loader."""
-    from peft import LoraConfig, get_peft_model
-
     device = join()
     configuration, modeling, _ = import_openvla(args.checkout)
     vla = make_model(configuration, modeling, args.layers, torch.bfloat16, device)
-    vla = get_peft_model(vla, LoraConfig(r=32, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear",
-                                         init_lora_weights="gaussian"))
-    vla.print_trainable_parameters()
-    vla = torch.nn.parallel.DistributedDataParallel(
-        vla, device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
-        find_unused_parameters=True, gradient_as_bucket_view=True).train()
+    vla = with_adapters(vla, device)
     optimizer = torch.optim.AdamW([p for p in vla.parameters() if p.requires_grad], lr=5e-4)
     (pixels, ids, labels), times = make_batch(args, "cpu"), []
     for _ in range(args.steps):
@@ -203,6 +223,57 @@ def finetune(args) -> None:
         optimizer.zero_grad()
         times.append(time.perf_counter() - started)
     report(loss, metrics, times, device)
+
+
+def with_adapters(vla, device: str):
+    """The model with peft's adapters under DDP."""
+    from peft import LoraConfig, get_peft_model
+
+    vla = get_peft_model(vla, LoraConfig(r=32, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear",
+                                         init_lora_weights="gaussian"))
+    vla.print_trainable_parameters()
+    return parallel(vla, device)
+
+
+def parallel(module, device: str):
+    """A module under DDP, as both finetune.py wrap it."""
+    return torch.nn.parallel.DistributedDataParallel(
+        module, device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
+        find_unused_parameters=True, gradient_as_bucket_view=True).train()
+
+
+def finetune_oft(args) -> None:
+    """As finetune, for OFT: two cameras, the state, chunks of 8 steps, and an L1 head."""
+    device = join()
+    configuration, modeling, _ = import_openvla(args.checkout)
+    vla = make_model(configuration, modeling, args.layers, torch.bfloat16, device)
+    head, projector = (parallel(part, device) for part in oft_parts(vla, device))
+    patches = 2 * vla.vision_backbone.get_num_patches() + 1
+    vla = with_adapters(vla, device)
+    trained = [p for part in (vla, head, projector) for p in part.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-4)
+    (pixels, ids, labels), times = make_batch(args, "cpu", views=2, numbers=56), []
+    actions, state = torch.rand(args.micro, 8, 7), torch.rand(args.micro, 8)
+    for _ in range(args.steps):
+        started = time.perf_counter()
+        truth = actions.to(device).bfloat16()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            output = vla(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).bool().to(device),
+                         pixel_values=pixels.bfloat16().to(device), labels=labels.to(device),
+                         output_hidden_states=True, proprio=state.to(device), proprio_projector=projector,
+                         use_film=False)
+        mask = (labels[:, 1:] > 31743).to(device)
+        hidden = output.hidden_states[-1][:, patches:-1][mask].reshape(args.micro, 56, -1)
+        predicted = head.module.predict_action(hidden.bfloat16())
+        loss = torch.nn.functional.l1_loss(predicted, truth)
+        loss.backward()
+        value = loss.item()
+        distances = [(predicted[:, steps] - truth[:, steps]).abs().mean().item()
+                     for steps in (slice(0, 1), slice(1, None))]
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
+    report(value, (float("nan"), distances[0]), times, device)
 
 
 def answer(args) -> None:
@@ -230,7 +301,7 @@ def answer(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout")
-    parser.add_argument("what", choices=["act", "train", "finetune", "answer"])
+    parser.add_argument("what", choices=["act", "act_oft", "train", "finetune", "finetune_oft", "answer"])
     parser.add_argument("files", nargs="*",
                         help="for answer: the export, an image, and the output file")
     parser.add_argument("--prompt", default=PROMPT)
@@ -239,7 +310,9 @@ if __name__ == "__main__":
     parser.add_argument("--micro", type=int, default=32, help="samples per GPU")
     parser.add_argument("--tokens", type=int, default=32, help="text tokens, with action and stop")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=20, help="timed actions, after three others")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--full_shard", action="store_true")
     arguments = parser.parse_args()
-    {"act": act, "train": train, "finetune": finetune, "answer": answer}[arguments.what](arguments)
+    {"act": act, "act_oft": act, "train": train, "finetune": finetune, "finetune_oft": finetune_oft,
+     "answer": answer}[arguments.what](arguments)

@@ -5,6 +5,7 @@ case.
     python bench/small_cards.py --config configs/demo.yaml --gb 16 --micro 1 4  # a try on the CPU
     python bench/small_cards.py --gb 24 --cases lora_bf16 --micro 1 4 --openvla ../openvla \\
         --openvla_python ../openvla-env/bin/python                              # and OpenVLA's finetune.py
+    python bench/small_cards.py --gb 140 --cases oft --micro 8 --oft ../openvla-oft --openvla_python ...
 
 The model begins with random bf16 weights, written first in OpenVLA's Hugging Face layout (15 GB;
 --folder sets the place, and keeps them). The GPU is a large one of which PyTorch may use only so
@@ -13,7 +14,8 @@ compiled and recomputed. Every case is its own run. samples/s are medians over t
 first two. The table shows cases that do not fit.
 
 OpenVLA's step (openvla_peer.py finetune) may use all of the GPU. It has random weights of the same
-shape, images of the same size, and prompts of the same length.
+shape, images of the same size, and prompts of the same length. So has OpenVLA-OFT's (finetune_oft),
+which is compared with the case `oft`.
 """
 
 import argparse
@@ -38,6 +40,10 @@ CASES = {  # the trained weights: keys of the YAML, and the JSON
     "last_layer": ({**LAST_LAYER, "freeze_vision_backbone": True}, "one_small_gpu"),
     "sandwich": (LAST_LAYER, "one_small_gpu"),
     "everything_offloaded": ({}, "zero2_offload"),
+    "oft": ({"lora_rank": 32, "action_head": "l1", "action_chunk": 8, "use_proprio": True,
+             "cameras": ["primary", "wrist"], "datasets": {"libero_spatial_no_noops": {
+                 "primary": "image", "wrist": "image", "action": "action[:6], action[-1:] clip"}}},
+            "one_small_gpu"),
 }
 
 
@@ -46,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gb", type=int, nargs="+", default=[16, 24, 48, 80], help="GPU sizes")
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8], help="samples at a time")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES][:-1])
     parser.add_argument("--base", default="prism-dinosiglip-224px+7b",
                         help="Prismatic id that sets the shape")
     parser.add_argument("--config", type=Path, help="use the model of this YAML instead")
@@ -54,8 +60,10 @@ def main() -> None:
                         help="fewer layers in the language model, for a quick try")
     parser.add_argument("--openvla", type=Path,
                         help="also time finetune.py of this checkout of OpenVLA")
+    parser.add_argument("--oft", type=Path, help="the same of this checkout of OpenVLA-OFT")
     parser.add_argument("--openvla_python", default=sys.executable,
-                        help="its environment's interpreter")
+                        help="their environment's interpreter")
+    parser.add_argument("--no_recompute", action="store_true", help="keep activations, as they do")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--no_cuda_graph", action="store_true", help="launch each kernel from Python")
@@ -64,8 +72,8 @@ def main() -> None:
                         help="for weights and data, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="also append the rows to this file, as JSON lines")
     args = parser.parse_args()
-    if args.openvla and args.config:
-        parser.error("--openvla only has the 7B's shape: omit --config")
+    if (args.openvla or args.oft) and args.config:
+        parser.error("--openvla and --oft only have the 7B's shape: omit --config")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         model = describe_model(args)
@@ -81,10 +89,13 @@ def main() -> None:
                     tell({"gb": gb, "case": case, "micro": micro, **figures}, args.out)
                     if "memory" in figures.get("failed", ""):
                         break  # more samples will not fit either
-        for micro in args.micro if args.openvla else ():
-            more = ["--tokens", str(text_tokens(model)), "--layers", str(args.num_layers or 32)]
-            figures = openvla_step("finetune", micro, 1, args, folder, *more)
-            tell({"gb": "all", "case": "openvla_finetune", "micro": micro, **figures}, args.out)
+        for what, checkout, numbers in (("finetune", args.openvla, 7), ("finetune_oft", args.oft, 56)):
+            for micro in args.micro if checkout else ():
+                tokens = text_tokens(model) - 7 + numbers
+                args.openvla = checkout
+                figures = openvla_step(what, micro, 1, args, folder, "--tokens", str(tokens), "--layers",
+                                       str(args.num_layers or 32))
+                tell({"gb": "all", "case": f"openvla_{what}", "micro": micro, **figures}, args.out)
 
 
 def tell(row: dict, out: Path | None) -> None:
@@ -131,7 +142,8 @@ def measure(gb: float, case: str, micro: int, args, folder: Path) -> dict:
         "learning_rate": 1e-5, **keys}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ds_config = json.loads((ROOT / f"ds_configs/{json_name}.json").read_text())
-    (folder / "ds.json").write_text(json.dumps({**ds_config, "activation_checkpointing": {}}))
+    recompute = {} if args.no_recompute else {"activation_checkpointing": {}}
+    (folder / "ds.json").write_text(json.dumps({**ds_config, **recompute}))
     command = [sys.executable, __file__, "inside", str(gb), "--config", str(folder / "config.yaml"),
                "--deepspeed_config", str(folder / "ds.json")]
     text, succeeded = run(command, args.timeout, folder)

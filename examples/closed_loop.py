@@ -1,9 +1,12 @@
 """Shared by the examples' closed loops: count successes, compute intervals, and draw them."""
 
+import contextlib
 import io
 import json
 import math
 import textwrap
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
@@ -23,6 +26,24 @@ def open_folder(path: Path, conditions: dict) -> None:
         raise UserError(f"{path} holds results of other conditions, {known.read_text()}: choose "
                         "another --out, or remove it")
     known.write_text(json.dumps(conditions))
+
+
+def versions(packages: Sequence[str]) -> str:
+    """"mujoco 3.3.0 ...", those that are installed. Another version is another simulator: the same policy
+    succeeds more or less often in it."""
+    found = []
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return " ".join(found)
+
+
+def compare_versions(simulator: str, recording: dict) -> None:
+    """Print a line if the demonstrations are from other versions. recording: a dataset's recording.json."""
+    recorded = recording.get("simulator", simulator)
+    if recorded != simulator:
+        print(f"warning: this simulator is {simulator}, but the demonstrations were recorded with {recorded}: "
+              "the policy may succeed less often for this reason")
 
 
 def wilson(successes: int, trials: int) -> list[float]:

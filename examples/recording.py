@@ -2,85 +2,122 @@
 
     record(task, seed) -> an episode in RLDS' layout, or None if the expert failed
 
-An interrupted command continues where it stopped.
+An interrupted command continues where it stopped. Read record_all.
 """
 
+import functools
+import glob
 import json
-import pickle
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
 from machinery.config import UserError
+from machinery.rlds import serializer
 
-BLOCK = 25  # episodes per job: making a simulator takes seconds
-
-
-def record_block(record: Callable, task: str, seeds: list[int], scratch: Path) -> list[int]:
-    """Record the missing episodes of these seeds -> the seeds at which the expert failed."""
-    failed = []
-    for seed in seeds:
-        path = scratch / f"{task}-{seed}"
-        if not path.exists():
-            partial = path.with_suffix(".tmp")
-            partial.write_bytes(pickle.dumps(record(task, seed)))
-            partial.rename(path)
-        if read_episode(path) is None:
-            failed.append(seed)
-    return failed
+CHOSEN_GPU = os.environ.get("MUJOCO_EGL_DEVICE_ID")
 
 
-def read_episode(path: Path) -> dict | None:
-    """Read a file of record_block."""
-    return pickle.loads(path.read_bytes())
+@functools.cache
+def serializer_of(scratch: Path) -> Callable[[dict], bytes]:
+    """The function from an episode to its record, by the layout that record_all has put there."""
+    import tensorflow_datasets as tfds
+
+    return serializer(tfds.features.FeaturesDict.from_config(str(scratch)))
 
 
-def record_all(record: Callable, wanted: dict[tuple[str, int], int], scratch: Path,
+def record_episode(record: Callable, task: str, seed: int, scratch: Path) -> bool:
+    """Record an episode, unless that has been done -> did the expert succeed? If not, its file is
+    empty."""
+    path = record_path(scratch, task, seed)
+    if not path.exists():
+        episode, partial = record(task, seed), path.with_suffix(".tmp")
+        partial.write_bytes(serializer_of(scratch)(episode) if episode else b"")
+        partial.rename(path)
+    return path.stat().st_size > 0
+
+
+def record_path(scratch: Path, task: str, seed: int) -> Path:
+    """The file of an episode."""
+    return scratch / f"{task}-{seed}.record"
+
+
+def record_all(record: Callable, features: dict, wanted: dict[tuple[str, int], int], scratch: Path,
                workers: int) -> dict[tuple[str, int], list[int]]:
     """Record wanted[task, first seed] successful episodes of each -> {(task, first seed): their
-    seeds}.
+    seeds}, the first at which the expert succeeds. features: as for write_rlds.
 
-    All jobs share one pool. The next unused seed replaces a seed at which the expert fails.
+    Each process gets one episode after the other, of the same task if possible.
     """
-    seeds = {key: [] for key in wanted}  # attempted so far
-    failed = {key: [] for key in wanted}
-    jobs = {}
-    with (ProcessPoolExecutor(workers, get_context("spawn")) as pool,
-          tqdm(total=sum(wanted.values()), desc="record", unit="episode", smoothing=0.05) as bar):
+    import tensorflow_datasets as tfds
 
-        def attempt(key: tuple[str, int], count: int) -> None:
-            task, first = key
-            new = [first + len(seeds[key]) + i for i in range(count)]
-            seeds[key] += new
-            for i in range(0, count, BLOCK):
-                job = pool.submit(record_block, record, task, new[i : i + BLOCK], scratch)
-                jobs[job] = key, len(new[i : i + BLOCK])
-
-        for key, count in wanted.items():
-            attempt(key, count)
-        while jobs:
+    tfds.features.FeaturesDict(features).save_config(str(scratch))
+    left = dict(wanted)  # episodes that nobody records yet
+    seeds, failed = {key: [] for key in wanted}, Counter()  # seeds: of episodes to keep
+    attempts, last_task, jobs = Counter(), {}, {}
+    with ExitStack() as stack:
+        pools = []  # each of one process, because it is to keep its simulator
+        for number in range(min(workers, sum(wanted.values()))):
+            render_on_gpu(number)
+            pools.append(stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))))
+            pools[-1].submit(os.getpid)  # starts the process
+        idle = [*pools]
+        bar = stack.enter_context(tqdm(total=sum(wanted.values()), desc="record", unit="episode",
+                                       smoothing=0.05))
+        while jobs or any(left.values()):
+            while idle and any(left.values()):
+                pool = idle.pop()
+                key = choose(left, last_task.pop(pool, None), Counter(last_task.values()))
+                seed = key[1] + attempts[key]
+                attempts[key] += 1
+                left[key] -= 1
+                last_task[pool] = key[0]
+                jobs[pool.submit(record_episode, record, key[0], seed, scratch)] = pool, key, seed
             for job in wait(jobs, return_when=FIRST_COMPLETED).done:
-                key, count = jobs.pop(job)
-                failed[key] += job.result()
-                bar.update(count - len(job.result()))
-                if len(failed[key]) > 20 + 5 * wanted[key]:
-                    raise RuntimeError(f"{key[0]}: the expert failed {len(failed[key])} times")
+                pool, key, seed = jobs.pop(job)
+                idle.append(pool)
                 if job.result():
-                    attempt(key, len(job.result()))
-    for (task, _), tries in seeds.items():
-        if failures := len(failed[task, _]):
-            print(f"task {task} attempts {len(tries)} expert_failed {failures}")
-    return {key: sorted(set(seeds[key]) - set(failed[key])) for key in wanted}
+                    seeds[key].append(seed)
+                    bar.update()
+                else:  # another seed replaces it
+                    left[key] += 1
+                    failed[key] += 1
+                if failed[key] > 20 + 5 * wanted[key]:
+                    raise RuntimeError(f"{key[0]}: the expert failed {failed[key]} times")
+    for key, failures in failed.items():
+        print(f"task {key[0]} attempts {attempts[key]} expert_failed {failures}")
+    return {key: sorted(found) for key, found in seeds.items()}
 
 
-def episodes_from(first_seed: int, kept: dict[tuple[str, int], list[int]], scratch: Path) -> Iterator[dict]:
-    """The recorded episodes of a split, in the order of tasks and seeds."""
+def choose(left: dict[tuple[str, int], int], last: str | None, at_work: Counter) -> tuple[str, int]:
+    """What a process records next: its last task, because making a simulator takes a second, else
+    the task with most episodes left for each process that is at it."""
+    keys = [key for key, count in left.items() if count]
+    same = [key for key in keys if key[0] == last]
+    return same[0] if same else max(keys, key=lambda key: left[key] / (1 + at_work[key[0]]))
+
+
+def render_on_gpu(number: int) -> None:
+    """Let the next process that starts render on one of the GPUs in turn. MuJoCo would always use
+    the first."""
+    gpus = [*range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    if shown := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        gpus = [name for name in shown.split(",") if name.isdigit()]
+    if len(gpus) > 1 and CHOSEN_GPU is None:
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(gpus[number % len(gpus)])
+
+
+def episodes_from(first_seed: int, kept: dict[tuple[str, int], list[int]], scratch: Path) -> Iterator[bytes]:
+    """The records of a split, in the order of tasks and seeds."""
     for (task, first), seeds in kept.items():
         if first == first_seed:
-            yield from (read_episode(scratch / f"{task}-{seed}") for seed in seeds)
+            yield from (record_path(scratch, task, seed).read_bytes() for seed in seeds)
 
 
 def open_scratch(path: Path, recording: dict) -> None:

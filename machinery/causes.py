@@ -1,15 +1,16 @@
-"""Why does a policy fail? What training saw is compared with what acting sees.
+"""Why does a policy fail? What training saw is compared with what acting sees, and does.
 
 `seen` is a dataset of requests (serve_vla.py --record). For each way of preparing inputs wrongly,
 training's frames are changed in this way: if the changed frames are more like the seen ones than
 the unchanged ones are, this is the cause. Nothing has to be undone for that, so it also works for
-black, cropped or compressed pictures. Read `find_causes`, then any of the functions it calls.
+black, cropped or compressed pictures. Read `find_causes`, then any of the functions it calls;
+causes_actions.py looks at what the robot did with the answers, causes_model.py at the model.
 """
 
 import difflib
 import io
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,32 +18,28 @@ from PIL import Image
 
 from act import Policy
 from data import Mixture
+from machinery.causes_actions import Played, Sensor, action_causes, recorded_states
+from machinery.causes_model import model_causes
 from machinery.convention import dimension_names
-from machinery.examine import BATCH, batches, log_likelihood, look
+from machinery.examine import BATCH, FRAMES, Cause, look, spread
 from machinery.frames import FrameTable
 from machinery.images import decode_native
 from machinery.peers import distances, evenly
+from machinery.tfrecords import Steps, read_records, step_features
 
-FRAMES = 160  # of each side
 ENOUGH = 0.25  # evidence from which a cause is named, in 0..1
+READ = 480  # frames from which states are read off pictures
+FOLLOWED = 400  # requests whose states are read so
 
 
-class Cause(NamedTuple):
-    evidence: float  # 0..1, by which causes are ranked
-    kind: str  # pictures, words, state, answers, model, training
-    text: str  # the fault, in numbers
-    cure: str
-    pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
-
-
-def find_causes(policy: Policy, train: Mixture, held_out: Mixture | None, seen: FrameTable | None
-                ) -> list[Cause]:
+def find_causes(policy: Policy, run: Path, train: Mixture, held_out: Mixture | None,
+                seen: FrameTable | None) -> list[Cause]:
     """What may be wrong, the likeliest first.
 
-    train, held_out: of the one dataset that the policy acts by; seen: recorded requests with the
-    model's cameras as keys, indexed with its state if it has one
+    run: where the policy is; train, held_out: of the one dataset that it acts by; seen: recorded
+    requests with the model's cameras as keys, indexed with its state if it has one
     """
-    found = training_causes(policy, train, held_out)
+    found = list(model_causes(policy, train, held_out, run))
     if seen:
         found += request_causes(policy, train, seen)
     return sorted(found, key=lambda cause: -cause.evidence)
@@ -50,79 +47,107 @@ def find_causes(policy: Policy, train: Mixture, held_out: Mixture | None, seen: 
 
 def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cause]:
     """What differs between the requests and the training frames."""
-    name = train.names[0]
-    table = train.tables[0]
+    name, table, cfg = train.names[0], train.tables[0], policy.cfg
     robot = policy.convention(name)
     rows = spread(train)
     requests = evenly(len(seen.frames), FRAMES)
-    frames = seen.frames[requests]
-    views = views_of(seen, policy.cfg.cameras, requests)
-    texts = [seen.instructions[number] for number in frames["instruction"]]
-    states = frames["proprio"] if policy.cfg.use_proprio else [None] * len(frames)
+    views = views_of(seen, cfg.cameras, requests)
+    texts = [seen.instructions[number] for number in seen.frames["instruction"]]
     trained = views_of(table, train.cameras_shown(0, int(rows[0]), 0), rows)
-    found = picture_causes(policy, trained, views) + frozen_causes(seen, requests)
-    found += word_causes(table.instructions, texts)
-    if policy.cfg.use_proprio:
-        names = dimension_names(train.recipes[0], table.features)[1]
-        found += state_causes(table.frames["proprio"][rows], robot.from_robot(states), names)
-    if policy.cfg.window_size == 1:
-        own = [policy.predict_action(*request, name, state)
-               for *request, state in zip(views, texts, states, strict=True)]
-        own = np.reshape(own, (len(own), -1, len(robot.action)))[:, 0]
-        found += answer_causes(own, frames["action"], robot.action)
-    return found
+    found, changes = picture_causes(policy, trained, views)
+    frozen = frozen_causes(seen, requests)
+    found += frozen + word_causes(train, texts)
+    labels = dimension_names(train.recipes[0], table.features)
+    states = None
+    if cfg.use_proprio:
+        states = robot.from_robot(seen.frames["proprio"])
+        wrong = state_causes(table.frames["proprio"][rows], states[requests], labels[1])
+        found += wrong
+        states = None if wrong else states
+    sent = recorded_answers(seen)
+    if cfg.window_size == 1:
+        asked = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
+        own = [policy.predict_action(
+                   views[place * BATCH : (place + 1) * BATCH], [texts[row] for row in part], name,
+                   seen.frames["proprio"][part] if cfg.use_proprio else None)
+               for place, part in enumerate(asked)]
+        own = np.concatenate(own).reshape(len(requests), -1, len(robot.action))[:, 0]
+        free = sent["prefix"][requests] == 0 if sent else slice(None)  # others were given
+        found += answer_causes(own[free], seen.frames["action"][requests][free], robot.action)
+    if sent is None:
+        return found
+    if (other := sent["unnorm_key"] != name).mean() > 0.5:
+        key = sent["unnorm_key"][other.argmax()]
+        found.append(Cause(0.95, "statistics", f"the requests name the statistics of another "
+                           f"dataset: unnorm_key {key!r}, not {name!r}",
+                           f"send unnorm_key {name!r}, or examine with --data_mix {key}"))
+    answers = robot.actions_from_robot(sent["chunk"].astype(np.float64))
+    usable = [place for place, change in enumerate(changes) if change and not any(
+        f"of {cfg.cameras[place]} " in cause.text for cause in frozen)]
+    played = read_played(policy, train, seen, answers, states, usable, changes)
+    return found + (action_causes(table, played, labels[0], states is not None) if played else [])
 
 
-def spread(mixture: Mixture) -> np.ndarray:
-    """Up to FRAMES rows of the mixture's one dataset, at even distances."""
-    index = evenly(int(mixture.sizes[0]), FRAMES)
-    return mixture.rows(np.zeros(len(index), int), index)
+def recorded_answers(seen: FrameTable) -> dict[str, np.ndarray] | None:
+    """{"chunk", "prefix", "unnorm_key": of each request}, which the frame table does not hold. None
+    if another program has recorded them."""
+    features = step_features(seen.directory)
+    names = ("chunk", "prefix", "unnorm_key")
+    if not features.keys() >= {*names}:
+        return None
+    found = {name: [] for name in names}
+    for shard in seen.shards:
+        for offset, data in read_records(seen.directory / shard):
+            steps = Steps(data, offset, features)
+            for name in names:
+                found[name].extend(steps[name])
+    found["unnorm_key"] = [key.decode() for key in found["unnorm_key"]]
+    return {name: np.array(values) for name, values in found.items()}
 
 
-# ---- The model on its own training data ----------------------------------------------------------
+def read_played(policy: Policy, train: Mixture, seen: FrameTable, answers: np.ndarray,
+                states: np.ndarray | None, usable: list[int], changes: list) -> Played | None:
+    """The requests with their states, which are read from pictures if they are None.
 
-
-def training_causes(policy: Policy, train: Mixture, held_out: Mixture | None) -> list[Cause]:
-    """Faults that show in the loss of training and held-out frames."""
-    loss, blind = losses(policy, train)
-    unknown = losses(policy, held_out)[0] if held_out else loss
-    found = []
-    if loss > 0.7 * np.log(256):
-        text = (f"the loss on its own training frames is {loss:.2f} nats per token, "
-                f"{np.log(256):.2f} without any learning")
-        found.append(Cause(1.0, "model", text,
-                           "train longer, or check that its own weights were loaded"))
-    elif blind - loss < 0.05:
-        text = (f"pictures hardly matter: the loss on training frames is {loss:.2f}, with other "
-                f"frames' pictures {blind:.2f}")
-        found.append(Cause(0.8, "model", text, "data.py --inspect draws what its camera sees"))
-    if unknown > loss + 1.0:
-        text = (f"the loss is {loss:.2f} on training frames and {unknown:.2f} on held-out ones: it "
-                "has memorized them")
-        found.append(Cause(0.4, "training", text,
-                           "record more episodes, train shorter, or set image_aug: true"))
-    return found
-
-
-def losses(policy: Policy, mixture: Mixture) -> np.ndarray:
-    """(2,) nats per action token: with each frame's own pictures, and with another frame's."""
-    found = []
-    for batch in batches(mixture, spread(mixture), policy.vla.llm.device):
-        images = batch["images"]
-        other = batch | {"images": images.roll(len(images) // 2, dims=0)}
-        both = [-log_likelihood(policy.vla, inputs).mean(1) for inputs in (batch, other)]
-        found.append(torch.stack(both).cpu().numpy())
-    return np.concatenate(found, axis=1).mean(1)
+    usable: cameras that show the robot; changes: of each, what makes training's pictures like them
+    """
+    table = train.tables[0]
+    if states is not None:
+        every = np.arange(len(states))
+        moved = np.ptp(table.frames["proprio"], axis=0) > 0
+        return Played(states[:, moved], answers, seen.episode_of(every))
+    if not usable:
+        return None
+    rows = spread(train, READ)
+    every = np.arange(min(len(seen.frames), FOLLOWED))
+    ours = views_of(table, train.cameras_shown(0, int(rows[0]), 0), rows)
+    theirs = views_of(seen, policy.cfg.cameras, every)
+    parts = [(features_of(policy, [[frame[place]] for frame in ours], changes[place]),
+              features_of(policy, [[frame[place]] for frame in theirs])) for place in usable]
+    trained, acted = (np.concatenate(side, axis=2)[:, 0] for side in zip(*parts, strict=True))
+    sensor = Sensor(trained, recorded_states(table)[rows])
+    return Played(sensor.read(acted), answers[every], seen.episode_of(every))
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def jpeg(image: np.ndarray) -> np.ndarray:
-    """Compressed until it shows."""
+def compress(image: np.ndarray, quality: int) -> np.ndarray:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "jpeg", quality=10)
+    Image.fromarray(np.ascontiguousarray(image)).save(file, "jpeg", quality=quality)
     return decode_native(file.getvalue())
+
+
+def coarsen(image: np.ndarray, times: int) -> np.ndarray:
+    """Of a low resolution, scaled up again."""
+    small = Image.fromarray(image).reduce(times)
+    return np.array(small.resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+
+
+def middle(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Without a part of the height and of the width at each side: a `rows`th, a `columns`th."""
+    top, left = len(image) // rows, image.shape[1] // columns
+    return image[top : len(image) - top, left : image.shape[1] - left]
 
 
 CHANGES: dict[str, tuple[Callable, str]] = {  # {fault: (of one picture, the cure)}
@@ -134,14 +159,24 @@ CHANGES: dict[str, tuple[Callable, str]] = {  # {fault: (of one picture, the cur
     "red and blue swapped": (lambda x: x[..., ::-1], "send RGB, not BGR: image[..., ::-1]"),
     "black": (np.zeros_like, "check the camera: its picture is black"),
     "gray": (lambda x: x.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8), "send colors"),
-    "cropped": (lambda x: x[len(x) // 8 : -len(x) // 8, x.shape[1] // 8 : -x.shape[1] // 8],
-                "send the complete picture"),
+    "cropped": (lambda x: middle(x, 8, 8), "send the complete picture"),
+    "cropped a little": (lambda x: middle(x, 20, 20), "send the complete picture"),
+    "cropped at the sides: another aspect ratio": (lambda x: middle(x, 9999, 8),
+                                                   "send the picture in its recorded shape"),
+    "cropped above and below: another aspect ratio": (lambda x: middle(x, 8, 9999),
+                                                      "send the picture in its recorded shape"),
     "padded": (lambda x: np.pad(x, (2 * [len(x) // 6], (0, 0), (0, 0))),
                "send the picture without bars"),  # as a wide one that was made square
-    "much compressed": (jpeg, "send PNG, or JPEG of quality 95"),
     "dark": (lambda x: (x * 0.4).astype(np.uint8), "check exposure and light"),
     "too bright": (lambda x: (x * 1.8).clip(0, 255).astype(np.uint8), "check exposure and light"),
 }
+
+TEXTURES = {f"much compressed: JPEG of quality {quality} or so": (
+    lambda x, quality=quality: compress(x, quality), "send PNG, or JPEG of quality 95")
+    for quality in (5, 10, 20, 40)}
+TEXTURES |= {f"of low resolution, {times} times as coarse, or blurred": (
+    lambda x, times=times: coarsen(x, times), "send the picture at the recording's resolution; "
+    "focus the camera") for times in (2, 3, 4, 6)}
 
 
 def views_of(table: FrameTable, cameras: list[str], rows: np.ndarray) -> list[list[np.ndarray]]:
@@ -165,13 +200,46 @@ def nearest(seen: np.ndarray, trained: np.ndarray) -> float:
     return float(distances(seen, trained).min(1).mean())
 
 
-def picture_causes(policy: Policy, trained: list, seen: list) -> list[Cause]:
-    """Pictures that training did not see so. trained, seen: native pictures, [frame][camera]."""
+def texture(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(5,) of a picture, at the size `shape`: how visible the edges of JPEG's blocks of 8 pixels
+    are, and how much detail there is at four scales, both as logarithms."""
+    own = Image.fromarray(np.ascontiguousarray(image)).convert("L")
+    own = own.resize(shape[1::-1], Image.Resampling.BILINEAR)
+    steps = np.abs(np.diff(np.array(own, np.float64), axis=1)).mean(0)
+    found = [steps[7::8].mean() / (np.delete(steps, slice(7, None, 8)).mean() + 0.1)]
+    for _ in range(4):
+        coarse = own.reduce(2)
+        again = coarse.resize(own.size, Image.Resampling.BILINEAR)
+        found.append(np.abs(np.array(own, np.float64) - np.array(again)).mean())
+        own = coarse
+    return np.log(np.array(found) + 0.1)
+
+
+def texture_cause(trained: list, seen: list) -> tuple[float, str] | None:
+    """The change of TEXTURES that makes training's pictures of a camera as coarse as the seen."""
+    shape = trained[0].shape
+    theirs = np.mean([texture(image, shape) for image in seen], axis=0)
+    ours = np.array([texture(image, shape) for image in trained])
+    spread = ours.std(0) + 0.05
+
+    def distance(own: np.ndarray) -> float:
+        return float((((own.mean(0) - theirs) / spread) ** 2).mean() ** 0.5)
+
+    away = {name: distance(np.array([texture(change(image), shape) for image in trained]))
+            for name, (change, _) in TEXTURES.items()}
+    best = min(away, key=away.__getitem__)
+    plain = distance(ours)
+    return (1 - away[best] / plain, best) if plain > 1.5 and away[best] < plain / 2 else None
+
+
+def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Cause], list]:
+    """Pictures that training did not see so, and of each camera what makes training's pictures like
+    them, None if nothing known does. trained, seen: native pictures, [frame][camera]."""
     cameras = policy.cfg.cameras
     ours = features_of(policy, trained)
     theirs = features_of(policy, seen)
     changed = {name: features_of(policy, trained, CHANGES[name][0]) for name in CHANGES}
-    found = []
+    found, changes = [], []
     for place, camera in enumerate(cameras):
         own = theirs[:, place]
         plain = nearest(own, ours[:, place])
@@ -181,20 +249,30 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> list[Cause]:
             away[f"that of {name}"] = nearest(own, ours[:, other])
         best = min(away, key=away.__getitem__)
         evidence = 1 - away[best] / max(plain, 1e-9)
+        coarse = texture_cause([frame[place] for frame in trained[::3]],
+                               [frame[place] for frame in seen[::3]])
+        change, cure = CHANGES.get(best, (None, "swap the cameras in the request"))
         if evidence > ENOUGH and plain > 1.5 * usual:
             text = (f"{best}: training's pictures, changed so, are "
-                    f"{1 / max(1 - evidence, 1e-9):.1f} times as near to what acting sees")
-            cure = CHANGES[best][1] if best in CHANGES else "swap the cameras in the request"
+                    f"{1 / max(1 - evidence, 1e-3):.1f} times as near to what acting sees")
+            change = None if best == "black" else change
+        elif coarse:
+            evidence, best = coarse
+            change, cure = TEXTURES[best]
+            text = f"{best}: its detail is then {1 / (1 - evidence):.1f} times as near to what acts"
+            evidence *= 0.8
         elif plain > 4 * usual:
             text = (f"unlike training's: {plain / usual:.1f} times as far from them as they are "
                     "from each other, and no known change explains it")
             cure = "compare the two pictures"
-            evidence = ENOUGH
+            evidence, change = ENOUGH, None
         else:
+            changes.append(np.asarray)
             continue
+        changes.append(change)
         sides = (("acting sees", seen[0][place]), ("training saw", trained[0][place]))
         found.append(Cause(evidence, "pictures", f"the picture of {camera} is {text}", cure, sides))
-    return found
+    return found, changes
 
 
 def frozen_causes(seen: FrameTable, rows: np.ndarray) -> list[Cause]:
@@ -215,19 +293,24 @@ def frozen_causes(seen: FrameTable, rows: np.ndarray) -> list[Cause]:
 # ---- Words ---------------------------------------------------------------------------------------
 
 
-def word_causes(trained: list[str], seen: list[str]) -> list[Cause]:
+def word_causes(train: Mixture, seen: list[str]) -> list[Cause]:
     """Instructions that training did not contain. seen: one of each request."""
-    known = {text.lower(): text for text in trained}  # prompts are in lower case
+    table = train.tables[0]
+    first, _, _ = train.stretches[0]
+    used = {table.instructions[number] for number in table.frames["instruction"][first]}
+    known = {text.lower(): text for text in used}  # prompts are in lower case
     strange = [text for text in seen if text.lower() not in known]
     if not strange:
         return []
     text = max(set(strange), key=strange.count)
     [close] = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0)
     share = len(strange) / len(seen)
-    return [Cause(0.5 + share / 2, "words",
-                  f"the instruction {text!r} of {share:.0%} of the requests is not in the training "
-                  f"data; the most similar is {known[close]!r}",
-                  f"send {known[close]!r}, or train on other words, too")]
+    held_out = text.lower() in {other.lower() for other in table.instructions}
+    where = "only in episodes that were not trained on" if held_out else "not in the training data"
+    return [Cause(0.5 + share / 2, "training" if held_out else "words",
+                  f"the instruction {text!r} of {share:.0%} of the requests is {where}, so the "
+                  f"task may never have been trained; the most similar is {known[close]!r}",
+                  f"send {known[close]!r}, or train on this task and these words, too")]
 
 
 # ---- Numbers -------------------------------------------------------------------------------------
@@ -260,11 +343,14 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str]) -> lis
     for places in range(1, len(names)):
         readings.append((distance(np.roll(ours, places, axis=1)), "are in another order",
                          "send the states in the order of the recording"))
+    wrong = plain > 0.6
+    readings.sort(key=lambda reading: np.sum(np.minimum(reading[0], plain)[wrong]))  # one for all
     faults = []
-    for dim, name in enumerate(names):
-        away, what, cure = min((away[dim], what, cure) for away, what, cure in readings)
-        if plain[dim] > 0.6 and away < 0.5 * plain[dim]:
-            faults.append((1 - away / plain[dim], name, what, cure))
+    for dim in np.flatnonzero(wrong):
+        for away, what, cure in readings:
+            if away[dim] < 0.5 * plain[dim]:
+                faults.append((1 - away[dim] / plain[dim], names[dim], what, cure))
+                break
     return together("state", "states", faults)
 
 

@@ -1,13 +1,15 @@
 """Configuration: a YAML file describes the training, a DeepSpeed JSON how it is sharded.
 
-Recipe and TrainConfig list every key of the YAML. The functions below them read and check both
-files, find paths, and find this process's rank. Nothing here imports PyTorch: rlds.py's many
-processes start without it.
+Recipe and TrainConfig list every key of the YAML; docs/keys.md and `train_vla.py --help` show their
+comments. The functions below them read and check both files, find paths, and find this process's
+rank. Nothing here imports PyTorch: rlds.py's many processes start without it.
+
+Programs import this file first: it prepares Python (the next section).
 """
 
-import argparse
 import contextlib
 import difflib
+import locale
 import os
 import re
 import sys
@@ -15,6 +17,30 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Literal
+
+# ---- Before other packages are imported --------------------------------------------------------
+
+PROJECT = Path(__file__).resolve().parents[1]  # where find_input looks after the current folder
+
+
+def report_exception(kind: type, error: BaseException, trace) -> None:
+    """For sys.excepthook: a missing package is one line with the cure instead of a traceback."""
+    if kind is not ModuleNotFoundError:
+        return sys.__excepthook__(kind, error, trace)
+    program = Path(sys.argv[0]).resolve().parent  # an example has its own requirements
+    files = {folder / "requirements.txt" for folder in (PROJECT, program)}
+    install = " ".join(f"-r {file}" for file in sorted(files) if file.exists())
+    print(f"error: {sys.executable}: {error}: activate the environment (source .venv/bin/activate) "
+          f"or pip install {install}", file=sys.stderr)
+
+
+sys.excepthook = report_exception
+if sys.version_info < (3, 11):
+    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}: use 3.11 or later")
+if locale.getencoding().lower() != "utf-8":  # of files, logs and pipes
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")
 
 import yaml
 from pydantic import (
@@ -27,8 +53,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-
-PROJECT = Path(__file__).resolve().parents[1]  # where find_input looks after the current folder
 
 
 class UserError(ValueError):
@@ -58,20 +82,20 @@ Rate = Annotated[float, Field(ge=0)]
 class Recipe:
     """How to read one dataset: an entry of `datasets:`. fields.py explains field lists."""
 
-    # observation keys of the cameras. "a|b" draws one of two per episode (DROID has two outside).
-    # A camera without a key is a black image, as in OpenVLA
-    primary: str | None = None
-    secondary: str | None = None
-    wrist: str | None = None
+    # `datasets: {NAME: {...}}`: how to read your own datasets
+    primary: str | None = None  # a camera's key among the observations; without: a black image
+    secondary: str | None = None  # another; "a|b" draws one of two per episode (DROID has two)
+    wrist: str | None = None  # the one on the hand
     cameras: dict[str, str] = field(default_factory=dict)  # more cameras: {name: key}
     state: str = "state"  # field list, concatenated to `proprio`
     # field list; the words `target`, `change` and `raw` describe its dimensions ...
     action: str = "action"
-    # ... or these two keys do: how many of the last dimensions are `target raw` (default 1, a
-    # gripper), and how many are `target`, normalized or not (joint positions)
+    # ... or this and the next key do: how many of the last are `target raw` (default 1, a gripper)
     absolute: NotNegative | None = None
-    targets: NotNegative = 0
+    targets: NotNegative = 0  # how many are `target`, normalized or not (joint positions)
     instruction: str = "language_instruction"  # key of the text, in the step or in the episode
+    # train only on frames with these: a text, a pattern ("open *"), or !text to leave one out
+    instructions: list[str] = field(default_factory=list)
     trim: bool = False  # Bridge: drop the first step (action zero) and the last (no action)
     skip_idle: bool = False  # DROID: drop frames without motion (oxe.is_idle)
     names: dict[str, list[str]] = field(default_factory=dict)  # {feature: names of its numbers}
@@ -101,11 +125,13 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    vla_id: str = "vla"  # name of the experiment; the run's directory begins with it
+    # the experiment
+    vla_id: str = "vla"  # its name; the run's directory begins with it
 
-    # model: start from a VLM or VLA (see weights.py), which sets the keys that are missing here ...
+    # the model: start from a VLM or VLA (see weights.py), which sets the keys that are missing ...
     base_vlm: str | None = None  # Prismatic id, directory or hub id
     hf_token: str | None = None  # file or environment variable with a Hugging Face token
+
     # ... or define a new model of this shape
     pretrained_backbones: bool = False  # weights from timm and the hub; the projector is random
     vision_backbone: dict[str, dict] = {}  # one or two: {name: {model: timm name, ...}}
@@ -113,27 +139,27 @@ class TrainConfig(BaseModel):
     tokenizer: str = ""  # directory or hub id
     add_action_tokens: bool = False  # append 256 ids instead of reusing the vocabulary's last 256
     arch_specifier: str = "no-align+gelu-mlp"  # projector: linear, gelu-mlp or fused-gelu-mlp
-    # how the prompt is written: a key of action_tokenizer.PROMPTS
+    # how the prompt is written (action_tokenizer.PROMPTS)
     prompt_style: Literal["pure", "vicuna_v15", "llama2_chat", "mistral_instruct", "phi"] = "pure"
     image_size: Positive = 224  # pixels; images are resized to a square
-    # when acting; OpenVLA has the last three
+    # when acting; OpenVLA has the next three, and OpenVLA-OFT its own way
     image_resize_strategy: Literal[
-        "lanczos", "resize-naive", "resize-crop", "letterbox"] = "lanczos"
+        "lanczos", "resize-naive", "resize-crop", "letterbox", "oft"] = "lanczos"
 
-    # trained part (OpenVLA's four stages; see VLA.freeze)
-    freeze_vision_backbone: bool = False
-    freeze_llm_backbone: bool = False
-    unfreeze_last_llm_layer: bool = False
+    # the trained part (OpenVLA's four stages; see VLA.freeze)
+    freeze_vision_backbone: bool = False  # keep the vision towers as they are
+    freeze_llm_backbone: bool = False  # keep the language model as it is
+    unfreeze_last_llm_layer: bool = False  # except its last layer
     lora_rank: NotNegative = 0  # train adapters of this rank instead of matrices (lora.py); 0: off
     # adapters are scaled by alpha / rank. OpenVLA: rank 32, alpha min(rank, 16)
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     frozen_weights: Literal["int8"] | None = None  # keep frozen matrices in 8 bits (int8.py)
 
-    # data
+    # the data
     data_root_dir: str = "datasets/open-x-embodiment"  # the folder with the datasets' folders
     data_mix: str | dict[str, float] = "bridge"  # a mixture, a dataset, or {dataset: weight}
     balance_weights: bool = True  # shares are weight x frames, as in OpenVLA; false: weight only
-    # recipes of your own datasets
+    # recipes of your own datasets, {name: recipe}; a recipe's keys are listed below
     datasets: Annotated[dict[str, Recipe], BeforeValidator(RECIPES.validate_python)] = {}
     cameras: Annotated[list[str], Field(min_length=1)] = ["primary"]  # names in the recipes
     use_proprio: bool = False  # show the robot's state to the model
@@ -141,32 +167,39 @@ class TrainConfig(BaseModel):
     action_chunk: Positive = 1  # steps that it predicts: this one and the ones after
     parallel_decoding: bool = False  # predict all tokens of a chunk at once, not one after another
     max_prefix: NotNegative = 0  # parallel_decoding: up to this many steps of a chunk may be given
+    # the range mapped to -1..1: 1% to 99% quantiles, all, or a deviation around the mean
     action_normalization: Literal["bounds_q99", "bounds", "normal"] = "bounds_q99"
+    # OpenVLA-OFT's ways to predict a chunk (oft.py): l1 trains a head that returns numbers
+    action_head: Literal["tokens", "l1", "oft_tokens", "oft_tokens_causal"] = "tokens"
+    film: bool = False  # with action_head l1: let the instruction change the image features
     image_aug: bool = False  # random crop and colors, as in OpenVLA
     skip_bad_episodes: bool = False  # skip (and count) broken episodes; damaged files stop
     index_dir: str | None = None  # folder of the frame tables; default: beside each dataset
-    # findings of survey.py that are meant, as [idle] or, of one dataset of several, [my_robot.idle]
+    # findings of the survey (docs/doctor.md) that are meant, as [idle] or, of one dataset of
+    # several, [my_robot.idle]
     accept: list[str] = []
     num_workers: NotNegative = 4  # DataLoader processes per rank
 
-    # optimization
+    # the optimization
     epochs: Positive = 1000  # length of the run, unless max_steps is set
     max_steps: Positive | None = None  # overrides epochs
     expected_world_size: int | None = None  # required number of GPUs; default: any
     global_batch_size: Positive = 256  # samples per optimizer step, on all GPUs together
     per_device_batch_size: Positive = 32  # samples per GPU at a time; gradients are accumulated
-    learning_rate: Rate = 2e-5
+    learning_rate: Rate = 2e-5  # of AdamW, after the warmup
     weight_decay: Rate = 0.0  # not applied to biases and norms
-    max_grad_norm: Rate = 1.0
+    max_grad_norm: Rate = 1.0  # larger gradients are scaled down to this norm
+    # how the learning rate changes
     lr_scheduler_type: Literal["constant", "linear-warmup+cosine-decay"] = "constant"
+    num_steps_before_decay: Positive | None = None  # constant: a tenth of it after these steps
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all steps; needs a schedule
-    seed: int = 7
+    seed: int = 7  # of the random weights, the order of the samples and their augmentation
     compile: bool = False  # torch.compile each transformer block: takes a minute, then faster
     cuda_graph: bool = True  # replay the passes of LoRA and small models (cuda_graph.py)
     zero_speed: bool = True  # use faster parts in DeepSpeed's ZeRO-2 and 3 (zero_speed.py)
 
-    # run. An interval of 0 means: only at the end
-    run_root_dir: str = "runs"
+    # the run; an interval of 0 means: only at the end
+    run_root_dir: str = "runs"  # the folder of all runs
     run_id: str | None = None  # the run's directory; default: from vla_id, nodes, batch and seed
     run_id_note: str | None = None  # appended to it
     pretrained_checkpoint: str | None = None  # start from it, unless the run has its own
@@ -174,16 +207,16 @@ class TrainConfig(BaseModel):
     resume_step: int | None = None  # required step of that checkpoint
     resume_epoch: int | None = None  # required epoch of it
     save_interval: NotNegative = 2500  # steps between checkpoints
-    # number of newest checkpoints to keep; 0: all; none: save no checkpoint, not even the last
+    # how many of the newest checkpoints; 0: all; none: save no checkpoint, not even the last
     keep_checkpoints: NotNegative | Literal["none"] = 2
-    on_save_error: Literal["stop", "continue"] = "stop"  # continue: only warn
+    on_save_error: Literal["stop", "continue"] = "stop"  # if one cannot be saved; or only warn
     log_interval: NotNegative = 10  # steps between lines of the log
     eval_interval: NotNegative = 500  # steps between evaluations on held-out episodes
     eval_samples: Positive = 1024  # held-out frames to evaluate on
 
     # filled in from the data when training starts, and saved with the run
-    action_dim: int = 0
-    proprio_dim: int = 0
+    action_dim: int = 0  # numbers of an action
+    proprio_dim: int = 0  # numbers of a state
     features: dict[str, dict[str, int]] = {}  # of your own datasets: {feature: numbers in a step}
 
     @property
@@ -196,6 +229,8 @@ class TrainConfig(BaseModel):
     def read_old_runs(cls, values: dict) -> dict:
         """Of earlier versions: max_length changed no result, and recipes had openvla_rules."""
         values = {key: value for key, value in values.items() if key != "max_length"}
+        if values.get("action_head", "tokens") != "tokens":
+            values["parallel_decoding"] = True
         recipes = values.get("datasets", {}) if values.get("action_dim") else {}
         for name, recipe in recipes.items():
             if isinstance(recipe, dict):
@@ -279,6 +314,12 @@ def find_conflicts(cfg: TrainConfig) -> Iterator[str]:
         yield "frozen_weights: nothing is frozen: set lora_rank or freeze_llm_backbone"
     if cfg.max_prefix and not (cfg.parallel_decoding and cfg.max_prefix < cfg.action_chunk):
         yield f"max_prefix {cfg.max_prefix}: needs parallel_decoding and a longer action_chunk"
+    if cfg.max_prefix and cfg.action_head != "tokens":
+        yield f"max_prefix {cfg.max_prefix}: an action_head {cfg.action_head} cannot learn it"
+    if cfg.film and cfg.action_head == "tokens":
+        yield "film: needs action_head: l1"
+    if cfg.num_steps_before_decay and cfg.lr_scheduler_type != "constant":
+        yield "num_steps_before_decay has no effect: set lr_scheduler_type: constant"
     if cfg.pretrained_backbones and (cfg.base_vlm or (start and not cfg.is_resume)):
         yield f"pretrained_backbones would replace the weights of {start}: remove one of them"
     if cfg.warmup_ratio and cfg.lr_scheduler_type == "constant":
@@ -309,7 +350,7 @@ def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# ---- The JSON and the command line -------------------------------------------------------------
+# ---- The JSON ----------------------------------------------------------------------------------
 
 
 NOT_TEXT = re.compile(r"auto|true|false|[-+.]*\d[-+.\de]*", re.IGNORECASE)
@@ -346,28 +387,6 @@ def walk(section: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield prefix + key, value
         if isinstance(value, dict):
             yield from walk(value, f"{prefix}{key}.")
-
-
-def parse_command_line(description: str) -> tuple[TrainConfig, dict]:
-    """The files that the command line names, read and checked; also sets this process's rank.
-
-    description: the program's docstring. Raises UserError.
-    """
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--config", required=True, help="YAML file of the training")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json",
-                        help="DeepSpeed JSON: how it is sharded")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
-                        help="override keys of the YAML")
-    # launchers pass it in two spellings; we read LOCAL_RANK from the environment
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    set_rank_env()
-    cfg = load_config(find_input(args.config), args.set)
-    ds_config = load_ds_config(find_input(args.deepspeed_config))
-    if cfg.frozen_weights and ds_config.get("zero_optimization", {}).get("stage") == 3:
-        raise UserError("frozen_weights: ZeRO-3 cannot shard 8-bit weights: use zero2.json")
-    return cfg, ds_config
 
 
 # ---- Paths -------------------------------------------------------------------------------------

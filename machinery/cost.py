@@ -8,6 +8,7 @@ import torch
 
 from machinery import host
 from machinery.config import UserError, ranks_here
+from machinery.connect import gather
 from machinery.ranks import LESS_MEMORY
 from model import VLA
 
@@ -16,16 +17,17 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 
                "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165}
 
 
-def memory_needed(vla: VLA, ds_config: dict, ranks: int) -> str:
+def memory_needed(vla: VLA, ds_config: dict, ranks: int, gpu: float = 0) -> str:
     """A line for the log: memory that each GPU keeps all the time, an estimate for the activations
-    of a micro-batch, and memory of the host. Raises UserError if that cannot fit."""
-    held = memory_held(vla, ds_config, ranks)
+    of a micro-batch, memory of the host, whether activations are recomputed, and the largest
+    micro-batch. Raises UserError if that cannot fit. gpu: its bytes, if not this machine's."""
+    gpu = gpu or gpu_memory()
+    recompute = recomputes(vla, ds_config, ranks, gpu)
+    held = memory_held(vla, ds_config, ranks, recompute)
     on_gpu = held["weights"] + held["gradients"] + held["optimizer"]
-    if torch.cuda.is_available():
-        available = torch.cuda.mem_get_info()[1]
-        if on_gpu > available:
-            raise UserError(f"weights, gradients and optimizer take {on_gpu / 1e9:.1f} GB, "
-                            f"this GPU has {available / 1e9:.1f}: {LESS_MEMORY}")
+    if gpu and on_gpu > gpu:
+        raise UserError(f"weights, gradients and optimizer take {on_gpu / 1e9:.1f} GB, "
+                        f"this GPU has {gpu / 1e9:.1f}: {LESS_MEMORY}")
     on_host = held.get("host", 0)
     if torch.distributed.is_initialized() and not torch.cuda.is_available():
         on_host += on_gpu * ranks_here()
@@ -33,10 +35,40 @@ def memory_needed(vla: VLA, ds_config: dict, ranks: int) -> str:
         raise UserError(f"offloading, or training without a GPU, takes {on_host / 1e9:.1f} GB, "
                         f"this host or container has {host.memory() / 1e9:.1f}: offload less "
                         "(zero3_partial_offload.json has a ratio), or train less (lora_rank: 32)")
-    return "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
+    line = "memory " + " ".join(f"{name}_gb {size / 1e9:.4g}" for name, size in held.items())
+    if gpu:
+        line += (f" recompute {'yes' if recompute else 'no'}"
+                 f" largest_micro_batch {largest_micro_batch(vla, held, gpu)}")
+    return line
 
 
-def memory_held(vla: VLA, ds_config: dict, ranks: int) -> dict[str, float]:
+def gpu_memory() -> int:
+    """Bytes of the job's smallest GPU, or 0 without GPUs. All ranks must decide the same by it:
+    under ZeRO-3 they gather weights again where they recompute."""
+    if not torch.cuda.is_available():
+        return 0
+    total = torch.cuda.mem_get_info()[1]
+    return min(gather(total)) if torch.distributed.is_initialized() else total
+
+
+def recomputes(vla: VLA, ds_config: dict, ranks: int, gpu: float) -> bool:
+    """Are activations recomputed? If the JSON has activation_checkpointing. With only_if_needed in
+    it, only if a micro-batch does not fit otherwise."""
+    wanted = ds_config.get("activation_checkpointing")
+    if not (wanted and wanted.get("only_if_needed")):
+        return wanted is not None
+    kept = memory_held(vla, ds_config, ranks, recompute=False)
+    return bool(gpu) and largest_micro_batch(vla, kept, gpu) < vla.cfg.per_device_batch_size
+
+
+def largest_micro_batch(vla: VLA, held: dict[str, float], gpu: float) -> int:
+    """How many samples at a time fit. Too few rather than too many: measured peaks
+    (bench/README.md) are up to 1.9 GB and 1.2 times the activations above the estimate."""
+    room = 0.95 * gpu - 2e9 - held["weights"] - held["gradients"] - held["optimizer"]
+    return max(0, int(room / (1.3 * held["activations"] / vla.cfg.per_device_batch_size)))
+
+
+def memory_held(vla: VLA, ds_config: dict, ranks: int, recompute: bool) -> dict[str, float]:
     """Bytes: {"weights", "gradients", "optimizer", "activations", perhaps "host"}."""
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -66,7 +98,6 @@ def memory_held(vla: VLA, ds_config: dict, ranks: int) -> dict[str, float]:
     }
     if "offload_param" in offloaded:
         held["weights"] = 0
-    recompute = "activation_checkpointing" in ds_config
     held["activations"] = activations(vla, recompute) * (2 if half else 4)
     if on_host:  # 16: float32 weights, moments, gradients; 2: PyTorch rounds up pinned memory
         held["host"] = on_host * 18 * trained / (ranks if stage >= 1 else 1) * ranks_here()

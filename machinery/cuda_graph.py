@@ -41,7 +41,7 @@ def capture_passes(vla: VLA, ds_config: dict) -> None:
 
     def forward(**batch):
         if not torch.is_grad_enabled():  # evaluation
-            return VLA.forward(vla, **batch)
+            return type(vla).forward(vla, **batch)
         missing = -batch["input_ids"].shape[1] % TEXT_STEP
         batch["input_ids"] = F.pad(batch["input_ids"], (0, missing))
         batch["labels"] = F.pad(batch["labels"], (0, missing), value=IGNORE_INDEX)
@@ -73,10 +73,10 @@ class Captured:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), twins(vla, trained) as leaves, no_tracing():
             for _ in range(WARMUP):
-                loss, *_ = VLA.forward(vla, **self.inputs)
+                loss, *_ = type(vla).forward(vla, **self.inputs)
                 torch.autograd.grad(loss, leaves, allow_unused=True)
             with torch.cuda.graph(self.graph, pool, stream):
-                loss, predicted, true = VLA.forward(vla, **self.inputs)
+                loss, predicted, true = type(vla).forward(vla, **self.inputs)
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
                 self.row = torch.cat([g.flatten() for g in gradients if g is not None])
         torch.cuda.current_stream().wait_stream(stream)

@@ -16,8 +16,8 @@ from machinery.config import load_table
 
 # keys that describe a model, as opposed to its training: those that an export contains
 DESCRIPTION = """vision_backbone llm_backbone arch_specifier prompt_style image_size
-    image_resize_strategy action_chunk action_dim action_normalization add_action_tokens cameras
-    datasets features image_aug max_prefix parallel_decoding proprio_dim use_proprio
+    image_resize_strategy action_chunk action_dim action_head action_normalization add_action_tokens
+    cameras datasets features film image_aug max_prefix parallel_decoding proprio_dim use_proprio
     window_size""".split()
 PLAIN = re.compile(r"[\w.+-]*")  # text that is not a path or an address
 

@@ -6,7 +6,9 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +18,28 @@ from act import Policy, load_vla
 from data import Mixture, collate, to_device
 from machinery.config import Recipe, UserError, find_input
 from machinery.frames import DataError, FrameTable, find_dataset, frame_table
+from machinery.guess import state_fields
 from machinery.inspect_data import locate
+from machinery.oft_data import mixture_class
 from machinery.oxe import find_recipe
+from machinery.peers import evenly
+from machinery.rlds import step_features
 from model import VLA
 
 BATCH = 32  # frames per call of the model
+FRAMES = 160  # of a dataset, to look at
 GRID = 4  # a picture's features are averaged over GRID x GRID parts
 WIDTH = 512  # features of a picture
+
+
+class Cause(NamedTuple):
+    """Why a policy may fail."""
+
+    evidence: float  # 0..1, by which causes are ranked
+    kind: str  # pictures, words, state, actions, answers, statistics, data, model, training, weak
+    text: str  # the fault, in numbers
+    cure: str
+    pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
 
 
 def open_policy(checkpoint: str) -> Policy:
@@ -38,6 +55,8 @@ def look(vla: VLA, images: torch.Tensor) -> np.ndarray:
     the towers' patches, normalized, averaged over a coarse grid, and projected at random."""
     dtype = vla.llm.get_input_embeddings().weight.dtype
     pixels = [pixels.to(dtype) for pixels in vla.pixel_values(images)]
+    if vla.cfg.film:
+        vla.forget()
     patches = vla.patch_features(pixels).float()  # (B * N, patches, width)
     patches = F.layer_norm(patches, patches.shape[-1:])
     side = int(patches.shape[1] ** 0.5)
@@ -57,12 +76,21 @@ def random_matrix(height: int) -> torch.Tensor:
 @torch.inference_mode()
 def log_likelihood(vla: VLA, batch: dict) -> torch.Tensor:
     """A training batch -> (B, T) float32, the log-probability of each action token after the
-    recorded ones, among action tokens only."""
+    recorded ones, among action tokens only.
+
+    For an action head, that of the bin around each recorded number, under a Laplace distribution
+    around the answer: as wide as the sample's mean error, where it is the likeliest.
+    """
     kept = []
-    head = vla.llm.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, inputs, logits: kept.append(logits))
+    numbers = vla.cfg.action_head == "l1"
+    head = vla.action_head if numbers else vla.llm.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, answer: kept.append(answer))
     _, _, true = vla(**batch)
     hook.remove()
+    if numbers:
+        error = (kept[0].float() - batch["actions"]).abs().flatten(1)
+        wide = error.mean(1, keepdim=True).clamp(min=1e-6)
+        return -(wide * (vla.action_tokenizer.n_bins - 1)).log() - error / wide
     first = vla.action_tokenizer.first_id
     logits = kept[0][:, :-1, first : vla.action_tokenizer.vocab_size].float()  # without </s>
     return logits.log_softmax(-1).gather(-1, (true - first)[..., None])[..., 0]
@@ -77,7 +105,8 @@ def open_mixture(policy: Policy, name: str, recipe: Recipe, table: FrameTable, t
         raise UserError(f"{name}: its actions have {width} dimensions, the policy's "
                         f"{policy.cfg.action_dim}: was it trained on this dataset?")
     cfg = policy.cfg.model_copy(update={"datasets": {name: recipe}})
-    mixture = Mixture(cfg, [(name, 1.0, recipe, table)], policy.tokenizer, train)
+    tables = [(name, 1.0, recipe, table)]
+    mixture = mixture_class(cfg)(cfg, tables, policy.tokenizer, train)
     mixture.statistics[name] = policy.norm_stats.get(name, mixture.statistics[name])
     return mixture
 
@@ -92,7 +121,9 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
     else:
         directory = locate(directory, directory.name, "")
     recipe = find_recipe(name.partition(":")[0], directory, cfg.datasets)
-    table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), cfg.use_proprio,
+    if not cfg.use_proprio:  # which shows what the actions do
+        recipe = replace(recipe, state=state_fields(step_features(directory)))
+    table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), True,
                         index_dir=index_dir or cfg.index_dir,
                         skip_bad_episodes=cfg.skip_bad_episodes)
     train = open_mixture(policy, name, recipe, table)
@@ -100,6 +131,12 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
         return train, open_mixture(policy, name, recipe, table, train=False)
     except DataError:
         return train, None
+
+
+def spread(mixture: Mixture, most: int = FRAMES) -> np.ndarray:
+    """Up to `most` rows of the mixture's one dataset, at even distances."""
+    index = evenly(int(mixture.sizes[0]), most)
+    return mixture.rows(np.zeros(len(index), int), index)
 
 
 def batches(mixture: Mixture, rows: Sequence[int], device) -> Iterator[dict]:

@@ -7,6 +7,7 @@
 import contextlib
 import fcntl
 import io
+import json
 import shutil
 import sys
 import uuid
@@ -57,3 +58,13 @@ def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:
               file=sys.stderr)
         return None
     return file
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without those that a full disk has cut short."""
+    path = run_dir / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines

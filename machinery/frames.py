@@ -12,6 +12,7 @@ Read FrameTable, then frame_table.
 
 import contextlib
 import ctypes
+import fnmatch
 import functools
 import hashlib
 import io
@@ -23,7 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ class FrameTable:
         self.shards = meta["shards"]
         self.cameras = meta["cameras"]  # keys of the images
         self.instructions = meta["instructions"]
-        self.statistics = meta["statistics"]  # see rlds.statistics
+        self.statistics = meta["statistics"]  # of all frames, or of those that are `chosen`
+        self.chosen = None  # (frames,) bool: those with one of the recipe's `instructions`
         self.bad = meta["bad_episodes"]  # which were left out, and why
         self.targets = np.array(meta["targets"])  # (A,) bool: is the action's dimension a target?
         self.declared = np.array(meta["declared"])  # (A,) bool: does the recipe call it one or not?
@@ -99,6 +101,25 @@ class FrameTable:
         self.frames = np.memmap(path / "frames.bin", row, "r")
         self.episodes = np.load(path / "episodes.npy")
         self.first_frames = np.ascontiguousarray(self.episodes["first"], np.int64)
+
+    def choose(self, patterns: list[str]) -> None:
+        """Choose the frames with certain instructions. For each text, the last pattern that matches
+        it counts. Raises DataError for a pattern that matches none."""
+        texts = [plain(text) for text in self.instructions]
+        chosen = np.full(len(texts), patterns[0].startswith("!"))
+        for pattern in patterns:
+            glob = plain(pattern.removeprefix("!"))
+            found = [fnmatch.fnmatchcase(text, glob) for text in texts]
+            if not any(found):
+                raise DataError(f"{self.directory}: instructions: {pattern!r} matches none of "
+                                f"{len(texts)}, such as {texts[0]!r}: correct or remove it")
+            chosen[found] = not pattern.startswith("!")
+        if not chosen.any():
+            raise DataError(f"{self.directory}: instructions: {patterns} leave none: correct them")
+        self.chosen = chosen[self.frames["instruction"]]
+        rows = np.flatnonzero(self.chosen)
+        mask = np.array(self.statistics["action"]["mask"])
+        self.statistics = statistics(self.frames[rows], len({*self.episode_of(rows)}), mask)
 
     def episode_of(self, rows: np.ndarray) -> np.ndarray:
         """Frame numbers (any shape) -> episode numbers."""
@@ -121,6 +142,48 @@ class FrameTable:
         """File and record of a frame, for error messages."""
         episode = self.episodes[self.episode_of(row)]
         return f"{self.directory / self.shards[episode['shard']]}: record {episode['record']}"
+
+
+def plain(text: str) -> str:
+    """An instruction in lower case and without double spaces."""
+    return " ".join(text.lower().split())
+
+
+def statistics(frames: np.ndarray, num_trajectories: int, mask: np.ndarray) -> dict:
+    """The content of OpenVLA's dataset_statistics.json, over all splits of a dataset, bit for bit.
+
+    mask: which of an action's dimensions are normalized, (A,) bool. Mean and deviation are float32
+    sums in file order. Without proprio, OpenVLA writes zeros of the action's size.
+    """
+    action = np.ascontiguousarray(frames["action"])
+    proprio = np.zeros_like(action)
+    if "proprio" in frames.dtype.names:
+        proprio = np.ascontiguousarray(frames["proprio"])
+    result: dict = {"num_transitions": len(frames), "num_trajectories": num_trajectories}
+    for name, values in (("action", action), ("proprio", proprio)):
+        result[name] = {
+            "mean": values.mean(0).tolist(),
+            "std": values.std(0).tolist(),
+            "max": values.max(0).tolist(),
+            "min": values.min(0).tolist(),
+            "q01": quantile(values, 0.01).tolist(),
+            "q99": quantile(values, 0.99).tolist(),
+        }
+    result["action"]["mask"] = mask.tolist()
+    return result
+
+
+def quantile(values: np.ndarray, q: float) -> np.ndarray:
+    """Linear quantile over axis 0 with the rounding of NumPy 1.26, OpenVLA's version: the
+    neighbors' difference in float32, the rest in float64 (newer versions stay in float32)."""
+    position = (len(values) - 1) * q
+    low = int(position)
+    high = min(low + 1, len(values) - 1)
+    t = position - low
+    ordered = np.partition(values, (low, high), axis=0)
+    a, b = ordered[low], ordered[high]
+    difference = (b - a).astype(np.float64)
+    return a + difference * t if t < 0.5 else b - difference * (1 - t)
 
 
 @functools.lru_cache(maxsize=256)  # an evicted file is closed by garbage collection
@@ -146,7 +209,9 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     directory = directory.resolve()
     bad_episodes = bad_episodes_file(directory, index_dir)
     known_bad = json.loads(bad_episodes.read_text()) if bad_episodes.exists() else {}
-    job = {"recipe": asdict(replace(recipe, names={})), "cameras": cameras,
+    read = {**asdict(recipe), "names": {}}  # `instructions` and names do not change the table
+    del read["instructions"]
+    job = {"recipe": read, "cameras": cameras,
            "load_proprio": load_proprio, "skip_bad": skip_bad_episodes, "known_bad": known_bad}
     name = digest((TABLE_VERSION, job, data_files(directory)))
     path = table_folder(directory, index_dir) / name
@@ -164,6 +229,8 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
                         shutil.rmtree(leftover)
                 index(job | {"directory": str(directory), "path": str(path)})
     table = FrameTable(path, directory)
+    if recipe.instructions:
+        table.choose(recipe.instructions)
     for name, labels in recipe.names.items():
         width = table.features.get(name, len(labels))
         if len(labels) != width:

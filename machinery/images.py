@@ -1,12 +1,15 @@
-"""Images: decode, resize, crop and augment them as OpenVLA does with TensorFlow."""
+"""Images: decode, resize, crop and augment them as OpenVLA does with TensorFlow.
+
+PyTorch is imported where it is used: programs that only decode start without it, seconds earlier.
+"""
 
 import io
+import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
@@ -38,6 +41,9 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """
     if image.shape[:2] == (size, size):
         return image
+    import torch
+    import torch.nn.functional as F
+
     try:
         x = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
@@ -47,14 +53,43 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
         return np.array(resized)
 
 
+def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) by image_resize_strategy.
+
+    "lanczos" is the resize of training data. The others are bicubic and OpenVLA's processors use
+    them for acting: "resize-naive", "resize-crop" (cut off the longer side) and "letterbox" (pad
+    with the color `fill`).
+    """
+    if strategy == "lanczos" or image.shape[:2] == (size, size):
+        return resize_image(image, size)
+    image = Image.fromarray(image)
+    width, height = image.size
+    if strategy == "letterbox":
+        longest = max(width, height)
+        left, top = (longest - width) // 2, (longest - height) // 2
+        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
+        padded.paste(image, (left, top))
+        image = padded
+        width, height = padded.size  # one pixel off square if the difference was odd
+    shape = (size, size)
+    if strategy != "resize-naive":  # the shorter side becomes `size`
+        shape = (size * width // min(width, height), size * height // min(width, height))
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
 # ---- Crops and colors ----------------------------------------------------------------------------
 
 CROP_SIDE = 0.9**0.5  # crops keep 90% of the area
 
 
-def crop(image: np.ndarray, top: float, left: float, size: int) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, size, size) float32 in 0..1: the part from (top, left) on, of length
-    CROP_SIDE, all as fractions of the sides. Bilinear, as tf.image.crop_and_resize."""
+def crop(image: np.ndarray, top: float, left: float, size: int):
+    """(H, W, 3) uint8 -> (3, size, size) float32 tensor in 0..1: the part from (top, left) on, of
+    length CROP_SIDE, all as fractions of the sides. Bilinear, as tf.image.crop_and_resize."""
+    import torch
+    import torch.nn.functional as F
+
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     from_center = torch.linspace(-1, 1, size) * CROP_SIDE  # the image is -1..1
     x_grid = from_center + (2 * left + CROP_SIDE - 1)
@@ -118,18 +153,20 @@ def augment(image: np.ndarray, top: float, left: float, brightness: float, contr
     return np.minimum(x * 255.5, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def contact_sheet(tiles: list[tuple[np.ndarray, str]], columns: int = 4) -> Image.Image:
-    """Images (H, W, 3) uint8, each with a caption of a few lines below it, in one picture."""
-    height = max(tile.shape[0] for tile, _ in tiles)
-    width = max(240, *(tile.shape[1] for tile, _ in tiles))
-    lines = max(caption.count("\n") + 1 for _, caption in tiles)
-    cell = height + 14 * lines + 8
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (width * min(columns, len(tiles)), cell * rows), "white")
+def contact_sheet(tiles: list[tuple[list[np.ndarray], str]], columns: int = 4) -> Image.Image:
+    """Samples in one picture: their images (S, S, 3) uint8 side by side above a caption."""
+    side = len(tiles[0][0][0])
+    width = max(240, len(tiles[0][0]) * (side + 4)) + 8
+    captions = ["\n".join(textwrap.fill(line, width // 7) for line in caption.splitlines())
+                for _, caption in tiles]
+    height = side + 16 * max(caption.count("\n") for caption in captions) + 30
+    sheet = Image.new("RGB", (width * columns, height * -(-len(tiles) // columns)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (tile, caption) in enumerate(tiles):
+    pen.font = ImageFont.load_default(13)  # at 10, 11 and 14, its spaces almost vanish
+    for i, (views, _) in enumerate(tiles):
         x = i % columns * width
-        y = i // columns * cell
-        sheet.paste(Image.fromarray(tile), (x, y))
-        pen.multiline_text((x + 2, y + height + 2), caption, fill="black")
+        y = i // columns * height
+        pen.multiline_text((x + 2, y + side + 2), captions[i], "black", spacing=2)
+        for j, view in enumerate(views):
+            sheet.paste(Image.fromarray(view), (x + j * (side + 4), y))
     return sheet

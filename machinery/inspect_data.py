@@ -10,7 +10,7 @@ for copying, and with --yaml FILE written as a YAML to train with.
 
 import argparse
 import json
-import textwrap
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,7 +65,8 @@ class Subject:
     def table(self, index_dir: str | None, skip_bad_episodes: bool, load_proprio: bool = True
               ) -> FrameTable:
         keys = self.recipe.camera_keys([*self.recipe.camera_names])
-        return frame_table(self.directory, self.recipe, keys, load_proprio, index_dir=index_dir,
+        recipe = replace(self.recipe, instructions=[])  # all of it is looked at
+        return frame_table(self.directory, recipe, keys, load_proprio, index_dir=index_dir,
                            skip_bad_episodes=skip_bad_episodes)
 
 
@@ -286,7 +287,6 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
     """Some frames, all cameras side by side, each with its instruction and action."""
     keys = [recipe.camera(name)[0] for name in recipe.camera_names]
     side, columns = (224, 4) if len(keys) == 1 else (160, max(6 // len(keys), 1))
-    width = side * len(keys)  # pixels
     tiles = []
     for row in np.linspace(0, len(table.frames) - 1, 12).astype(int):
         try:
@@ -296,10 +296,8 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
             raise DataError(f"{table.where(row)}: {error}: --check finds all such") from error
         text = table.instructions[table.frames["instruction"][row]]
         numbers = " ".join(f"{value:.2f}" for value in table.frames["action"][row])
-        caption = [f"frame {row}: {' | '.join(recipe.camera_names)}"]
-        caption += textwrap.wrap(text, width // 7)[:2]
-        caption += textwrap.wrap(numbers, max(width // 6, 40))
-        tiles.append((np.concatenate(views, axis=1), "\n".join(caption)))
+        caption = f"frame {row}: {' | '.join(recipe.camera_names)}\n{text[:100]}\n{numbers}"
+        tiles.append((views, caption))
     contact_sheet(tiles, columns).save(out)
 
 
@@ -369,7 +367,8 @@ def main() -> None:
     parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
     parser.add_argument("--index_dir", metavar="DIR",
                         help="folder for frame tables (default: with the dataset)")
-    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
+    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"),
+                        help="the picture")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")
     args = parser.parse_args()
     with exit_with_one_line():
@@ -387,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())  # before data.py imports PyTorch

@@ -13,7 +13,8 @@ import torch
 
 from machinery.config import exit_with_one_line, load_config, load_ds_config
 from machinery.cost import memory_needed
-from machinery.lora import linear_layers
+from machinery.lora import add_adapters, linear_layers
+from machinery.oft import vla_class
 from machinery.weights import start_from
 from model import VLA
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--deepspeed_config", default="ds_configs/zero2.json", help="its JSON")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="override keys")
     parser.add_argument("--gpus", type=int, default=1, help="how many GPUs share the work")
+    parser.add_argument("--gpu_gb", type=float, default=0, help="size of a GPU; default: this one")
     args = parser.parse_args()
     with exit_with_one_line():
         cfg = load_config(args.config, args.set)
@@ -45,11 +47,14 @@ def main() -> None:
         cfg, tokenizer, _ = start_from(cfg, None)
         cfg = cfg.model_copy(update={"action_dim": cfg.action_dim or 7})  # from the data, in a run
         with torch.device("meta"):
-            vla = VLA(cfg, tokenizer)
+            vla = vla_class(cfg)(cfg, tokenizer)
+        other_ways = memory_if(vla)
         vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone,
                    cfg.unfreeze_last_llm_layer)
-        print(memory_needed(vla, ds_config, args.gpus))
-        print(memory_if(vla))
+        if cfg.lora_rank:
+            add_adapters(vla, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        print(memory_needed(vla, ds_config, args.gpus, args.gpu_gb * 1e9))
+        print(other_ways)
 
 
 if __name__ == "__main__":

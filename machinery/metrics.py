@@ -105,3 +105,12 @@ def evaluate(engine, held_out: Mixture, cfg: TrainConfig, baseline: np.ndarray, 
               if key.split("/")[0] in ("loss", "accuracy", "l1")}
     values["eval/accuracy_of_most_frequent_bin"] = float(guessed[0] / guessed[1])
     return values
+
+
+def tag(key: str) -> str:
+    """The name of a number in TensorBoard, which sorts its groups: `eval` and `train` come first.
+    """
+    if key.startswith("eval/"):
+        return key
+    scores = key.startswith(("loss", "accuracy", "l1"))
+    return f"{'train' if scores else 'tuning'}/{key}"

@@ -23,7 +23,7 @@ from machinery.config import (
     load_yaml,
     nearest,
 )
-from machinery.frames import DataError, FrameTable, find_dataset
+from machinery.frames import DataError, FrameTable, find_dataset, plain
 
 _table = load_table("open_x_embodiment")
 DATASETS: dict[str, Recipe] = RECIPES.validate_python(
@@ -38,7 +38,8 @@ def kept_episodes(table: FrameTable, train: bool) -> tuple[np.ndarray, np.ndarra
     """The episodes of a split: (first frame, number of frames), each (E,) int64.
 
     With a "val" split, train on "train"; otherwise on the episodes of "train" that are not held
-    out. Episodes without any instruction are left out.
+    out. Episodes without any instruction are left out, and then frames whose instruction the recipe
+    does not choose: the episodes that are held out do not depend on that.
     """
     split = np.array(table.splits)[table.episodes["split"]]
     chosen = split == "train"
@@ -47,7 +48,10 @@ def kept_episodes(table: FrameTable, train: bool) -> tuple[np.ndarray, np.ndarra
     elif not train:
         chosen = split == "val"
     chosen = table.episodes[chosen & table.episodes["labeled"]]
-    return chosen["first"].astype(np.int64), chosen["count"].astype(np.int64)
+    first, count = chosen["first"].astype(np.int64), chosen["count"].astype(np.int64)
+    if table.chosen is None:
+        return first, count
+    return divide(first, count, table.chosen.__getitem__)
 
 
 def held_out(table: FrameTable, chosen: np.ndarray) -> np.ndarray:
@@ -85,11 +89,11 @@ def instructions_of(table: FrameTable, chosen: np.ndarray) -> dict[int, set[str]
     """{episode: its instructions, in lower case and without double spaces} of the chosen ones."""
     number = np.repeat(np.arange(len(table.episodes)), table.episodes["count"])
     pairs = np.unique(number * len(table.instructions) + table.frames["instruction"])
-    plain = [" ".join(text.lower().split()) for text in table.instructions]
+    known = [plain(text) for text in table.instructions]
     texts = {episode: set() for episode in np.flatnonzero(chosen).tolist()}
     for episode, text in zip(*np.divmod(pairs, len(table.instructions)), strict=True):
-        if episode in texts and plain[text]:
-            texts[int(episode)].add(plain[text])
+        if episode in texts and known[text]:
+            texts[int(episode)].add(known[text])
     return texts
 
 
@@ -105,16 +109,15 @@ def is_idle(normalized: np.ndarray) -> np.ndarray:
     return (np.abs(normalized[..., :6] - zero) <= np.float32(1e-5)).all((-1, -2))
 
 
-def without_idle(first: np.ndarray, count: np.ndarray, actions: Callable
-                 ) -> tuple[np.ndarray, np.ndarray]:
-    """Stretches of frames -> those between idle frames. actions: rows -> normalized chunks."""
+def divide(first: np.ndarray, count: np.ndarray, kept: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Stretches of frames -> the stretches of kept frames in them. kept: rows -> bool."""
     firsts, counts = [first[:0]], [count[:0]]
     for part in range(0, len(first), 1000):  # to bound memory
         some_first = first[part : part + 1000]
         some_count = count[part : part + 1000]
         before = np.cumsum(some_count) - some_count
         rows = np.repeat(some_first - before, some_count) + np.arange(some_count.sum())
-        rows = rows[~is_idle(actions(rows))]
+        rows = rows[kept(rows)]
         begins = (np.diff(rows, prepend=-2) != 1) | np.isin(rows, some_first)
         begins = np.flatnonzero(begins)
         firsts.append(rows[begins])
@@ -164,16 +167,16 @@ def expand_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recipe
 
 def find_recipe(name: str, directory: Path, own: Mapping[str, Recipe]) -> Recipe | None:
     """The recipe of the dataset in a directory: the YAML's (own), OpenVLA's, or the one beside it
-    (recipe.yaml), which also fills in for {} and for names that the YAML's leaves out."""
-    recipe = own.get(name, DATASETS.get(name))
-    beside = read_recipe(directory)
-    if recipe is None or beside is None:
-        return recipe or beside
-    if name not in own:
-        return recipe
-    names = recipe.names or beside.names
-    empty = replace(recipe, names={}) == Recipe()
-    return replace(beside if empty else recipe, names=names)
+    (recipe.yaml). A recipe of the YAML without other keys than names and instructions is added to
+    one of these, and names that it leaves out are the latter's."""
+    recipe, known = own.get(name), DATASETS.get(name)
+    if recipe or not known:
+        known = read_recipe(directory) or known
+    if not (recipe and known):
+        return recipe or known
+    empty = replace(recipe, names={}, instructions=[]) == Recipe()
+    return replace(known if empty else recipe, names=recipe.names or known.names,
+                   instructions=recipe.instructions or known.instructions)
 
 
 def read_recipe(directory: Path) -> Recipe | None:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from action_tokenizer import normalize
 from machinery.frames import FrameTable
 from machinery.survey_pictures import look
 
@@ -73,6 +72,8 @@ def gather(table: FrameTable, rows: np.ndarray, seen: np.ndarray, mirrored: np.n
 
     stats: of the actions; kind: of their normalization
     """
+    from action_tokenizer import normalize  # imports PyTorch, for seconds
+
     number, episode = np.unique(table.episode_of(rows), return_inverse=True)
     start = table.first_frames[number]
     first = start[episode]

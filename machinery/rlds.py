@@ -31,7 +31,7 @@ from machinery import recipes
 from machinery.config import Recipe, UserError
 from machinery.fields import check_recipe
 from machinery.files import atomic
-from machinery.frames import DataError, end_with_parent
+from machinery.frames import DataError, end_with_parent, statistics
 from machinery.host import cores
 from machinery.recipes import Feature
 from machinery.tfrecords import Steps, masked_crc, open_builder, read_records, step_features
@@ -186,43 +186,6 @@ def frame_rows(episode: dict) -> tuple[np.ndarray, list[str]]:
     return frames, instructions
 
 
-def statistics(frames: np.ndarray, num_trajectories: int, mask: np.ndarray) -> dict:
-    """The content of OpenVLA's dataset_statistics.json, over all splits of a dataset, bit for bit.
-
-    mask: which of an action's dimensions are normalized, (A,) bool. Mean and deviation are float32
-    sums in file order. Without proprio, OpenVLA writes zeros of the action's size.
-    """
-    action = np.ascontiguousarray(frames["action"])
-    proprio = np.zeros_like(action)
-    if "proprio" in frames.dtype.names:
-        proprio = np.ascontiguousarray(frames["proprio"])
-    result: dict = {"num_transitions": len(frames), "num_trajectories": num_trajectories}
-    for name, values in (("action", action), ("proprio", proprio)):
-        result[name] = {
-            "mean": values.mean(0).tolist(),
-            "std": values.std(0).tolist(),
-            "max": values.max(0).tolist(),
-            "min": values.min(0).tolist(),
-            "q01": quantile(values, 0.01).tolist(),
-            "q99": quantile(values, 0.99).tolist(),
-        }
-    result["action"]["mask"] = mask.tolist()
-    return result
-
-
-def quantile(values: np.ndarray, q: float) -> np.ndarray:
-    """Linear quantile over axis 0 with the rounding of NumPy 1.26, OpenVLA's version: the
-    neighbors' difference in float32, the rest in float64 (newer versions stay in float32)."""
-    position = (len(values) - 1) * q
-    low = int(position)
-    high = min(low + 1, len(values) - 1)
-    t = position - low
-    ordered = np.partition(values, (low, high), axis=0)
-    a, b = ordered[low], ordered[high]
-    difference = (b - a).astype(np.float64)
-    return a + difference * t if t < 0.5 else b - difference * (1 - t)
-
-
 # ---- Writing -------------------------------------------------------------------------------------
 
 
@@ -235,7 +198,8 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
     features: of an episode, in tensorflow_datasets.features:  {"steps": Dataset({...}), ...}
     episodes: {"train": iterable of episodes, "val": ...}; an episode is {"steps": [step, ...], ...}
               with NumPy values. Images are (H, W, 3) or (H, W, 1) uint8, or (H, W, 1) uint16, and
-              are stored in the feature's encoding_format. Bytes are stored unchanged.
+              are stored in the feature's encoding_format. Bytes are stored unchanged, also in the
+              place of an episode: its record, as `serializer` makes it.
 
     The dataset appears complete or not at all. Raises FileExistsError instead of overwriting one,
     and ValueError for a split without episodes or an image that is not of the declared shape.
@@ -269,7 +233,9 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
 def serializer(features, jpeg_quality: int = 95) -> Callable[[dict], bytes]:
     """The function from an episode to its record, for a tfds.features.FeaturesDict."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
-    def serialize(episode: dict) -> bytes:
+    def serialize(episode: dict | bytes) -> bytes:
+        if isinstance(episode, bytes):
+            return episode
         encoded = features.encode_example(_encode_images(features, episode, jpeg_quality))
         example = ExampleSerializer(features.get_serialized_info()).get_tf_example(encoded)
         return example.SerializeToString(deterministic=True)  # the same episode, the same bytes

@@ -5,6 +5,7 @@
         dataset_statistics.json     how actions are normalized, in OpenVLA's format
         ds_config.json, tokenizer/
         metrics.jsonl               a line for each line of the log, with more numbers
+        curves.png                  its curves, drawn when training ends
         first_batch.png             the first images, instructions and actions that the model saw
         events.out.tfevents.*       TensorBoard's curves
         checkpoints/step-...        see checkpoint.py
@@ -44,25 +45,24 @@ from machinery.checkpoint import (
 from machinery.compiler import check_compile
 from machinery.config import PATHS, PROJECT, TrainConfig, UserError, run_directory, walk
 from machinery.connect import agree, gather, progress, wait_until
-from machinery.files import atomic, take_lock
+from machinery.files import atomic, read_metrics, take_lock
 from machinery.frames import DataError, FrameTable, digest
 from machinery.images import contact_sheet
+from machinery.metrics import tag
 from machinery.weights import SHAPE, describe_base, fingerprint, start_from
 
 # keys that give the weights their meaning: a checkpoint is useless under another value
 MEANING = """vision_backbone llm_backbone tokenizer add_action_tokens arch_specifier prompt_style
     image_size freeze_vision_backbone freeze_llm_backbone unfreeze_last_llm_layer lora_rank
     lora_alpha frozen_weights cameras use_proprio window_size action_chunk parallel_decoding
-    action_normalization""".split()
+    action_head film action_normalization""".split()
 # keys that determine its start and its batches: a run continues with the same ones only
 BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights image_aug
     skip_bad_episodes max_prefix seed global_batch_size""".split()
-# the numbers on the terminal (metrics.jsonl and TensorBoard get all of them), and those about speed
+# the numbers on the terminal (metrics.jsonl and TensorBoard get all of them)
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
 LONGEST_SURVEY = 300  # seconds; the other ranks wait, and NCCL for 10 minutes at most
-SPEED = """step_seconds data_seconds samples_per_second eta_seconds tflops_per_gpu mfu gpu_gb
-    host_gb""".split()
 
 
 class Run:
@@ -179,8 +179,10 @@ class Run:
             return
         self.claim()
         (self.path / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
+        statistics = {name: {**mixture.statistics[name], "instructions": table.instructions[:20]}
+                      for name, table in zip(mixture.names, mixture.tables, strict=True)}
         for name, values in (("config", cfg.model_dump()), ("ds_config", ds_config),
-                             ("dataset_statistics", mixture.statistics)):
+                             ("dataset_statistics", statistics)):
             (self.path / f"{name}.json").write_text(json.dumps(values, indent=2))
         mixture.tokenizer.save_pretrained(self.path / "tokenizer")
         self.open_log()
@@ -225,13 +227,11 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(self.path, purge_step=self.step + 1)
-        curves = {key: ["Multiline", [f"train/{key}", f"eval/{key}"]]
-                  for key in ("loss", "accuracy", "l1")}
-        self.board.add_custom_scalars({"training and evaluation": curves})
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        with atomic(path) as scratch:
-            scratch.write_text("".join(line for line in lines if step_of(line) <= self.step))
+        text = (self.path / "config.yaml").read_text()
+        self.board.add_text("config", f"```\n{text}\n```")
+        lines = [line for line in read_metrics(self.path) if line["step"] <= self.step]
+        with atomic(self.path / "metrics.jsonl") as scratch:
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def line(self, text: str) -> None:
         """One line on the terminal, clear of the progress bar."""
@@ -257,10 +257,7 @@ class Run:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             for key, value in values.items():
-                group = "speed/" if key in SPEED else "train/"
-                if key.startswith("eval/"):
-                    group = ""
-                self.board.add_scalar(group + key, value, step)
+                self.board.add_scalar(tag(key), value, step)
             self.board.flush()
         except OSError as error:  # not a reason to end a training
             self.line(f"warning: not logged: {error}")
@@ -279,18 +276,19 @@ class Run:
             prompt = mixture.tokenizer.decode(ids[: int(learned.int().argmax())])
             first_action = answer[: mixture.cfg.action_dim].numpy()
             action = " ".join(f"{a:.2f}" for a in mixture.action_tokenizer.decode(first_action))
-            row = np.concatenate(images.numpy(), axis=1)
-            row = row.repeat(times, axis=0).repeat(times, axis=1)
+            views = list(images.numpy().repeat(times, axis=1).repeat(times, axis=2))
             instruction = prompt.split(" to ", 1)[-1].split("?")[0]
-            tiles.append((row, f"{instruction}\naction {action}"))
+            tiles.append((views, f"{instruction}\naction {action}"))
         self.line(f"first_prompt {prompt!r}")
         self.line(f"first_action {action}")
-        sheet = contact_sheet(tiles, columns=2)
+        sheet = contact_sheet(tiles, 2)
         sheet.save(self.path / "first_batch.png")
-        self.board.add_image("first_batch", np.asarray(sheet), dataformats="HWC")
+        self.board.add_image("view/first_batch", np.asarray(sheet), dataformats="HWC")
 
     def end(self, step: int, total: int, reason: str) -> None:
-        """The last line of the log."""
+        """The curves, and the last line of the log."""
+        if not self.quiet:
+            frames.start_program("machinery.plots", str(self.path)).communicate()
         if step == total:
             seconds = time.time() - self.started
             self.line(f"done steps {total} seconds {seconds:.0f} run {self.path}")
@@ -315,14 +313,6 @@ class Run:
             self.line(f"warning: {error}; training continues (on_save_error: continue)")
             return
         self.line(f"saved {path}")
-
-
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl. Infinity for one that a full disk has cut short."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
-        return math.inf
 
 
 # ---- Where a training starts ---------------------------------------------------------------------
@@ -430,8 +420,8 @@ def data_facts(cfg: TrainConfig, tables: list) -> dict:
         raise UserError(f"data_mix: cannot mix datasets of different action dimensions: "
                         f"{action_dims}")
     proprio_dims = [len(table.statistics["proprio"]["mean"]) for *_, table in tables]
-    features = {name: table.features for name, _, _, table in tables
-                if name.partition(":")[0] in cfg.datasets}
+    features = {name: table.features for name, _, recipe, table in tables
+                if replace(recipe, instructions=[]) != oxe.DATASETS.get(name.partition(":")[0])}
     return {"action_dim": next(iter(action_dims.values())), "features": features,
             "proprio_dim": max(proprio_dims) if cfg.use_proprio else 0}
 
@@ -453,7 +443,10 @@ def check_statistics(run_dir: Path, tables: list) -> None:
     by one of them, and be trained with both."""
     path = run_dir / "dataset_statistics.json"
     statistics = {name: table.statistics for name, _, _, table in tables}
-    if path.exists() and json.loads(path.read_text()) != statistics:
+    known = json.loads(path.read_text()) if path.exists() else statistics
+    for stats in known.values():
+        stats.pop("instructions", None)
+    if known != statistics:
         raise UserError(f"{path} differs from the statistics of {', '.join(statistics)} now: set "
                         "run_id (and to begin with the old weights, pretrained_checkpoint and "
                         "is_resume: false)")

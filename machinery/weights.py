@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from action_tokenizer import load_tokenizer
-from machinery import hub
+from machinery import hub, oft_files
 from machinery.backbones import llm_config, round_up
 from machinery.checkpoint import (
     Checkpoint,
@@ -160,6 +160,9 @@ def _open(path: Path, downloaded: bool) -> Weights:
     config = path / "config.json"
     if config.exists() and _read_json(config).get("model_type") == "openvla":
         return _open_hugging_face(path)
+    if (path / "lora_adapter").exists():
+        raise CheckpointError(f"{path}: it has OpenVLA-OFT's adapters without their base: merge "
+                              "them first, with OFT's vla-scripts/merge_lora_weights_and_save.py")
     raise CheckpointError(f"{path}: expected a run of this project (checkpoints/step-*), "
                           "OpenVLA's native format (config.json, checkpoints/*.pt) or its Hugging "
                           "Face format (config.json with model_type openvla)")
@@ -168,7 +171,8 @@ def _open(path: Path, downloaded: bool) -> Weights:
 def download(name: str) -> Path:
     """Fetch a Prismatic VLM or a hub repository (once per node) and return its directory."""
     repository = name
-    patterns = ["*.json", "*.safetensors", "checkpoints/*.pt", "modeling_prismatic.py"]
+    patterns = ["*.json", "*.safetensors", "checkpoints/*.pt", "modeling_prismatic.py",
+                "*--*_checkpoint.pt", "lora_adapter/adapter_config.json"]
     weights = "model.safetensors|model.safetensors.index.json|checkpoints/*"
     needed = ["config.json", weights]
     if name in PRISMATIC:
@@ -276,13 +280,8 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
 
 
 def _open_hugging_face(path: Path) -> Weights:
-    code = path / "modeling_prismatic.py"
-    if code.exists() and "NUM_ACTIONS_CHUNK" in code.read_text(errors="replace"):
-        raise CheckpointError(f"{path} is OpenVLA-OFT's variant with action tokens. This project "
-                              "would decode them one after another, and it would act nonsense")
     description = _read_json(path / "config.json")
     config = description.get("zerovla") or hugging_face_to_ours(description)
-    config = {**checked(config, path), "tokenizer": str(path)}
     towers = tuple(config["vision_backbone"])
     tensors = Tensors(path)
     for file in safetensors_files(path):
@@ -293,7 +292,11 @@ def _open_hugging_face(path: Path) -> Weights:
     if own.exists():  # written by OpenVLA's finetune.py; these win (its openvla_utils.py)
         own = _read_json(own)
         norm_stats = {name: stats for name, stats in norm_stats.items() if name not in own} | own
-    return Weights(tensors, config, norm_stats)
+    if oft_files.is_variant(path):
+        norm_stats = own if isinstance(own, dict) else norm_stats  # without the base's
+        ours = partial(rename, towers=towers, to_hugging_face=False)
+        config = oft_files.add_parts(path, config, tensors, norm_stats, ours)
+    return Weights(tensors, {**checked(config, path), "tokenizer": str(path)}, norm_stats)
 
 
 def hugging_face_to_ours(description: dict) -> dict:

@@ -17,15 +17,16 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import set_z3_leaf_module
 
 from machinery.compiler import build_adam
-from machinery.config import TrainConfig, UserError, one_line
+from machinery.config import TrainConfig, UserError, exit_with_one_line, one_line
 from model import VLA
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides the step count
 
 
+@exit_with_one_line()
 def check_json(ds_config: dict) -> None:
     """Build now what DeepSpeed would build from the JSON only after the data are indexed and the
-    weights loaded. Raises UserError with DeepSpeed's or PyTorch's own message."""
+    weights loaded. A mistake ends the program with DeepSpeed's or PyTorch's own message."""
     try:  # with any batch size: the YAML sets it, and DeepSpeed wants one
         zero = DeepSpeedConfig({**ds_config, "train_micro_batch_size_per_gpu": 1}).zero_config
     except Exception as error:

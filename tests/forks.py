@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from machinery import frames, rlds, survey  # noqa: E402
+from machinery import frames, plots, rlds, survey  # noqa: E402
 
 PROGRAMS = {"eval_vla.py": "eval_vla", "export_vla.py": "export_vla", "train_vla.py": "train_vla",
             "tests/run_cells.py": "run_cells"}
@@ -40,7 +40,7 @@ CLONE_NEWNS = 0x20000  # a command's mounts are seen by this process and its chi
 def main(listener: socket.socket) -> None:
     """Serve every connection with a fork, until the last one is closed."""
     frames.index = index
-    frames.start_program = SurveyFork
+    frames.start_program = ProgramFork
     sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")  # as run.py does
     for module in [*PROGRAMS.values(), *LATER]:
         with contextlib.suppress(Exception):  # the command fails with it, and no other
@@ -143,8 +143,8 @@ def index(job: dict) -> None:
         raise frames.DataError(error or "indexing failed: see above, or was it killed for its memory?")
 
 
-class SurveyFork:
-    """For frames.start_program, which a training calls for survey.py: the same program in a fork."""
+class ProgramFork:
+    """For frames.start_program, which a training calls for survey.py and plots.py: the same program in a fork."""
 
     def __init__(self, module: str, job: str, **how):
         self.reader, writer = os.pipe()
@@ -154,7 +154,10 @@ class SurveyFork:
             sys.argv = [module, job]
             sys.stdout = open(writer, "w")
             try:
-                survey.main()
+                if module == "machinery.plots":
+                    plots.draw_training(Path(job))
+                else:
+                    survey.main()
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -162,7 +165,7 @@ class SurveyFork:
             os._exit(status)
         os.close(writer)
 
-    def communicate(self, timeout: float) -> tuple[str, None]:
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         with open(self.reader) as output:
             lines = output.read()
         self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

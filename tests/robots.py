@@ -117,7 +117,7 @@ class MemoryTable(FrameTable):
         self.episodes["record"], self.episodes["labeled"] = range(len(count)), [bool(t.strip()) for t in robot.texts]
         self.episodes["split"][len(count) - robot.val :] = len(self.splits) - 1
         self.first_frames = self.episodes["first"]
-        self.openvla_rules, self.unused = False, []
+        self.openvla_rules, self.unused, self.chosen = False, [], None
         self.targets, raw = action_masks(recipe, parts[0]["widths"])
         self.declared = declared(recipe, parts[0]["widths"])
         self.statistics = statistics(self.frames, len(count), ~raw)

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from robots import ROBOTS
+from test_libero import rollout as libero
 
 import doctor
-from machinery import causes, examine, peers, report
+from machinery import causes, causes_actions, causes_model, examine, peers, report
+from machinery.causes_rollout import rollout_causes
 from machinery.config import Recipe, TrainConfig
-from machinery.frames import FrameTable, frame_table
+from machinery.frames import frame_table
 from machinery.images import decode_native
 from machinery.inspect_data import Subject
 
@@ -142,23 +145,20 @@ def test_one_bad_episode_of_another_robot_is_the_worst(name, kind):
 # A policy and its requests
 
 
-class Seen(FrameTable):
-    """Requests with the held-out frames of a dataset, prepared wrongly, and answers to them."""
+def record(policy, folder, table, rows, see=np.asarray, read=str, answer=np.asarray, key="metaworld_demo"):
+    """Requests with frames of a dataset, prepared wrongly, and answers to them, as serve_vla.py --record writes them."""
+    from machinery.record import Writer, recording_facts
 
-    def __init__(self, table, policy, rows, see=np.asarray, read=str, answer=np.asarray):
-        views = [np.ascontiguousarray(see(decode_native(table.read_image(int(row), 0)))) for row in rows]
-        self.files = [encode(view, "png") for view in views]
-        texts = [read(table.instructions[number]) for number in table.frames["instruction"][rows]]
-        self.instructions = sorted(set(texts))
-        self.cameras = policy.cfg.cameras
-        self.frames = table.frames[rows].copy()
-        self.frames["instruction"] = [self.instructions.index(text) for text in texts]
-        self.frames["action"] = answer(policy.predict_action([[view] for view in views], texts, "metaworld_demo"))
-        self.episodes = np.array([(0, 0, 0, 0, len(rows), True)], table.episodes.dtype)
-        self.first_frames = np.zeros(1, int)
-
-    def read_image(self, row, camera):
-        return self.files[row]
+    views = [np.ascontiguousarray(see(decode_native(table.read_image(int(row), 0)))) for row in rows]
+    texts = [read(table.instructions[number]) for number in table.frames["instruction"][rows]]
+    answers = answer(policy.predict_action([[view] for view in views], texts, "metaworld_demo"))
+    writer = Writer(folder, recording_facts(policy, "policy"))
+    for time, (row, view, text, action) in enumerate(zip(rows, views, texts, answers, strict=True)):
+        writer.take({"client": "robot", "episode": int(table.episode_of(row)), "time": time, "images": [encode(view, "png")],
+                     "state": None, "instruction": text, "unnorm_key": key, "prefix": 0, "chunk": [action.tolist()]})
+    for place in list(writer.open):
+        writer.end(place)
+    return doctor.seen_table(folder, policy.cfg, str(folder.parent / "index"))
 
 
 def encode(image, kind: str) -> bytes:
@@ -177,8 +177,10 @@ def asked(tmp_path_factory):
     rows = held_out.rows(np.zeros(60, int), np.arange(0, 480, 8))
 
     def ask(**fault) -> list:
-        return causes.find_causes(policy, train, held_out, Seen(train.tables[0], policy, rows, **fault))
+        folder = tmp_path_factory.mktemp("seen") / "seen"
+        return causes.request_causes(policy, train, record(policy, folder, train.tables[0], rows, **fault))
 
+    ask.policy, ask.train, ask.held_out = policy, train, held_out
     return ask
 
 
@@ -187,6 +189,10 @@ FAULTS = {  # {fault: (arguments of Seen, words of the first cause)}
     "flipped": ({"see": lambda x: x[::-1]}, "upside down.*image[::-1]"),
     "bgr": ({"see": lambda x: x[..., ::-1]}, "red and blue.*RGB"),
     "black": ({"see": np.zeros_like}, "black.*camera"),
+    "coarse": ({"see": lambda x: causes.coarsen(x, 4)}, "low resolution"),
+    "jpeg": ({"see": lambda x: causes.compress(x, 8)}, "compressed.*PNG"),
+    "cropped": ({"see": lambda x: causes.middle(x, 7, 7)}, "cropped.*complete"),
+    "key": ({"key": "other"}, "unnorm_key 'other'"),
     "capitals": ({"read": str.upper}, None),  # prompts are in lower case
     "a full stop": ({"read": lambda text: f"{text}."}, "not in the training data.*[^.]': send"),
     "other words": ({"read": lambda text: "do it"}, "not in the training data"),
@@ -199,7 +205,7 @@ FAULTS = {  # {fault: (arguments of Seen, words of the first cause)}
                                    for fault in FAULTS])
 def test_a_fault_is_named_first(asked, fault):
     arguments, words = FAULTS[fault]
-    found = [cause for cause in asked(**arguments) if cause.kind != "model"]
+    found = sorted(asked(**arguments), key=lambda cause: -cause.evidence)
     if words is None:
         assert found == []
     else:
@@ -207,8 +213,127 @@ def test_a_fault_is_named_first(asked, fault):
         assert re.search(words, f"{found[0].text}: {found[0].cure}"), found
 
 
-def test_a_policy_without_learning_is_named(asked):
-    assert [cause.kind for cause in asked()] == ["model"]
+@pytest.mark.parametrize("logged, kind", [(None, "model"), (1.0, "model"), (4.5, "training")])
+def test_a_policy_without_learning_is_named(asked, logged, kind, tmp_path):
+    """An untrained policy, of a training that reported another loss, or this one."""
+    if logged:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 10, "loss": {logged}}}\n')
+    found = causes_model.model_causes(asked.policy, asked.train, None, tmp_path)
+    assert [cause.kind for cause in found] == [kind]
+
+
+def test_statistics_of_another_dataset(asked, monkeypatch, tmp_path):
+    own = asked.policy.norm_stats["metaworld_demo"]
+    other = {name: np.multiply(values, 2).tolist() for name, values in own["action"].items() if name != "mask"}
+    monkeypatch.setattr(asked.policy, "norm_stats", {"metaworld_demo": {**own, "action": own["action"] | other}})
+    found = [*causes_model.model_causes(asked.policy, asked.train, None, tmp_path)]
+    assert [cause.kind for cause in found] == ["statistics"] and "dataset_statistics.json" in found[0].cure
+
+
+def test_a_text_that_makes_no_difference(asked, monkeypatch):
+    """Is no fault if the first picture tells the task, as the demo's do."""
+    table = asked.train.tables[0]
+    loss = causes_model.loss_of(asked.policy, asked.train)
+    assert causes_model.text_cause(asked.policy, asked.train, loss) is None
+    frames = np.array(table.frames)
+    texts = np.random.default_rng(0).integers(0, len(table.instructions), len(table.episodes))
+    frames["instruction"] = texts[table.episode_of(np.arange(len(frames)))]
+    monkeypatch.setattr(table, "frames", frames)
+    assert "text is ignored" in causes_model.text_cause(asked.policy, asked.train, loss).text
+
+
+def test_full_attention_is_what_it_says():
+    """The first of the inputs sees the last."""
+    llm = tiny_policy().vla.llm.base_model
+    inputs = torch.randn(1, 5, llm.config.hidden_size)
+    other = inputs + torch.nn.functional.pad(torch.ones(1, 1, 1), (0, 0, 4, 0))
+
+    def changes() -> bool:
+        with torch.inference_mode():
+            first, second = (llm(inputs_embeds=x, use_cache=False).last_hidden_state[:, 0] for x in (inputs, other))
+        return not torch.allclose(first, second)
+
+    policy = SimpleNamespace(vla=SimpleNamespace(llm=SimpleNamespace(base_model=llm)))
+    assert not changes()
+    with causes_model.full_attention(policy):
+        assert changes()
+    assert not changes()
+
+
+class Machine:
+    """A robot of three axes and a gripper that lags behind its commands, which are targets or changes of the axes."""
+
+    def __init__(self, targets: bool):
+        self.targets = np.array([targets] * 3 + [True])
+        self.draw = np.random.default_rng(0)
+        played = [self.play(self.draw.uniform(-1, 1, 4), lambda state, goal: [self.expert(state, goal)], 1)
+                  for _ in range(60)]
+        states, actions = (np.concatenate([episode[part] for episode in played]) for part in (0, 1))
+        self.number = np.repeat(np.arange(60), 20)
+        frames = np.zeros(1200, [("proprio", "f4", 4), ("action", "f4", 4)])
+        frames["proprio"], frames["action"] = states, actions[:, 0]
+        low, high = np.quantile(actions[:, 0], [0.01, 0.99], axis=0)
+        self.table = SimpleNamespace(
+            frames=frames, targets=self.targets, first_frames=np.arange(60) * 20, episodes={"count": np.full(60, 20)},
+            statistics={"action": {"q01": low, "q99": high, "mask": [True, True, True, False]}},
+            episode_of=lambda rows: rows // 20)
+
+    def expert(self, state, goal):
+        way = np.clip(goal - state, -0.1, 0.1)[:3] + self.draw.normal(0, 0.01, 3)
+        return np.append(state[:3] + way if self.targets[0] else way, goal[3] > 0)
+
+    def play(self, goal, policy, execute, change=lambda action, state: action, hold=1, delay=0):
+        """An episode of 20 frames per step -> states and answers of the requests."""
+        state, kept, plan = np.append(self.draw.uniform(-1, 1, 3), 0.5), [], [np.append(np.zeros(3), 0.5)] * delay
+        if self.targets[0]:
+            plan = [state] * delay
+        for _ in range(20):
+            answer = np.array(policy(state, goal))
+            kept.append((state, answer))
+            plan += [action for action in answer[:execute] for _ in range(hold)]
+            for _ in range(execute * hold):
+                action = change(plan.pop(0), state)
+                reach = np.where(self.targets, action - state, action)
+                state = (state + reach * [0.8, 0.8, 0.8, 0.5]).clip(-30, 30)
+        return [np.array(part) for part in zip(*kept, strict=True)]
+
+    def causes(self, chunk=1, execute=1, **fault) -> list:
+        def policy(state, goal):
+            steps = [self.expert(state, goal)]
+            for _ in range(chunk - 1):
+                steps.append(self.expert(steps[-1] if self.targets[0] else state + 0.8 * sum(steps), goal))
+            return steps
+
+        played = [self.play(self.draw.uniform(-1, 1, 4), policy, execute, **fault) for _ in range(10)]
+        states, answers = (np.concatenate([episode[part] for episode in played]) for part in (0, 1))
+        request = causes_actions.Played(states, answers, np.repeat(np.arange(10), 20))
+        return causes_actions.action_causes(self.table, request, ["x", "y", "z", "gripper"], True)
+
+
+@pytest.mark.parametrize("fault, words", [
+    ({}, None), ({"chunk": 4, "execute": 4}, None), ({"chunk": 4, "execute": 2}, None),
+    ({"change": lambda a, s: a * [1, 1, 1, -1] + [0, 0, 0, 1]}, "gripper.*other sign"),
+    ({"change": lambda a, s: a * [1, -1, 1, 1]}, "y is.*other sign"),
+    ({"change": lambda a, s: a[[2, 1, 0, 3]]}, "x and z.*order"),
+    ({"change": lambda a, s: a * [0.25, 0.25, 0.25, 1]}, "actions.*0.25 times"),
+    ({"change": lambda a, s: a * [1, 1, 1, 0.1]}, "gripper.*another range"),
+    ({"chunk": 8, "execute": 1}, "too short")])
+@pytest.mark.parametrize("targets", [False, True])
+def test_what_the_robot_did(targets, fault, words):
+    found = Machine(targets).causes(**fault)
+    if words is None:
+        assert found == []
+    else:
+        assert re.search(words, found[0].text), found
+
+
+@pytest.mark.parametrize("targets, fault, words", [
+    (False, {"delay": 3}, "late: a delay"), (False, {"hold": 3}, "lasts 3 frames.*rate"),
+    (False, {"change": lambda a, s: np.append(np.clip(a[:3] - s[:3], -0.1, 0.1), a[3])}, "delta as absolute"),
+    (True, {"change": lambda a, s: np.append(a[:3] + s[:3], a[3])}, "absolute as delta")])
+def test_what_a_robot_did_with_changes_or_targets(targets, fault, words):
+    found = Machine(targets).causes(**fault)
+    assert re.search(words, found[0].text), found
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -236,6 +361,65 @@ def test_the_program_examines_recorded_requests(monkeypatch, capsys, tmp_path):
                   "--out", tmp_path / "page.html")
     assert "cause pictures" in printed and "unlike training's" in printed
     assert len(facts_of((tmp_path / "page.html").read_text())["findings"]) == printed.count("\ncause ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A closed loop (for a server: test_serve.py)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """Write what examples/libero/rollout.py writes, with the demo's tasks and one that training never had, and
+    ask why it failed: ask(successes of each task in 10 trials, conditions, recording.json) -> causes."""
+    source, folder = ROOT / "datasets/metaworld_demo/1.0.0", tmp_path_factory.mktemp("played")
+    directory = folder / "metaworld_demo/1.0.0"
+    directory.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.name != "recording.json":
+            (directory / file.name).symlink_to(file)
+    policy = tiny_policy(action_chunk=4)
+    train, _ = examine.open_data(policy, "metaworld_demo", directory, str(folder / "index"))
+    texts = [train.tables[0].instructions[0], train.tables[0].instructions[1].upper(), "Fold the towel"]
+
+    def ask(successes, recording=None, **conditions) -> list:
+        episodes = [{"task": task, "seed": 0, "trial": trial, "success": trial < wins, "steps": 5}
+                    for task, wins in enumerate(successes) for trial in range(10)]
+        out = folder / "rollouts"
+        out.mkdir(exist_ok=True)
+        film = libero.closed_loop.encode_film([Image.new("RGB", (16, 16), color) for color in ("red", "blue")])
+        for task in range(3):
+            libero.film_path(out, task, 0).write_bytes(film)
+        conditions = {"suite": "demo", "execute": 1, "simulator": "mujoco 3.3.0", **conditions}
+        libero.report(libero.summarize(episodes), texts, episodes, conditions, out)
+        (directory / "recording.json").write_text(json.dumps(recording or {}))
+        return rollout_causes(train, out)
+
+    return ask
+
+
+RECORDING = {"simulator": "mujoco 3.3.0", "image_size": 96, "cameras": ["image", "wrist"], "tasks": ["a", "b"]}
+SAME = {"image_size": 96, "cameras": ["image"]}
+
+
+@pytest.mark.parametrize("successes, changes, kind, words", [
+    ((10, 10, 10), {"simulator": "mujoco 3.9.0"}, None, None),  # nothing fails
+    ((10, 5), {}, None, None),
+    ((1, 0), {}, None, None),  # no worse than the others, beyond luck
+    ((10, 9, 0), {}, "training", "task 2 .'fold the towel'. is not in the training data"),
+    ((10, 0), {}, "training", "task 1 always fails.* 20 episodes"),
+    ((10, 5), {"simulator": "mujoco 3.9.0"}, "simulator", "mujoco 3.9.0, the recording's mujoco 3.3.0"),
+    ((10, 5), {"image_size": 80}, "simulator", "image_size is 80, .* 96"),
+    ((10, 5), {"cameras": ["front"]}, "simulator", "cameras is .'front'."),
+    ((10, 5), {"execute": 4}, "simulator", "4 of the 4 .*--execute 1")])
+def test_why_a_closed_loop_fails(played, successes, changes, kind, words):
+    found = played(successes, RECORDING, **{**SAME, **changes})
+    assert [cause.kind for cause in found] == ([kind] if kind else [])
+    for cause in found:
+        assert re.search(words, f"{cause.text}: {cause.cure}") and 0 < cause.evidence <= 1
+
+
+def test_a_recording_without_versions_is_not_blamed(played):
+    assert played((10, 9)) == []
 
 
 # ------------------------------------------------------------------------------------------------------------

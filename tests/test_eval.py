@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,22 @@ def test_held_out_frames_reproduce_the_log(colors, monkeypatch, capsys, tmp_path
         assert f"dataset {name} dim 2 accuracy 1 " in printed
     picture = np.array(Image.open(tmp_path / "eval.png"))
     assert (picture == [255, 140, 0]).all(-1).sum() > 500  # the predicted curves
+
+
+def test_the_picture_counts_seconds_where_the_rate_is_known(colors, monkeypatch, capsys, tmp_path):
+    """A dataset's recording.json may have it, as `fps`: other numbers below the same curves."""
+    recording = Path(json.loads((colors / "config.json").read_text())["data_root_dir"], "cold/1.0.0/recording.json")
+    pictures = []
+    for rate in (None, 5):
+        if rate:
+            recording.write_text(json.dumps({"fps": rate}))
+        try:
+            evaluate(monkeypatch, capsys, colors, tmp_path, "--samples", 8)
+        finally:
+            recording.unlink(missing_ok=True)
+        pictures.append(np.array(Image.open(tmp_path / "eval.png")))
+    frames, seconds = (picture[56:206, 76:460] for picture in pictures)  # the first panel
+    assert (frames[:123] == seconds[:123]).all() and (frames[123:] != seconds[123:]).sum() > 200
 
 
 def test_train_frames_reproduce_the_log(colors, monkeypatch, capsys, tmp_path):

@@ -140,8 +140,20 @@ def test_the_summary():
     assert summary["tasks"]["0"]["rate"] == 0.8 and summary["tasks"]["3"]["rate"] == 0.2
     assert summary["seeds"]["1"]["rate"] == 0.5
     assert summary["success"]["interval"] == pytest.approx([0.2993, 0.7007], abs=1e-4)  # SciPy's
-    text = rollout.table(summary, ["open it", "", "", "close it"])
+    text = rollout.table(summary, ["open it", "", "", "close it"], "mujoco 3.3.0")
     assert "80.0%" in text and "close it" in text and "seed 1" in text
+    assert text.splitlines()[-1].startswith("success ") and text.endswith("10/20  mujoco 3.3.0")
+
+
+def test_other_versions_of_the_simulator_are_one_line(capsys):
+    loop = rollout.closed_loop
+    assert loop.versions(["numpy", "not_installed"]) == f"numpy {np.__version__}"
+    for recording in ({}, {"simulator": "mujoco 3.3.0"}):
+        loop.compare_versions("mujoco 3.3.0", recording)
+    assert capsys.readouterr().out == ""
+    loop.compare_versions("mujoco 3.9.0 robosuite 1.4.0", {"simulator": "mujoco 3.1.0 robosuite 1.4.0"})
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "mujoco 3.9.0" in printed and "recorded with mujoco 3.1.0" in printed
 
 
 def test_a_server_that_is_not_there():
@@ -318,8 +330,12 @@ def test_rollouts_do_not_depend_on_what_else_is_played(recorded, tmp_path):
                 datasets={"libero_scripted": recipe}, cameras=["primary", "wrist"], use_proprio=True)
     common = ["--checkpoint", run, "--suite", "libero_object", "--device", "cpu", "--max_steps", 5]
     done = python("rollout.py", *common, "--tasks", 3, "--trials", 2, "--out", tmp_path / "a", "--workers", 1)
-    for point in ("opens_at 0", "center_crop False", "max_steps 5", "execute 2"):
+    recording = json.loads((recorded / "libero_scripted/1.0.0/recording.json").read_text())
+    simulator = recording["simulator"]
+    assert simulator.startswith("mujoco 3") and " robosuite 1" in simulator and "libero" in simulator
+    for point in ("opens_at 0", "center_crop False", "max_steps 5", "execute 2", f"simulator {simulator}"):
         assert point in done.stdout, point
+    assert f"0/2  {simulator}\n" in done.stdout and "warning" not in done.stdout
     python("rollout.py", *common, "--tasks", 3, "--trials", 1, "--out", tmp_path / "b", "--workers", 1)
     python("rollout.py", *common, "--tasks", 4, 3, "--trials", 2, "--out", tmp_path / "b", "--workers", 2)
     films = [(tmp_path / name / "film-3-0.webp").read_bytes() for name in "ab"]
@@ -329,6 +345,7 @@ def test_rollouts_do_not_depend_on_what_else_is_played(recorded, tmp_path):
     assert {line["steps"] for line in lines} == {5}
     summary = json.loads((tmp_path / "b/summary.json").read_text())
     assert summary["success"]["trials"] == 4 and summary["settling_steps"] == 10
+    assert summary["simulator"] == simulator and len(summary["tasks"]["3"]["instruction"]) > 5
     written = {path.name for path in (tmp_path / "b").iterdir()}
     assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= written
     refused = python("rollout.py", *common, "--tasks", 3, "--turn", 0, "--out", tmp_path / "b", check=False)

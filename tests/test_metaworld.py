@@ -21,6 +21,8 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, launch
 
+from machinery.rlds import Steps, read_records, step_features
+
 ENVIRONMENT = dict(os.environ)  # a user's: the scripts choose their OpenGL themselves
 os.environ.setdefault("MUJOCO_GL", "egl")
 EXAMPLE = ROOT / "examples/metaworld"
@@ -31,7 +33,8 @@ RECORDING = {**CAMERA, "multisampling": 0, "noise": 0.0, "tail": 0, "experts": "
 try:  # without OpenGL, MuJoCo fails in many ways as it is imported or makes its first context
     import make_dataset
     import rollout
-    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, Sheet, Simulator, task_names
+    import simulator as module
+    from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, PACKAGES, Sheet, Simulator, task_names
 
     Simulator("reach-v3", **CAMERA)
 except Exception as error:
@@ -107,6 +110,24 @@ def test_a_sheet_that_is_full_goes_on():
     assert len({step["image"] for step in alone}) == 5
     for one, other in zip(seen, alone, strict=True):
         assert all(one[camera] == other[camera] for camera in CAMERA["cameras"])
+
+
+@pytest.mark.parametrize("task", ["assembly-v3", "peg-insert-side-v3"])
+def test_what_is_out_of_view_is_not_drawn_and_changes_no_pixel(task, monkeypatch):
+    simulator = Simulator(task, **CAMERA)
+    hidden = []
+    for seed in range(3):
+        simulator.reset(seed)
+        for action in np.random.default_rng(seed).uniform(-1, 1, (3, 4)):
+            simulator.step(action)
+            culled = simulator.observation()
+            model = simulator.env.model
+            hidden.append(sum(module.out_of_view(model, simulator.env.data, model.camera("gripperPOV").id)))
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "out_of_view", lambda model, data, camera: False)
+                whole = simulator.observation()
+            assert all(culled[camera] == whole[camera] for camera in CAMERA["cameras"])
+    assert min(hidden) > 10  # of some 35: the arm
 
 
 def test_positions_are_the_benchmarks():
@@ -217,9 +238,24 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(tmp_path):
                 if p.is_file()}
 
     assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
+    recording = json.loads((tmp_path / "cut/mw/1.0.0/recording.json").read_text())
+    assert recording["noise"] == 0.1 and recording["simulator"] == rollout.closed_loop.versions(PACKAGES)
     assert not scratch.exists()
     again = python("make_dataset.py", *arguments(tmp_path / "cut"), check=False)
     assert again.returncode == 1 and "exists" in again.stderr
+
+
+def test_another_seed_replaces_a_failure(tmp_path):
+    """A dataset has the first seeds at which the expert succeeds, in their order, whoever recorded them."""
+    recording = {**RECORDING, "cameras": [], "action_repeat": 1, "noise": 0.2}  # what succeeds is no matter of images
+    succeeds = [make_dataset.record("hand-insert-v3", seed, recording) is not None for seed in range(3)]
+    assert succeeds == [False, True, True]
+    done = python("make_dataset.py", "--tasks", "hand-insert-v3", "--episodes", 2, "--image_size", 16, "--noise", 0.2,
+                  "--workers", 2, "--name", "mw", "--out", tmp_path)
+    (shard,) = (tmp_path / "mw/1.0.0").glob("*.tfrecord*")
+    features = step_features(shard.parent)
+    found = [int(Steps(data, offset, features)["episode_metadata/seed"][0]) for offset, data in read_records(shard)]
+    assert found == [1, 2] and "attempts 3 expert_failed 1" in done.stdout
 
 
 def test_play_shows_the_last_frames_and_executes_chunks(tmp_path):
@@ -278,7 +314,8 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollout")
     run = tiny_run(folder)
     recording = folder / "recording.json"  # long actions, so that the hopeless episodes are soon over
-    recording.write_text(json.dumps({"image_size": 32, "jpeg_quality": 90, "action_repeat": 25}))
+    recording.write_text(json.dumps({"image_size": 32, "jpeg_quality": 90, "action_repeat": 25,
+                                     "simulator": "mujoco 3.1.0 metaworld 3.1.1"}))
     common = ["--checkpoint", run, "--trials", "2", "--recording", recording, "--device", "cpu", "--execute"]
     python("rollout.py", *common, "3", "--tasks", "reach-v3", "--out", folder / "alone")
     python("rollout.py", *common, "3", "--tasks", "coffee-button-v3", "--out", folder / "together")
@@ -290,12 +327,34 @@ def test_rollouts_do_not_depend_on_what_else_is_played(tmp_path_factory):
     assert [trial["seed"] for trial in alone] == [200_000, 200_001]
     summary = json.loads((folder / "together/summary.json").read_text())
     assert summary["execute"] == 3 and summary["per_task_average"]["trials"] == 6
-    assert "macro_average" in done.stdout
+    assert done.stdout.count("per_task_average ") == 1 and "macro_average" not in done.stdout  # one group
+    simulator = summary["simulator"]
+    assert simulator.startswith("mujoco 3") and " metaworld 3" in simulator
+    assert all(line.endswith(simulator) for line in done.stdout.splitlines() if "_average" in line)
+    assert summary["tasks"]["reach-v3"]["instruction"] == INSTRUCTIONS["reach-v3"]
+    (warning,) = (line for line in done.stdout.splitlines() if "warning" in line)
+    assert simulator in warning and "recorded with mujoco 3.1.0" in warning
     pictures = {path.name for path in (folder / "together").iterdir()}
     assert {"success.png", "rollouts.webp", "rollouts_end.png"} <= pictures
     refused = python("rollout.py", *common, "1", "--tasks", "reach-v3", "--out", folder / "alone",
                      check=False)
     assert refused.returncode == 1 and "other conditions" in refused.stderr
+
+    player = rollout.Player(str(run), recording, 3, "cpu")  # tasks that are answered together, as on a GPU
+    questions = []
+    for task in ("reach-v3", "coffee-button-v3", "drawer-close-v3"):
+        simulator = Simulator(task, **player.camera)
+        simulator.reset(1)
+        looks = []
+        for action in np.random.default_rng(0).uniform(-1, 1, (3, 4)):
+            simulator.step(action)
+            looks.append(simulator.observation())
+        questions.append((task, [looks[:2], looks[1:]]))  # two trials
+    alone = [player.act([question])[0] for question in questions]
+    player.together = 2
+    together = player.act(questions)
+    assert [len(actions) for actions in together] == [2, 2, 2]
+    assert np.array_equal(alone, together) and np.ptp(alone, axis=0).max() > 0
 
 
 CEILING = """
@@ -326,6 +385,49 @@ def test_averages():
     assert summary["macro_average"]["rate"] == pytest.approx((3 / 4 + 4 / 6) / 2)
     assert summary["per_task_average"]["rate"] == 7 / 10 and summary["per_task_average_400"]["rate"] == 6 / 10
     assert summary["seeds"]["1"]["macro_average"]["rate"] == 1
-    assert "seed 1 per_task_average 100.0%" in rollout.table(summary)
+    text = rollout.table(summary, "mujoco 3.3.0")
+    assert "seed 1 per_task_average 100.0% macro_average 100.0%  mujoco 3.3.0" in text
+    assert [text.count(word) for word in ("\neasy ", "\nhard ", "\nmacro_average", "_400 ")] == [1, 1, 1, 1]
+    alone = rollout.table(rollout.summarize({("reach-v3", 0): episodes(10, None)}), "")
+    assert [line.split()[0] for line in alone.splitlines()] == ["reach-v3", "per_task_average"]
     assert rollout.closed_loop.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # SciPy's figures
     assert rollout.closed_loop.wilson(0, 10)[0] == 0 and rollout.closed_loop.wilson(10, 10)[1] == 1
+
+
+@pytest.mark.slow
+def test_a_speed_run_continues_where_it_stopped(tmp_path):
+    small = {"vision_backbone": {"vit": {"model": "vit_tiny_r_s16_p8_224", "patch_size": 2, "embed_dim": 32,
+                                         "depth": 2, "num_heads": 2}},
+             "llm_backbone": TINY["llm_backbone"], "image_size": 32, "max_steps": 2, "compile": False,
+             "global_batch_size": 4, "per_device_batch_size": 4, "num_workers": 0, "eval_samples": 4}
+    changes = " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in small.items())
+    tasks = "--tasks reach-v3 coffee-button-v3"
+    command = [str(EXAMPLE / "recipe.sh"), "speedrun", "--out", str(tmp_path / "run"),
+               "--record", f"{tasks} --episodes 2 --val_episodes 1 --image_size 32 --action_repeat 10",
+               "--train", f"{changes} --deepspeed_config ds_configs/cpu.json",
+               "--play", f"{tasks} --trials 1 --device cpu"]
+    path = Path(sys.executable).parent
+    environment = {**ENVIRONMENT, "PATH": f"{path}:{os.environ['PATH']}"}
+    begun = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    clock = tmp_path / "run/clock.json"
+    while begun.poll() is None and not (clock.exists() and "record" in json.loads(clock.read_text())):
+        time.sleep(0.1)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+    first = json.loads(clock.read_text())
+    assert list(first) == ["start", "seeds", "record"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    times = json.loads(clock.read_text())
+    assert times.items() > first.items() and set(times) - set(first) == {"train", "play"}
+    told = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in done.stdout.splitlines()
+            if line.startswith(("record ", "train ", "play "))}
+    for stage, before in (("record", "start"), ("train", "record"), ("play", "train")):
+        expected = times[stage] - times[before], times[stage] - times["start"]
+        assert told[stage] == pytest.approx(expected, abs=0.06)
+    summary = json.loads((tmp_path / "run/rollouts/summary.json").read_text())
+    assert [*summary["seeds"]] == [str(seed) for seed in times["seeds"]] and min(times["seeds"]) > 2
+    row = (tmp_path / "run/row.md").read_text()
+    header = next(line for line in done.stdout.splitlines() if line.startswith("| date"))
+    assert row.count("|") == header.count("|") and row in done.stdout
+    assert header in (EXAMPLE / "README.md").read_text()

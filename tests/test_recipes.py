@@ -1,6 +1,8 @@
 """What a recipe means: which episodes are held out, where they end, and what is trained also acts."""
 
+import dataclasses
 import json
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import yaml
-from conftest import RLDS, ROOT, TINY
+from conftest import RLDS, ROOT, TINY, open_mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_own_robot import GRAY, PNG, Episode, index, opened, random_actions, tiny_policy, write_arm
@@ -114,6 +116,61 @@ def test_a_dataset_recorded_task_after_task(opened, tmp_path):
         rows = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)])
         assert len({*table.frames["instruction"][rows].tolist()}) == 20
     assert not parts[0] & parts[1] and parts[0] | parts[1] == {*range(0, 200, 2)}
+
+
+TEXTS = ["Open the drawer", "open the  door", "打开抽屉", "Push it"]
+
+
+def text_of(episode: int, step: int) -> str:
+    """In each tenth episode it changes in the middle."""
+    return TEXTS[(episode + (episode % 10 == 9 and step > 1)) % 4]
+
+
+@pytest.mark.parametrize("rules", [False, True])
+@pytest.mark.parametrize("patterns, chosen", [
+    (["open the drawer"], {0}), (["Open *"], {0, 1}), (["!*drawer"], {1, 2, 3}), (["open *", "!*door"], {0}),
+    (["打开*", "push it"], {2, 3})])
+def test_only_frames_with_chosen_instructions(patterns, chosen, rules, opened, tmp_path):
+    """Are trained and evaluated on, and counted. Held out are the same episodes, and the table is the same."""
+    directory = write_arm(tmp_path, random_actions(7, 80, 4), step={"language_instruction": (F.Text(), text_of)})
+    every = opened({"openvla_rules": rules})
+    some = opened({"openvla_rules": rules, "instructions": patterns})
+    table = some.tables[0]
+    assert table.path == every.tables[0].path
+    texts = np.array([TEXTS.index(text) for text in table.instructions])[table.frames["instruction"]]
+    wanted = np.isin(texts, [*chosen])
+    for train in (True, False):
+        rows = [np.concatenate([np.arange(f, f + c) for f, c in zip(*oxe.kept_episodes(mixture.tables[0], train), strict=True)])
+                for mixture in (every, some)]
+        np.testing.assert_array_equal(rows[0][wanted[rows[0]]], rows[1])
+        assert len(rows[1])
+    actions, stats = table.frames["action"][wanted], some.statistics["arm"]
+    assert stats["num_transitions"] == len(actions) == some.epoch_length
+    assert stats["num_trajectories"] == len({*table.episode_of(np.flatnonzero(wanted)).tolist()})
+    np.testing.assert_array_equal(stats["action"]["max"], actions.max(0))
+    np.testing.assert_allclose(stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-5)
+    assert stats["action"]["mask"] == every.statistics["arm"]["action"]["mask"]
+    write_recipe(directory, Recipe(primary="image", names={"action": [*"abcdefg"]}))  # for all other keys
+    beside = opened(datasets={"arm": {"instructions": patterns}})
+    assert beside.recipes[0] == Recipe(primary="image", names={"action": [*"abcdefg"]}, instructions=patterns)
+
+
+@pytest.mark.parametrize("patterns, named", [(["opne *"], "opne"), (["open*", "!"], "'!' matches none"), (["!*"], "leave none")])
+def test_instructions_that_choose_nothing_are_named(patterns, named, opened, tmp_path):
+    write_arm(tmp_path, random_actions(7, 2, 2))
+    with pytest.raises(DataError, match=re.escape(named)):
+        opened({"instructions": patterns})
+
+
+def test_chosen_instructions_of_openvlas_datasets(data_config):
+    """Their recipe is the registered one, and their actions stay in OpenVLA's form."""
+    name = "bridge_orig"
+    plain = open_mixture(data_config(data_mix=name))
+    texts = plain.tables[0].instructions
+    some = open_mixture(data_config(data_mix=name, datasets={name: {"instructions": texts[:1]}}))
+    assert some.recipes[0] == dataclasses.replace(oxe.DATASETS[name], instructions=texts[:1])
+    assert some.tables[0].path == plain.tables[0].path and not some.cfg.features
+    assert 0 < some.epoch_length <= plain.epoch_length
 
 
 def test_a_run_of_an_earlier_version_keeps_its_held_out_episodes():

@@ -28,8 +28,12 @@ from PIL import Image
 from starlette.requests import HTTPConnection
 from test_model import tiny_policy
 
+import act
 import serve_vla
 from act import ModelError, load_vla
+from machinery.causes_server import call, server_causes
+from machinery.config import UserError
+from machinery.examine import open_data
 from machinery.images import decode_native
 from machinery.wire import (
     Costly,
@@ -338,18 +342,59 @@ def test_a_client_cannot_make_it_compile(monkeypatch):
     assert len(policy.graphs) == 8 and sorted(replayed) == sorted(policy.graphs)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_blocks_get_the_same_kinds_of_inputs_while_they_are_recorded(parallel, monkeypatch):
+    """Or torch.compile would compile them again, which CUDA does not allow meanwhile: transformers writes out the
+    causal mask if it notices the recording."""
+    pytest.importorskip("triton")
+    policy = tiny_policy(vision_backbone={"a": TINY["vision_backbone"]["dino"]}, arch_specifier="gelu-mlp",
+                         action_chunk=3, parallel_decoding=parallel)
+    recording, kinds = [], {False: set(), True: set()}
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        recording.append(True)
+        yield
+        recording.clear()
+
+    def watch(forward, dynamic):
+        def watched(*inputs, **options):
+            kinds[bool(recording)].add((forward.__self__.__class__, *(
+                (name, None if value is None else type(value)) for name, value in sorted(options.items()))))
+            return forward(*inputs, **options)
+        return watched
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
+    monkeypatch.setattr(torch, "compile", watch)
+    policy.speed_up([2])
+    assert kinds[True] == kinds[False] != set()
+
+
 def test_speed_up_needs_a_gpu(colors):
     done = subprocess.run([sys.executable, ROOT / "serve_vla.py", "--checkpoint", colors, "--device", "cpu",
                            "--speed_up"], capture_output=True, text=True)
-    assert done.returncode == 2 and "it needs --device cuda" in done.stderr
+    assert done.returncode == 1 and "it needs --device cuda" in done.stderr
 
 
 def test_health(server, colors):
-    assert Client(server[0]).send(b"", "/health", "GET") == (200, {
+    status, facts = Client(server[0]).send(b"", "/health", "GET")
+    statistics = json.loads((colors / "dataset_statistics.json").read_text())
+    for key, (low, high) in facts.pop("action_q01_q99").items():
+        assert (low, high) == tuple(statistics[key]["action"][name] for name in ("q01", "q99"))
+    assert (status, facts) == (200, {
         "status": "ok", "model": str(colors), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
-        "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0,
+        "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0, "center_crop": False,
+        "instructions": {key: statistics[key]["instructions"] for key in ("cold", "warmer")},
         "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")},
         "gripper": {key: [1, 0] for key in ("cold", "warmer")}})
+
+
+def test_what_the_model_saw(server, vla):
+    status, reply = Client(server[0]).send(GOOD, "/act?seen")
+    assert (status, reply["action"]) == (200, json_numpy(vla.predict_action(IMAGE, "hold it", "cold")))
+    assert (from_json_numpy(reply["seen"][0]) == vla.prepare_image(IMAGE)).all() and len(reply["seen"]) == 1
 
 
 def test_32_clients_at_once_get_what_one_would(server, vla):
@@ -569,7 +614,7 @@ def test_huge_and_broken_connections_and_other_addresses(server, vla):
     assert status == 400 and "image" in reply["error"] and "5000 x 40" in reply["error"]
     status, reply = huge.send({str(number): 0 for number in range(100000)})
     assert status == 400 and "100000 keys" in reply["error"]
-    for method, path in (("GET", "/act"), ("PUT", "/act"), ("POST", "/health"), ("GET", "/")):
+    for method, path in (("GET", "/act"), ("PUT", "/act"), ("POST", "/health"), ("POST", "/")):
         other = Client(port).http
         other.request(method, path, b"{}")
         assert other.getresponse().status in (404, 405)
@@ -608,3 +653,92 @@ def test_one_failing_request_does_not_fail_its_batch(vla):
         assert futures[i].result(60)[0].tolist() == expected
     assert futures[1].exception(60) is not None
     assert batcher.ask(queries[0]).result(60)[0].tolist() == expected and threading.active_count() > 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# doctor.py --server
+
+
+def wrong_colors(policy):
+    prepare = policy.prepare_image
+    policy.prepare_image = lambda image: prepare(image[..., ::-1])
+
+
+def other_statistics(policy):
+    for stats in policy.norm_stats.values():
+        stats["action"] |= {key: (0.5 * np.array(stats["action"][key])).tolist() for key in ("q01", "q99")}
+
+
+def another_head(policy):
+    head = policy.vla.llm.get_output_embeddings().weight
+    head.requires_grad_(False).copy_(head.roll(40, 0))
+
+
+def rounding(policy):
+    policy.vla.to(torch.bfloat16)
+
+
+def crop(policy):
+    policy.cfg.image_aug = True
+
+
+def other_units(policy):
+    policy.actions = lambda *given: 2 * act.Policy.actions(policy, *given)
+
+
+def two_steps(policy):
+    policy.cfg.action_chunk = 2
+
+
+@pytest.mark.parametrize("change, kind, words", [
+    (lambda policy: None, None, None), (rounding, None, None),
+    (wrong_colors, "pictures", "pictures that are red and blue swapped"),
+    (crop, "pictures", "center_crop is False, this checkpoint's True"),
+    (other_statistics, "statistics", "action_q01_q99"), (other_units, "statistics", "0.5 times this policy's"),
+    (another_head, "model", "another model.*serve this checkpoint"),
+    (two_steps, "model", "action_shape is .1, 3., this checkpoint's .2, 3.")])
+def test_the_doctor_compares_a_server_with_a_checkpoint(change, kind, words, server, colors, capsys):
+    """The server answers soundly, and it is the checkpoint that differs from it."""
+    policy = load_vla(colors)
+    train, _ = open_data(policy, "cold", None, None)
+    change(policy)
+    found = server_causes(policy, train, f"http://127.0.0.1:{server[0]}", None)
+    assert [cause.kind for cause in found] == ([kind] if kind else [])
+    assert all(re.search(words, f"{cause.text}: {cause.cure}") for cause in found)
+    assert f"model {colors} cameras ['primary'] action_shape [1, 3]" in capsys.readouterr().out
+
+
+def test_the_doctor_and_a_server_that_does_not_answer(server, colors, vla):
+    train, _ = open_data(vla, "cold", None, None)
+    for url, cure in (("http://127.0.0.1:9", "does serve_vla.py listen there"),
+                      (f"http://127.0.0.1:{server[0]}/other", "does serve_vla.py listen there")):
+        with pytest.raises(UserError, match=f"--server {url}.*{cure}"):
+            server_causes(vla, train, url, None)
+    with pytest.raises(UserError, match=r"--server .*'hot'.*'cold', 'warmer'"):
+        call(f"http://127.0.0.1:{server[0]}/act", None, {**query(GOOD["image"]), "unnorm_key": "hot"})
+
+
+@pytest.mark.slow
+def test_the_doctor_s_program_with_a_token_cameras_states_and_chunks(tmp_path, plain_run):
+    """Another checkpoint of the same run is another model; its own server has no causes."""
+    write_colors(tmp_path, "cold", 0.1, cameras=2)
+    recipe = {"primary": "image", "wrist": "wrist", "state": "state"}
+    config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "cold", "datasets": {"cold": recipe},
+              "cameras": ["primary", "wrist"], "use_proprio": True, "window_size": 2, "action_chunk": 2,
+              "learning_rate": 3e-3, "max_steps": 40, "save_interval": 20, "run_root_dir": str(tmp_path),
+              "run_id": "run"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = plain_run(tmp_path / "run.yaml", "--deepspeed_config", "ds_configs/cpu.json")
+    assert done.returncode == 0, done.text
+    (tmp_path / "token").write_text("secret")
+    first, last = sorted((tmp_path / "run/checkpoints").iterdir())
+    with serving(last, tmp_path, options=["--token", tmp_path / "token"]) as (_, port, _):
+        for policy, options, words in (
+                (last, ["--token", tmp_path / "token"], "examined: its own frames, a server"),
+                (first, ["--token", tmp_path / "token"], "cause model"),
+                (last, [], "error: --server http.*: add --token")):
+            command = [sys.executable, ROOT / "doctor.py", policy, "--server", f"http://127.0.0.1:{port}/",
+                       "--out", tmp_path / "page.html", *options]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            assert re.search(words, done.stdout + done.stderr), done.stdout + done.stderr
+            assert ("the server:" in done.stdout) == (policy == first)

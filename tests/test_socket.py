@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import tracemalloc
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import msgpack
@@ -160,6 +161,9 @@ def test_a_token_is_an_api_key_for_openpi(openpi, vla):
                 openpi("127.0.0.1", port, wrong)
             assert refused.value.response.status_code == 401
             assert b"send the server's token" in refused.value.response.body
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:  # it asks for the token
+            assert page.headers["content-type"].startswith("text/html")
+            assert b"open sesame" not in (text := page.read()) and b"{{" not in text and b"--panel:" in text
         with talking(port, Authorization="Bearer open sesame") as (ask, *_):
             assert b"data" in ask(seen(picture(0, 1)))["actions"]
 

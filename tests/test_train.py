@@ -16,6 +16,7 @@ from conftest import FIXTURES, ROOT, TINY, ds_json, launch, launch_command, read
 from PIL import Image
 from safetensors import safe_open
 
+from machinery import plots
 from machinery import ranks as job
 from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from machinery.rlds import write_rlds
@@ -45,12 +46,13 @@ def test_run_directory(finished):
     path, text = finished
     run = path / "runs/tiny+n1+b4+x7--note--image_aug"  # OpenVLA's way to name it
     assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
-        ".lock", "checkpoints", "config.json", "config.yaml", "dataset_statistics.json", "ds_config.json",
-        "first_batch.png", "metrics.jsonl", "tokenizer"]
+        ".lock", "checkpoints", "config.json", "config.yaml", "curves.png", "dataset_statistics.json",
+        "ds_config.json", "first_batch.png", "metrics.jsonl", "tokenizer"]
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config == json.loads((run / "config.json").read_text())
     assert config["action_dim"] == 4 and config["max_steps"] == 12
     statistics = json.loads((run / "dataset_statistics.json").read_text())["metaworld_demo"]
+    assert len(statistics["instructions"]) == 6 and "Reach a goal position" in statistics["instructions"]
     assert statistics["action"]["mask"] == [True, True, True, False] and statistics["num_trajectories"] == 144
     tags = [p.name for p in list_checkpoints(run / "checkpoints")]
     assert [tag.rsplit("-loss=")[0] for tag in tags] == [
@@ -69,8 +71,32 @@ def test_tensorboard_has_curves_and_the_first_batch(finished):
     (run,) = (finished[0] / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
-    image = events.Images("first_batch")[0]
+    tags = events.Tags()
+    groups = sorted({tag.partition("/")[0] for tag in tags["scalars"] + tags["images"]})
+    assert groups == ["eval", "train", "tuning", "view"]  # as TensorBoard sorts them
+    assert "tuning/learning_rate" in tags["scalars"] and "eval/accuracy" in tags["scalars"]
+    assert b"max_steps: 12" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    image = events.Images("view/first_batch")[0]
     assert image.width >= 448 and image.height > 500
+
+
+def test_samples_of_the_first_batch_have_a_margin(finished):
+    (run,) = (finished[0] / "runs").iterdir()
+    picture = np.array(Image.open(run / "first_batch.png"))[:224]  # images of 28 pixels, enlarged
+    assert (picture[:, 224:248] == 255).all() and not (picture[:, [0, 223, 248]] == 255).all((0, 2)).any()
+
+
+def test_the_curves_of_a_run(finished, tmp_path):
+    """Each number has its curve; those that are not finite, and a line cut short, are left out."""
+    (run,) = (finished[0] / "runs").iterdir()
+    orange = (np.array(Image.open(run / "curves.png")) == [255, 140, 0]).all(-1)
+    assert orange[:500, :480].any() and not orange[:, 480:].any()  # held-out: loss and accuracy alone
+    lines = [json.dumps({"step": step, **{key: 1 / (1 + step) for key in plots.KEYS}}) for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "loss": NaN}', '{"step": 4, "lo']))
+    plots.draw_training(tmp_path)
+    ink = (np.array(Image.open(tmp_path / "curves.png")) == [68, 68, 68]).all(-1)
+    assert all(ink[top + 20 : top + 122, left : left + 384].sum() > 300
+               for left in (76, 556) for top in (56, 206, 356))
 
 
 def weights(checkpoint) -> dict[str, torch.Tensor]:

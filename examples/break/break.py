@@ -17,10 +17,14 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples/metaworld")]
+
+from machinery.config import exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
+import numpy as np
 
 SMALL_ROBOT = {"q01": [-0.03] * 4, "q99": [0.03] * 4, "mask": [True, True, True, False]}
 WORDS = {"Push and close a drawer": "Shut the drawer", "Reach a goal position": "Move the hand to the goal",
@@ -108,10 +112,8 @@ def main(checkpoint: str, count: int, trials: int) -> None:
 
 
 if __name__ == "__main__":
-    from machinery.config import exit_with_one_line
-
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", default="runs/demo+n1+b32+x7")
+    parser.add_argument("--checkpoint", default="runs/demo+n1+b32+x7", help="a run")
     parser.add_argument("--frames", type=int, default=478,
                         help="number of frames, evenly spread; 478 are all")
     parser.add_argument("--success", type=int, default=0, metavar="N",

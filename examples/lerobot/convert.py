@@ -13,6 +13,7 @@ Read convert. lerobot_format.py reads the files, and machinery/guess.py interpre
 import argparse
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import msgpack
 import numpy as np
 import simplejpeg
@@ -34,7 +39,6 @@ from lerobot_images import as_array, check_video, read_pictures
 from resample import lost_commands, resample
 from tqdm import tqdm
 
-from machinery.config import UserError, exit_with_one_line
 from machinery.convention import number_labels
 from machinery.fields import write_recipe
 from machinery.frames import end_with_parent
@@ -79,6 +83,7 @@ def convert(source: Path, out: Path, name: str, image_size: int, fps: float | No
             print(f"finished episodes are kept for the next command in {scratch}")
             raise
     shutil.rmtree(scratch)
+    (path / "recording.json").write_text(json.dumps({"fps": dataset.fps / step}) + "\n")  # for eval_vla.py
     report(dataset, chosen, dimensions, step, path, yaml)
 
 
@@ -330,7 +335,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="the folder with meta/info.json")
-    parser.add_argument("--out", type=Path, default=Path("datasets"))
+    parser.add_argument("--out", type=Path, default=Path("datasets"), help="the folder of all datasets")
     parser.add_argument("--name", required=True, help="the new dataset's name")
     parser.add_argument("--image_size", type=int, default=256,
                         help="side of the square images; 0: keep their size")
@@ -340,7 +345,7 @@ def main() -> None:
     parser.add_argument("--action", choices=("target", "change"),
                         help="override the detected kind: positions to reach, or displacements")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     args = parser.parse_args()
     with exit_with_one_line():
         if args.image_size < 0 or args.workers < 1 or not re.fullmatch(r"[^./:][^/:]*", args.name):

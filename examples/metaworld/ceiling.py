@@ -26,6 +26,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+from machinery.config import exit_with_one_line  # first: it names a missing package
+
+if __name__ == "__main__":  # before PyTorch is imported for seconds
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=["mt50"],
+                        help="names, or lists of them such as mt50")
+    parser.add_argument("--seeds", type=int, default=20, help="episodes of each task and column")
+    parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld",
+                        help="see experts.py")
+    args = parser.parse_args()
+
 import mujoco
 import numpy as np
 from experts import expert_of
@@ -140,13 +151,9 @@ def measure(task: str, experts: str, seeds: int, stats: dict) -> dict[str, float
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--tasks", nargs="+", default=["mt50"],
-                        help="names, or lists of them such as mt50")
-    parser.add_argument("--seeds", type=int, default=20, help="episodes of each task and column")
-    parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld")
-    args = parser.parse_args()
     print(stats := statistics_of(8, args.experts), f"\n{'':29s}", *HEAD, flush=True)
-    for task in task_names(args.tasks):
+    with exit_with_one_line():
+        tasks = task_names(args.tasks)
+    for task in tasks:
         row = measure(task, args.experts, args.seeds, stats)
         print(f"{task:29s}", *(f"{row[name]:{len(name)}.0f}" for name in HEAD), flush=True)

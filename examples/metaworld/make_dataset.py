@@ -22,19 +22,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 
+from machinery.config import exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from experts import expert_of
-from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, Simulator, task_names
+from simulator import INSTRUCTIONS, MAX_STEPS, OPTICS, PACKAGES, Simulator, task_names
 
+from examples.closed_loop import versions
 from examples.recording import episodes_from, open_scratch, record_all
-from machinery.config import exit_with_one_line
 from machinery.host import cores
 from machinery.rlds import write_rlds
 
 FIRST_SEED = {"train": 0, "val": 100_000}  # rollout.py's begin at 200_000
 
 
-@functools.lru_cache(maxsize=1)  # one per process: all episodes of a job have the same task
+@functools.lru_cache(maxsize=1)  # one per process: it records one task for a while
 def simulator_of(task: str, cameras: tuple, *optics) -> Simulator:
     """This process's simulator of a task. optics: values of OPTICS."""
     return Simulator(task, cameras, *optics)
@@ -100,8 +104,8 @@ def main() -> None:
     parser.add_argument("--val_episodes", type=int, default=0, help="held-out episodes per task")
     parser.add_argument("--cameras", nargs="+", default=["image"],
                         help="image (corner2), gripperPOV, ...")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--jpeg_quality", type=int, default=95)
+    parser.add_argument("--image_size", type=int, default=224, help="pixels")
+    parser.add_argument("--jpeg_quality", type=int, default=95, help="0..100")
     parser.add_argument("--action_repeat", type=int, default=1,
                         help="simulator steps per recorded step")
     parser.add_argument("--multisampling", type=int, default=0,
@@ -111,11 +115,12 @@ def main() -> None:
     parser.add_argument("--experts", choices=["metaworld", "ours"], default="metaworld",
                         help="the experts of reach, reach-wall, and handle-pull-side: see experts.py")
     parser.add_argument("--tail", type=int, default=0, help="recorded steps after success")
-    parser.add_argument("--name", default="metaworld_demo")
-    parser.add_argument("--out", type=Path, default=Path("datasets"))
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--name", default="metaworld_demo", help="of the dataset")
+    parser.add_argument("--out", type=Path, default=Path("datasets"), help="the folder of all datasets")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     args = parser.parse_args()
     recording = {key: getattr(args, key) for key in ("cameras", *OPTICS, "noise", "tail", "experts")}
+    recording["simulator"] = versions(PACKAGES)
     scratch = args.out / f".{args.name}.episodes"
     with exit_with_one_line():
         tasks = task_names(args.tasks)
@@ -125,11 +130,12 @@ def main() -> None:
         open_scratch(scratch, recording)
     counts = {"train": args.episodes, "val": args.val_episodes}
     wanted = {(task, FIRST_SEED[split]): count for split, count in counts.items() if count for task in tasks}
-    kept = record_all(functools.partial(record, recording=recording), wanted, scratch, args.workers)
+    layout = features(args.cameras, args.image_size)
+    kept = record_all(functools.partial(record, recording=recording), layout, wanted, scratch, args.workers)
     splits = {split: episodes_from(FIRST_SEED[split], kept, scratch) for split in counts if counts[split]}
-    path = write_rlds(args.out, args.name, "1.0.0", features(args.cameras, args.image_size), splits)
-    # rollout.py reads it to use the same settings
-    (path / "recording.json").write_text(json.dumps(recording) + "\n")
+    path = write_rlds(args.out, args.name, "1.0.0", layout, splits)
+    # rollout.py reads it to use the same settings, and eval_vla.py its `fps`: 80 simulator steps a second
+    (path / "recording.json").write_text(json.dumps({**recording, "fps": 80 / args.action_repeat}) + "\n")
     shutil.rmtree(scratch)
     print(path)
 

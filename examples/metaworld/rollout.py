@@ -3,10 +3,10 @@
     python examples/metaworld/rollout.py --checkpoint runs/demo+n1+b32+x7 --tasks demo --trials 10
 
 All trials of a task are one batch from beginning to end. A process steps their simulators (play),
-the main process queries the policy (Player.act), and finished trials stay in the batch. So a task's
-result depends only on the checkpoint, the task, and its seeds. Each finished batch is a file in
---out, and an interrupted command continues where it stopped. At the end it draws a table, a bar
-chart, and a film.
+the main process queries the policy (Player.act), and finished trials stay in the batch. So on a CPU,
+a task's result depends only on the checkpoint, the task, and its seeds. A GPU answers all waiting
+tasks at once, always as a batch of the same size. Each finished task is a file in --out, and an
+interrupted command continues where it stopped. At the end it draws a table, a bar chart, and a film.
 
 The evaluation is LeRobot's: positions drawn from Meta-World's ranges, with seeds that no
 demonstration has. Success is Meta-World's, at any of the first 500 simulator steps (success within
@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,14 +27,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # those that need torch are imported where they are used: the simulators' processes read this file
 # too
 
+from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from PIL import Image
-from simulator import GROUPS, INSTRUCTIONS, MAX_STEPS, OPTICS, Sheet, Simulator, task_names
+from simulator import (
+    GROUPS,
+    INSTRUCTIONS,
+    MAX_STEPS,
+    OPTICS,
+    PACKAGES,
+    Sheet,
+    Simulator,
+    task_names,
+)
 from tqdm import tqdm
 
 from examples import closed_loop
 from examples.closed_loop import SIDE, draw_films, encode_film, open_folder, row
-from machinery.config import UserError, exit_with_one_line
+from examples.recording import render_on_gpu
 from machinery.host import cores
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
@@ -98,19 +112,37 @@ class Player:
         self.views = [getattr(recipe, camera) for camera in cfg.cameras]
         path = recording or find_dataset(Path(cfg.data_root_dir), self.dataset) / "recording.json"
         # older recordings do not have it
-        recorded = {"multisampling": 0, **json.loads(path.read_text())}
-        self.camera = {"cameras": self.views, **{key: recorded[key] for key in OPTICS}}
+        self.recording = {"multisampling": 0, **json.loads(path.read_text())}
+        self.camera = {"cameras": self.views, **{key: self.recording[key] for key in OPTICS}}
         self.execute = execute or max(1, cfg.action_chunk // 2)
+        self.together = 1 if device == "cpu" else 8  # tasks in a batch
+        self.threads = ThreadPoolExecutor(min(4, cores()))
 
-    def act(self, task: str, histories: list[deque]) -> np.ndarray:
-        """Observations of each trial, oldest first -> the next actions (trials, execute, 4)."""
+    def act(self, questions: list[tuple[str, list[deque]]]) -> list[np.ndarray]:
+        """For each (task, observations of each trial, oldest first): the next actions
+        (trials, execute, 4)."""
+        import torch
+
+        trials = len(questions[0][1])  # as many in all tasks
+        texts = [INSTRUCTIONS[task] for task, _ in questions for _ in range(trials)]
+        histories = [history for _, some in questions for history in some]
+        images = torch.stack([*self.threads.map(self.prepare, histories)])
+        state = np.stack([history[-1]["state"] for history in histories])
+        actions, size = [], trials * self.together
+        for first in range(0, len(texts), size):
+            # filled up: other sizes would take other kernels, which round differently
+            rows = np.arange(first, first + size).clip(max=len(texts) - 1)
+            actions += [*self.policy.predict_action(images[rows], [texts[row] for row in rows], self.dataset,
+                                                    state[rows])]
+        actions = np.stack(actions).reshape(-1, trials, self.cfg.action_chunk, actions[0].shape[-1])
+        return [*actions[: len(questions), :, : self.execute]]
+
+    def prepare(self, history: deque):
+        """A trial's observations -> the model's images."""
         from machinery.images import decode_image
 
-        images = [[decode_image(observation[view], self.cfg.image_size) for observation in history
-                   for view in self.views] for history in histories]
-        state = np.stack([history[-1]["state"] for history in histories])
-        actions = self.policy.predict_action(images, [INSTRUCTIONS[task]] * len(images), self.dataset, state)
-        return actions.reshape(len(images), self.cfg.action_chunk, -1)[:, : self.execute]
+        return self.policy.prepare_views([decode_image(observation[view], self.cfg.image_size)
+                                          for observation in history for view in self.views])
 
 
 def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, out: Path) -> None:
@@ -126,7 +158,8 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
         first = FIRST_SEED + 1000 * seed
         connection.send((task, [*range(first, first + trials)], player.cfg.window_size, player.camera))
 
-    for _ in range(min(workers, len(jobs))):
+    for number in range(min(workers, len(jobs))):
+        render_on_gpu(number)
         connection, end = context.Pipe()
         processes.append(context.Process(target=play, args=(end,), daemon=True))
         processes[-1].start()
@@ -134,10 +167,12 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
         begin(connection)
     with tqdm(total=len(jobs) * trials, desc="roll out", unit="episode") as bar:
         while playing:
+            asking, questions = [], []
             for connection in wait([*playing]):
                 kind, seen, *results = connection.recv()
                 if kind == "see":
-                    connection.send(player.act(playing[connection][0], seen))
+                    asking.append(connection)
+                    questions.append((playing[connection][0], seen))
                     continue
                 path = out / "{}-{}.json".format(*playing[connection])
                 path.with_suffix(".webp").write_bytes(seen)
@@ -145,6 +180,8 @@ def run(player: Player, jobs: list[tuple[str, int]], trials: int, workers: int, 
                 path.with_suffix(".tmp").rename(path)
                 bar.update(trials)
                 begin(connection)
+            for connection, actions in zip(asking, player.act(questions) if asking else [], strict=True):
+                connection.send(actions)
     for process in processes:
         process.join()
 
@@ -170,35 +207,45 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
     summary = {"per_task_average": rate(everything), "per_task_average_400": rate(everything, 400),
                "macro_average": {"rate": float(np.mean([g["rate"] for g in groups.values()])),
                                  "standard_error": math.sqrt(variance)},
-               "groups": groups, "tasks": {task: rate(episodes) for task, episodes in of.items()}}
+               "groups": groups, "tasks": {task: {**rate(episodes), "instruction": INSTRUCTIONS[task]}
+                                           for task, episodes in of.items()}}
     if len(seeds := {seed for _, seed in results}) > 1:
         summary["seeds"] = {str(seed): summarize({key: episodes for key, episodes in results.items()
                                                   if key[1] == seed}) for seed in sorted(seeds)}
     return summary
 
 
-def table(summary: dict) -> str:
-    """The summary as text."""
-    macro = summary["macro_average"]
-    rows = [row(name, entry) for kind in ("tasks", "groups") for name, entry in summary[kind].items()]
-    rows += [row(name, summary[name]) for name in ("per_task_average_400", "per_task_average")]
-    rows += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
+def table(summary: dict, simulator: str) -> str:
+    """The summary as text. Groups and their mean are left out if all tasks are of one. simulator: its
+    versions, beside each average."""
+    rows = [row(name, entry) for name, entry in summary["tasks"].items()]
+    macro, several, averages = summary["macro_average"], len(summary["groups"]) > 1, []
+    if several:
+        rows += [row(name, entry) for name, entry in summary["groups"].items()]
+    if summary["per_task_average_400"] != summary["per_task_average"]:
+        averages += [row("per_task_average_400", summary["per_task_average_400"])]
+    averages += [row("per_task_average", summary["per_task_average"])]
+    if several:
+        averages += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
     for seed, part in summary.get("seeds", {}).items():
-        rows += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%} "
-                 f"macro_average {part['macro_average']['rate']:.1%}"]
+        mean = f" macro_average {part['macro_average']['rate']:.1%}" if several else ""
+        averages += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%}{mean}"]
+    rows += [f"{line}  {simulator}" for line in averages]
     return "\n".join(rows)
 
 
-def draw_chart(summary: dict, path: Path) -> None:
+def draw_chart(summary: dict, simulator: str, path: Path) -> None:
     """Draw the success of each task, by group, with intervals."""
-    bars = []
+    bars, several = [], len(summary["groups"]) > 1
     for group, members in GROUPS.items():
         found = [task for task in members if task in summary["tasks"]]
         found.sort(key=lambda task: -summary["tasks"][task]["rate"])
-        bars += [(group, summary["groups"][group], "#1f4e79")] if found else []
+        bars += [(group, summary["groups"][group], "#1f4e79")] if found and several else []
         bars += [(f"  {task}", summary["tasks"][task], "#8fb8de") for task in found]
     macro, mean = summary["macro_average"]["rate"], summary["per_task_average"]["rate"]
-    closed_loop.draw_chart(f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}", bars, path)
+    title = f"success: mean of groups {macro:.1%}, of tasks {mean:.1%}" if several else f"success: {mean:.1%}"
+    title += f", {simulator}"
+    closed_loop.draw_chart(title, bars, path)
 
 
 def take_picture(simulator: Simulator, sheet: Sheet, film: list[Image.Image]) -> None:
@@ -230,7 +277,7 @@ def main() -> None:
     parser.add_argument("--recording", type=Path,
                         help="the dataset's recording.json; default: found through the run")
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--int8", action="store_true",
                         help="the language model's weights in 8 bits")
@@ -245,18 +292,23 @@ def main() -> None:
         player = Player(args.checkpoint, args.recording, args.execute, device, args.int8)
         checkpoint = Path(open_weights(args.checkpoint).tensors.where)
         out = args.out or checkpoint.parents[1] / f"rollouts-{checkpoint.name}"
+        simulator = closed_loop.versions(PACKAGES)
         conditions = {"checkpoint": str(checkpoint), "execute": player.execute, "trials": args.trials,
-                      **player.camera, "device": device, "int8": args.int8}
+                      **player.camera, "device": device, "int8": args.int8, "simulator": simulator}
         open_folder(out, conditions)
+    closed_loop.compare_versions(simulator, player.recording)
     jobs = [(task, seed) for seed in args.seeds for task in tasks]
     paths = {job: out / "{}-{}.json".format(*job) for job in jobs}
-    run(player, [job for job in jobs if not paths[job].exists()], args.trials, args.workers, out)
+    # the hardest first: their failures last longest
+    hardest = [task for group in reversed(GROUPS.values()) for task in group]
+    left = sorted([job for job in jobs if not paths[job].exists()], key=lambda job: hardest.index(job[0]))
+    run(player, left, args.trials, args.workers, out)
     results = {job: json.loads(path.read_text()) for job, path in paths.items()}
     summary = summarize(results)
     (out / "summary.json").write_text(json.dumps({**conditions, **summary}, indent=1))
-    draw_chart(summary, out / "success.png")
+    draw_chart(summary, simulator, out / "success.png")
     draw_films(first_films(results, out), out)
-    print(table(summary))
+    print(table(summary, simulator))
     print(f"rollouts {out}")
 
 

@@ -102,6 +102,9 @@ TASKS = {
     **GROUPS,
 }
 MAX_STEPS = 500  # simulator steps, Meta-World's own limit
+HIDDEN = 5  # a group of geoms that MuJoCo does not draw
+# success depends on their versions
+PACKAGES = ("mujoco", "metaworld")
 # the settings of a dataset's recording
 OPTICS = ("image_size", "jpeg_quality", "action_repeat", "multisampling")
 
@@ -124,6 +127,7 @@ class Sheet:
     def __init__(self, model: mujoco.MjModel, size: int, side: int = 8):
         """size: an image's width and height in pixels. The sheet holds side * side images."""
         self.size, self.side, self.keepers = size, side, []
+        self.model, self.groups, self.shown = model, model.geom_group, model.geom_group.copy()
         self.renderer = mujoco.Renderer(model, size, size)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -137,9 +141,12 @@ class Sheet:
         sheet is read."""
         if len(self.keepers) == self.side**2:
             self.read()
-        size = self.size
+        size, groups = self.size, self.groups
         y, x = (size * i for i in divmod(len(self.keepers), self.side))
+        # most triangles are those of the arm, which is behind the wrist camera
+        groups[:] = np.where(out_of_view(self.model, data, self.model.camera(camera).id), HIDDEN, self.shown)
         self.renderer.update_scene(data, camera)
+        groups[:] = self.shown
         self.renderer._gl_context.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.opengl)
         mujoco.mjr_render(mujoco.MjrRect(0, 0, size, size), self.renderer.scene, self.opengl)
@@ -163,6 +170,15 @@ class Sheet:
         for i, keep in enumerate(keepers):
             # OpenGL's rows begin at the bottom
             keep(np.ascontiguousarray(tiles[i // columns, ::-1, i % columns]))
+
+
+def out_of_view(model: mujoco.MjModel, data: mujoco.MjData, camera: int) -> np.ndarray:
+    """(geoms,) bool: the bounding sphere is outside of a camera's square picture, or behind it."""
+    # x and y of the picture, and z towards the camera
+    place = (data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)
+    half, radius = np.radians(model.cam_fovy[camera]) / 2, model.geom_rbound  # 0: a plane
+    beside = np.abs(place[:, :2]).max(1) * np.cos(half) + place[:, 2] * np.sin(half)
+    return (radius > 0) & ((beside > radius) | (place[:, 2] > radius))
 
 
 class Simulator:

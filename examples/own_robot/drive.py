@@ -19,9 +19,12 @@ import json
 import urllib.error
 import urllib.request
 
+from robot import Arm  # first: it names a missing package
+
+# isort: split
+
 import numpy as np
 from PIL import Image
-from robot import Arm
 
 # the model's camera names (see the YAML): the robot's
 CAMERAS = {"primary": "outside", "wrist": "wrist"}
@@ -83,7 +86,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where serve_vla.py listens")
-    parser.add_argument("--episodes", type=int, default=40)
+    parser.add_argument("--episodes", type=int, default=40, help="how many")
     parser.add_argument("--delay", type=int, default=0, help="steps from the images to the answer")
     parser.add_argument("--prefix", action="store_true",
                         help="send the actions executed in these steps")
@@ -103,7 +106,8 @@ def main() -> None:
     seams, others = (np.concatenate([result[key] for result in results]) for key in ("seams", "others"))
     low, high = interval(success, len(results))
     print(f"episodes {len(results)} reached {reached} success {success} rate {success / len(results):.3f} "
-          f"between {low:.3f} and {high:.3f} turn_at_seams {seams.mean():.3f} elsewhere {others.mean():.3f}")
+          f"between {low:.3f} and {high:.3f} turn_at_seams {seams.mean():.3f} elsewhere {others.mean():.3f} "
+          f"{getattr(robot, 'simulator', '')}".rstrip())
 
 
 if __name__ == "__main__":

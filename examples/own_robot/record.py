@@ -10,11 +10,16 @@ Names help: joint_1, gripper_closed (if the larger value is closed), base_vx, de
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
+
+from machinery.config import exit_with_one_line  # first: it names a missing package
+
+# isort: split
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -57,13 +62,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--episodes", type=int, default=300, help="to train on")
     parser.add_argument("--val_episodes", type=int, default=30, help="to evaluate on")
-    parser.add_argument("--name", default="my_robot")
-    parser.add_argument("--out", type=Path, default=Path("datasets"))
+    parser.add_argument("--name", default="my_robot", help="of the dataset")
+    parser.add_argument("--out", type=Path, default=Path("datasets"), help="the folder of all datasets")
     args = parser.parse_args()
     robot, counts = Arm(), {"train": args.episodes, "val": args.val_episodes}
     splits = {split: demonstrations(robot, range(FIRST_SEED[split], FIRST_SEED[split] + count))
               for split, count in counts.items()}
-    path = write_rlds(args.out, args.name, "1.0.0", features(robot), splits)
+    with exit_with_one_line():
+        path = write_rlds(args.out, args.name, "1.0.0", features(robot), splits)
+    if hasattr(robot, "simulator"):
+        (path / "recording.json").write_text(json.dumps({"simulator": robot.simulator}) + "\n")
     print(f"recorded {path}")
     describe_dataset(path, {"action": [*robot.action_names], "observation/state": [*robot.state_names]})
 

@@ -10,12 +10,17 @@ gripper over it. Red is always on the left and blue on the right, at varying pos
 
 import atexit
 import os
+import sys
 import weakref
+from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen
 
-import mujoco
-import numpy as np
+try:
+    import mujoco
+    import numpy as np
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: pip install -r {Path(__file__).with_name('requirements.txt')}")
 
 COLORS = {"red": "0.9 0.1 0.1 1", "green": "0.1 0.7 0.2 1", "blue": "0.1 0.3 0.9 1"}
 # meters: shoulder to elbow, elbow to wrist, wrist to fingertips
@@ -71,6 +76,7 @@ class Arm:
     cameras = ("outside", "wrist")
     action_names = ("shoulder", "elbow", "wrist", "gripper_closed")  # radians; 1 = closed
     state_names = action_names  # joint positions, and the gripper
+    simulator = f"mujoco {mujoco.__version__}"  # success depends on it; a real robot has none
 
     def __init__(self):
         self.model = mujoco.MjModel.from_xml_string(MODEL)

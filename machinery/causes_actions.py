@@ -1,0 +1,278 @@
+"""What the robot did with the answers: do its motions follow them, or a changed form of them?
+
+The demonstrations show how an action changes the robot's state within a frame (`Motion`), and what
+a state looks like (`Sensor`, for requests without states). So the state at the next request can be
+predicted from the answer to this one. Each way of executing answers wrongly changes the answers: if
+the robot goes where the changed ones would have led it, and not where the answers lead, this way is
+the cause. Read `action_causes`, then WAYS.
+
+Nothing here predicts what a policy should do, only what follows from its answers. So it does not
+matter whether the policy is good.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from machinery.examine import Cause
+from machinery.frames import FrameTable
+from machinery.peers import distances
+
+RIDGE = 0.003  # of the kernel, whose diagonal is 1
+FEW = 20  # requests with a next one: fewer prove nothing
+EXPLAINED = 0.15, 0.4  # a way is named if it explains this share of the error; a second way
+DELAYS = range(1, 7)  # frames
+HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
+SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
+
+
+class Played(NamedTuple):
+    """R requests of a recording, those of an episode adjacent."""
+
+    states: np.ndarray  # (R, P) in standard form, or read from the pictures
+    answers: np.ndarray  # (R, chunk, A) in standard form
+    episode: np.ndarray  # (R,) ascending
+
+
+class Way(NamedTuple):
+    """A way of executing answers. change: (actions (R, A), states (R, P)) -> what is executed."""
+
+    text: str
+    cure: str
+    change: Callable = lambda actions, states: actions
+    delay: int = 0
+    hold: int = 1
+
+
+# ---- What actions do -----------------------------------------------------------------------------
+
+
+def recorded_states(table: FrameTable) -> np.ndarray:
+    """(N, P) of all frames. Without states: the previous targets, and the sums of changes."""
+    states = np.array(table.frames["proprio"], np.float64)
+    if np.ptp(states, axis=0).any():
+        return states[:, np.ptp(states, axis=0) > 0]
+    actions = np.array(table.frames["action"], np.float64)
+    first = table.first_frames[table.episode_of(np.arange(len(actions)))]
+    sums = np.cumsum(actions, axis=0) - actions
+    before = actions[np.maximum(np.arange(len(actions)) - 1, first)]
+    return np.where(table.targets, before, sums - sums[first])
+
+
+class Motion:
+    """How the state changes within a frame: linear in the state, this action, and the last one."""
+
+    def __init__(self, states: np.ndarray, actions: np.ndarray, episode: np.ndarray):
+        """Of all frames (N, ...)."""
+        rows = 1 + np.flatnonzero(episode[:-2] == episode[2:])
+        change = states[rows + 1] - states[rows]
+        self.scale = change.std(0) + 1e-9  # (P,)
+        self.middle = states.mean(0)
+        self.reach = np.ptp(states, axis=0)
+        known = self.inputs(states[rows], actions[rows], actions[rows - 1])
+        spread = known.std(0) + 1e-9
+        spread[0] = 1
+        square = (known / spread).T @ (known / spread) + 1e-3 * len(rows) * np.eye(len(spread))
+        self.weights = np.linalg.solve(square, (known / spread).T @ change) / spread[:, None]
+        missed = (change - known @ self.weights).var(0)
+        self.moved = missed < 0.8 * change.var(0)  # (P,) the dimensions that follow the actions
+        self.effect = self.weights[-2 * actions.shape[1] :].reshape(2, actions.shape[1], -1).sum(0)
+
+    @staticmethod
+    def inputs(states: np.ndarray, actions: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.ones((len(states), 1)), states, actions, last], axis=1)
+
+    def follow(self, played: Played, way: Way, frames: int) -> np.ndarray:
+        """The states (R, P) `frames` after each request."""
+        count, chunk, _ = played.answers.shape
+        first = np.searchsorted(played.episode, played.episode) * frames  # (R,)
+        start = np.arange(count) * frames - way.delay
+        step = np.minimum(np.arange(frames) // way.hold, chunk - 1)
+        stream = played.answers[:, step].reshape(count * frames, -1)
+        state = before = played.states
+        if frames == 1:
+            before = state[np.maximum(start + way.delay - 1, first)]
+        last = way.change(stream[np.maximum(start - 1, first)], before)
+        for frame in range(frames):
+            action = way.change(stream[np.maximum(start + frame, first)], state)
+            state = state + self.inputs(state, action, last) @ self.weights
+            last = action
+        return state
+
+
+class Sensor:
+    """Reads states off features of pictures, by kernel ridge regression."""
+
+    def __init__(self, seen: np.ndarray, states: np.ndarray):
+        """seen (n, D) features of demonstrations' frames, states (n, P)."""
+        self.seen = seen
+        self.mean = states.mean(0)
+        self.width = np.median(distances(seen, seen)) + 1e-12
+        kernel = self.kernel(seen) + RIDGE * np.eye(len(seen))
+        self.weights = np.linalg.solve(kernel, states - self.mean)
+
+    def kernel(self, seen: np.ndarray) -> np.ndarray:
+        return np.exp(-distances(seen, self.seen) / self.width)
+
+    def read(self, seen: np.ndarray) -> np.ndarray:
+        return self.kernel(seen) @ self.weights + self.mean
+
+
+# ---- Ways of executing answers -------------------------------------------------------------------
+
+
+def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
+    """All that are tried."""
+    width = len(names)
+    every = np.arange(width)
+    stats = table.statistics["action"]
+    low, high = np.array(stats["q01"]), np.array(stats["q99"])
+    targets = table.targets
+    raw = ~np.array(stats.get("mask", [True] * width), bool)
+    found = []
+
+    def pointwise(text: str, cure: str, dims, change: Callable) -> None:
+        chosen = np.isin(every, dims)
+        found.append(Way(text, cure, lambda x, states: np.where(chosen, change(x), x)))
+
+    for dim, name in enumerate(names):
+        sign = "executed with the other sign"
+        cure = f"do not turn {name} round in the client"
+        pointwise(f"{name} is {sign}", cure, dim, np.negative)
+        if targets[dim] or raw[dim]:
+            pointwise(f"{name} is {sign}", cure, dim, lambda x: low + high - x)
+        if raw[dim]:
+            text = f"{name} is executed in another range"
+            cure = f"send {name} as it is answered, in {low[dim]:g}..{high[dim]:g}"
+            for factor, offset in ((0.5, 0.5), (2, -1), (0.5, 0), (0.1, 0), (10, 0)):
+                pointwise(text, cure, dim, lambda x, a=factor, b=offset: a * x + b)
+        for other in range(dim):
+            order = every.copy()
+            order[[dim, other]] = other, dim
+            found.append(Way(f"{names[other]} and {name} are exchanged: another order of columns",
+                             f"execute the columns in the order {', '.join(names)}",
+                             lambda x, states, order=order: x[:, order]))
+    for factor in SCALES:
+        for dims in [every[~raw], *every[~raw][:, None]]:
+            which = "the actions are" if len(dims) > 1 else f"{names[dims[0]]} is"
+            sign = ", or the other sign, if it cannot move back" * (len(dims) == 1 and factor < 1)
+            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit{sign}",
+                      "execute the numbers of the answer in the units of the recording, unscaled",
+                      dims, lambda x, factor=factor: x * factor)
+    place = np.abs(motion.effect / motion.scale).argmax(1)  # (A,) the state that an action moves
+    gain = motion.effect[every, place]
+    changes = ~targets & ~raw
+    if changes.any():
+        def toward(x, states):
+            return np.where(changes, ((x - states[:, place]) / gain).clip(low, high), x)
+
+        found.append(Way("changes are executed as absolute positions (delta as absolute)",
+                         "add each change to the current position, or use the delta mode", toward))
+    if (targets & ~raw).any():
+        found.append(Way("absolute targets are executed as changes (absolute as delta)",
+                         "go to the targets: do not add them to the current position",
+                         lambda x, states: x + np.where(targets & ~raw, states[:, place], 0)))
+    return found
+
+
+def late_ways() -> list[Way]:
+    found = [Way(f"the robot executes them {delay} frames late: a delay between picture and action",
+                 "send the newest picture, execute the answer at once, or skip the steps of the "
+                 "answer whose time is over", delay=delay) for delay in DELAYS]
+    found += [Way(f"each step lasts {hold} frames: the control rate is too low, or a step of the "
+                  "chunk is executed too long", "execute the steps at the rate of the recording, "
+                  "each once", hold=hold) for hold in HOLDS]
+    return found
+
+
+# ---- Which way explains the motion ---------------------------------------------------------------
+
+
+def combined(first: Way, second: Way) -> Way:
+    """Both: the second changes the answers before the first does."""
+    return second._replace(change=lambda x, states: first.change(second.change(x, states), states),
+                           delay=max(first.delay, second.delay),
+                           hold=max(first.hold, second.hold))
+
+
+class Trial:
+    """How far the robot is from where the answers lead, if they are executed in a way.
+
+    length: frames of an episode in which to look. Later, a failing robot is often stuck
+    """
+
+    def __init__(self, motion: Motion, played: Played, length: float):
+        self.motion = motion
+        self.played = played
+        self.length = length
+        episode = played.episode
+        away = np.abs(played.states - motion.middle) / (motion.reach + 1e-9)
+        near = (away < 2).all(1)  # farther away, actions have other effects
+        self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
+        self.number = np.arange(len(episode)) - np.searchsorted(episode, episode)
+
+    def errors(self, way: Way, frames: int) -> np.ndarray:
+        """(R, P) of requests that have a next one, in usual steps of a frame; NaN elsewhere."""
+        reached = self.motion.follow(self.played, way, frames)
+        wrong = (reached - np.roll(self.played.states, -1, axis=0)) / self.motion.scale
+        early = (self.number == 0) | (self.number * frames < self.length)
+        wrong = np.where((self.followed & early)[:, None], np.abs(wrong), np.nan)
+        return wrong[:, self.motion.moved]
+
+    def best(self, way: Way) -> tuple[int, np.ndarray]:
+        """The frames from request to request that explain it best, and the errors."""
+        steps = self.played.answers.shape[1]
+        tries = [(way.hold * count, self.errors(way, way.hold * count))
+                 for count in range(1, steps + 1)]
+        return min(tries, key=lambda each: np.nanmean(each[1]))
+
+
+def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
+    """The two ways that explain the motion, the second given the first: (share of the error that
+    it explains, way, frames from request to request)."""
+    now = Way("", "")
+    found = []
+    for least in EXPLAINED:
+        _, errors = trial.best(now)
+        tried = []
+        for way in every:
+            if any(way.text == other.text for _, other, _ in found):
+                continue
+            frames, after = trial.best(combined(way, now))
+            before = np.where(np.isnan(after), np.nan, errors)
+            tried.append((np.nanmean(after) / np.nanmean(before), way, frames, before, after))
+        _, way, frames, before, after = min(tried, key=lambda each: each[0])
+        touched = np.nanmean(np.abs(after - before), axis=0) > 0.1 * np.nanmean(before)
+        if not touched.any():
+            break
+        gain = min(1 - np.nansum(after[half::2, touched]) / np.nansum(before[half::2, touched])
+                   for half in (0, 1))
+        if not gain > least:
+            break
+        found.append((float(gain), way, frames))
+        now = combined(way, now)
+    return found
+
+
+def action_causes(table: FrameTable, played: Played, names: list[str], sharp: bool) -> list[Cause]:
+    """table: the training frames, with states; sharp: are the states of the requests recorded, and
+    not read from pictures?"""
+    episode = table.episode_of(np.arange(len(table.frames)))
+    motion = Motion(recorded_states(table), np.array(table.frames["action"], np.float64), episode)
+    length = np.median(table.episodes["count"]) * (1 + sharp)
+    trial = Trial(motion, played, length)
+    if trial.followed.sum() < FEW or not motion.moved.any():
+        return []
+    found = []
+    for gain, way, frames in explain(trial, ways(motion, table, names) + late_ways()):
+        text = (f"{way.text}: with this, the robot's motion is {1 / (1 - gain):.1f} times as near "
+                f"to what the answers command, at {frames} frames per request")
+        found.append(Cause(0.4 + gain / 2, "actions", text, way.cure))
+    steps = played.answers.shape[1]
+    frames, _ = trial.best(Way("", ""))
+    if not found and steps >= 4 * frames:
+        found.append(Cause(0.3, "actions", f"about {frames} of the {steps} steps of an answer are "
+                           "executed before the next request: the chunk is executed too short, and "
+                           "the robot may hesitate", "execute at least half of the steps"))
+    return found
