@@ -234,8 +234,8 @@ CHINESE = {
     "Push and close a drawer": "推上抽屉", "Slide a plate into a cabinet": "把盘子滑进柜子",
     "Reach a goal position": "到达目标位置", "Push and close a window": "把窗户关上"}
 AFTER = "actions?|answers|execution|client|robot|timing|motion"  # kinds of causes after the answer
-TOO_SLOW = "rate|slow|fast|long|frequen|steps"
-LATE = "late|delay|old|behind|earlier"
+TOO_SLOW = "rate|slow|lasts|long|frequen"
+LATE = r"\blate\b|delay|old\b|behind|earlier"
 TURN = functools.partial(np.rot90, k=2)
 FAULTS = {
     "upside down": Fault("pictures", "upside down", each(np.flipud)),
@@ -287,7 +287,7 @@ FAULTS = {
     "adapter not merged": Fault("model", "weights|adapter|base", reweigh(
         lambda name, x: "lora_B" in name and x.zero_()), "arm1-lora"),
     "acted causally": Fault("answers|model", "another model|causal|one by one|parallel", {"serve": causal}, "arm2"),
-    "actions shifted": Fault(f"data|training|{AFTER}", "frames?|shift|late|early", policy="arm2-shifted"),
+    "actions shifted": Fault(f"data|training|{AFTER}", r"shift|\blate\b|early|earlier|follow|behind", policy="arm2-shifted"),
     "shuffled texts": Fault("words|model|training|data", "instruction|text|words", policy="arm2-shuffled"),
     "few steps": Fault("model|training", "longer|steps|learning", policy="arm2-few-steps"),
     "few episodes": Fault("training|model|data", "memorized|episodes|overfit", policy="arm2-few-episodes"),

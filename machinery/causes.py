@@ -61,7 +61,10 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
     states = None
     if cfg.use_proprio:
         states = robot.from_robot(seen.frames["proprio"])
-        wrong = state_causes(table.frames["proprio"][rows], states[requests], labels[1])
+        begun = np.flatnonzero(np.diff(seen.episode_of(np.arange(len(states))), prepend=-1))
+        first, _, _ = train.stretches[0]
+        wrong = state_causes(table.frames["proprio"][rows], states[requests], labels[1],
+                             starts_alike(table.frames["proprio"][first], states[begun]))
         found += wrong
         states = None if wrong else states
     sent = recorded_answers(seen)
@@ -322,8 +325,20 @@ UNITS = {57.29578: "degrees, training's in radians", 1 / 57.29578: "radians, tra
 QUANTILES = np.linspace(0.05, 0.95, 10)
 
 
-def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str]) -> list[Cause]:
-    """States (R, P), (S, P) in standard form that are not as in training."""
+def starts_alike(trained: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """(P,) bool: are the first states of the seen episodes (S, P) like those of the trained (R, P)?
+    If a robot only later gets where no demonstration was, its states are not to blame."""
+    low, high = trained.min(0), trained.max(0)
+    margin = 0.3 * (high - low) + 1e-3
+    return ((seen > low - margin) & (seen < high + margin)).mean(0) > 0.5
+
+
+def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str], alike=False
+                 ) -> list[Cause]:
+    """States (R, P), (S, P) in standard form that are not as in training.
+
+    alike: (P,) bool, do they begin as in training? Then only `frozen` can be wrong
+    """
     ours = np.quantile(trained, QUANTILES, axis=0)  # (10, P)
     theirs = np.quantile(seen, QUANTILES, axis=0)
     spans = np.ptp(ours, axis=0) + 1e-6
@@ -337,13 +352,15 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str]) -> lis
     moved = ours + np.median(theirs, axis=0) - np.median(ours, axis=0)
     readings = [(np.where(still, 0, np.inf), "are frozen", "read the state anew for each step"),
                 (distance(moved) + 0.1, "have an offset", "calibrate its zero")]
+    share = (ours.min(0) > -0.05) & (ours.max(0) < 1.05)
     for factor, unit in UNITS.items():
-        readings.append((distance(ours * factor), f"are {unit}",
+        possible = 0 if "percent" not in unit else np.where(share, 0, np.inf)
+        readings.append((distance(ours * factor) + possible, f"are {unit}",
                          "send the states in the units of the recording"))
     for places in range(1, len(names)):
         readings.append((distance(np.roll(ours, places, axis=1)), "are in another order",
                          "send the states in the order of the recording"))
-    wrong = plain > 0.6
+    wrong = (plain > 0.6) & (still | ~np.asarray(alike))
     readings.sort(key=lambda reading: np.sum(np.minimum(reading[0], plain)[wrong]))  # one for all
     faults = []
     for dim in np.flatnonzero(wrong):

@@ -17,7 +17,7 @@ from machinery.causes import CHANGES, answer_causes
 from machinery.config import UserError
 from machinery.examine import Cause, spread
 from machinery.images import decode_native
-from serve_vla import describe
+from machinery.wire import describe
 
 KINDS = {"center_crop": "pictures", "action_q01_q99": "statistics"}  # of facts; others: model
 EVERY = 7  # of the frames that `spread` chooses: about 24

@@ -347,6 +347,14 @@ def test_states_that_training_did_not_see(damage, words):
     assert bool(found) == bool(words) and all(words in cause.text for cause in found)
 
 
+def test_a_robot_that_goes_where_no_demonstration_was_has_sound_states():
+    draw = np.random.default_rng(0)
+    trained, seen = draw.uniform(0.2, 0.4, (2, 200, 3))
+    far = [*seen, 2, 0, 0]
+    assert causes.state_causes(trained, far, ["x", "y", "z"], causes.starts_alike(trained, far[:9]))
+    assert causes.state_causes(trained, far, ["x", "y", "z"], causes.starts_alike(trained, seen[:9])) == []
+
+
 def test_the_program_examines_recorded_requests(monkeypatch, capsys, tmp_path):
     """With a folder as serve_vla.py --record writes it."""
     robot = ROBOTS["changes"](seed=1, episodes=3).draw_pictures(("primary",))

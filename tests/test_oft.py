@@ -216,6 +216,17 @@ def test_loss_and_gradients(variant, policies):
         assert norms[name] == pytest.approx(norm, rel=1e-3), name
 
 
+def test_a_batch_padded_further_is_the_same(policies):
+    """As cuda_graph.py pads it."""
+    arrays = np.load(OFT / "l1_2cam_proprio_film.npz")
+    batch = {name: torch.from_numpy(arrays[f"train_{name}"])
+             for name in ("images", "input_ids", "labels", "actions", "proprio")}
+    vla = policies("l1_2cam_proprio_film").vla
+    batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, 5))
+    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 5), value=-100)
+    assert abs(vla(**batch)[0].item() - CASES["l1_2cam_proprio_film"]["train_loss"]) < 2e-5
+
+
 TOWERS = ("dino", "siglip")
 
 

@@ -342,36 +342,6 @@ def test_a_client_cannot_make_it_compile(monkeypatch):
     assert len(policy.graphs) == 8 and sorted(replayed) == sorted(policy.graphs)
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-def test_blocks_get_the_same_kinds_of_inputs_while_they_are_recorded(parallel, monkeypatch):
-    """Or torch.compile would compile them again, which CUDA does not allow meanwhile: transformers writes out the
-    causal mask if it notices the recording."""
-    pytest.importorskip("triton")
-    policy = tiny_policy(vision_backbone={"a": TINY["vision_backbone"]["dino"]}, arch_specifier="gelu-mlp",
-                         action_chunk=3, parallel_decoding=parallel)
-    recording, kinds = [], {False: set(), True: set()}
-
-    @contextlib.contextmanager
-    def graph(*_, **__):
-        recording.append(True)
-        yield
-        recording.clear()
-
-    def watch(forward, dynamic):
-        def watched(*inputs, **options):
-            kinds[bool(recording)].add((forward.__self__.__class__, *(
-                (name, None if value is None else type(value)) for name, value in sorted(options.items()))))
-            return forward(*inputs, **options)
-        return watched
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: None))
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
-    monkeypatch.setattr(torch, "compile", watch)
-    policy.speed_up([2])
-    assert kinds[True] == kinds[False] != set()
-
-
 def test_speed_up_needs_a_gpu(colors):
     done = subprocess.run([sys.executable, ROOT / "serve_vla.py", "--checkpoint", colors, "--device", "cpu",
                            "--speed_up"], capture_output=True, text=True)
