@@ -1,7 +1,8 @@
 """Every script of bench/ and examples/ starts, on something small: as its documentation calls it.
 
 Started elsewhere: many_frames.py in test_rlds.py, drive.py in test_own_robot_example.py, and the simulators' scripts in
-the tests of their names. Two environments are named by variables (see bench/openvla_peer.py, examples/vla_eval):
+tests of their names (speedrun.py by recipe.sh). Variables name two environments (bench/openvla_peer.py,
+examples/vla_eval):
 
     OPENVLA=../openvla OPENVLA_PYTHON=../openvla-env/bin/python VLA_EVAL_PYTHON=../vla-eval/bin/python \\
         pytest -m slow tests/test_bench.py
