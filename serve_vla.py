@@ -101,7 +101,15 @@ from machinery.connections import is_foreign, uvicorn_config
 from machinery.host import allow_open_files
 from machinery.reader import Readers
 from machinery.record import Recorder, recording_facts
-from machinery.wire import MAX_BODY, Query, describe, encode_action, encode_array, pack
+from machinery.wire import (
+    MAX_BODY,
+    Query,
+    describe,
+    describe_actions,
+    encode_action,
+    encode_array,
+    pack,
+)
 
 MAX_CLIENTS = 256  # requests at once; as many websockets; as many bodies that are arriving
 BODY_SECONDS = 60  # for a request's body to arrive
@@ -390,6 +398,7 @@ def serve(
     batcher = Batcher(policy, max_batch)
     recorder = Recorder(record, recording_facts(policy, model)) if record else None
     service = Service(batcher, model, token, host, recorder)
+    service.facts |= describe_actions(policy)
     service.readers.start()  # before there are threads
     act_on_black(policy)
     batcher.start()

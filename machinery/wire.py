@@ -409,16 +409,21 @@ def describe(policy: Policy, model: str) -> dict:
         "proprio": policy.cfg.use_proprio,
         "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
         "max_prefix": policy.max_prefix,
-        "center_crop": policy.cfg.image_aug,
-        "action": {key: robot.action for key, robot in robots.items()},
-        "gripper": {key: robot.gripper(policy.cfg.action_dim) for key, robot in robots.items()},
-        "action_q01_q99": {},
-        "instructions": {}}
-    for key, robot in robots.items():
-        stats = policy.norm_stats[key]
-        ends = np.array([stats["action"]["q01"], stats["action"]["q99"]])
-        facts["action_q01_q99"][key] = robot.to_robot(ends).tolist()
-        facts["instructions"][key] = stats.get("instructions", [])
+        "action": {key: robot.action for key, robot in robots.items()}}
     if policy.cfg.use_proprio:
         facts["state"] = {key: robot.state for key, robot in robots.items()}
+    return facts
+
+
+def describe_actions(policy: Policy) -> dict:
+    """More facts, for programs that show, convert or check actions."""
+    facts = {"center_crop": policy.cfg.image_aug, "gripper": {}, "action_q01_q99": {},
+             "instructions": {}}
+    for key in sorted(policy.norm_stats):
+        robot = policy.convention(key)
+        stats = policy.norm_stats[key]
+        ends = np.array([stats["action"]["q01"], stats["action"]["q99"]])
+        facts["gripper"][key] = robot.gripper(policy.cfg.action_dim)
+        facts["action_q01_q99"][key] = robot.to_robot(ends).tolist()
+        facts["instructions"][key] = stats.get("instructions", [])
     return facts
