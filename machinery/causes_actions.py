@@ -21,7 +21,7 @@ from machinery.peers import distances
 
 RIDGE = 0.003  # of the kernel, whose diagonal is 1
 FEW = 20  # requests with a next one: fewer prove nothing
-EXPLAINED = 0.15, 0.4  # a way is named if it explains this share of the error; a second way
+EXPLAINED = 0.1, 0.4  # a way is named if it explains this share of the error; a second way
 DELAYS = range(1, 7)  # frames
 HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
 SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
