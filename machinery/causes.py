@@ -329,8 +329,8 @@ def starts_alike(trained: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """(P,) bool: are the first states of the seen episodes (S, P) like those of the trained (R, P)?
     If a robot only later gets where no demonstration was, its states are not to blame."""
     low, high = trained.min(0), trained.max(0)
-    margin = 0.3 * (high - low) + 1e-3
-    return ((seen > low - margin) & (seen < high + margin)).mean(0) > 0.5
+    margin = 0.1 * (high - low) + 1e-3
+    return ((seen > low - margin) & (seen < high + margin)).mean(0) > 0.8
 
 
 def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str], alike=False

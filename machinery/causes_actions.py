@@ -43,6 +43,7 @@ class Way(NamedTuple):
     change: Callable = lambda actions, states: actions
     delay: int = 0
     hold: int = 1
+    doubt: float = 1.0  # by how much it must be better than others
 
 
 # ---- What actions do -----------------------------------------------------------------------------
@@ -71,8 +72,8 @@ class Motion:
         self.middle = states.mean(0)
         self.reach = np.ptp(states, axis=0)
         known = self.inputs(states[rows], actions[rows], actions[rows - 1])
-        spread = known.std(0) + 1e-9
-        spread[0] = 1
+        spread = known.std(0)
+        spread = np.where(spread > 1e-9, spread, np.abs(known).max(0) + 1)  # constants
         square = (known / spread).T @ (known / spread) + 1e-3 * len(rows) * np.eye(len(spread))
         self.weights = np.linalg.solve(square, (known / spread).T @ change) / spread[:, None]
         missed = (change - known @ self.weights).var(0)
@@ -132,9 +133,10 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
     raw = ~np.array(stats.get("mask", [True] * width), bool)
     found = []
 
-    def pointwise(text: str, cure: str, dims, change: Callable) -> None:
+    def pointwise(text: str, cure: str, dims, change: Callable, doubt: float = 1.0) -> None:
         chosen = np.isin(every, dims)
-        found.append(Way(text, cure, lambda x, states: np.where(chosen, change(x), x)))
+        found.append(Way(text, cure, lambda x, states: np.where(chosen, change(x), x),
+                         doubt=doubt))
 
     for dim, name in enumerate(names):
         sign = "executed with the other sign"
@@ -159,7 +161,7 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
             sign = ", or the other sign, if it cannot move back" * (len(dims) == 1 and factor < 1)
             pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit{sign}",
                       "execute the numbers of the answer in the units of the recording, unscaled",
-                      dims, lambda x, factor=factor: x * factor)
+                      dims, lambda x, factor=factor: x * factor, doubt=1.3)
     place = np.abs(motion.effect / motion.scale).argmax(1)  # (A,) the state that an action moves
     gain = motion.effect[every, place]
     changes = ~targets & ~raw
@@ -241,7 +243,8 @@ def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
                 continue
             frames, after = trial.best(combined(way, now))
             before = np.where(np.isnan(after), np.nan, errors)
-            tried.append((np.nanmean(after) / np.nanmean(before), way, frames, before, after))
+            ratio = way.doubt * np.nanmean(after) / np.nanmean(before)
+            tried.append((ratio, way, frames, before, after))
         _, way, frames, before, after = min(tried, key=lambda each: each[0])
         touched = np.nanmean(np.abs(after - before), axis=0) > 0.1 * np.nanmean(before)
         if not touched.any():
@@ -260,7 +263,7 @@ def action_causes(table: FrameTable, played: Played, names: list[str], sharp: bo
     not read from pictures?"""
     episode = table.episode_of(np.arange(len(table.frames)))
     motion = Motion(recorded_states(table), np.array(table.frames["action"], np.float64), episode)
-    length = np.median(table.episodes["count"]) * (1 + sharp)
+    length = np.median(table.episodes["count"]) * (2 if sharp else 0.5)
     trial = Trial(motion, played, length)
     if trial.followed.sum() < FEW or not motion.moved.any():
         return []

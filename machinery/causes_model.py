@@ -21,7 +21,7 @@ from machinery.peers import distances, evenly
 from machinery.survey import survey
 from machinery.survey_numbers import bounds
 
-BETTER = 0.3  # nats per token: a difference that is no accident
+BETTER = 0.2  # nats per token: a difference that is no accident
 
 
 def model_causes(policy: Policy, train: Mixture, held_out: Mixture | None, run: Path
@@ -40,7 +40,7 @@ def model_causes(policy: Policy, train: Mixture, held_out: Mixture | None, run: 
     logged, step = logged_loss(run)
     logged *= 1 + 1 / policy.vla.num_action_tokens  # which counts </s>, whose loss is 0
     text = f"the loss on its own training frames is {loss:.2f} nats per token, "
-    if loss > 0.8 * chance or loss > max(1.5 * logged, logged + BETTER):
+    if loss > 0.8 * chance or loss > max(1.2 * logged, logged + BETTER):
         if better := other_reading(policy, train, loss):
             yield better
         elif logged > 0.8 * loss:
@@ -171,7 +171,7 @@ def text_cause(policy: Policy, mixture: Mixture, loss: float) -> Cause | None:
         return None
     other = dict(zip(every, every[1:] + every[:1], strict=True))
     swapped = loss_of(policy, mixture, lambda text, own=mixture.prompt: own(other.get(text, text)))
-    if swapped > loss + 0.02:
+    if swapped > loss + BETTER:
         return None
     seen = [look(policy.vla, batch["images"]) for batch in
             batches(mixture, first, policy.vla.llm.device)]

@@ -350,7 +350,7 @@ def test_states_that_training_did_not_see(damage, words):
 def test_a_robot_that_goes_where_no_demonstration_was_has_sound_states():
     draw = np.random.default_rng(0)
     trained, seen = draw.uniform(0.2, 0.4, (2, 200, 3))
-    far = [*seen, 2, 0, 0]
+    far = seen + np.array([2, 0, 0])
     assert causes.state_causes(trained, far, ["x", "y", "z"], causes.starts_alike(trained, far[:9]))
     assert causes.state_causes(trained, far, ["x", "y", "z"], causes.starts_alike(trained, seen[:9])) == []
 
