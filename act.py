@@ -27,6 +27,7 @@ from machinery.cached_llm import cached_forward, make_cache
 from machinery.checkpoint import CheckpointError
 from machinery.config import TrainConfig, UserError, one_line
 from machinery.convention import Convention, convention
+from machinery.cuda_graph import no_tracing
 from machinery.host import cores
 from machinery.images import center_crop, fit
 from machinery.lora import linear_layers
@@ -423,7 +424,7 @@ class Policy:
                  proprio,
                  torch.full((batch, known), first, device=device)]
         cache = self.make_cache(fixed[0], shape[1])
-        with self.fuse():
+        with self.fuse(), no_tracing():
             for _ in range(3):  # compile, and let libraries allocate their workspaces
                 self.tokens_of(*fixed, cache)
             graph = torch.cuda.CUDAGraph()

@@ -101,7 +101,15 @@ from machinery.connections import is_foreign, uvicorn_config
 from machinery.host import allow_open_files
 from machinery.reader import Readers
 from machinery.record import Recorder, recording_facts
-from machinery.wire import MAX_BODY, Query, encode_action, encode_array, pack
+from machinery.wire import (
+    MAX_BODY,
+    Query,
+    describe,
+    describe_actions,
+    encode_action,
+    encode_array,
+    pack,
+)
 
 MAX_CLIENTS = 256  # requests at once; as many websockets; as many bodies that are arriving
 BODY_SECONDS = 60  # for a request's body to arrive
@@ -359,32 +367,6 @@ class Service:
         return status, reply, query
 
 
-def describe(policy: Policy, model: str) -> dict:
-    """The model's facts for clients."""
-    robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
-    facts = {
-        "status": "ok",
-        "model": model,
-        "unnorm_keys": [*robots],
-        "cameras": policy.cfg.cameras,
-        "images": policy.vla.num_images,
-        "proprio": policy.cfg.use_proprio,
-        "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
-        "max_prefix": policy.max_prefix,
-        "center_crop": policy.cfg.image_aug,
-        "action": {key: robot.action for key, robot in robots.items()},
-        "action_q01_q99": {},
-        "instructions": {}}
-    for key, robot in robots.items():
-        stats = policy.norm_stats[key]
-        ends = np.array([stats["action"]["q01"], stats["action"]["q99"]])
-        facts["action_q01_q99"][key] = robot.to_robot(ends).tolist()
-        facts["instructions"][key] = stats.get("instructions", [])
-    if policy.cfg.use_proprio:
-        facts["state"] = {key: robot.state for key, robot in robots.items()}
-    return facts
-
-
 def refuse(message: str, status: int) -> Response:
     """Log an error and reply with it."""
     log(f"act status {status} error {message!a}")
@@ -416,6 +398,7 @@ def serve(
     batcher = Batcher(policy, max_batch)
     recorder = Recorder(record, recording_facts(policy, model)) if record else None
     service = Service(batcher, model, token, host, recorder)
+    service.facts |= describe_actions(policy)
     service.readers.start()  # before there are threads
     act_on_black(policy)
     batcher.start()
@@ -427,10 +410,8 @@ def serve(
     listener.listen()  # before the next line invites clients
     keys = sorted(policy.norm_stats)
     cameras = ",".join(policy.cfg.cameras)
-    service.facts["gripper"] = {}
     for key in keys:
         robot = policy.convention(key)
-        service.facts["gripper"][key] = robot.gripper(policy.cfg.action_dim)
         state = f" state {','.join(robot.state)}" if policy.cfg.use_proprio else ""
         log(f"unnorm_key {key} cameras {cameras} action {','.join(robot.action)}{state}")
     host, port, *_ = listener.getsockname()

@@ -63,8 +63,9 @@ class OftVLA(VLA):
         first = (labels != IGNORE_INDEX).int().argmax(1, keepdim=True)  # (B, 1)
         wanted = first + torch.arange(self.num_action_tokens + 1, device=labels.device)  # (B, T+1)
         targets = labels.gather(1, wanted)
-        everything = torch.ones_like(input_ids, dtype=torch.bool)
-        hidden = self.read(images, input_ids, wanted, proprio, everything)  # (B, T + 1, width)
+        longest = torch.arange(labels.shape[1], device=labels.device) <= wanted.max()  # of samples
+        described = longest.expand_as(labels)  # cuda_graph.py pads the batch further
+        hidden = self.read(images, input_ids, wanted, proprio, described)  # (B, T + 1, width)
         if self.cfg.action_head == "l1":
             values = self.action_head(hidden[:, :-1]).float()
             loss = (values - actions).abs().mean()

@@ -395,3 +395,35 @@ def parse_prefix(value, unnorm_key: str, policy: Policy) -> np.ndarray:
     prefix = np.atleast_1d(parse_array([] if value is None else value, "prefix"))
     prefix = prefix.astype(np.float64)
     return prefix if prefix.size else np.zeros((0, len(policy.convention(unnorm_key).action)))
+
+
+def describe(policy: Policy, model: str) -> dict:
+    """The model's facts, which /health gives and a websocket sends first."""
+    robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
+    facts = {
+        "status": "ok",
+        "model": model,
+        "unnorm_keys": [*robots],
+        "cameras": policy.cfg.cameras,
+        "images": policy.vla.num_images,
+        "proprio": policy.cfg.use_proprio,
+        "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
+        "max_prefix": policy.max_prefix,
+        "action": {key: robot.action for key, robot in robots.items()}}
+    if policy.cfg.use_proprio:
+        facts["state"] = {key: robot.state for key, robot in robots.items()}
+    return facts
+
+
+def describe_actions(policy: Policy) -> dict:
+    """More facts, for programs that show, convert or check actions."""
+    facts = {"center_crop": policy.cfg.image_aug, "gripper": {}, "action_q01_q99": {},
+             "instructions": {}}
+    for key in sorted(policy.norm_stats):
+        robot = policy.convention(key)
+        stats = policy.norm_stats[key]
+        ends = np.array([stats["action"]["q01"], stats["action"]["q99"]])
+        facts["gripper"][key] = robot.gripper(policy.cfg.action_dim)
+        facts["action_q01_q99"][key] = robot.to_robot(ends).tolist()
+        facts["instructions"][key] = stats.get("instructions", [])
+    return facts

@@ -1,10 +1,12 @@
-"""Replayed passes compute what launched ones do. All but the first test need a GPU."""
+"""What is recorded as a CUDA graph computes what launched kernels do. All but the first test need a GPU."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, ds_json, launch, read_metrics
+from test_model import tiny_policy
 
 from action_tokenizer import load_tokenizer
 from machinery.config import TrainConfig
@@ -56,3 +58,15 @@ def test_a_captured_run_resumes_exactly(tiny, tmp_path, stage):
         last[name] = read_metrics(runs)[8]
     for key in ("loss", "grad_norm"):
         assert json.dumps(last["through"][key]) == json.dumps(last["resumed"][key])
+
+
+@on_gpu
+@pytest.mark.parametrize("changes", [{}, {"action_chunk": 3, "parallel_decoding": True}])
+def test_recorded_acting_is_acting(changes):
+    policy = tiny_policy(**changes)
+    policy.vla.cuda()
+    image, words = np.full((2, 28, 28, 3), 90, np.uint8), ["open it", "close it"]
+    plain = policy.predict_action(image, words)
+    policy.speed_up([2])
+    assert len(policy.graphs) == 2
+    np.testing.assert_allclose(policy.predict_action(image, words), plain, atol=1e-5)
