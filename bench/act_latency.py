@@ -144,7 +144,8 @@ def main() -> None:
     for case in args.cases:
         gc.collect()  # free the previous policy: compiled code has reference cycles
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         policy = random_model(args.base, args.layers, case == "int8", **CASES[case])
         print(f"{case} weights_gb {torch.cuda.memory_allocated() / 1e9:.2f} peak_while_made_gb "
               f"{torch.cuda.max_memory_allocated() / 1e9:.2f}", flush=True)

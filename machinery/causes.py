@@ -343,11 +343,14 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str]) -> lis
     for places in range(1, len(names)):
         readings.append((distance(np.roll(ours, places, axis=1)), "are in another order",
                          "send the states in the order of the recording"))
+    wrong = plain > 0.6
+    readings.sort(key=lambda reading: np.sum(np.minimum(reading[0], plain)[wrong]))  # one for all
     faults = []
-    for dim, name in enumerate(names):
-        away, what, cure = min((away[dim], what, cure) for away, what, cure in readings)
-        if plain[dim] > 0.6 and away < 0.5 * plain[dim]:
-            faults.append((1 - away / plain[dim], name, what, cure))
+    for dim in np.flatnonzero(wrong):
+        for away, what, cure in readings:
+            if away[dim] < 0.5 * plain[dim]:
+                faults.append((1 - away[dim] / plain[dim], names[dim], what, cure))
+                break
     return together("state", "states", faults)
 
 

@@ -90,8 +90,10 @@ class Motion:
         start = np.arange(count) * frames - way.delay
         step = np.minimum(np.arange(frames) // way.hold, chunk - 1)
         stream = played.answers[:, step].reshape(count * frames, -1)
-        state = played.states
-        last = way.change(stream[np.maximum(start - 1, first)], state)
+        state = before = played.states
+        if frames == 1:
+            before = state[np.maximum(start + way.delay - 1, first)]
+        last = way.change(stream[np.maximum(start - 1, first)], before)
         for frame in range(frames):
             action = way.change(stream[np.maximum(start + frame, first)], state)
             state = state + self.inputs(state, action, last) @ self.weights

@@ -5,7 +5,7 @@
     vision_backbone--150000_checkpoint.pt     with FiLM: both towers, their adapters, FiLM's layers
     dataset_statistics.json                   as OpenVLA's
 
-Some facts are in no file: OFT takes them from the words of its command line. `recognize` infers
+Some facts are in no file: OFT takes them from the words of its command line. `recognized` infers
 them from the shapes. Others, or other ones, can be put into DIR/zerovla.json, by their names in the
 YAML: {"action_chunk": 10, "cameras": ["primary", "wrist", "side"]}.
 
@@ -25,13 +25,11 @@ import torch
 from machinery.checkpoint import CheckpointError, Tensors
 from machinery.config import one_line
 
-ROBOTS = {  # OFT's constants
-    "libero": {"action_chunk": 8, "action_normalization": "bounds_q99"},
-    "bridge": {"action_chunk": 5, "action_normalization": "bounds_q99"},
-    "aloha": {"action_chunk": 25, "action_normalization": "bounds"},
+ROBOTS = {  # {numbers of an action: OFT's constants, and the cameras of its recipes with a state}
+    7: {"action_chunk": 8, "action_normalization": "bounds_q99", "cameras": ["primary", "wrist"]},
+    14: {"action_chunk": 25, "action_normalization": "bounds",
+         "cameras": ["primary", "left_wrist", "right_wrist"]},
 }
-CAMERAS = {"libero": ["primary", "wrist"], "bridge": ["primary"],
-           "aloha": ["primary", "left_wrist", "right_wrist"]}
 TOLD = "zerovla.json"
 RANK = 32  # of the adapters that OFT expects beside FiLM
 PROJECTOR = {"fc1": "0", "fc2": "2"}  # {OFT's layer: ours}
@@ -90,7 +88,7 @@ def add_parts(path: Path, config: dict, tensors: Tensors, norm_stats: dict,
         add_towers(path, tensors, towers, ours)
     told = json.loads((path / TOLD).read_text()) if (path / TOLD).exists() else {}
     if "action_head" not in config:
-        config = config | recognize(path, head, state, towers, norm_stats, told)
+        config = config | recognized(path, head, state, towers, norm_stats, told)
     return config | told
 
 
@@ -126,41 +124,39 @@ def merged(weight, a, b, scale: float, start: int, stop: int) -> torch.Tensor:
     return weight.float().reshape(-1)[start:stop] + scale * change.reshape(-1)[start:stop]
 
 
-def recognize(path: Path, head: dict, state: dict, towers: dict, norm_stats: dict, told: dict
-              ) -> dict:
+def recognized(path: Path, head: dict, state: dict, towers: dict, norm_stats: dict, told: dict
+               ) -> dict:
     """The keys of TrainConfig that OFT's files do not contain. told: those of zerovla.json.
 
     Raises CheckpointError, which names the key, if they cannot be inferred.
     """
-    config = {"image_resize_strategy": "oft", "image_aug": True, "film": bool(towers)}
-    if head:
-        config["action_head"] = "l1"
-        config["action_dim"] = len(head["model.fc2.weight"])
-    elif "action_head" in told:
-        config["action_dim"] = len(next(iter(norm_stats.values()))["action"]["q01"])
-    else:
+    if not head and "action_head" not in told:
         raise CheckpointError(
             f"{path} is OpenVLA-OFT's variant with action tokens, and no file tells its attention: "
             f'write {{"action_head": "oft_tokens"}} into {path / TOLD} if each token sees all '
             "others (SimpleVLA-RL), or oft_tokens_causal if only earlier ones (RLinf). If it has "
             "an L1 head, action_head--*_checkpoint.pt is missing")
-    robot = {7: "libero", 14: "aloha"}.get(config["action_dim"])
-    if robot == "libero" and any("bridge" in name for name in norm_stats):
-        robot = "bridge"
-    config |= ROBOTS.get(robot, {})
+    width = len(head["model.fc2.weight"]) if head else 7
+    config = {"image_resize_strategy": "oft", "image_aug": True, "film": bool(towers),
+              "action_dim": width, "action_normalization": "bounds_q99", "cameras": ["primary"]}
+    config |= ROBOTS.get(width, {})
+    if any("bridge" in name for name in norm_stats):
+        config["action_chunk"] = 5
+    if head:
+        config["action_head"] = "l1"
     if state:
         config |= {"use_proprio": True, "proprio_dim": state["fc1.weight"].shape[1]}
-    if state or robot == "aloha":
-        config["cameras"] = CAMERAS.get(robot, ["primary"])
-    if "action_chunk" not in config | told:
-        raise CheckpointError(f"{path}: actions of {config['action_dim']} numbers: write "
-                              f'{{"action_chunk": 8, "cameras": ["primary", "wrist"]}}, or as '
-                              f"it was trained, into {path / TOLD}")
-    shown = config | told
+    elif width == 7:
+        config["cameras"] = ["primary"]
+    config |= told
+    if "action_chunk" not in config:
+        raise CheckpointError(f"{path}: actions of {width} numbers: write "
+                              f'{{"action_chunk": 8, "cameras": ["primary", "wrist"]}}, or as it '
+                              f"was trained, into {path / TOLD}")
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {path}: taken for chunks of {shown['action_chunk']} steps, cameras "
-              f"{', '.join(shown.get('cameras', ['primary']))}, {shown['action_normalization']}, "
-              f"as OFT's constants say; {TOLD} beside it can say otherwise", file=sys.stderr)
+        print(f"note: {path}: taken for chunks of {config['action_chunk']} steps, cameras "
+              f"{', '.join(config['cameras'])}, {config['action_normalization']}, as OFT's "
+              f"constants say; {TOLD} beside it can say otherwise", file=sys.stderr)
     return config
 
 

@@ -326,10 +326,7 @@ def safetensors_files(path: Path) -> list[SafetensorsFile]:
     names = ["model.safetensors"]
     if index.exists():
         names = sorted(set(_read_json(index)["weight_map"].values()))
-    for name in names:
-        if not (path / plain_name(name)).exists():
-            raise CheckpointError(f"{path}: {name} is missing")
-    files = [SafetensorsFile(path / name) for name in names]
+    files = [SafetensorsFile(path / plain_name(name)) for name in names]
     config = path / "config.json"
     for file in files:
         refuse_quantized(path, _read_json(config) if config.exists() else {}, file.dtypes)
