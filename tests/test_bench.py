@@ -1,7 +1,8 @@
 """Every script of bench/ and examples/ starts, on something small: as its documentation calls it.
 
 Started elsewhere: many_frames.py in test_rlds.py, drive.py in test_own_robot_example.py, and the simulators' scripts in
-the tests of their names. Two environments are named by variables (see bench/openvla_peer.py, examples/vla_eval):
+tests of their names (speedrun.py by recipe.sh). Variables name two environments (bench/openvla_peer.py,
+examples/vla_eval):
 
     OPENVLA=../openvla OPENVLA_PYTHON=../openvla-env/bin/python VLA_EVAL_PYTHON=../vla-eval/bin/python \\
         pytest -m slow tests/test_bench.py
@@ -159,6 +160,7 @@ class Dummy(StepBenchmark):  # pictures with red and blue sides, as conftest.wri
     def make_obs(self, raw, task):
         view = np.full((32, 64, 3), 30, np.uint8)
         view[..., 0] = 230
+        view[:, 16:48] = 125
         return {"images": {"scene": view, "hand": view[..., ::-1].copy()}, "task_description": task["name"]}
     def check_done(self, result):
         return result.done
