@@ -21,7 +21,9 @@ from machinery.peers import distances
 
 RIDGE = 0.003  # of the kernel, whose diagonal is 1
 FEW = 20  # requests with a next one: fewer prove nothing
-EXPLAINED = 0.1, 0.4  # a way is named if it explains this share of the error; a second way
+SURE = 3  # standard errors by which a way must fit better
+NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
+EXPLAINED = 0.1, 0.6  # a way is named if it explains this share of the error; a second way
 DELAYS = range(1, 7)  # frames
 HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
 SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
@@ -253,9 +255,11 @@ def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
         touched = np.nanmean(np.abs(after - before), axis=0) > 0.1 * np.nanmean(before)
         if not touched.any():
             break
-        gain = min(1 - np.nansum(after[half::2, touched]) / np.nansum(before[half::2, touched])
-                   for half in (0, 1))
-        if not gain > least:
+        known = np.isfinite(after).all(1)
+        gains = (before - after)[known][:, touched].mean(1)  # of each request
+        gain = gains.mean() / before[known][:, touched].mean()
+        sure = gains.mean() > SURE * gains.std() / len(gains) ** 0.5
+        if not (sure and gain > least and gains.mean() > NOTICED):
             break
         found.append((float(gain), way, frames))
         now = combined(way, now)

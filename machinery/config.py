@@ -142,7 +142,7 @@ class TrainConfig(BaseModel):
     # how the prompt is written (action_tokenizer.PROMPTS)
     prompt_style: Literal["pure", "vicuna_v15", "llama2_chat", "mistral_instruct", "phi"] = "pure"
     image_size: Positive = 224  # pixels; images are resized to a square
-    # when acting; OpenVLA has the next three, and OpenVLA-OFT its own way
+    # how images are resized when acting; OpenVLA has the next three, OpenVLA-OFT its own way
     image_resize_strategy: Literal[
         "lanczos", "resize-naive", "resize-crop", "letterbox", "oft"] = "lanczos"
 

@@ -21,8 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the project's modules
 
+from machinery.config import exit_with_one_line  # first: it names a missing package
+
+# isort: split
+
 from examples.closed_loop import open_folder
-from machinery.config import exit_with_one_line
 from machinery.files import atomic
 from machinery.host import cores
 
