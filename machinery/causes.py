@@ -80,7 +80,7 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
     if sent is None:
         return found
     if (other := sent["unnorm_key"] != name).mean() > 0.5:
-        key = sent["unnorm_key"][other.argmax()]
+        key = str(sent["unnorm_key"][other.argmax()])
         found.append(Cause(0.95, "statistics", f"the requests name the statistics of another "
                            f"dataset: unnorm_key {key!r}, not {name!r}",
                            f"send unnorm_key {name!r}, or examine with --data_mix {key}"))

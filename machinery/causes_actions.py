@@ -21,7 +21,9 @@ from machinery.peers import distances
 
 RIDGE = 0.003  # of the kernel, whose diagonal is 1
 FEW = 20  # requests with a next one: fewer prove nothing
-EXPLAINED = 0.15, 0.4  # a way is named if it explains this share of the error; a second way
+SURE = 3  # standard errors by which a way must fit better
+NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
+EXPLAINED = 0.1, 0.6  # a way is named if it explains this share of the error; a second way
 DELAYS = range(1, 7)  # frames
 HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
 SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
@@ -44,6 +46,7 @@ class Way(NamedTuple):
     delay: int = 0
     hold: int = 1
     doubt: float = 1.0  # by how much it must be better than others
+    first: bool = False  # is `states` that of the request, for all steps of its answer?
 
 
 # ---- What actions do -----------------------------------------------------------------------------
@@ -96,7 +99,8 @@ class Motion:
             before = state[np.maximum(start + way.delay - 1, first)]
         last = way.change(stream[np.maximum(start - 1, first)], before)
         for frame in range(frames):
-            action = way.change(stream[np.maximum(start + frame, first)], state)
+            known = played.states if way.first else state
+            action = way.change(stream[np.maximum(start + frame, first)], known)
             state = state + self.inputs(state, action, last) @ self.weights
             last = action
         return state
@@ -172,9 +176,10 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
         found.append(Way("changes are executed as absolute positions (delta as absolute)",
                          "add each change to the current position, or use the delta mode", toward))
     if (targets & ~raw).any():
-        found.append(Way("absolute targets are executed as changes (absolute as delta)",
-                         "go to the targets: do not add them to the current position",
-                         lambda x, states: x + np.where(targets & ~raw, states[:, place], 0)))
+        found += [Way("absolute targets are executed as changes (absolute as delta)",
+                      "go to the targets: do not add them to the current position",
+                      lambda x, states: x + np.where(targets & ~raw, states[:, place], 0),
+                      first=first) for first in (False, True)]
     return found
 
 
@@ -194,6 +199,7 @@ def late_ways() -> list[Way]:
 def combined(first: Way, second: Way) -> Way:
     """Both: the second changes the answers before the first does."""
     return second._replace(change=lambda x, states: first.change(second.change(x, states), states),
+                           first=first.first or second.first,
                            delay=max(first.delay, second.delay),
                            hold=max(first.hold, second.hold))
 
@@ -249,9 +255,11 @@ def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
         touched = np.nanmean(np.abs(after - before), axis=0) > 0.1 * np.nanmean(before)
         if not touched.any():
             break
-        gain = min(1 - np.nansum(after[half::2, touched]) / np.nansum(before[half::2, touched])
-                   for half in (0, 1))
-        if not gain > least:
+        known = np.isfinite(after).all(1)
+        gains = (before - after)[known][:, touched].mean(1)  # of each request
+        gain = gains.mean() / before[known][:, touched].mean()
+        sure = gains.mean() > SURE * gains.std() / len(gains) ** 0.5
+        if not (sure and gain > least and gains.mean() > NOTICED):
             break
         found.append((float(gain), way, frames))
         now = combined(way, now)

@@ -173,7 +173,7 @@ def asked(tmp_path_factory):
     policy = tiny_policy()
     train, held_out = examine.open_data(policy, "metaworld_demo", ROOT / "datasets/metaworld_demo",
                                         str(tmp_path_factory.mktemp("index")))
-    policy.norm_stats = dict(train.statistics)
+    policy.norm_stats = {key: train.statistics["metaworld_demo"] for key in ("metaworld_demo", "other")}
     rows = held_out.rows(np.zeros(60, int), np.arange(0, 480, 8))
 
     def ask(**fault) -> list:
