@@ -222,7 +222,8 @@ def examine_policy(args: argparse.Namespace) -> None:
     name = policy.dataset_name(name)
     train, held_out = open_data(policy, name, args.dataset, args.index_dir)
     seen = seen_table(args.seen, policy.cfg, args.index_dir) if args.seen else None
-    print(f"policy {args.what} dataset {train.tables[0].directory}")
+    print(f"policy {args.what} dataset {train.tables[0].directory}: takes a minute or two",
+          flush=True)
     causes = find_causes(policy, args.what, train, held_out, seen)
     examined = "data, statistics, weights, prompt, training"
     if seen:
@@ -238,7 +239,12 @@ def examine_policy(args: argparse.Namespace) -> None:
     for cause in causes:
         print(f"cause {cause.kind} evidence {cause.evidence:.2f} {cause.text}: {cause.cure}")
     print(f"causes {len(causes)} examined: {examined}")
-    out = args.out or Path("report.html")
+    if not causes:
+        print("no cause found")
+    if len(causes) > 1:
+        print("cure the first, drive again with another --record folder, and run the doctor again: "
+              "one fault can look like two")
+    out = args.out or (args.seen or Path()) / "report.html"
     write_causes(out, str(args.what), examined, causes)
     print(f"report {out}")
 

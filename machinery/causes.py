@@ -153,6 +153,7 @@ def middle(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return image[top : len(image) - top, left : image.shape[1] - left]
 
 
+SWAP = "swap the cameras in the request"
 CHANGES: dict[str, tuple[Callable, str]] = {  # {fault: (of one picture, the cure)}
     "upside down": (np.flipud, "turn it before sending: image[::-1]"),
     "mirrored": (np.fliplr, "mirror it before sending: image[:, ::-1]"),
@@ -254,7 +255,7 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
         evidence = 1 - away[best] / max(plain, 1e-9)
         coarse = texture_cause([frame[place] for frame in trained[::3]],
                                [frame[place] for frame in seen[::3]])
-        change, cure = CHANGES.get(best, (None, "swap the cameras in the request"))
+        change, cure = CHANGES.get(best, (None, SWAP))
         if evidence > ENOUGH and plain > 1.5 * usual:
             text = (f"{best}: training's pictures, changed so, are "
                     f"{1 / max(1 - evidence, 1e-3):.1f} times as near to what acting sees")
@@ -275,6 +276,9 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
         changes.append(change)
         sides = (("acting sees", seen[0][place]), ("training saw", trained[0][place]))
         found.append(Cause(evidence, "pictures", f"the picture of {camera} is {text}", cure, sides))
+    swapped = [cause for cause in found if cause.cure == SWAP]
+    if len(swapped) == 2:  # one fault
+        found.remove(min(swapped, key=lambda cause: cause.evidence))
     return found, changes
 
 

@@ -263,6 +263,10 @@ def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
             break
         found.append((float(gain), way, frames))
         now = combined(way, now)
+    if len(found) == 2:  # does the first explain anything that the second alone does not?
+        both, alone = (np.nanmean(trial.best(way)[1]) for way in (now, found[1][1]))
+        if both > (1 - EXPLAINED[1]) * alone:
+            del found[0]
     return found
 
 
@@ -277,9 +281,10 @@ def action_causes(table: FrameTable, played: Played, names: list[str], sharp: bo
         return []
     found = []
     for gain, way, frames in explain(trial, ways(motion, table, names) + late_ways()):
-        text = (f"{way.text}: with this, the robot's motion is {1 / (1 - gain):.1f} times as near "
-                f"to what the answers command, at {frames} frames per request")
-        found.append(Cause(0.4 + gain / 2, "actions", text, way.cure))
+        text = (f"{way.text}: supposing so, the answers explain the robot's motion "
+                f"{1 / (1 - gain):.1f} times as well, with {frames} frames from request to request")
+        evidence = min([0.4 + gain / 2, *(cause.evidence - 0.01 for cause in found)])
+        found.append(Cause(evidence, "actions", text, way.cure))
     steps = played.answers.shape[1]
     frames, _ = trial.best(Way("", ""))
     if not found and steps >= 4 * frames:

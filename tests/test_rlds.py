@@ -21,14 +21,20 @@ from hypothesis import strategies as st
 
 from machinery import oxe
 from machinery.config import Recipe
-from machinery.frames import TABLE_VERSION, DataError, FrameTable, find_dataset, frame_table
+from machinery.frames import (
+    TABLE_VERSION,
+    DataError,
+    FrameTable,
+    find_dataset,
+    frame_table,
+    quantile,
+)
 from machinery.images import decode_native
 from machinery.inspect_data import guess_recipe
 from machinery.rlds import (
     Steps,
     build_frame_table,
     masked_crc,
-    quantile,
     read_records,
     step_features,
     write_rlds,
