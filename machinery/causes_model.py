@@ -40,10 +40,11 @@ def model_causes(policy: Policy, train: Mixture, held_out: Mixture | None, run: 
     logged, step = logged_loss(run)
     logged *= 1 + 1 / policy.vla.num_action_tokens  # which counts </s>, whose loss is 0
     text = f"the loss on its own training frames is {loss:.2f} nats per token, "
-    if loss > 0.8 * chance or loss > max(1.2 * logged, logged + BETTER):
+    as_logged = loss < max(1.2 * logged, logged + BETTER)
+    if loss > 0.8 * chance or (logged and not as_logged):
         if better := other_reading(policy, train, loss):
             yield better
-        elif logged > 0.8 * loss:
+        elif logged and as_logged:
             yield Cause(0.9, "training", f"{text}{chance:.2f} without any learning: too few steps "
                         f"({step:.0f})", "train longer (max_steps)")
         else:
