@@ -67,7 +67,7 @@ def load_vla(
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
     try:
         with parameters_without_memory():
-            vla = oft.vla_class(cfg)(cfg, tokenizer)
+            vla = oft.new_vla(cfg, tokenizer)
     except UserError:
         raise
     except Exception as error:  # timm and transformers raise many kinds for values they cannot use

@@ -39,6 +39,7 @@ from machinery.files import atomic
 from machinery.frames import FrameTable, bad_episodes_file, frame_table
 from machinery.guess import state_fields
 from machinery.inspect_data import Subject, as_yaml, find_subjects, locate
+from machinery.oxe import expand_mixture
 from machinery.peers import Verdict
 from machinery.report import page_facts, write_causes, write_page
 from machinery.rlds import step_features
@@ -217,9 +218,8 @@ def examine_policy(args: argparse.Namespace) -> None:
     from machinery.examine import open_data, open_policy
 
     policy = open_policy(str(args.what))
-    name = args.data_mix or next((key for key in policy.norm_stats if key in policy.cfg.data_mix),
-                                 None)
-    name = policy.dataset_name(name)
+    mix = expand_mixture(policy.cfg.data_mix, policy.cfg.datasets)
+    name = policy.dataset_name(args.data_mix or next(iter(mix.keys() & policy.norm_stats), None))
     train, held_out = open_data(policy, name, args.dataset, args.index_dir)
     seen = seen_table(args.seen, policy.cfg, args.index_dir) if args.seen else None
     print(f"policy {args.what} dataset {train.tables[0].directory}: takes a minute or two",

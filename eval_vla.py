@@ -58,12 +58,13 @@ from tqdm import tqdm
 from act import Policy, load_vla
 from action_tokenizer import unnormalize
 from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables, to_device
-from machinery import oft_data, oxe
+from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.convention import Convention, convention, dimension_names
 from machinery.files import read_metrics
 from machinery.frames import DataError
 from machinery.images import decode_native
+from machinery.oft import new_mixture
 from machinery.plots import draw_curves
 from machinery.run import data_facts
 from machinery.weights import open_weights
@@ -372,7 +373,7 @@ def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     if action_dim != cfg.action_dim:
         raise DataError(f"data_mix {cfg.data_mix}: its actions have {action_dim} dimensions, the "
                         f"model's {cfg.action_dim}")
-    mixture = oft_data.mixture_class(cfg)(cfg, tables, policy.tokenizer, train)
+    mixture = new_mixture(cfg, tables, policy.tokenizer, train)
     for name, ours in mixture.statistics.items():
         theirs = policy.norm_stats.setdefault(name, ours)
         for key in ("q01", "q99", "mean"):  # the mean notices an inverted gripper

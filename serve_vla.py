@@ -259,7 +259,9 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        facts = self.facts if self.authorized(request) else {"status": "ok"}
+        facts = {"status": "ok"}
+        if self.authorized(request):
+            facts = self.facts | describe_actions(self.policy)
         error = self.batcher.failure()
         if error is None:
             return JSONResponse(facts)
@@ -398,7 +400,6 @@ def serve(
     batcher = Batcher(policy, max_batch)
     recorder = Recorder(record, recording_facts(policy, model)) if record else None
     service = Service(batcher, model, token, host, recorder)
-    service.facts |= describe_actions(policy)
     service.readers.start()  # before there are threads
     act_on_black(policy)
     batcher.start()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data import Mixture, TrainBatches, make_loader, most_frequent_tokens, to_device
-from machinery import oft, oft_data, zero
+from machinery import zero
 from machinery.checkpoint import load_checkpoint
 from machinery.config import TrainConfig, UserError
 from machinery.cost import gpu_memory, memory_needed, recomputes, utilization
@@ -30,6 +30,7 @@ from machinery.cuda_graph import capture_passes
 from machinery.frames import DataError
 from machinery.lora import add_adapters, linear_layers
 from machinery.metrics import Metrics, evaluate
+from machinery.oft import new_mixture, new_vla
 from machinery.ranks import Preemption, run_job, stop_if_not_finite
 from machinery.run import Run, settle
 from machinery.weights import Weights, fill, parameters_without_memory
@@ -126,9 +127,9 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
 
 def open_data(cfg: TrainConfig, tables: list, tokenizer) -> tuple[Mixture, Mixture | None]:
     """The mixture's training frames, and its held-out ones if every dataset has some."""
-    mixture = oft_data.mixture_class(cfg)(cfg, tables, tokenizer)
+    mixture = new_mixture(cfg, tables, tokenizer)
     try:
-        return mixture, type(mixture)(cfg, tables, tokenizer, train=False)
+        return mixture, new_mixture(cfg, tables, tokenizer, train=False)
     except DataError:
         return mixture, None
 
@@ -199,9 +200,8 @@ def make_vla(cfg: TrainConfig, tokenizer, weights: Weights | None, zero3: bool,
     cfg = cfg.model_copy(update={"vision_backbone": towers})
     with torch.device(get_accelerator().current_device_name()):
         if weights and zero3:
-            return zero.build_sharded(lambda init: oft.vla_class(cfg)(cfg, tokenizer, init),
-                                      ds_config)
-        return oft.vla_class(cfg)(cfg, tokenizer, parameters_without_memory() if weights else None)
+            return zero.build_sharded(lambda init: new_vla(cfg, tokenizer, init), ds_config)
+        return new_vla(cfg, tokenizer, parameters_without_memory() if weights else None)
 
 
 def load_weights(engine, cfg: TrainConfig, weights: Weights | None, run: Run) -> None:

@@ -36,7 +36,7 @@ from act import Policy, shrinkable
 from action_tokenizer import load_tokenizer
 from machinery.checkpoint import Tensors
 from machinery.config import TrainConfig
-from machinery.oft import vla_class
+from machinery.oft import new_vla
 from machinery.weights import PRISMATIC, fill, parameters_without_memory, prismatic_config
 
 CASES = {"plain": {}, "fast": {}, "int8": {}, "chunk": {"action_chunk": 8, "parallel_decoding": True},
@@ -54,7 +54,7 @@ def random_model(base: str, layers: int | None, in_8_bits: bool, **keys) -> Poli
     cfg = TrainConfig(**shape, action_dim=7, **keys)
     tokenizer = load_tokenizer(str(ROOT / "tests/fixtures/model/tokenizer_llama"))
     with parameters_without_memory():
-        vla = vla_class(cfg)(cfg, tokenizer).requires_grad_(False)
+        vla = new_vla(cfg, tokenizer).requires_grad_(False)
     weights = Tensors("random")
     for name, param in vla.named_parameters():
         weights.add(name, param.shape, random_numbers)

@@ -277,9 +277,8 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
         sides = (("acting sees", seen[0][place]), ("training saw", trained[0][place]))
         found.append(Cause(evidence, "pictures", f"the picture of {camera} is {text}", cure, sides))
     swapped = [cause for cause in found if cause.cure == SWAP]
-    if len(swapped) == 2:  # one fault
-        found.remove(min(swapped, key=lambda cause: cause.evidence))
-    return found, changes
+    swapped.sort(key=lambda cause: cause.evidence)  # one fault: the clearest line is enough
+    return [cause for cause in found if cause not in swapped[:-1]], changes
 
 
 def frozen_causes(seen: FrameTable, rows: np.ndarray) -> list[Cause]:

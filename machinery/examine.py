@@ -20,7 +20,7 @@ from machinery.config import Recipe, UserError, find_input
 from machinery.frames import DataError, FrameTable, find_dataset, frame_table
 from machinery.guess import state_fields
 from machinery.inspect_data import locate
-from machinery.oft_data import mixture_class
+from machinery.oft import new_mixture
 from machinery.oxe import find_recipe
 from machinery.peers import evenly
 from machinery.rlds import step_features
@@ -106,7 +106,7 @@ def open_mixture(policy: Policy, name: str, recipe: Recipe, table: FrameTable, t
                         f"{policy.cfg.action_dim}: was it trained on this dataset?")
     cfg = policy.cfg.model_copy(update={"datasets": {name: recipe}})
     tables = [(name, 1.0, recipe, table)]
-    mixture = mixture_class(cfg)(cfg, tables, policy.tokenizer, train)
+    mixture = new_mixture(cfg, tables, policy.tokenizer, train)
     mixture.statistics[name] = policy.norm_stats.get(name, mixture.statistics[name])
     return mixture
 

@@ -14,7 +14,7 @@ import torch
 from machinery.config import exit_with_one_line, load_config, load_ds_config
 from machinery.cost import memory_needed
 from machinery.lora import add_adapters, linear_layers
-from machinery.oft import vla_class
+from machinery.oft import new_vla
 from machinery.weights import start_from
 from model import VLA
 
@@ -47,7 +47,7 @@ def main() -> None:
         cfg, tokenizer, _ = start_from(cfg, None)
         cfg = cfg.model_copy(update={"action_dim": cfg.action_dim or 7})  # from the data, in a run
         with torch.device("meta"):
-            vla = vla_class(cfg)(cfg, tokenizer)
+            vla = new_vla(cfg, tokenizer)
         other_ways = memory_if(vla)
         vla.freeze(cfg.freeze_vision_backbone, cfg.freeze_llm_backbone,
                    cfg.unfreeze_last_llm_layer)

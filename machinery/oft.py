@@ -22,13 +22,19 @@ from torch import nn
 
 from action_tokenizer import BOUNDS, IGNORE_INDEX, normalize
 from action_tokenizer import unnormalize as unnormalize_tokens
+from data import Mixture
 from machinery.config import TrainConfig, UserError
 from model import VLA, at_positions
 
 
-def vla_class(cfg: TrainConfig) -> type[VLA]:
-    """The model that a config describes."""
-    return VLA if cfg.action_head == "tokens" else OftVLA
+def new_vla(cfg: TrainConfig, *arguments) -> VLA:
+    """The model that a config describes. arguments: VLA's others."""
+    return (VLA if cfg.action_head == "tokens" else OftVLA)(cfg, *arguments)
+
+
+def new_mixture(cfg: TrainConfig, *arguments, **options) -> Mixture:
+    """The samples that it learns from. arguments: Mixture's others."""
+    return (Mixture if cfg.action_head == "tokens" else OftMixture)(cfg, *arguments, **options)
 
 
 class OftVLA(VLA):
@@ -165,6 +171,25 @@ class Head(nn.Module):
         for block in self.model["mlp_resnet_blocks"]:
             x = x + block["ffn"](x)
         return self.model["fc2"](self.model["layer_norm2"](x))
+
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+
+class OftMixture(Mixture):
+    """A mixture whose samples also have `actions` (action_chunk, action_dim) float32."""
+
+    def sample(self, dataset: int, row: int, epoch: int = 0, augment_seed: int | None = None
+               ) -> dict:
+        """As Mixture.sample; the state is normalized as it will be when the policy acts."""
+        sample = super().sample(dataset, row, epoch, augment_seed)
+        sample["actions"] = self.actions(dataset, np.array([row]))[0]
+        if self.cfg.use_proprio:
+            state = self.tables[dataset].frames[row]["proprio"].astype(np.float64)
+            stats = self.statistics[self.names[dataset]]["proprio"]
+            state = normalize_state(state, stats, self.cfg.action_normalization)
+            sample["proprio"][: len(state)] = state
+        return sample
 
 
 # ---- Normalization -------------------------------------------------------------------------------

@@ -179,10 +179,8 @@ class Run:
             return
         self.claim()
         (self.path / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
-        statistics = {name: {**mixture.statistics[name], "instructions": table.instructions[:20]}
-                      for name, table in zip(mixture.names, mixture.tables, strict=True)}
         for name, values in (("config", cfg.model_dump()), ("ds_config", ds_config),
-                             ("dataset_statistics", statistics)):
+                             ("dataset_statistics", mixture.statistics)):
             (self.path / f"{name}.json").write_text(json.dumps(values, indent=2))
         mixture.tokenizer.save_pretrained(self.path / "tokenizer")
         self.open_log()
@@ -443,10 +441,7 @@ def check_statistics(run_dir: Path, tables: list) -> None:
     by one of them, and be trained with both."""
     path = run_dir / "dataset_statistics.json"
     statistics = {name: table.statistics for name, _, _, table in tables}
-    known = json.loads(path.read_text()) if path.exists() else statistics
-    for stats in known.values():
-        stats.pop("instructions", None)
-    if known != statistics:
+    if path.exists() and json.loads(path.read_text()) != statistics:
         raise UserError(f"{path} differs from the statistics of {', '.join(statistics)} now: set "
                         "run_id (and to begin with the old weights, pretrained_checkpoint and "
                         "is_resume: false)")

@@ -398,7 +398,7 @@ def parse_prefix(value, unnorm_key: str, policy: Policy) -> np.ndarray:
 
 
 def describe(policy: Policy, model: str) -> dict:
-    """The model's facts, which /health gives and a websocket sends first."""
+    """The model's facts, which a websocket sends first; /health gives more."""
     robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
     facts = {
         "status": "ok",
@@ -416,14 +416,12 @@ def describe(policy: Policy, model: str) -> dict:
 
 
 def describe_actions(policy: Policy) -> dict:
-    """More facts, for programs that show, convert or check actions."""
-    facts = {"center_crop": policy.cfg.image_aug, "gripper": {}, "action_q01_q99": {},
-             "instructions": {}}
+    """More facts of /health, for programs that show, convert or check actions."""
+    facts = {"center_crop": policy.cfg.image_aug, "gripper": {}, "action_q01_q99": {}}
     for key in sorted(policy.norm_stats):
         robot = policy.convention(key)
-        stats = policy.norm_stats[key]
-        ends = np.array([stats["action"]["q01"], stats["action"]["q99"]])
+        stats = policy.norm_stats[key]["action"]
+        ends = np.array([stats["q01"], stats["q99"]])
         facts["gripper"][key] = robot.gripper(policy.cfg.action_dim)
         facts["action_q01_q99"][key] = robot.to_robot(ends).tolist()
-        facts["instructions"][key] = stats.get("instructions", [])
     return facts

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import export_vla
 from act import load_vla
 from action_tokenizer import load_tokenizer
-from machinery import examine, oft, oft_data, wire
+from machinery import examine, oft, wire
 from machinery.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from machinery.config import TrainConfig, UserError, load_config
 from machinery.weights import hugging_face_to_ours, open_weights, rename
@@ -244,7 +244,7 @@ def test_numbers_come_from_the_same_data_as_tokens(tmp_path):
     cfg = TrainConfig(**{**TINY, **FILMED, "index_dir": str(tmp_path)})
     tokenizer = load_tokenizer(cfg.tokenizer, True)
     plain = open_mixture(cfg, tokenizer)
-    mixture = oft_data.mixture_class(cfg)(plain.cfg, list(zip(
+    mixture = oft.OftMixture(plain.cfg, list(zip(
         plain.names, [1.0], plain.recipes, plain.tables, strict=True)), tokenizer)
     sample, tokens = mixture.sample(0, 700), plain.sample(0, 700)
     assert sample.keys() - tokens.keys() == {"actions"}

@@ -356,7 +356,6 @@ def test_health(server, colors):
     assert (status, facts) == (200, {
         "status": "ok", "model": str(colors), "unnorm_keys": ["cold", "warmer"], "cameras": ["primary"],
         "images": 1, "proprio": False, "action_shape": [1, 3], "max_prefix": 0, "center_crop": False,
-        "instructions": {key: statistics[key]["instructions"] for key in ("cold", "warmer")},
         "action": {key: ["action[0]", "action[1]", "action[2]"] for key in ("cold", "warmer")},
         "gripper": {key: [1, 0] for key in ("cold", "warmer")}})
 

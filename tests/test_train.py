@@ -52,7 +52,6 @@ def test_run_directory(finished):
     assert config == json.loads((run / "config.json").read_text())
     assert config["action_dim"] == 4 and config["max_steps"] == 12
     statistics = json.loads((run / "dataset_statistics.json").read_text())["metaworld_demo"]
-    assert len(statistics["instructions"]) == 6 and "Reach a goal position" in statistics["instructions"]
     assert statistics["action"]["mask"] == [True, True, True, False] and statistics["num_trajectories"] == 144
     tags = [p.name for p in list_checkpoints(run / "checkpoints")]
     assert [tag.rsplit("-loss=")[0] for tag in tags] == [
