@@ -406,9 +406,10 @@ def write_oft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype 
     step = re.match(r"step-0*(\d+)", Path(weights.tensors.where).name)
     write_parts(parts, out, step[1] if step else "latest", theirs)
     proprio = f", PROPRIO_DIM {cfg.proprio_dim}" if cfg.use_proprio else ""
-    print("note: OFT's code takes from its command line's words (prismatic/vla/constants.py): "
-          f"NUM_ACTIONS_CHUNK {cfg.action_chunk}, ACTION_DIM {cfg.action_dim}{proprio}, "
-          f"{cfg.action_normalization}; tell it num_images_in_input {len(cfg.cameras)}")
+    print("note: OFT's code chooses its constants by the words of its command line "
+          "(prismatic/vla/constants.py). They must be NUM_ACTIONS_CHUNK "
+          f"{cfg.action_chunk}, ACTION_DIM {cfg.action_dim}{proprio}, {cfg.action_normalization}. "
+          f"Pass num_images_in_input {len(cfg.cameras)}")
 
 
 FORMATS = {"hf": write_hugging_face, "native": write_native, "peft": write_peft, "oft": write_oft}

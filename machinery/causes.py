@@ -1,10 +1,10 @@
-"""Why does a policy fail? What training saw is compared with what acting sees, and does.
+"""Why does a policy fail? The robot's requests are compared with the frames of training.
 
 `seen` is a dataset of requests (serve_vla.py --record). For each way of preparing inputs wrongly,
 training's frames are changed in this way: if the changed frames are more like the seen ones than
 the unchanged ones are, this is the cause. Nothing has to be undone for that, so it also works for
 black, cropped or compressed pictures. Read `find_causes`, then any of the functions it calls;
-causes_actions.py looks at what the robot did with the answers, causes_model.py at the model.
+causes_actions.py examines how the robot executed the answers, causes_model.py the model.
 """
 
 import difflib
@@ -257,13 +257,14 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
                                [frame[place] for frame in seen[::3]])
         change, cure = CHANGES.get(best, (None, SWAP))
         if evidence > ENOUGH and plain > 1.5 * usual:
-            text = (f"{best}: training's pictures, changed so, are "
-                    f"{1 / max(1 - evidence, 1e-3):.1f} times as near to what acting sees")
+            text = (f"{best}: training's pictures, changed this way, are "
+                    f"{1 / max(1 - evidence, 1e-3):.1f} times as close to the robot's")
             change = None if best == "black" else change
         elif coarse:
             evidence, best = coarse
             change, cure = TEXTURES[best]
-            text = f"{best}: its detail is then {1 / (1 - evidence):.1f} times as near to what acts"
+            text = (f"{best}: training's pictures, changed this way, are "
+                    f"{1 / (1 - evidence):.1f} times as close to the robot's in detail")
             evidence *= 0.8
         elif plain > 4 * usual:
             text = (f"unlike training's: {plain / usual:.1f} times as far from them as they are "

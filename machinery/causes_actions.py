@@ -1,4 +1,4 @@
-"""What the robot did with the answers: do its motions follow them, or a changed form of them?
+"""How the robot executed the answers: do its motions follow them, or a changed form of them?
 
 The demonstrations show how an action changes the robot's state within a frame (`Motion`), and what
 a state looks like (`Sensor`, for requests without states). So the state at the next request can be
@@ -6,8 +6,7 @@ predicted from the answer to this one. Each way of executing answers wrongly cha
 the robot goes where the changed ones would have led it, and not where the answers lead, this way is
 the cause. Read `action_causes`, then WAYS.
 
-Nothing here predicts what a policy should do, only what follows from its answers. So it does not
-matter whether the policy is good.
+This predicts the effect of the answers, not the right answers. So it also works for a weak policy.
 """
 
 from collections.abc import Callable
@@ -49,7 +48,7 @@ class Way(NamedTuple):
     first: bool = False  # is `states` that of the request, for all steps of its answer?
 
 
-# ---- What actions do -----------------------------------------------------------------------------
+# ---- The effect of actions -----------------------------------------------------------------------
 
 
 def recorded_states(table: FrameTable) -> np.ndarray:
@@ -184,7 +183,7 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
 
 
 def late_ways() -> list[Way]:
-    found = [Way(f"the robot executes them {delay} frames late: a delay between picture and action",
+    found = [Way(f"the answers are executed {delay} frames late: a delay after the picture",
                  "send the newest picture, execute the answer at once, or skip the steps of the "
                  "answer whose time is over", delay=delay) for delay in DELAYS]
     found += [Way(f"each step lasts {hold} frames: the control rate is too low, or a step of the "
@@ -281,7 +280,7 @@ def action_causes(table: FrameTable, played: Played, names: list[str], sharp: bo
         return []
     found = []
     for gain, way, frames in explain(trial, ways(motion, table, names) + late_ways()):
-        text = (f"{way.text}: supposing so, the answers explain the robot's motion "
+        text = (f"{way.text}: if so, the answers explain the robot's motion "
                 f"{1 / (1 - gain):.1f} times as well, with {frames} frames from request to request")
         evidence = min([0.4 + gain / 2, *(cause.evidence - 0.01 for cause in found)])
         found.append(Cause(evidence, "actions", text, way.cure))

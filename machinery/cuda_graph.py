@@ -51,7 +51,7 @@ def capture_passes(vla: VLA, ds_config: dict) -> None:
                 graphs[shape] = Captured(vla, batch, pool)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # a library that does what a capture does not allow
+            except RuntimeError as error:  # a library did something that a capture forbids
                 raise UserError(f"cuda_graph: the passes cannot be captured: set cuda_graph: false "
                                 f"({one_line(error)[:200]})") from error
         return Replay.apply(graphs[shape], batch, *graphs[shape].params)

@@ -121,7 +121,7 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
     else:
         directory = locate(directory, directory.name, "")
     recipe = find_recipe(name.partition(":")[0], directory, cfg.datasets)
-    if not cfg.use_proprio:  # which shows what the actions do
+    if not cfg.use_proprio:  # the states show the effect of the actions
         recipe = replace(recipe, state=state_fields(step_features(directory)))
     table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), True,
                         index_dir=index_dir or cfg.index_dir,

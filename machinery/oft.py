@@ -109,8 +109,8 @@ class OftVLA(VLA):
         return at_positions(hidden.last_hidden_state, wanted - 1)
 
     def condition(self, input_ids, words):
-        """FiLM: let every block of the towers scale and shift its features by what the mean
-        embedding of the tokens `words` (B, L) says."""
+        """FiLM: let every block of the towers scale and shift its features according to
+        the mean embedding of the tokens `words` (B, L)."""
         text = self.llm.get_input_embeddings()(input_ids)  # (B, L, width)
         text = torch.where((input_ids == self.pad_id)[..., None], text.detach(), text)
         share = words / words.sum(1, keepdim=True)

@@ -30,7 +30,7 @@ ROBOTS = {  # {numbers of an action: OFT's constants, and the cameras of its rec
     14: {"action_chunk": 25, "action_normalization": "bounds",
          "cameras": ["primary", "left_wrist", "right_wrist"]},
 }
-TOLD = "zerovla.json"
+OVERRIDES = "zerovla.json"
 RANK = 32  # of the adapters that OFT expects beside FiLM
 PROJECTOR = {"fc1": "0", "fc2": "2"}  # {OFT's layer: ours}
 FILM = re.compile(r"(vision_backbone\.\w+)\.blocks\.(\d+)\.(scale|shift)\.(weight|bias)")
@@ -42,7 +42,7 @@ FILM = re.compile(r"(vision_backbone\.\w+)\.blocks\.(\d+)\.(scale|shift)\.(weigh
 def is_variant(path: Path) -> bool:
     """Does a directory in OpenVLA's Hugging Face format come from OFT?"""
     code = path / "modeling_prismatic.py"
-    return (any(path.glob("*--*_checkpoint.pt")) or (path / TOLD).exists()
+    return (any(path.glob("*--*_checkpoint.pt")) or (path / OVERRIDES).exists()
             or (code.exists() and "NUM_ACTIONS_CHUNK" in code.read_text(errors="replace")))
 
 
@@ -63,7 +63,7 @@ def read_part(path: Path, part: str) -> dict[str, torch.Tensor]:
 
 def add_parts(path: Path, config: dict, tensors: Tensors, norm_stats: dict,
               ours: Callable[[str], str]) -> dict:
-    """Add the parts beside the model's files to `tensors`. Returns the config with what they tell.
+    """Add the parts beside the model's files to `tensors`. Returns the config with their facts.
 
     config: of the model's own files; ours: a parameter's name in OpenVLA's class -> its name here.
     Raises CheckpointError for parts and facts that are missing.
@@ -86,10 +86,10 @@ def add_parts(path: Path, config: dict, tensors: Tensors, norm_stats: dict,
         for name in [name for name in tensors.shapes if name.startswith("vision_backbone.")]:
             del tensors.shapes[name], tensors.pieces["weight", name]
         add_towers(path, tensors, towers, ours)
-    told = json.loads((path / TOLD).read_text()) if (path / TOLD).exists() else {}
+    overrides = json.loads((path / OVERRIDES).read_text()) if (path / OVERRIDES).exists() else {}
     if "action_head" not in config:
-        config = config | recognized(path, head, state, towers, norm_stats, told)
-    return config | told
+        config = config | recognized(path, head, state, towers, norm_stats, overrides)
+    return config | overrides
 
 
 def add(tensors: Tensors, name: str, tensor: torch.Tensor) -> None:
@@ -124,17 +124,18 @@ def merged(weight, a, b, scale: float, start: int, stop: int) -> torch.Tensor:
     return weight.float().reshape(-1)[start:stop] + scale * change.reshape(-1)[start:stop]
 
 
-def recognized(path: Path, head: dict, state: dict, towers: dict, norm_stats: dict, told: dict
+def recognized(path: Path, head: dict, state: dict, towers: dict, norm_stats: dict, overrides: dict
                ) -> dict:
-    """The keys of TrainConfig that OFT's files do not contain. told: those of zerovla.json.
+    """The keys of TrainConfig that OFT's files do not contain. overrides: those of zerovla.json.
 
     Raises CheckpointError, which names the key, if they cannot be inferred.
     """
-    if not head and "action_head" not in told:
+    if not head and "action_head" not in overrides:
         raise CheckpointError(
-            f"{path} is OpenVLA-OFT's variant with action tokens, and no file tells its attention: "
-            f'write {{"action_head": "oft_tokens"}} into {path / TOLD} if each token sees all '
-            "others (SimpleVLA-RL), or oft_tokens_causal if only earlier ones (RLinf). If it has "
+            f"{path} is OpenVLA-OFT's variant with action tokens. Its files do not name its "
+            f'attention: write {{"action_head": "oft_tokens"}} into {path / OVERRIDES} if each '
+            "token sees all others (SimpleVLA-RL), or oft_tokens_causal if only earlier ones "
+            "(RLinf). If it has "
             "an L1 head, action_head--*_checkpoint.pt is missing")
     width = len(head["model.fc2.weight"]) if head else 7
     config = {"image_resize_strategy": "oft", "image_aug": True, "film": bool(towers),
@@ -148,15 +149,15 @@ def recognized(path: Path, head: dict, state: dict, towers: dict, norm_stats: di
         config |= {"use_proprio": True, "proprio_dim": state["fc1.weight"].shape[1]}
     elif width == 7:
         config["cameras"] = ["primary"]
-    config |= told
+    config |= overrides
     if "action_chunk" not in config:
         raise CheckpointError(f"{path}: actions of {width} numbers: write "
                               f'{{"action_chunk": 8, "cameras": ["primary", "wrist"]}}, or as it '
-                              f"was trained, into {path / TOLD}")
+                              f"was trained, into {path / OVERRIDES}")
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {path}: taken for chunks of {config['action_chunk']} steps, cameras "
               f"{', '.join(config['cameras'])}, {config['action_normalization']}, as OFT's "
-              f"constants say; {TOLD} beside it can say otherwise", file=sys.stderr)
+              f"constants say: correct it with {OVERRIDES} beside it", file=sys.stderr)
     return config
 
 

@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +24,7 @@ from machinery.config import exit_with_one_line  # first: it names a missing pac
 
 # isort: split
 
-from examples.closed_loop import open_folder
+from examples.closed_loop import open_folder, versions
 from machinery.files import atomic
 from machinery.host import cores
 
@@ -63,10 +62,10 @@ def table_row(clock: dict, summary: dict, gpus: int) -> str:
     seeds = [f"{seed}: {100 * part['per_task_average']['rate']:.1f}" for seed, part in summary["seeds"].items()]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
                             text=True).stdout.strip()
-    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed", "mujoco", "metaworld")]
+    packages = versions(["torch", "transformers", "deepspeed", "mujoco", "metaworld"])
     row = [time.strftime("%Y-%m-%d", time.localtime(clock["start"])), machine, cores(), *minutes,
            f"{(ends[-1] - ends[0]) / 60:.1f}", ", ".join(seeds),
-           f"{100 * summary['per_task_average']['rate']:.1f}", commit or "unknown", ", ".join(versions)]
+           f"{100 * summary['per_task_average']['rate']:.1f}", commit or "unknown", packages]
     return "| " + " | ".join(map(str, row)) + " |"
 
 
@@ -87,7 +86,7 @@ def main() -> None:
     if path.exists():
         clock = json.loads(path.read_text())
     store(clock, path)
-    seeds = map(str, clock["seeds"])  # of the evaluation: nobody has tuned for them
+    seeds = map(str, clock["seeds"])  # of the evaluation: fresh ones
     stages = {
         "record": ["data", *args.record.split()],
         "train": ["train", "eval_interval=2000", "save_interval=2000", *args.train.split()],
