@@ -36,6 +36,7 @@ from act import Policy, shrinkable
 from action_tokenizer import load_tokenizer
 from machinery.checkpoint import Tensors
 from machinery.config import TrainConfig
+from machinery.cuda_graph import no_tracing
 from machinery.oft import new_vla
 from machinery.weights import PRISMATIC, fill, parameters_without_memory, prismatic_config
 
@@ -163,7 +164,7 @@ def main() -> None:
                   f"first_call_seconds {first:.1f} peak_gb {torch.cuda.max_memory_allocated() / 1e9:.1f}",
                   flush=True)
         if recorded:
-            with policy.fuse():
+            with policy.fuse(), no_tracing():
                 print(f"{case} {parts(policy)}", flush=True)
         del policy
 
