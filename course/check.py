@@ -56,7 +56,8 @@ def load(path: Path) -> ModuleType:
 
 
 def load_case(number: int) -> ModuleType:
-    """cases/case_N.py: OWNER and NAME (the function's place), probes(), and MISTAKES."""
+    """cases/case_N.py: OWNER and NAME (the function's place), probes(), and MISTAKES. A probe is
+    (its name in English, in Chinese, a function)."""
     return load(FOLDER / f"cases/case_{number}.py")
 
 
@@ -129,21 +130,42 @@ def verdict(case: ModuleType, function: Callable, language: str) -> tuple[str, d
         return "empty", {"name": case.NAME}
     if not all(map(same, got, answers(case, function))):
         return "unseeded", {}
-    best, most = None, 0
-    for old, new, english, chinese in case.MISTAKES:
-        theirs = answers(case, with_mistake(case, old, new))
-        if same(theirs[first], got[first]) and not same(theirs[first], want[first]):
-            equal = sum(map(same, theirs, got))
-            if equal > most:
-                best, most = {"en": english, "zh": chinese}[language], equal
-    if best:
-        return "mistake", {"what": best}
+    mistake = name_mistake(case, want, got, first)
+    if mistake:
+        return "mistake", {"what": mistake[language]}
     if isinstance(got[first], Exception) and not isinstance(want[first], Exception):
         return "broken", {"line": line_of(got[first], function),
                           "error": f"{type(got[first]).__name__}: {got[first]}"}
     english, chinese, _ = case.probes()[first]
     probe = {"en": english, "zh": chinese}[language]
     return "differs", {"probe": probe, **difference(want[first], got[first])}
+
+
+def name_mistake(case: ModuleType, want: list, got: list, first: int) -> dict | None:
+    """The typical mistake that explains the first wrong answer, in both languages, or None.
+
+    A mistake is (test, English, Chinese) or (old, new, English, Chinese). A test gets all answers
+    that are not exceptions, by the probes' English names. Else the project's function is run with
+    `old` replaced by `new`; of several that explain it, the one that agrees in most probes counts.
+    """
+    by_name = {}
+    for (name, _, _), value in zip(case.probes(), got, strict=True):
+        if not isinstance(value, Exception):
+            by_name[name] = value
+    found, most = None, 0
+    for *change, english, chinese in case.MISTAKES:
+        if callable(change[0]):
+            try:
+                agreeing = len(got) + 1 if change[0](by_name) else 0
+            except (KeyError, ValueError, IndexError):  # an answer is missing, or has another shape
+                agreeing = 0
+        else:
+            theirs = answers(case, with_mistake(case, *change))
+            explains = same(theirs[first], got[first]) and not same(theirs[first], want[first])
+            agreeing = sum(map(same, theirs, got)) if explains else 0
+        if agreeing > most:
+            found, most = {"en": english, "zh": chinese}, agreeing
+    return found
 
 
 def line_of(error: Exception, function: Callable) -> int:
