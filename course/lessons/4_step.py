@@ -58,10 +58,10 @@ print(f"loss {loss.item():.2f}, logarithm of {len(tokenizer)}: {math.log(len(tok
 print("predicted", tuple(predicted.shape), "of the first sample", predicted[0].tolist())
 print("true     ", tuple(true.shape), "of the first sample", true[0].tolist())
 # %% en
-# **What you saw.** 6.81, near the logarithm 6.65. This is the cheapest check there is: a random model whose first loss is
+# **What you saw.** 6.79, near the logarithm 6.65. This is the cheapest check there is: a random model whose first loss is
 # far from it compares the wrong things. These are the lines that compare the right ones:
 # %% zh
-# **看到了什么。** 6.81，接近对数 6.65。这是最便宜的检查：随机权重的模型，如果第一个损失离它很远，就是比错了东西。下面几行比的才是对的：
+# **看到了什么。** 6.79，接近对数 6.65。这是最便宜的检查：随机权重的模型，如果第一个损失离它很远，就是比错了东西。下面几行比的才是对的：
 # %%
 show(VLA.forward, "first = ", "loss = ")
 # %% en
