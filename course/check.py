@@ -10,6 +10,7 @@ the project's own files changes.
 """
 
 import argparse
+import functools
 import importlib.util
 import inspect
 import os
@@ -29,14 +30,14 @@ import numpy as np
 
 WORDS = {
     "en": {"right": "right: {name} does what the project's own does",
-           "made": "write the body of {name} in {path}, then run this command again",
+           "made": "exercise {number} write the function in {path}, then run this command again",
            "empty": "the body of {name} in {path} is still to be written",
            "broken": "line {line}: {error}", "mistake": "{what}",
            "unseeded": "two calls with the same arguments give different results: the result must depend on "
                        "the arguments and the seed alone",
            "differs": "{probe}: {where}expected {want}, got {got}"},
     "zh": {"right": "正确：{name} 和项目自己的函数结果一致",
-           "made": "请在 {path} 里写出 {name} 的函数体，然后再运行这条命令",
+           "made": "exercise {number} 请在 {path} 里写出函数体，然后再运行这条命令",
            "empty": "{path} 里 {name} 的函数体还没有写",
            "broken": "第 {line} 行：{error}", "mistake": "{what}",
            "unseeded": "同样的参数调用两次，结果不同：结果只能由参数和种子决定",
@@ -55,6 +56,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+@functools.cache
 def load_case(number: int) -> ModuleType:
     """cases/case_N.py: OWNER and NAME (the function's place), probes(), and MISTAKES. A probe is
     (its name in English, in Chinese, a function)."""
@@ -107,6 +109,12 @@ def answers(case: ModuleType, function: Callable) -> list:
     return found
 
 
+@functools.cache
+def mistaken_answers(case: ModuleType, old: str, new: str) -> list:
+    """`answers` of the project's function with one change to its source."""
+    return answers(case, with_mistake(case, old, new))
+
+
 def same(first, second) -> bool:
     """Are two answers equal, but for rounding?"""
     if isinstance(first, Exception) or isinstance(second, Exception):
@@ -145,13 +153,15 @@ def name_mistake(case: ModuleType, want: list, got: list, first: int) -> dict | 
     """The typical mistake that explains the first wrong answer, in both languages, or None.
 
     A mistake is (test, English, Chinese) or (old, new, English, Chinese). A test gets all answers
-    that are not exceptions, by the probes' English names. Else the project's function is run with
+    that are not exceptions, by the probes' English names, and as "first" the first wrong one's name.
+    Else the project's function is run with
     `old` replaced by `new`; of several that explain it, the one that agrees in most probes counts.
     """
     by_name = {}
     for (name, _, _), value in zip(case.probes(), got, strict=True):
         if not isinstance(value, Exception):
             by_name[name] = value
+    by_name["first"] = case.probes()[first][0]
     found, most = None, 0
     for *change, english, chinese in case.MISTAKES:
         if callable(change[0]):
@@ -160,7 +170,7 @@ def name_mistake(case: ModuleType, want: list, got: list, first: int) -> dict | 
             except (KeyError, ValueError, IndexError):  # an answer is missing, or has another shape
                 agreeing = 0
         else:
-            theirs = answers(case, with_mistake(case, *change))
+            theirs = mistaken_answers(case, *change)
             explains = same(theirs[first], got[first]) and not same(theirs[first], want[first])
             agreeing = sum(map(same, theirs, got)) if explains else 0
         if agreeing > most:
@@ -218,8 +228,7 @@ def main() -> None:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         shutil.copy(FOLDER / f"exercises/exercise_{args.number}.py", path)
-        name = load_case(args.number).NAME
-        print(WORDS[language]["made"].format(name=name, path=os.path.relpath(path)))
+        print(WORDS[language]["made"].format(number=args.number, path=os.path.relpath(path)))
         sys.exit(1)
     right, line = check(args.number, path, language)
     print(line)

@@ -5,25 +5,23 @@
 # the right one?**
 #
 # Read `Policy.predict_action` and `tokens_of` in `act.py`. First a policy is needed: the next cell trains the demo's model
-# for 200 steps of 32 samples, some three minutes on two free CPU cores (a third of a minute if it has been trained before).
+# for 200 steps of 32 samples, some three minutes on two free CPU cores, unless it has been trained before.
 # %% zh
 # # 6. 执行动作：从词元变回米
 #
 # 训练好的模型拿到一张图像和一句话。**动作是怎么出来的？还要知道什么，动作才是对的？**
 #
-# 请看 `act.py` 的 `Policy.predict_action` 和 `tokens_of`。首先要有一个策略：下一格把演示模型训练 200 步，每步 32 个样本，两个空闲的 CPU 核大约三分钟（以前训练过就只要二十秒）。
+# 请看 `act.py` 的 `Policy.predict_action` 和 `tokens_of`。首先要有一个策略：下一格把演示模型训练 200 步，每步 32 个样本，两个空闲的 CPU 核大约三分钟；以前训练过就不再训练。
 # %%
 import json
-import subprocess
 
-command = [sys.executable, "train_vla.py", "--config", "configs/demo.yaml", "--deepspeed_config", "ds_configs/cpu.json",
-           "--set", "vla_id=course", "max_steps=200", "global_batch_size=32", "keep_checkpoints=1"]
-log = subprocess.run(command, capture_output=True, text=True)
-assert log.returncode == 0, log.stdout[-2000:] + log.stderr[-2000:]
-run = Path("runs/course+n1+b32+x7")
+from course.begin import demo_policy
+
+show(demo_policy, "command =", "keep_checkpoints")
+run = demo_policy()
 lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 held_out = next(line for line in reversed(lines) if "eval/accuracy" in line)
-print(f"held-out accuracy {held_out['eval/accuracy']:.2f}, "
+print(f"\nheld-out accuracy {held_out['eval/accuracy']:.2f}, "
       f"of the most frequent bins {held_out['eval/accuracy_of_most_frequent_bin']:.2f}")
 # %% en
 # ## One action
