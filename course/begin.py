@@ -19,7 +19,7 @@ def show(thing, first: str = "", last: str = "") -> None:
     if last:
         stop = next(i for i, line in enumerate(lines) if i >= start and last in line) + 1
     text = textwrap.dedent("".join(lines[start:stop])).rstrip()
-    print(f"{Path(inspect.getsourcefile(thing)).relative_to(ROOT)}, from line {number + start}\n")
+    print(f"{Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT)}, from line {number + start}\n")
     print(text)
 
 

@@ -144,7 +144,8 @@ def three_lines(source: str) -> list[str]:
 @pytest.mark.parametrize("lesson", LESSONS, ids=[path.stem for path in LESSONS])
 def test_figures_are_printed(lesson, folder):
     """The committed notebook belongs to its lesson, was run without an error, and prints the figures
-    that its text quotes: every number with a decimal point or a thousands comma, or of four digits."""
+    that its text quotes: every number with a decimal point or a thousands comma, or of four digits.
+    Its links lead to files."""
     book = json.loads((COURSE / folder / f"{lesson.stem}.ipynb").read_text())
     source = lesson.read_text()
     outputs, texts = "", []
@@ -157,6 +158,8 @@ def test_figures_are_printed(lesson, folder):
         for output in cell["outputs"]:
             assert output["output_type"] != "error"
             outputs += "".join(output.get("text", ""))
+    for link in re.findall(r"\]\(([\w/.+-]+)\)", "".join(texts)):
+        assert (COURSE / folder / link).exists(), link
     saw = [text for text in texts if "What you saw" in text or "看到了什么" in text]
     assert len(saw) >= 1
     for text in saw:
@@ -168,6 +171,29 @@ def test_figures_are_printed(lesson, folder):
 def source_numbers(book: dict) -> str:
     """The code, whose numbers the text may repeat."""
     return "".join("".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code")
+
+
+@pytest.mark.parametrize("folder", ["course", "course/zh", "elsewhere"])
+def test_the_first_cell_finds_the_project(folder, tmp_path):
+    """From a notebook's folder, and from Colab's: there, the project is a folder beside the notebook."""
+    book = json.loads((COURSE / "1_number.ipynb").read_text())
+    first = next("".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code")
+    here = ROOT / folder
+    if folder == "elsewhere":
+        here = tmp_path
+        (tmp_path / "zerovla").symlink_to(ROOT)
+    code = first + "\nimport inspect\nprint(Path.cwd().resolve(), inspect.getsourcefile(show))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(ROOT), str(COURSE / "begin.py")] or folder == "elsewhere"
+    assert found.stdout.startswith(str(ROOT))
+
+
+def test_the_two_readmes_agree():
+    """Commands, exercises, and numbers."""
+    pages = [(COURSE / name).read_text() for name in ("README.md", "README.zh.md")]
+    for pattern in (r"```\w+\n.*?```", r"\| `[\w.]+` \| [\d.]+ \|", r"(?<![\w.])\d+(?= (?:seconds|秒))"):
+        english, chinese = (re.findall(pattern, page, re.DOTALL) for page in pages)
+        assert english == chinese and english, pattern
 
 
 def test_it_is_small():

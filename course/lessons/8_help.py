@@ -148,7 +148,7 @@ for way in ("demonstrations", "help"):
     for repeat in range(3):
         rng = np.random.default_rng(repeat)
         seed = 1000 * repeat
-        seen, tokens = [], []
+        seen, tokens, student = [], [], None
         for number in range(3):  # ten episodes each: the first demonstrations, then two rounds
             for _ in range(10):
                 steps = int(rng.integers(1, 20)) if way == "help" and number else 0
