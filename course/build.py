@@ -87,7 +87,12 @@ def run(book: nbformat.NotebookNode) -> list[list]:
     outputs = []
     for cell in book.cells:
         if cell.cell_type == "code":
-            outputs.append([one for one in cell.outputs if one.get("name") != "stderr"])
+            kept = [one for one in cell.outputs if one.get("name") != "stderr"]
+            printed = "".join(one["text"] for one in kept if one.output_type == "stream")
+            kept = [one for one in kept if one.output_type != "stream"]
+            if printed:  # it came in pieces, by the clock
+                kept.insert(0, nbformat.v4.new_output("stream", name="stdout", text=printed))
+            outputs.append(kept)
     return outputs
 
 

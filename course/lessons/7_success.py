@@ -103,8 +103,8 @@ for name, spoil in SPOILERS.items():
     print(f"{name} accuracy {np.mean([right for _, right in episodes]):.2f}, success {counted['successes']} of 40 "
           f"({low:.0%} to {high:.0%})")
 # %% en
-# **What you saw.** The policy that was never right succeeded as often as the expert. The one whose tokens were right three
-# times in four failed nearly always, because the fourth number was the one that mattered. The percentages are the 95% interval:
+# **What you saw.** The policy that was never right (0.00) succeeded in 40 of 40, as the expert did. The one whose tokens were
+# right three times in four (0.75) failed in all 40, because the fourth number was the one that mattered. The percentages are the 95% interval:
 # with 40 episodes, do not believe in small differences.
 #
 # ## Broken on purpose
@@ -112,7 +112,7 @@ for name, spoil in SPOILERS.items():
 # A real policy goes wrong at its inputs and outputs. `break.py` gives the trained policy one wrong input at a time.
 # **Predict:** which of the eight rows can you tell from the first by its accuracy?
 # %% zh
-# **看到了什么。** 从来没对过的策略，成功次数和专家一样；四个词元对三个的策略几乎全部失败，因为错的那个数正好要紧。百分比是 95% 区间：只有 40 个回合时，别相信小的差别。
+# **看到了什么。** 从来没对过的策略 (0.00) 和专家一样，40 次全部成功；四个词元对三个的策略 (0.75) 40 次全部失败，因为错的那个数正好要紧。百分比是 95% 区间：只有 40 个回合时，别相信小的差别。
 #
 # ## 故意弄坏
 #
@@ -126,8 +126,9 @@ run = demo_policy()  # of lesson 6
 command = [sys.executable, "examples/break/break.py", "--checkpoint", str(run), "--frames", "160"]
 print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 # %% en
-# **What you saw.** Wrong pictures and words cost accuracy. The last two rows have the very accuracy of the first: the tokens
-# are right, and what is made of them is not. `size` shows the robot that hardly moves, `error` both. And in
+# **What you saw.** Wrong pictures and words cost accuracy, some of them little: swapped colors 0.483 to 0.442. The last two rows
+# have the very accuracy of the first: the tokens are right, and what is made of them is not. `size` shows the robot that hardly
+# moves (0.016), and `error` both. And in
 # [the table of its README](../examples/break/README.md), where a better-trained policy also acted, the very last row even *succeeds*
 # as often as the first: none of those six tasks needs the gripper.
 #
@@ -149,7 +150,7 @@ print(subprocess.run(command, capture_output=True, text=True, check=True).stdout
 #
 # Next: [8. A policy that asks for help](8_help.ipynb)
 # %% zh
-# **看到了什么。** 图像和文字错了，准确率会掉。最后两行的准确率和第一行完全一样：词元是对的，错在拿它们做了什么。`size` 能看出几乎不动的机器人，`error` 两者都能看出来。在[它的 README 的表](../../examples/break/README.md)里，一个训练得更久的策略也真正动了起来：最后一行连*成功率*都和第一行一样，因为那六个任务都用不到夹爪。
+# **看到了什么。** 图像和文字错了，准确率会掉，有的掉得很少：红蓝互换只从 0.483 掉到 0.442。最后两行的准确率和第一行完全一样：词元是对的，错在拿它们做了什么。`size` 能看出几乎不动的机器人 (0.016)，`error` 两者都能看出来。在[它的 README 的表](../../examples/break/README.md)里，一个训练得更久的策略也真正动了起来：最后一行连*成功率*都和第一行一样，因为那六个任务都用不到夹爪。
 #
 # 准确率低，说明策略不好；只有真正执行，才能说明它好。
 #
