@@ -57,13 +57,14 @@ print("action    ", policy.predict_action(images[0], texts[0]).round(3))
 print("recorded  ", recorded[0].round(3))
 # %% en
 # **What you saw.** Four tokens took 4 passes through the language model: the first reads the picture and the prompt, and each
-# further one only the token before it. The normalized numbers then became an action in the robot's own units.
+# further one only the token before it. The normalized numbers then became an action in the robot's own units. In this frame
+# the first number has the wrong sign: a policy that was trained for three minutes is often wrong.
 #
 # ## Back to the robot's units
 #
 # The model's numbers lie between -1 and 1. What they mean is written beside the weights, in `dataset_statistics.json`:
 # %% zh
-# **看到了什么。** 四个词元，经过语言模型 4 次：第一次读图像和提示词，之后每次只读前一个词元。归一化的数再变成机器人自己单位的动作。
+# **看到了什么。** 四个词元，经过语言模型 4 次：第一次读图像和提示词，之后每次只读前一个词元。归一化的数再变成机器人自己单位的动作。这一帧里第一个数的符号是错的：只训练了三分钟的策略经常会错。
 #
 # ## 变回机器人的单位
 #
@@ -89,7 +90,7 @@ for name, used in (("its own statistics", stats), ("another robot's   ", small))
     print(name, f"mean size of a movement {np.abs(actions[:, :3]).mean():.3f}, "
           f"mean error {np.abs(actions - recorded).mean():.3f}")
 # %% en
-# **What you saw.** The accuracy did not change: it only compares tokens. The movements became tiny. Such a robot creeps in the
+# **What you saw.** The accuracy did not change: it only compares tokens. The movements became tiny, 0.013 instead of 0.441. Such a robot creeps in the
 # right direction until time is up, and no number in the training's log shows it. Statistics are half of the model.
 #
 # ## Exercise 6
@@ -107,7 +108,7 @@ for name, used in (("its own statistics", stats), ("another robot's   ", small))
 #
 # Next: [7. Why success is not accuracy](7_success.ipynb)
 # %% zh
-# **看到了什么。** 准确率没变：它只比较词元。动作却变得极小。这样的机器人朝正确的方向一点点挪，直到时间用完，而训练日志里没有一个数能看出来。统计量是模型的另一半。
+# **看到了什么。** 准确率没变：它只比较词元。动作却变得极小：0.013，而不是 0.441。这样的机器人朝正确的方向一点点挪，直到时间用完，而训练日志里没有一个数能看出来。统计量是模型的另一半。
 #
 # ## 练习 6
 #
