@@ -49,11 +49,11 @@ for number in (-1.0, 0.0, 0.300, 0.301, 0.303, 0.998, 1.0, 1.7):
 # ## How much is lost?
 #
 # **Predict:** the bins are about 2/255 wide. What is the largest error that encoding and decoding can make? The cell
-# measures it on real actions, the 2,958 frames of the demo's robot. And what would 8 bins cost, or 2,048?
+# measures it on real actions, the 2,958 frames of the demo's robot. And what would 8 bins cost, or 2048?
 # %% zh
 # ## 损失了多少精度？
 #
-# **猜一猜：** 每个区间宽约 2/255，编码再解码，误差最大是多少？下一格用真实的动作来量：演示机器人的 2,958 帧。如果只用 8 个区间呢？2,048 个呢？
+# **猜一猜：** 每个区间宽约 2/255，编码再解码，误差最大是多少？下一格用真实的动作来量：演示机器人的 2,958 帧。如果只用 8 个区间呢？2048 个呢？
 # %%
 from action_tokenizer import normalize
 from data import open_tables
@@ -70,9 +70,9 @@ for bins in (8, 32, 256, 2048):
 # %% en
 # **What you saw.** With 256 bins the largest error is 0.0039, half a bin. On an arm that moves at most 2 cm per step, that
 # is less than a tenth of a millimeter. More bins would be finer, but each would be seen less often: 11.6 frames per bin
-# with 256, and 1.4 with 2,048. A word that the model has seen once is hard to learn.
+# with 256, and 1.4 with 2048. A word that the model has seen once is hard to learn.
 # %% zh
-# **看到了什么。** 用 256 个区间，最大误差是 0.0039，即半个区间。如果机械臂每步最多移动 2 厘米，这还不到十分之一毫米。区间再多会更细，但每个区间的样本更少：256 个时平均 11.6 帧，2,048 个时只有 1.4 帧。只见过一次的词很难学会。
+# **看到了什么。** 用 256 个区间，最大误差是 0.0039，即半个区间。如果机械臂每步最多移动 2 厘米，这还不到十分之一毫米。区间再多会更细，但每个区间的样本更少：256 个时平均 11.6 帧，2048 个时只有 1.4 帧。只见过一次的词很难学会。
 # %% en
 # ## Which numbers should be -1 and 1?
 #

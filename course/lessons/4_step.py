@@ -109,14 +109,14 @@ for step in range(31):
     torch.nn.utils.clip_grad_norm_(vla.parameters(), cfg.max_grad_norm)
     optimizer.step()
 # %% en
-# **What you saw.** The loss on its own 16 samples falls much further than on the others: a model of 4.9 million
+# **What you saw.** The loss on its own 16 samples falls much further than on the others: a model of a few million
 # weights learns 16 samples by heart. That is why a real run sees new samples in each step.
 #
 # ## The project's loop
 #
 # Your loop had five lines. This is the one that trains on eight GPUs:
 # %% zh
-# **看到了什么。** 在自己的 16 个样本上，损失降得比在别的样本上多得多：490 万个权重的模型，把 16 个样本背下来了。所以真正的训练每一步都看新样本。
+# **看到了什么。** 在自己的 16 个样本上，损失降得比在别的样本上多得多：几百万个权重的模型，把 16 个样本背下来了。所以真正的训练每一步都看新样本。
 #
 # ## 本项目的循环
 #
