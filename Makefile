@@ -11,7 +11,7 @@ rollout: .venv/examples  # let what "make demo" has trained act in the simulator
 break: .venv/core  # tell what "make demo" has trained something wrong, and see what notices (two minutes)
 	python examples/break/break.py
 
-course: .venv/course  # build and run the notebooks of course/ (some 15 minutes on two CPU cores)
+course: .venv/course  # build and run the notebooks of course/ (half an hour on two busy CPU cores)
 	python course/build.py
 
 test: .venv/dev  # nearly everything, on the CPU

@@ -14,6 +14,7 @@ from students import ANSWERS
 
 COURSE = ROOT / "course"
 NUMBERS = range(1, 9)
+STALE = "the lesson has changed: run python course/build.py"
 LESSONS = sorted((COURSE / "lessons").glob("*.py"))
 
 
@@ -147,20 +148,28 @@ def test_figures_are_printed(lesson, folder):
     that its text quotes: every number with a decimal point or a thousands comma, or of four digits.
     Its links lead to files."""
     book = json.loads((COURSE / folder / f"{lesson.stem}.ipynb").read_text())
-    source = lesson.read_text()
-    outputs, texts = "", []
+    outputs, texts, codes = "", [], []
     for cell in book["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            texts.append(text.partition("<details>")[0])
+            texts.append(text)
             continue
-        assert text in source or "Run this cell first" in text, "run python course/build.py"
+        codes.append(text)
         for output in cell["outputs"]:
             assert output["output_type"] != "error"
             outputs += "".join(output.get("text", ""))
-    for link in re.findall(r"\]\(([\w/.+-]+)\)", "".join(texts)):
+    for part in lesson.read_text().split("# %%")[1:]:
+        kind, _, body = part.partition("\n")
+        if not kind.strip():
+            assert body.strip() in codes, STALE
+        elif kind.strip() == (folder or "en"):
+            lines = [line.removeprefix("#").removeprefix(" ") for line in body.partition("{answer}")[0].split("\n")]
+            assert "\n".join(lines).strip("# \n") in "\n".join(texts), STALE
+    assert len(codes) == 1 + lesson.read_text().count("# %%\n"), STALE
+    prose = re.sub(r"```.*?```", "", "\n".join(texts), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([\w/.+-]+)\)", prose):
         assert (COURSE / folder / link).exists(), link
-    saw = [text for text in texts if "What you saw" in text or "看到了什么" in text]
+    saw = [text.partition("<details>")[0] for text in texts if "What you saw" in text or "看到了什么" in text]
     assert len(saw) >= 1
     for text in saw:
         for figure in re.findall(r"(?<![\w.])\d+\.\d+|\d{1,3}(?:,\d{3})+|(?<![\w.])\d{4,}", text):
