@@ -11,6 +11,9 @@ rollout: .venv/examples  # let what "make demo" has trained act in the simulator
 break: .venv/core  # tell what "make demo" has trained something wrong, and see what notices (two minutes)
 	python examples/break/break.py
 
+course: .venv/course  # build and run the notebooks of course/ (half an hour on two busy CPU cores)
+	python course/build.py
+
 test: .venv/dev  # nearly everything, on the CPU
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadscope
 
@@ -35,4 +38,8 @@ check: .venv/dev
 	pip install -r examples/metaworld/requirements.txt -c constraints.txt
 	touch $@
 
-.PHONY: demo rollout break test slow check
+.venv/course: .venv/core course/requirements.txt
+	pip install -r course/requirements.txt -c constraints.txt
+	touch $@
+
+.PHONY: course demo rollout break test slow check

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 COUNT = runpy.run_path(str(ROOT / "docs/count.py"))
-PAGES = [path.relative_to(ROOT).as_posix() for folder in ("", "docs", "bench", "ds_configs", "deploy", "examples/*")
+PAGES = [path.relative_to(ROOT).as_posix() for folder in ("", "docs", "bench", "course", "ds_configs", "deploy", "examples/*")
          for path in ROOT.glob(f"{folder}/*.md".lstrip("/"))]
 PAIRS = [("README.md", "README.zh.md"), ("docs/tour.md", "docs/tour.zh.md"),
          ("deploy/README.md", "deploy/README.zh.md")]
