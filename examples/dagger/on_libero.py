@@ -79,7 +79,7 @@ def make_base(args, clock: Clock) -> Path:
     clock.stage("record", functools.partial(recipe, [
         RECIPE, "data", "--tasks", *args.tasks, "--workers", args.workers]))
     clock.stage("train base", functools.partial(recipe, [
-        RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", f"save_interval={args.base_steps // 2}"]))
+        RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", "save_interval=500"]))
     return args.out / "runs/libero_scripted-seed7--image_aug"
 
 

@@ -72,7 +72,7 @@ def make_base(args, clock: Clock) -> Path:
     clock.stage("record", functools.partial(recipe, [
         RECIPE, "data", "--tasks", *args.tasks, "--workers", args.workers]))
     clock.stage("train base", functools.partial(recipe, [
-        RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", f"save_interval={args.base_steps // 2}"]))
+        RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", "save_interval=500"]))
     return args.out / "runs/metaworld_mt50-seed7"
 
 
@@ -118,6 +118,6 @@ def results(folder: Path) -> tuple[dict, str] | None:
 if __name__ == "__main__":
     with exit_with_one_line():
         play_rounds(parse_arguments(__doc__, "runs/dagger_mt50", tasks=["mt50"], execute=4, episodes=1000,
-                                    steps=2500, base_steps=4000, learning_rate=4e-4, trials=10,
+                                    repeat=3, steps=2500, base_steps=4000, learning_rate=4e-4, trials=10,
                                     play="--trials 10 --seeds 0 1 2"),
                     make_base, collect_round, play, results)

@@ -46,6 +46,8 @@ def parse_arguments(doc: str, out: str, **defaults) -> argparse.Namespace:
         parser.add_argument("--tasks", nargs="+", help="as in the simulator's make_dataset.py")
     parser.add_argument("--rounds", type=int, default=1, help="0: only play the base")
     parser.add_argument("--episodes", type=int, help="collected in a round")
+    parser.add_argument("--repeat", type=int, default=1,
+                        help="how often a collected episode is in the data, so that a few of them count")
     parser.add_argument("--steps", type=int, help="of training in a round")
     parser.add_argument("--base_steps", type=int, help="of training the base")
     parser.add_argument("--learning_rate", type=float, help="the highest of a round's training")
@@ -106,7 +108,7 @@ def play_rounds(args: argparse.Namespace, make_base: Callable, collect_round: Ca
     """
     args.out = args.out.resolve()
     arm = args.out / (args.control or "dagger")
-    known = ("episodes", "steps", "learning_rate", "execute", "trials")
+    known = ("episodes", "repeat", "steps", "learning_rate", "execute", "trials")
     closed_loop.open_folder(arm, {key: getattr(args, key) for key in known})
     clock = Clock(args.out / "clock.json")
     base = args.base.resolve() if args.base else make_base(args, clock)
@@ -119,7 +121,7 @@ def play_rounds(args: argparse.Namespace, make_base: Callable, collect_round: Ca
         if args.control != "training":
             clock.stage(f"{arm.name} collect {number}", functools.partial(
                 in_process, collect_round, checkpoint, folder, number, args, base))
-            collected.append(find_dataset(folder / "new", dataset.parent.name))
+            collected += [find_dataset(folder / "new", dataset.parent.name)] * args.repeat
             data_root = folder / "datasets"
             path = data_root / dataset.parent.name / dataset.name
             if not path.exists():
@@ -170,7 +172,8 @@ def training(base: Path, cfg: TrainConfig, checkpoint: Path, data_root: str | Pa
     settings = [f"data_root_dir={data_root}", f"run_root_dir={folder}", "run_id=run",
                 f"pretrained_checkpoint={checkpoint}", "is_resume=false", "pretrained_backbones=false",
                 f"seed={cfg.seed + number}", f"max_steps={args.steps}", f"learning_rate={args.learning_rate}",
-                f"save_interval={-(-args.steps // 4)}", "eval_interval=0"]
+                f"save_interval={-(-args.steps // 4)}", "eval_interval=0",
+                f"accept={json.dumps([*cfg.accept, 'episode_twice'])}"]  # of --repeat
     run = run_directory(load_config(config, settings))
     return [sys.executable, PROJECT / "train_vla.py", "--config", config, "--deepspeed_config",
             base / "ds_config.json", "--set", *settings], run
