@@ -21,13 +21,14 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 from test_own_robot_example import STATE, PaperArm
+from test_serve import serving
 
 from examples.dagger import collecting, rounds
 from machinery.config import Recipe
 from machinery.frames import find_dataset, frame_table
 from machinery.rlds import Steps, read_records, step_features
 
-OURS = ("robot", "record", "drive", "ask_for_help")
+OURS = ("robot", "record", "drive", "ask_for_help", "take_over")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def folder(tmp_path, monkeypatch):
     """A folder of the example with another robot, first on Python's path."""
     own = tmp_path / "examples/own_robot"
     own.mkdir(parents=True)
-    for name in ("record", "drive", "ask_for_help"):
+    for name in OURS[1:]:
         shutil.copy(ROOT / f"examples/own_robot/{name}.py", own)
     (own / "robot.py").write_text(f"import numpy as np\nSTATE = np.array({STATE.tolist()})\n"
                                   f"{inspect.getsource(PaperArm)}\nArm = PaperArm\n")
@@ -222,3 +223,31 @@ def test_the_command_continues_where_it_was_killed(base, folder, tmp_path):
     assert "dagger, round 1: evaluation" in control.stdout and (out / "success.png").exists()
     other = subprocess.run([*map(str, command), "--episodes", "31"], text=True, capture_output=True)
     assert other.returncode == 1 and "conditions" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_person_takes_over(base, tmp_path, monkeypatch, capsys, plain_run):
+    """Enter, and from there the person's part is recorded; no key, and nothing is; q, and it ends."""
+    module = importlib.import_module("take_over")
+    hands, keyboard = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+    passed = []
+
+    def sleep(seconds: float) -> None:
+        passed.append(seconds)
+        keyboard.write({3: "\n", 50: "q\n"}.get(len(passed), ""))  # in the first episode and in the third
+        keyboard.flush()
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(sys, "stdin", hands)
+    with serving(base, tmp_path) as (_, port, _log):
+        monkeypatch.setattr(sys, "argv", ["take_over.py", "--run", str(base), "--url", f"http://127.0.0.1:{port}",
+                                          "--out", str(tmp_path / "helped")])
+        module.main()
+    assert len(passed) == 50
+    (mine,) = episodes(tmp_path / "helped/new/my_robot/1.0.0")
+    check_experts([mine])
+    assert not np.allclose(mine["state"][0], STATE)  # the policy was there before
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    done = plain_run(command[3], *command[4:], "max_steps=1")
+    assert done.returncode == 0, done.text
+    assert len(episodes(tmp_path / "helped/datasets/my_robot/1.0.0")) == 9

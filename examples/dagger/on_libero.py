@@ -9,6 +9,7 @@ examples/dagger/rounds.py has the loop.
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def make_base(args, clock: Clock) -> Path:
         RECIPE, "data", "--tasks", *args.tasks, "--workers", args.workers]))
     clock.stage("train base", functools.partial(recipe, [
         RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", "save_interval=500"]))
-    return args.out / "runs/libero_scripted-seed7--image_aug"
+    seed = os.environ.get("SEED", "7")  # as recipe.sh has it
+    return args.out / f"runs/libero_scripted-seed{seed}--image_aug"
 
 
 def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path) -> None:

@@ -8,10 +8,12 @@ are those of examples/metaworld/recipe.sh. Read record; examples/dagger/rounds.p
 
 import functools
 import json
+import os
 import sys
 from collections import deque
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for each simulator; there is one per core
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "examples/metaworld")]  # the modules of both
 
@@ -73,7 +75,8 @@ def make_base(args, clock: Clock) -> Path:
         RECIPE, "data", "--tasks", *args.tasks, "--workers", args.workers]))
     clock.stage("train base", functools.partial(recipe, [
         RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", "save_interval=500"]))
-    return args.out / "runs/metaworld_mt50-seed7"
+    seed = os.environ.get("SEED", "7")  # as recipe.sh has it
+    return args.out / f"runs/metaworld_mt50-seed{seed}"
 
 
 def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path) -> None:
@@ -83,7 +86,8 @@ def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path)
 
     from data import open_tables
 
-    player = Player(str(checkpoint), None, args.execute, "cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    player = Player(str(checkpoint), None, args.execute, "cuda" if gpu else "cpu")
     player.together *= 4  # one trial of each task, instead of ten
     cfg, dataset = settings_of(base)
     ((*_, table),) = open_tables(cfg)
@@ -95,8 +99,9 @@ def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path)
         # the control's policy plays no step
         longest[task] = 0 if args.control else 2 * float(own.mean())
     job = {"recording": player.recording, "window": player.cfg.window_size, "longest": longest}
+    # with a GPU, one simulator computes while another waits for its answer
     collect(dataset, folder, player.act, record, succeeds, job, tasks, number, args.episodes, args.trials,
-            args.workers)
+            args.workers * (2 if gpu else 1))
 
 
 def play(checkpoint: Path, folder: Path, args) -> None:

@@ -108,8 +108,8 @@ def play_rounds(args: argparse.Namespace, make_base: Callable, collect_round: Ca
     """
     args.out = args.out.resolve()
     arm = args.out / (args.control or "dagger")
-    known = ("episodes", "repeat", "steps", "learning_rate", "execute", "trials")
-    closed_loop.open_folder(arm, {key: getattr(args, key) for key in known})
+    known = {"tasks", "episodes", "repeat", "steps", "learning_rate", "execute", "trials"} & vars(args).keys()
+    closed_loop.open_folder(arm, {key: getattr(args, key) for key in sorted(known)})
     clock = Clock(args.out / "clock.json")
     base = args.base.resolve() if args.base else make_base(args, clock)
     cfg, dataset = settings_of(base)

@@ -100,10 +100,13 @@ def answers_of(checkpoint: Path, execute: int):
 def make_base(args, clock: Clock) -> Path:
     """Record 100 demonstrations, and train on them, too few for the task."""
     datasets, run = args.out / "datasets", args.out / "base/run"
-    if not (datasets / TASK).exists():
-        clock.stage("record", functools.partial(call, [
-            sys.executable, PROJECT / "examples/own_robot/record.py", "--episodes", 100, "--val_episodes", 30,
-            "--out", datasets]))
+
+    def record_some() -> None:
+        if not (datasets / TASK / "1.0.0").exists():
+            call([sys.executable, PROJECT / "examples/own_robot/record.py", "--episodes", 100,
+                  "--val_episodes", 30, "--out", datasets])
+
+    clock.stage("record", record_some)
     clock.stage("train base", functools.partial(call, [
         sys.executable, PROJECT / "train_vla.py", "--config", PROJECT / "configs/my_robot.yaml",
         "--deepspeed_config", PROJECT / "ds_configs/cpu.json", "--set", f"data_root_dir={datasets}",
