@@ -5,7 +5,7 @@
 Records demonstrations, trains a policy that is not good, lets it play, and has the expert finish
 200 of its episodes from wherever it got to. Then it trains on, with these episodes among the
 others, and plays again. README.md has the figures, and what to change for a person and a real
-robot. Read rest_of_episode. examples/dagger/rounds.py has the loop, and explains the options.
+robot. Read record. examples/dagger/rounds.py has the loop, and explains the options.
 """
 
 import functools
@@ -21,6 +21,7 @@ from machinery.config import PROJECT, exit_with_one_line  # first: it names a mi
 
 import numpy as np
 from drive import CAMERAS, FIRST_SEED, HELD, STEPS
+from record import rest_of_episode
 from robot import Arm
 
 from examples import closed_loop
@@ -28,7 +29,6 @@ from examples.dagger.collecting import answering, ask, collect, measure, takeove
 from examples.dagger.rounds import Clock, call, parse_arguments, play_rounds, settings_of
 from machinery.files import atomic
 
-HOLD = 3  # steps recorded after the goal is reached, as in record.py
 TASK = "my_robot"  # all three discs are one task here
 
 
@@ -59,26 +59,14 @@ def succeeds(task: str, seed: int, job: dict) -> bool:
 
 
 def record(task: str, seed: int, job: dict) -> dict | None:
-    """An episode in which the policy begins and the expert ends, or None if it needed no help."""
+    """An episode in which the policy begins and the expert ends, with its part only. None if the
+    policy needed no help."""
     robot = arm()
     robot.reset(seed)
     solved = play_some(robot, job["address"], takeover(seed, job["longest"]))
     if solved and solved[-1]:
         return None
     return {"steps": rest_of_episode(robot)}
-
-
-def rest_of_episode(robot: Arm) -> list[dict]:
-    """What the expert sees and does until the goal is held: the part that is recorded. With a real
-    robot, a person takes over here."""
-    steps, held = [], 0
-    while held < HOLD:
-        seen, action = robot.look(), robot.expert()
-        steps.append({"observation": {**seen["images"], "state": seen["state"]}, "action": action,
-                      "language_instruction": robot.instruction})
-        robot.move(action)
-        held = held + 1 if robot.solved else 0
-    return steps
 
 
 # ---- The stages ----------------------------------------------------------------------------------
@@ -144,6 +132,6 @@ def results(folder: Path) -> tuple[dict, str] | None:
 
 if __name__ == "__main__":
     with exit_with_one_line():
-        play_rounds(parse_arguments(__doc__, "runs/ask_for_help", episodes=200, steps=300, base_steps=600,
+        play_rounds(parse_arguments(__doc__, "runs/ask_for_help", episodes=200, steps=600, base_steps=600,
                                     learning_rate=5e-4, execute=8, trials=100, play="200"),
                     make_base, collect_round, play, results)

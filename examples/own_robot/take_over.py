@@ -25,9 +25,8 @@ from machinery.config import exit_with_one_line  # first: it names a missing pac
 
 # isort: split
 
-from ask_for_help import rest_of_episode
 from drive import STEPS, ask
-from record import features
+from record import features, rest_of_episode
 from robot import Arm
 
 from examples.dagger.rounds import join, settings_of, statistics_of
@@ -78,7 +77,7 @@ def main() -> None:
         join([dataset, new], args.out / "datasets" / name / dataset.name, statistics_of(args.run))
     print(f"python train_vla.py --config {args.run}/config.yaml --deepspeed_config {args.run}/ds_config.json "
           f"--set data_root_dir={args.out}/datasets run_root_dir={args.out} run_id=run "
-          f"pretrained_checkpoint={args.run} is_resume=false max_steps=300 learning_rate=5e-4")
+          f"pretrained_checkpoint={args.run} is_resume=false max_steps=600 learning_rate=5e-4")
 
 
 if __name__ == "__main__":
