@@ -136,11 +136,13 @@ def test_an_interrupted_round_continues(base, tmp_path):
     before = (out / "before.json").stat().st_mtime_ns
     kept = {path.name: path.read_bytes() for path in (out / ".episodes").glob("*.record")}
     assert 2 < len(kept) < 40 and min(kept) == "my_robot-120000.record"
+    one, other = [name for name, record in sorted(kept.items()) if record][:2]
+    shutil.copy(out / ".episodes" / one, out / ".episodes" / other)  # a sign: what is there is not made again
     collect(policy)
     assert (out / "before.json").stat().st_mtime_ns == before and not (out / ".episodes").exists()
     (shard,) = find_dataset(out / "new", "my_robot").glob("*.tfrecord*")
     records = [bytes(data) for _, data in read_records(shard)]
-    assert len(records) == 40 and {*kept.values()} - {b""} <= {*records}
+    assert len(records) == 40 and records.count(kept[one]) == 2 and kept[other] not in records
 
 
 def test_a_round_trains_on_all_data_with_the_bases_statistics(base, tmp_path, plain_run):
@@ -203,26 +205,23 @@ def test_the_command_continues_where_it_was_killed(base, folder, tmp_path):
     scratch = out / "dagger/round-1/.episodes"
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen([*map(str, command)], start_new_session=True, stdout=log, stderr=log)
-    for _ in range(1200):
+    for _ in range(6000):
         if len([*scratch.glob("*.record")]) > 3:
             break
         assert job.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.1)
     os.killpg(job.pid, signal.SIGKILL)
-    kept = {path.name: path.read_bytes() for path in scratch.glob("*.record")}
-    assert 3 < len(kept) < 30
+    assert 3 < len([*scratch.glob("*.record")]) < 30
     done = subprocess.run([*map(str, command)], text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "collected 30 of 30" in done.stdout and "dagger_train_1" in done.stdout
+    begin, end = json.loads((out / "clock.json").read_text())["dagger collect 1"]
+    assert begin < (tmp_path / "log").stat().st_mtime < end  # it did not stop
     recorded = episodes(find_dataset(out / "dagger/round-1/datasets", "my_robot"))
     assert len(recorded) == 38
-    again = subprocess.run([*map(str, command)], text=True, capture_output=True)
-    assert again.returncode == 0 and "collected" not in again.stdout
     control = subprocess.run([*map(str, command), "--control", "training"], text=True, capture_output=True)
-    assert control.returncode == 0 and "training, round 1: evaluation" in control.stdout
+    assert control.returncode == 0 and "training, round 1: evaluation" in control.stdout, control.stderr
     assert "dagger, round 1: evaluation" in control.stdout and (out / "success.png").exists()
-    other = subprocess.run([*map(str, command), "--episodes", "31"], text=True, capture_output=True)
-    assert other.returncode == 1 and "conditions" in other.stderr
 
 
 @pytest.mark.slow
