@@ -231,6 +231,9 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     table = FrameTable(path, directory)
     if recipe.instructions:
         table.choose(recipe.instructions)
+    given = directory / "normalization.json"
+    if given.exists():  # of the data that a policy learned first: its tokens keep their meaning
+        table.statistics = {**table.statistics, **json.loads(given.read_text())}
     for name, labels in recipe.names.items():
         width = table.features.get(name, len(labels))
         if len(labels) != width:

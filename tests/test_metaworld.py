@@ -254,7 +254,7 @@ def test_another_seed_replaces_a_failure(tmp_path):
     (shard,) = (tmp_path / "mw/1.0.0").glob("*.tfrecord*")
     features = step_features(shard.parent)
     found = [int(Steps(data, offset, features)["episode_metadata/seed"][0]) for offset, data in read_records(shard)]
-    assert found == [1, 2] and "attempts 3 expert_failed 1" in done.stdout
+    assert found == [1, 2] and "attempts 3 without_episode 1" in done.stdout
 
 
 def test_play_shows_the_last_frames_and_executes_chunks(tmp_path):

@@ -54,15 +54,20 @@ def simulator_of(task: str) -> Simulator:
 
 
 def record(task: str, seed: int, recording: dict) -> dict | None:
-    """One expert episode as RLDS steps, or None if the expert failed.
+    """One expert episode, or None if the expert failed."""
+    simulator = simulator_of(task)
+    simulator.begin_anew(seed)
+    settle(simulator, Protocol())
+    return rest_of_episode(simulator, task, seed, recording)
+
+
+def rest_of_episode(simulator: Simulator, task: str, seed: int, recording: dict) -> dict | None:
+    """The expert from the simulator's state to the end as RLDS steps, or None if it failed.
 
     Noise can perturb the executed actions, so that demonstrations also show recoveries. The
     recorded actions have no noise.
     """
-    # not the generator of positions
-    simulator, rng = simulator_of(task), np.random.default_rng([seed, 1])
-    simulator.begin_anew(seed)
-    settle(simulator, Protocol())
+    rng = np.random.default_rng([seed, 1])  # not the generator of positions
     expert, steps, after = Expert(simulator), [], 0
     while after <= recording["tail"]:
         action, seen = expert.act(), simulator.look()

@@ -114,6 +114,7 @@ class Scene(Simulator):
 
     def frames(self, seed: int, noise: float) -> np.ndarray:
         """The frames of an episode with its tail, as make_dataset.py records it: (T,) of FRAME."""
+        self.reset(seed)
         played = [(action, self.state[:4]) for action in demonstrate(self, self.expert, seed, noise, TAIL)]
         return np.array(played, FRAME)
 

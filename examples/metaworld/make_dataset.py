@@ -45,11 +45,10 @@ def simulator_of(task: str, cameras: tuple, *optics) -> Simulator:
 
 
 def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int) -> Iterator[np.ndarray]:
-    """Let the expert play one episode, and continue for `tail` steps. Yields each action (4,)
-    float32 before it is executed. Noise can perturb the executed action, so that demonstrations
-    also show recoveries."""
+    """Let the expert play the rest of an episode, and continue for `tail` steps. Yields each action
+    (4,) float32 before it is executed. Noise can perturb the executed action, so that
+    demonstrations also show recoveries."""
     rng, after = np.random.default_rng([seed, 1]), 0  # not the generator of positions
-    simulator.reset(seed)
     while simulator.steps < MAX_STEPS and (not simulator.over or after < tail):
         after += simulator.over
         action = np.clip(expert.get_action(simulator.state), -1, 1).astype(np.float32)
@@ -59,8 +58,19 @@ def demonstrate(simulator: Simulator, expert, seed: int, noise: float, tail: int
 
 
 def record(task: str, seed: int, recording: dict) -> dict | None:
-    """One expert episode as RLDS steps, or None if the expert failed."""
-    simulator = simulator_of(task, tuple(recording["cameras"]), *(recording[key] for key in OPTICS))
+    """One expert episode, or None if the expert failed."""
+    simulator = simulator_for(task, recording)
+    simulator.reset(seed)
+    return rest_of_episode(simulator, task, seed, recording)
+
+
+def simulator_for(task: str, recording: dict) -> Simulator:
+    """This process's simulator of a task, as it was for these recordings."""
+    return simulator_of(task, tuple(recording["cameras"]), *(recording[key] for key in OPTICS))
+
+
+def rest_of_episode(simulator: Simulator, task: str, seed: int, recording: dict) -> dict | None:
+    """The expert from the simulator's state to the end as RLDS steps, or None if it failed."""
     steps = []
     expert = expert_of(task, recording["experts"])
     for action in demonstrate(simulator, expert, seed, recording["noise"], recording["tail"]):

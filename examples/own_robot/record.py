@@ -47,14 +47,19 @@ def demonstrations(robot: Arm, seeds: range) -> Iterator[dict]:
     """Generate the episodes one at a time: only the current one is in memory."""
     for seed in seeds:
         robot.reset(seed)
-        steps, held = [], 0
-        while held < HOLD:
-            seen, action = robot.look(), robot.expert()
-            steps.append({"observation": {**seen["images"], "state": seen["state"]}, "action": action,
-                          "language_instruction": robot.instruction})
-            robot.move(action)
-            held = held + 1 if robot.solved else 0
-        yield {"steps": steps}
+        yield {"steps": rest_of_episode(robot)}
+
+
+def rest_of_episode(robot: Arm) -> list[dict]:
+    """The expert's steps, from wherever the robot is until the goal is held."""
+    steps, held = [], 0
+    while held < HOLD:
+        seen, action = robot.look(), robot.expert()
+        steps.append({"observation": {**seen["images"], "state": seen["state"]}, "action": action,
+                      "language_instruction": robot.instruction})
+        robot.move(action)
+        held = held + 1 if robot.solved else 0
+    return steps
 
 
 def main() -> None:
