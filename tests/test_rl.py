@@ -1,5 +1,6 @@
 """examples/rl/rl.py: reinforcement learning, with a simulator of a few lines (paper_world.py)."""
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -46,12 +47,26 @@ def reinforce(ranks, tiny):
 
 
 def test_before_the_first_step_all_ratios_are_one(reinforce):
-    """What samples is what trains: the same temperature, the same forward pass. And it learns."""
-    groups, metrics, _, text = reinforce("one", 200, "--temperature", "1.3", "--noise", "shared", "--tasks", "up",
-                                         learning_rate=1e-2)
-    assert all(line["ratio_error"] < 1e-4 for line in metrics) and metrics[0]["clipped"] > 0
-    assert metrics[0]["success"] < 0.7 < 0.85 < metrics[-1]["success"], text
-    assert len({group["seed"] for group in groups}) == len(groups) >= 25
+    """What samples is what trains: the same temperature, the same forward pass."""
+    groups, metrics, _, text = reinforce("one", 96, "--temperature", "1.3", "--noise", "independent")
+    assert len(metrics) == 3 and all(line["ratio_error"] < 1e-4 for line in metrics), text
+    assert metrics[0]["clipped"] > 0 and len({group["seed"] for group in groups}) == len(groups)
+
+
+def test_it_learns(policy):
+    """A few updates on one group make what its better episodes did likelier, and the others' less likely."""
+    vla = copy.deepcopy(policy.vla)
+    learner, args = Policy(vla, policy.tokenizer, policy.norm_stats), arguments(noise="shared")
+    episodes = play(learner, args)
+    batch = collate([{**one} for one in rl.with_advantages(episodes, args, 4)], policy.tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(vla.parameters(), 1e-3)
+    for _ in range(5):
+        loss, moved = rl.policy_loss(vla, args, **batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    better = batch["advantage"][:, 0] > 0
+    assert moved[better].mean() > 0.002 and moved[~better].mean() < -0.002
 
 
 def test_a_resumed_run_continues_with_new_episodes(reinforce):
@@ -109,8 +124,7 @@ def play(policy, args, count: int = 8, number: int = 0) -> list[dict]:
 
 
 def gradient(policy, args, decisions: list[dict]) -> torch.Tensor:
-    batch = collate([{key: value for key, value in one.items() if key != "key"} for one in decisions],
-                    policy.tokenizer.pad_token_id)
+    batch = collate([{**one} for one in decisions], policy.tokenizer.pad_token_id)
     loss, _ = rl.policy_loss(policy.vla, args, **batch)
     return torch.cat([part.flatten() for part in torch.autograd.grad(
         loss, policy.vla.parameters(), allow_unused=True) if part is not None])
@@ -128,6 +142,7 @@ def test_what_was_not_executed_teaches_nothing(policy, method):
         tokens = one["labels"][-21:-1]  # without </s>
         tokens[one["weight"] == 0] = policy.action_tokenizer.first_id
     assert torch.equal(before, gradient(policy, args, decisions))
+    tokens = decisions[0]["labels"][-21:-1]
     tokens[0] += 1 if tokens[0] == policy.action_tokenizer.first_id else -1
     assert not torch.equal(before, gradient(policy, args, decisions))
 
@@ -165,7 +180,7 @@ def test_groups_of_one_value_teach_nothing(policy):
         decisions = rl.with_advantages(episodes, args, policy.cfg.action_dim)
         assert not any(one["weight"].any() for one in decisions)
     advantages = {float(one["advantage"][0]) for one in rl.with_advantages(play(policy, args), args, 4)}
-    assert advantages == pytest.approx({1.0, -1.0}, abs=1e-4)
+    assert sorted(advantages) == pytest.approx([-1.0, 1.0], abs=1e-4)
 
 
 @pytest.mark.parametrize("noise", ["independent", "shared"])

@@ -3,22 +3,16 @@
     python examples/rl/rl.py --config examples/rl/arm.yaml --deepspeed_config ds_configs/cpu.json \
         --world arm --episodes 4000 --set pretrained_checkpoint=runs/weak
 
-An iteration plays groups of 8 episodes, each group from one start. Actions are sampled, so the
-episodes of a group differ. One that succeeds has reward 1, else 0. Its advantage is how much better
-it is than its group. Then training makes the tokens of better episodes likelier, and those of worse
-ones less likely.
-
-Read in this order: token_log_probs (it samples and it trains), policy_loss, decide, with_advantages,
-collect, update, reinforce (the loop). worlds.py has the simulators, docs/rl.md what goes wrong.
+An iteration plays groups of 8 episodes from one start each, with sampled actions. Success has
+reward 1, else 0. Training makes the tokens of episodes that are better than their group likelier,
+and those of worse ones less likely. worlds.py has the simulators, docs/rl.md what goes wrong.
 """
 
 import argparse
 import functools
 import json
-import math
 import sys
 import time
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
@@ -49,19 +43,12 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # a token gains nothing from leaving 0.8 to 1.2
 ROUNDS = 3  # how often groups that teach nothing are replaced by others
 GUARD = 0.1  # share of groups whose tasks are drawn evenly, against forgetting
 
-# ---- The model -----------------------------------------------------------------------------------
-
-
 def token_log_probs(vla, images, input_ids, labels, temperature: float, proprio=None):
-    """The log-probabilities of the 256 action ids at each action token, (B, T, 256) float32.
-
-    Arguments and computation are VLA.forward's. Labels only mark the places of the action tokens:
-    with parallel decoding, none of these sees another.
-    """
+    """The log-probabilities of the 256 action ids at each action token, (B, T, 256). Arguments and
+    computation are VLA.forward's. Labels only mark places: no action token sees another."""
     inputs = vla.embed(images, input_ids, proprio)  # (B, S, hidden)
-    first = (labels != IGNORE_INDEX).int().argmax(1, keepdim=True)  # (B, 1), in the text
+    first = (labels != IGNORE_INDEX).int().argmax(1, keepdim=True) + inputs.shape[1] - labels.shape[1]
     places = first + torch.arange(vla.num_action_tokens, device=labels.device)  # (B, T)
-    places = places + inputs.shape[1] - labels.shape[1]  # behind the patches
     inputs = vla.insert_queries(inputs, places)
     hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     logits = vla.llm.get_output_embeddings()(at_positions(hidden, places - 1))
@@ -69,16 +56,12 @@ def token_log_probs(vla, images, input_ids, labels, temperature: float, proprio=
     return (logits[..., ids].float() / temperature).log_softmax(-1)
 
 
-def policy_loss(vla, args, images, input_ids, labels, old, advantage, weight, proprio=None):
+def policy_loss(vla, args, images, input_ids, labels, old, advantage, weight, proprio=None, key=None):
     """-> the loss, and how far the executed tokens' probabilities have moved since sampling, (B, T).
-
-    old (B, T): log-probabilities at that time; advantage (B, 1); weight (B, T): 0 for tokens that
-    were not executed, and the same for all others
-    """
+    old (B, T): log-probabilities then; advantage (B, 1); weight (B, T): 0 if not executed."""
     log_probs = token_log_probs(vla, images, input_ids, labels, args.temperature, proprio)
     tokens = labels[labels != IGNORE_INDEX].view(len(labels), -1)[:, :-1]  # (B, T), without </s>
-    index = tokens - vla.action_tokenizer.first_id
-    new = log_probs.gather(-1, index[..., None])[..., 0]  # (B, T)
+    new = log_probs.gather(-1, (tokens - vla.action_tokenizer.first_id)[..., None])[..., 0]  # (B, T)
     ratio = (new - old).exp()
     clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
@@ -89,13 +72,9 @@ def policy_loss(vla, args, images, input_ids, labels, old, advantage, weight, pr
 
 def uniform_numbers(seed: int, keys: np.ndarray, chunk: int, dims: int, shared: bool) -> np.ndarray:
     """keys (B, 3): group, episode, decision -> numbers in 0..1 that look random, (B, chunk * dims).
-
-    shared: all steps of a chunk get the same number. Each token is still drawn from its own
-    distribution, but a dimension's steps err to the same side, and the robot moves elsewhere.
-    """
+    shared: one for all steps of a chunk, which then err to the same side: the robot goes elsewhere."""
     step = np.arange(chunk) * (not shared)
-    group, episode, decision = keys.T[..., None, None]
-    bits = mix_bits(seed, group, episode, decision, step[:, None], np.arange(dims))
+    bits = mix_bits(seed, *keys.T[..., None, None], step[:, None], np.arange(dims))
     return (bits / 2.0**64).reshape(len(keys), -1)
 
 
@@ -109,18 +88,17 @@ def decide(policy: Policy, args, questions: list[tuple]) -> list[np.ndarray]:
     pixels, prompts, states = policy.prepare(images, texts, None, states)  # as evaluation does
     first_id = vla.action_tokenizer.first_id
     answer = [first_id] * vla.num_action_tokens + [policy.tokenizer.eos_token_id]
-    samples = [{"images": pixels[row].cpu(), "input_ids": np.array(prompt + answer),
-                "labels": np.array([IGNORE_INDEX] * len(prompt) + answer)}
-               for row, prompt in enumerate(prompts)]
-    for row, sample in enumerate(samples if cfg.use_proprio else []):
-        sample["proprio"] = states[row].float().cpu()
+    samples = []
+    for row, prompt in enumerate(prompts):
+        samples.append({"images": pixels[row].cpu(), "input_ids": np.array(prompt + answer),
+                        "labels": np.array([IGNORE_INDEX] * len(prompt) + answer)})
+        if cfg.use_proprio:
+            samples[row]["proprio"] = states[row].float().cpu()
     batch = collate([{**sample} for sample in samples], policy.tokenizer.pad_token_id)
-    log_probs = token_log_probs(vla, **to_device(batch, vla.llm.device), temperature=args.temperature)
-    log_probs = log_probs.cpu()
+    log_probs = token_log_probs(vla, **to_device(batch, vla.llm.device), temperature=args.temperature).cpu()
     keys = np.array([(*episode["key"], len(episode["decisions"])) for episode in episodes])
     numbers = uniform_numbers(cfg.seed, keys, cfg.action_chunk, cfg.action_dim, args.noise == "shared")
-    # the inverse of the cumulative distribution: ids have the order of their actions
-    cumulative = log_probs.double().exp().cumsum(-1)  # (B, T, 256)
+    cumulative = log_probs.double().exp().cumsum(-1)  # (B, T, 256): ids have the order of actions
     index = (cumulative <= torch.from_numpy(numbers)[..., None]).sum(-1).clamp(max=255)  # (B, T)
     old = log_probs.gather(-1, index[..., None])[..., 0]  # (B, T)
     for row, episode in enumerate(episodes):
@@ -130,21 +108,17 @@ def decide(policy: Policy, args, questions: list[tuple]) -> list[np.ndarray]:
     return [*actions.reshape(len(actions), cfg.action_chunk, -1)[:, : args.execute]]
 
 
-# ---- Episodes ------------------------------------------------------------------------------------
-
-
 def with_advantages(episodes: list[dict], args, action_dim: int) -> list[dict]:
     """The decisions of a group's episodes, each with its advantage, and a weight for each token.
     A group that only succeeds or only fails teaches nothing: no episode is better than another."""
     rewards = np.array([episode["success"] for episode in episodes], np.float32)
-    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    if args.method == "cloning":  # successes only
-        advantages = rewards
+    better = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    advantages = rewards if args.method == "cloning" else better
     decisions = []
     for episode, advantage in zip(episodes, advantages, strict=True):
-        # of a useless episode, one decision with no weight: then every rank has some
+        # of a useless episode, one decision without weight: then every rank has some
         for number, decision in enumerate(episode["decisions"][: None if advantage else 1]):
-            # of a chunk, only the first steps are executed, and none after the episode's end
+            # of a chunk only the first steps are executed, and none after the end
             steps = min(args.execute, episode["executed"] - number * args.execute) * bool(advantage)
             weight = np.float32(np.arange(len(decision["old"])) < steps * action_dim)
             decisions.append({**decision, "advantage": np.float32([advantage]), "weight": weight})
@@ -167,34 +141,27 @@ def draw_task(tasks: list[str], history: list[dict], seed: int, number: int) -> 
 def collect(policy: Policy, args, worlds: Worlds, history: list[dict], step: int) -> list[dict]:
     """Play until args.groups groups teach something -> this rank's decisions. Adds every group that
     any rank played to the history, so that all ranks, and a resumed run, continue with the next."""
-    decisions, missing, seed = [], args.groups, policy.cfg.seed
+    decisions, missing = [], args.groups
     for _ in range(ROUNDS):
-        numbers = range(len(history), len(history) + missing)
         groups = [{"step": step, "number": number, "seed": FIRST_SEED + number,
-                   "task": draw_task(worlds.tasks, history, seed, number)} for number in numbers]
+                   "task": draw_task(worlds.tasks, history, policy.cfg.seed, number)}
+                  for number in range(len(history), len(history) + missing)]
         mine = groups[dist.get_rank() :: dist.get_world_size()]
         played = worlds.play(mine, GROUP, functools.partial(decide, policy, args),
                              one_by_one=policy.vla.llm.device.type == "cpu")
         for group, episodes in zip(mine, played, strict=True):
             group["successes"] = sum(episode["success"] for episode in episodes)
             decisions += with_advantages(episodes, args, policy.cfg.action_dim)
-        groups = sorted(chain(*gather(mine)), key=lambda group: group["number"])
-        history += groups
-        useful = [group for group in groups if 0 < group["successes"] < GROUP + (args.method == "cloning")]
-        missing -= len(useful)
+        history += sorted((one for some in gather(mine) for one in some), key=lambda one: one["number"])
+        missing -= sum(0 < group["successes"] < GROUP + (args.method == "cloning") for group in history[-len(groups) :])
         if missing <= 0:
             break
     return decisions
 
 
-# ---- Training ------------------------------------------------------------------------------------
-
-
 def update(engine, args, decisions: list[dict], accumulation: int, pad: int) -> dict:
-    """An optimizer step for each of args.updates parts of the decisions -> numbers for the log.
-
-    A decision's part depends on its key alone, so several ranks together take the steps of one.
-    """
+    """An optimizer step for each of args.updates parts of the decisions -> numbers for the log. A
+    decision's part depends on its key alone, so several ranks together take the steps of one."""
     part = np.array([int(mix_bits(*decision["key"])) % args.updates for decision in decisions])
     moved = [[] for _ in range(args.updates)]
     for number in range(args.updates):
@@ -206,24 +173,22 @@ def update(engine, args, decisions: list[dict], accumulation: int, pad: int) -> 
         for first in range(accumulation):
             batch = collate([{**one} for one in mine[first::accumulation] or nothing], pad)
             batch["weight"] *= scale
-            del batch["key"]
             loss, change = engine(**to_device(batch, engine.device))
             engine.backward(loss)
             engine.step()  # acts after the last micro-batch
             moved[number].append(change.flatten())
     error, change = torch.cat(moved[0]).abs().max().item(), torch.cat(moved[-1])
     clipped = ((change < -CLIP_LOW) | (change > CLIP_HIGH)).float().mean().item()
-    return {"ratio_error": max(gather(error)), "clipped": clipped,
-            "grad_norm": float(engine.get_global_grad_norm())}
+    norm = float(engine.get_global_grad_norm())
+    return {"ratio_error": max(gather(error)), "clipped": clipped, "grad_norm": norm}
 
 
 def reinforce(args, cfg, ds_config, run, tables, tokenizer, weights) -> None:
-    """The program, on every rank. cfg and what follows come from settle, as train_vla.train's do."""
+    """The program, on every rank. Its arguments after the first are train_vla.train's."""
     mixture, held_out = open_data(cfg, tables, tokenizer)
     worlds = Worlds(args, cfg, tables[0], dist.get_rank(), dist.get_world_size())
-    most = args.groups * GROUP * math.ceil(worlds.horizon / args.execute)  # decisions of an iteration
-    at_a_time = args.updates * dist.get_world_size() * cfg.per_device_batch_size
-    accumulation = math.ceil(most / at_a_time)
+    most = args.groups * GROUP * -(-worlds.horizon // args.execute)  # decisions of an iteration
+    accumulation = -(-most // (args.updates * dist.get_world_size() * cfg.per_device_batch_size))
     engine = make_engine(cfg, ds_config, accumulation, tokenizer, weights, run)
     engine.module.forward = functools.partial(policy_loss, engine.module, args)
     zero.set_learning_rate(engine, cfg.learning_rate)
@@ -239,35 +204,32 @@ def reinforce(args, cfg, ds_config, run, tables, tokenizer, weights) -> None:
         values = update(engine, args, decisions, accumulation, tokenizer.pad_token_id)
         step += args.updates
         success = sum(group["successes"] for group in new) / (GROUP * len(new))
-        useful = sum(0 < group["successes"] < GROUP for group in new)
-        run.log(step, {"success": success, "useful": useful, "groups": len(new), "episodes": GROUP * len(history),
-                       **values, "play_s": played - began, "update_s": time.perf_counter() - played})
+        run.log(step, {"success": success, "groups": len(new), "episodes": GROUP * len(history), **values,
+                       "play_s": played - began, "update_s": time.perf_counter() - played})
         if not run.quiet:
             path.write_text("".join(json.dumps(group) + "\n" for group in history))
         last = GROUP * len(history) >= args.episodes
-        if due(cfg.save_interval, step // args.updates, last):
-            # a checkpoint's name has a loss: here the share of failures
+        if due(cfg.save_interval, step // args.updates, last):  # its name's "loss": share of failures
             run.save(engine, step, step // args.updates, 1 - success, must=last)
     worlds.close()
     run.line(f"done episodes {GROUP * len(history)} run {run.path}")
-    engine.destroy()
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False,
-                                     epilog="Also --config, --deepspeed_config, and --set of train_vla.py.")
-    parser.add_argument("--world", required=True, help="arm, metaworld, libero, or module:class")
-    parser.add_argument("--tasks", nargs="*", default=[], help="of the world; default: all")
-    parser.add_argument("--episodes", type=int, required=True, help="to play in all")
-    parser.add_argument("--groups", type=int, default=8, help="useful ones per iteration, of 8 episodes each")
-    parser.add_argument("--updates", type=int, default=4, help="optimizer steps per iteration")
-    parser.add_argument("--execute", type=int, required=True, help="steps of a chunk before the next look")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of training")
-    parser.add_argument("--noise", choices=["independent", "shared"], default="independent",
-                        help="random numbers: one for each token, or for each dimension of a chunk")
-    parser.add_argument("--method", choices=["grpo", "cloning"], default="grpo", help="cloning: a control")
-    parser.add_argument("--workers", type=int, default=cores(), help="simulator processes; default: one per core")
+                                     epilog="and --config, --deepspeed_config, --set of train_vla.py")
+    add = parser.add_argument
+    add("--world", required=True, help="arm, drifted_arm, metaworld, libero, or module:class")
+    add("--tasks", nargs="*", default=[], help="of the world; default: all")
+    add("--episodes", type=int, required=True, help="to play in all")
+    add("--groups", type=int, default=8, help="useful ones in an iteration, of 8 episodes each")
+    add("--updates", type=int, default=4, help="optimizer steps in an iteration")
+    add("--execute", type=int, required=True, help="steps of a chunk before the next look")
+    add("--temperature", type=float, default=0.5, help="of sampling, and so of training")
+    add("--noise", choices=["shared", "independent"], default="shared", help="see uniform_numbers")
+    add("--method", choices=["grpo", "cloning"], default="grpo", help="cloning: imitate successes")
+    add("--workers", type=int, default=cores(), help="simulator processes; default: one per core")
     args, sys.argv[1:] = parser.parse_known_args()
     cfg, ds_config = parse_command_line(__doc__)
     if not cfg.parallel_decoding or cfg.action_head != "tokens" or cfg.window_size > 1:
