@@ -1,11 +1,11 @@
 """Reinforcement learning on action tokens: a policy that gets better by trying (GRPO).
 
     python examples/rl/rl.py --config examples/rl/arm.yaml --deepspeed_config ds_configs/cpu.json \
-        --world arm --episodes 4000 --set pretrained_checkpoint=runs/weak
+        --world arm --execute 8 --episodes 8000 --set pretrained_checkpoint=runs/weak
 
-An iteration plays groups of 8 episodes from one start each, with sampled actions. Success has
-reward 1, else 0. Training makes the tokens of episodes that are better than their group likelier,
-and those of worse ones less likely. worlds.py has the simulators, docs/rl.md what goes wrong.
+An iteration plays groups of 8 episodes from one start each, with sampled actions. Training makes the
+tokens of episodes that are better than their group likelier, those of worse ones less likely. The
+simulators are in worlds.py; docs/rl.md explains what goes wrong.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from train_vla import due, make_engine, open_data
 GROUP = 8  # episodes from the same start
 FIRST_SEED = 300_000  # of the starts: demonstrations have smaller ones, evaluations from 200,000 on
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # a token gains nothing from leaving 0.8 to 1.28 times its probability
-ROUNDS = 3  # how often groups that teach nothing are replaced by others
+ROUNDS = 3  # the first, and two that replace groups that teach nothing
 GUARD = 0.1  # share of groups whose tasks are drawn evenly, against forgetting
 
 def token_log_probs(vla, images, input_ids, labels, temperature: float, proprio=None):
@@ -61,10 +61,9 @@ def policy_loss(vla, args, images, input_ids, labels, old, advantage, weight, pr
     old (B, T): log-probabilities then; advantage (B, 1); weight (B, T): 0 if not executed."""
     log_probs = token_log_probs(vla, images, input_ids, labels, args.temperature, proprio)
     tokens = labels[labels != IGNORE_INDEX].view(len(labels), -1)[:, :-1]  # (B, T), without </s>
-    new = log_probs.gather(-1, (tokens - vla.action_tokenizer.first_id)[..., None])[..., 0]  # (B, T)
+    new = log_probs.gather(-1, (tokens - vla.action_tokenizer.first_id)[..., None])[..., 0]
     ratio = (new - old).exp()
-    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
-    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
     if args.method == "cloning":  # the control: imitate the successful episodes
         gain = new * advantage
     return -(gain * weight).sum(), (ratio.detach() - 1) * (weight > 0)
@@ -73,9 +72,9 @@ def policy_loss(vla, args, images, input_ids, labels, old, advantage, weight, pr
 def uniform_numbers(seed: int, keys: np.ndarray, chunk: int, dims: int, shared: bool) -> np.ndarray:
     """keys (B, 3): group, episode, decision -> numbers in 0..1 that look random, (B, chunk * dims).
     shared: one for all steps of a chunk, which then err to the same side: the robot goes elsewhere."""
-    step = np.arange(chunk) * (not shared)
-    bits = mix_bits(seed, *keys.T[..., None, None], step[:, None], np.arange(dims))
-    return (bits / 2.0**64).reshape(len(keys), -1)
+    step = np.arange(chunk)[:, None] * (not shared)
+    bits = mix_bits(seed, *keys.T[..., None, None], step, np.arange(dims))
+    return bits.reshape(len(keys), -1) / 2.0**64
 
 
 @torch.no_grad()
@@ -84,23 +83,24 @@ def decide(policy: Policy, args, questions: list[tuple]) -> list[np.ndarray]:
     Appends to each episode the decision, as a training sample."""
     vla, cfg, robot = policy.vla, policy.cfg, policy.convention(None)
     episodes, texts, images, states = zip(*questions, strict=True)
-    states = robot.from_robot(np.stack(states))
-    pixels, prompts, states = policy.prepare(images, texts, None, states)  # as evaluation does
+    views = torch.stack([policy.prepare_views(some) for some in images])  # as evaluation does
+    _, prompts, states = policy.prepare(views, texts, None, robot.from_robot(np.stack(states)))
     first_id = vla.action_tokenizer.first_id
     answer = [first_id] * vla.num_action_tokens + [policy.tokenizer.eos_token_id]
     samples = []
     for row, prompt in enumerate(prompts):
-        samples.append({"images": pixels[row].cpu(), "input_ids": np.array(prompt + answer),
+        samples.append({"images": views[row], "input_ids": np.array(prompt + answer),
                         "labels": np.array([IGNORE_INDEX] * len(prompt) + answer)})
         if cfg.use_proprio:
             samples[row]["proprio"] = states[row].float().cpu()
     batch = collate([{**sample} for sample in samples], policy.tokenizer.pad_token_id)
-    log_probs = token_log_probs(vla, **to_device(batch, vla.llm.device), temperature=args.temperature).cpu()
+    log_probs = token_log_probs(vla, **to_device(batch, vla.llm.device), temperature=args.temperature)
     keys = np.array([(*episode["key"], len(episode["decisions"])) for episode in episodes])
     numbers = uniform_numbers(cfg.seed, keys, cfg.action_chunk, cfg.action_dim, args.noise == "shared")
     cumulative = log_probs.double().exp().cumsum(-1)  # (B, T, 256): ids have the order of actions
-    index = (cumulative <= torch.from_numpy(numbers)[..., None]).sum(-1).clamp(max=255)  # (B, T)
-    old = log_probs.gather(-1, index[..., None])[..., 0]  # (B, T)
+    numbers = torch.from_numpy(numbers).to(cumulative.device)[..., None]
+    index = (cumulative <= numbers).sum(-1).clamp(max=255)  # (B, T)
+    old, index = log_probs.gather(-1, index[..., None])[..., 0].cpu(), index.cpu()
     for row, episode in enumerate(episodes):
         samples[row]["labels"][-len(answer) : -1] = index[row] + first_id
         episode["decisions"].append({**samples[row], "old": old[row], "key": keys[row]})
@@ -134,8 +134,7 @@ def draw_task(tasks: list[str], history: list[dict], seed: int, number: int) -> 
         p = (sum(recent) + 1) / (GROUP * len(recent) + 2)
         share.append(p * (1 - p))
     share = (1 - GUARD) * np.array(share) / sum(share) + GUARD / len(tasks)
-    drawn = np.searchsorted(np.cumsum(share), mix_bits(seed, number) / 2.0**64)
-    return tasks[min(int(drawn), len(tasks) - 1)]
+    return tasks[np.searchsorted(np.cumsum(share)[:-1], mix_bits(seed, number) / 2.0**64)]
 
 
 def collect(policy: Policy, args, worlds: Worlds, history: list[dict], step: int) -> list[dict]:
@@ -143,7 +142,7 @@ def collect(policy: Policy, args, worlds: Worlds, history: list[dict], step: int
     any rank played to the history, so that all ranks, and a resumed run, continue with the next."""
     decisions, missing = [], args.groups
     for _ in range(ROUNDS):
-        groups = [{"step": step, "number": number, "seed": FIRST_SEED + number,
+        groups = [{"step": step, "number": number, "seed": FIRST_SEED + number % args.starts,
                    "task": draw_task(worlds.tasks, history, policy.cfg.seed, number)}
                   for number in range(len(history), len(history) + missing)]
         mine = groups[dist.get_rank() :: dist.get_world_size()]
@@ -153,7 +152,7 @@ def collect(policy: Policy, args, worlds: Worlds, history: list[dict], step: int
             group["successes"] = sum(episode["success"] for episode in episodes)
             decisions += with_advantages(episodes, args, policy.cfg.action_dim)
         history += sorted((one for some in gather(mine) for one in some), key=lambda one: one["number"])
-        missing -= sum(0 < group["successes"] < GROUP + (args.method == "cloning") for group in history[-len(groups) :])
+        missing -= sum(0 < one["successes"] < GROUP + (args.method == "cloning") for one in history[-len(groups) :])
         if missing <= 0:
             break
     return decisions
@@ -179,8 +178,7 @@ def update(engine, args, decisions: list[dict], accumulation: int, pad: int) -> 
             moved[number].append(change.flatten())
     error, change = torch.cat(moved[0]).abs().max().item(), torch.cat(moved[-1])
     clipped = ((change < -CLIP_LOW) | (change > CLIP_HIGH)).float().mean().item()
-    norm = float(engine.get_global_grad_norm())
-    return {"ratio_error": max(gather(error)), "clipped": clipped, "grad_norm": norm}
+    return {"ratio_error": max(gather(error)), "clipped": clipped, "grad_norm": float(engine.get_global_grad_norm())}
 
 
 def reinforce(args, cfg, ds_config, run, tables, tokenizer, weights) -> None:
@@ -203,16 +201,15 @@ def reinforce(args, cfg, ds_config, run, tables, tokenizer, weights) -> None:
         new, played = history[before:], time.perf_counter()
         values = update(engine, args, decisions, accumulation, tokenizer.pad_token_id)
         step += args.updates
-        success = sum(group["successes"] for group in new) / (GROUP * len(new))
-        run.log(step, {"success": success, "groups": len(new), "episodes": GROUP * len(history), **values,
-                       "play_s": played - began, "update_s": time.perf_counter() - played})
+        success = float(np.mean([group["successes"] for group in new])) / GROUP
+        values |= {"play_s": played - began, "update_s": time.perf_counter() - played}
+        run.log(step, {"success": success, "groups": len(new), "episodes": GROUP * len(history), **values})
         if not run.quiet:
             path.write_text("".join(json.dumps(group) + "\n" for group in history))
         last = GROUP * len(history) >= args.episodes
         if due(cfg.save_interval, step // args.updates, last):  # its name's "loss": share of failures
             run.save(engine, step, step // args.updates, 1 - success, must=last)
     worlds.close()
-    run.line(f"done episodes {GROUP * len(history)} run {run.path}")
 
 
 def main() -> None:
@@ -223,6 +220,7 @@ def main() -> None:
     add("--world", required=True, help="arm, drifted_arm, metaworld, libero, or module:class")
     add("--tasks", nargs="*", default=[], help="of the world; default: all")
     add("--episodes", type=int, required=True, help="to play in all")
+    add("--starts", type=int, default=100_000, help="different ones; a few are soon learned by heart")
     add("--groups", type=int, default=8, help="useful ones in an iteration, of 8 episodes each")
     add("--updates", type=int, default=4, help="optimizer steps in an iteration")
     add("--execute", type=int, required=True, help="steps of a chunk before the next look")
@@ -234,7 +232,6 @@ def main() -> None:
     cfg, ds_config = parse_command_line(__doc__)
     if not cfg.parallel_decoding or cfg.action_head != "tokens" or cfg.window_size > 1:
         sys.exit("error: rl.py needs parallel_decoding, action_head: tokens, and window_size: 1")
-    zero.check_json(ds_config)
     cfg = cfg.model_copy(update={"is_resume": False})  # start from pretrained_checkpoint's weights
     run_job(lambda: reinforce(args, **settle(cfg, ds_config)))
 
