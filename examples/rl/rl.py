@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False,
                                      epilog="and --config, --deepspeed_config, --set of train_vla.py")
     add = parser.add_argument
-    add("--world", required=True, help="arm, drifted_arm, metaworld, libero, or module:class")
+    add("--world", required=True, help="arm, metaworld, libero, or module:class")
     add("--tasks", nargs="*", default=[], help="of the world; default: all")
     add("--episodes", type=int, required=True, help="to play in all")
     add("--starts", type=int, default=100_000, help="different ones; a few are soon learned by heart")

@@ -179,22 +179,6 @@ class Arm:
         return all(robot.solved_at[-self.held :])
 
 
-class DriftedArm(Arm):
-    """The arm after a repair: its shoulder's zero is off by 6 degrees. Commands and reported angles
-    agree, as before, but the hand is four centimeters beside the place that the policy has learned.
-    """
-
-    drift = np.array([0.1, 0, 0, 0])  # radians
-
-    def look(self, robots: list) -> list[tuple]:
-        """As Arm.look."""
-        return [(images, np.float32(state - self.drift)) for images, state in super().look(robots)]
-
-    def step(self, robot, action: np.ndarray, look: bool) -> None:
-        """As Arm.step."""
-        super().step(robot, action + self.drift, look)
-
-
 class MetaWorld:
     """examples/metaworld, with the optics of the dataset's recording."""
 
@@ -310,7 +294,7 @@ def compressed(image: np.ndarray) -> np.ndarray:
     return decode_image(file.getvalue(), len(image))
 
 
-WORLDS = {"arm": Arm, "drifted_arm": DriftedArm, "metaworld": MetaWorld, "libero": Libero}
+WORLDS = {"arm": Arm, "metaworld": MetaWorld, "libero": Libero}
 
 
 def open_world(name: str, settings: dict):
