@@ -61,7 +61,8 @@ BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights im
     skip_bad_episodes max_prefix seed global_batch_size""".split()
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them)
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
-    eval/accuracy_of_most_frequent_bin""".split()
+    eval/accuracy_of_most_frequent_bin success groups episodes ratio_error clipped
+    play_s update_s""".split()
 LONGEST_SURVEY = 300  # seconds; the other ranks wait, and NCCL for 10 minutes at most
 
 
