@@ -8,13 +8,16 @@ the saliency model, and a GGUF file with blocks of 4 and 8 bits. The slow one re
     python -m pytest -q -m slow tests/test_pretrained.py
 """
 
+import ast
 import os
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY, ds_json, read_metrics
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
@@ -198,6 +201,19 @@ def test_a_training_starts_from_it(small, ranks):
     assert done.returncode == 0, done.text
     assert f"weights_from {folder}" in done.text and "except" not in done.text
     assert read_metrics(folder / "runs")[2]["loss"] < 20
+
+
+def test_every_paraphrase_has_a_new_word():
+    """Of the words that a tokenizer for the 50 instructions would need."""
+    folder = ROOT / "examples/metaworld"
+    instructions = next(ast.literal_eval(node.value) for node in ast.parse((folder / "simulator.py").read_text()).body
+                        if isinstance(node, ast.Assign) and node.targets[0].id == "INSTRUCTIONS")
+    wordings = yaml.safe_load((folder / "paraphrases.yaml").read_text())
+    assert {task: len(texts) for task, texts in wordings.items()} == dict.fromkeys(instructions, 5)
+    every = [text.lower() for texts in wordings.values() for text in texts]
+    assert len({*every, *map(str.lower, instructions.values())}) == 300
+    known = set(re.findall("[a-z]+", " ".join(instructions.values()).lower()))
+    assert [text for text in every if not set(re.findall("[a-z]+", text)) - known] == []
 
 
 # ------------------------------------------------------------------------------------------------------------
