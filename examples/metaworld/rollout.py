@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # those that need torch are imported where they are used: the simulators' processes read this file
 # too
 
-from machinery.config import UserError, exit_with_one_line, load_yaml  # first: it names a missing package
+# first: it names a missing package
+from machinery.config import UserError, exit_with_one_line, load_yaml
 
 # isort: split
 
