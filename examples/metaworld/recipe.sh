@@ -2,7 +2,8 @@
 # Meta-World MT50 from nothing to a success table: examples/metaworld/recipe.sh data, then train, then rollout.
 # An interrupted stage continues where it stopped. SEED and all arguments after the stage are passed on:
 #   SEED=8 examples/metaworld/recipe.sh train --set max_steps=8000
-# examples/metaworld/recipe.sh speedrun does all three against the clock. NUM_GPUS GPUs train; WORK has datasets and runs.
+# equal-data, equal-train and equal-rollout are the same with data and looks like other policies', and CONFIG=NAME
+# trains another file of configs/. examples/metaworld/recipe.sh speedrun does all three against the clock. NUM_GPUS GPUs train; WORK has datasets and runs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 stage=$1 seed=${SEED:-7} gpus=${NUM_GPUS:-1} work=${WORK:+$WORK/}
@@ -23,7 +24,22 @@ case $stage in
   rollout)  # 10 episodes of each task
     python examples/metaworld/rollout.py --checkpoint "${work}runs/metaworld_mt50-seed$seed" \
       --tasks mt50 --trials 10 --execute 4 "$@" ;;
+  equal-data)  # 50 + 2 undisturbed ones by Meta-World's experts, one camera
+    [ -e "${work}datasets/metaworld_mt50_equal/1.0.0" ] ||
+      python examples/metaworld/make_dataset.py --tasks mt50 --episodes 50 --val_episodes 2 \
+        --cameras image --image_size 224 --multisampling 4 --jpeg_quality 90 \
+        --tail 8 --name metaworld_mt50_equal --out "${work}datasets" "$@" ;;
+  equal-train)
+    launcher=python
+    [ "$gpus" = 1 ] || launcher="deepspeed --num_gpus $gpus"
+    $launcher train_vla.py --config "configs/${CONFIG:-metaworld_mt50_equal}.yaml" \
+      --deepspeed_config ds_configs/zero1.json \
+      --set "seed=$seed" "run_id=${CONFIG:-metaworld_mt50_equal}-seed$seed" \
+      "data_root_dir=${work}datasets" "run_root_dir=${work}runs" "$@" ;;
+  equal-rollout)  # a look every 5 steps; the table has success within 400 steps, too
+    python examples/metaworld/rollout.py --checkpoint "${work}runs/${CONFIG:-metaworld_mt50_equal}-seed$seed" \
+      --tasks mt50 --trials 10 --execute 5 "$@" ;;
   speedrun)
     python examples/metaworld/speedrun.py "$@" ;;
-  *) echo "data, train, rollout or speedrun?" >&2; exit 2 ;;
+  *) echo "data, train, rollout, equal-data, equal-train, equal-rollout or speedrun?" >&2; exit 2 ;;
 esac

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 # those that need torch are imported where they are used: the simulators' processes read this file
 # too
 
-from machinery.config import UserError, exit_with_one_line  # first: it names a missing package
+# first: it names a missing package
+from machinery.config import UserError, exit_with_one_line, load_yaml
 
 # isort: split
 
@@ -51,6 +52,7 @@ from examples.recording import render_on_gpu
 from machinery.host import cores
 
 FIRST_SEED = 200_000  # demonstrations have smaller ones
+PARAPHRASES = Path(__file__).with_name("paraphrases.yaml")
 
 
 def play(connection: Connection) -> None:
@@ -92,10 +94,10 @@ class Player:
     """A trained policy, with inputs like those in its training data."""
 
     def __init__(self, checkpoint: str, recording: Path | None, execute: int | None, device: str,
-                 in_8_bits: bool = False):
+                 in_8_bits: bool = False, paraphrases: bool = False):
         """recording: recording.json of the dataset; default: found through the run's data_root_dir.
         execute: actions of a predicted chunk to execute before the next look; default: half of
-        them."""
+        them. paraphrases: use the wordings of paraphrases.yaml, which the policy has not seen."""
         import torch
 
         from act import load_vla
@@ -115,6 +117,9 @@ class Player:
         self.recording = {"multisampling": 0, **json.loads(path.read_text())}
         self.camera = {"cameras": self.views, **{key: self.recording[key] for key in OPTICS}}
         self.execute = execute or max(1, cfg.action_chunk // 2)
+        self.wordings = {task: [words] for task, words in INSTRUCTIONS.items()}
+        if paraphrases:  # trial i of a task gets wording i, from the first again after the last
+            self.wordings = load_yaml(PARAPHRASES.read_text(), str(PARAPHRASES))
         self.together = 1 if device == "cpu" else 8  # tasks in a batch
         self.threads = ThreadPoolExecutor(min(4, cores()))
 
@@ -124,7 +129,8 @@ class Player:
         import torch
 
         trials = len(questions[0][1])  # as many in all tasks
-        texts = [INSTRUCTIONS[task] for task, _ in questions for _ in range(trials)]
+        texts = [self.wordings[task][trial % len(self.wordings[task])]
+                 for task, _ in questions for trial in range(trials)]
         histories = [history for _, some in questions for history in some]
         images = torch.stack([*self.threads.map(self.prepare, histories)])
         state = np.stack([history[-1]["state"] for history in histories])
@@ -200,13 +206,12 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
     and over the groups present, which papers on MT50 call the average."""
     tasks = list(dict.fromkeys(task for task, _ in results))
     of = {task: [e for (t, _), episodes in results.items() if t == task for e in episodes] for task in tasks}
-    groups = {name: [e for task in members for e in of.get(task, [])] for name, members in GROUPS.items()}
-    groups = {name: rate(episodes) for name, episodes in groups.items() if episodes}
+    members = {name: [e for task in tasks for e in of.get(task, [])] for name, tasks in GROUPS.items()}
+    groups = {name: rate(episodes) for name, episodes in members.items() if episodes}
+    within_400 = {name: rate(episodes, 400) for name, episodes in members.items() if episodes}
     everything = [e for episodes in of.values() for e in episodes]
-    variance = sum(g["rate"] * (1 - g["rate"]) / g["trials"] for g in groups.values()) / len(groups) ** 2
     summary = {"per_task_average": rate(everything), "per_task_average_400": rate(everything, 400),
-               "macro_average": {"rate": float(np.mean([g["rate"] for g in groups.values()])),
-                                 "standard_error": math.sqrt(variance)},
+               "macro_average": mean_of_groups(groups), "macro_average_400": mean_of_groups(within_400),
                "groups": groups, "tasks": {task: {**rate(episodes), "instruction": INSTRUCTIONS[task]}
                                            for task, episodes in of.items()}}
     if len(seeds := {seed for _, seed in results}) > 1:
@@ -215,18 +220,29 @@ def summarize(results: dict[tuple[str, int], list[dict]]) -> dict:
     return summary
 
 
+def mean_of_groups(groups: dict[str, dict]) -> dict:
+    """The mean of the groups' rates, each with the same weight -> {rate, standard_error}."""
+    variance = sum(g["rate"] * (1 - g["rate"]) / g["trials"] for g in groups.values()) / len(groups) ** 2
+    return {"rate": float(np.mean([g["rate"] for g in groups.values()])),
+            "standard_error": math.sqrt(variance)}
+
+
 def table(summary: dict, simulator: str) -> str:
     """The summary as text. Groups and their mean are left out if all tasks are of one. simulator: its
     versions, beside each average."""
     rows = [row(name, entry) for name, entry in summary["tasks"].items()]
-    macro, several, averages = summary["macro_average"], len(summary["groups"]) > 1, []
+    several, averages = len(summary["groups"]) > 1, []
     if several:
         rows += [row(name, entry) for name, entry in summary["groups"].items()]
     if summary["per_task_average_400"] != summary["per_task_average"]:
         averages += [row("per_task_average_400", summary["per_task_average_400"])]
     averages += [row("per_task_average", summary["per_task_average"])]
-    if several:
-        averages += [f"{'macro_average':32s} {macro['rate']:6.1%}  standard error {macro['standard_error']:.1%}"]
+    means = [key for key in ("macro_average_400", "macro_average") if several]
+    if summary["macro_average_400"] == summary["macro_average"]:
+        means = means[1:]
+    for key in means:
+        mean = summary[key]
+        averages += [f"{key:32s} {mean['rate']:6.1%}  standard error {mean['standard_error']:.1%}"]
     for seed, part in summary.get("seeds", {}).items():
         mean = f" macro_average {part['macro_average']['rate']:.1%}" if several else ""
         averages += [f"seed {seed} per_task_average {part['per_task_average']['rate']:.1%}{mean}"]
@@ -274,6 +290,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="evaluation seeds")
     parser.add_argument("--execute", type=int,
                         help="actions executed per predicted chunk; default: half")
+    parser.add_argument("--paraphrases", action="store_true",
+                        help="instruct in words that no demonstration has (paraphrases.yaml)")
     parser.add_argument("--recording", type=Path,
                         help="the dataset's recording.json; default: found through the run")
     parser.add_argument("--out", type=Path, help="default: a folder in the run")
@@ -289,12 +307,16 @@ def main() -> None:
     with exit_with_one_line():
         tasks = task_names(args.tasks)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        player = Player(args.checkpoint, args.recording, args.execute, device, args.int8)
+        player = Player(args.checkpoint, args.recording, args.execute, device, args.int8,
+                        args.paraphrases)
         checkpoint = Path(open_weights(args.checkpoint).tensors.where)
-        out = args.out or checkpoint.parents[1] / f"rollouts-{checkpoint.name}"
+        name = f"rollouts-{checkpoint.name}" + "-paraphrases" * args.paraphrases
+        out = args.out or checkpoint.parents[1] / name
         simulator = closed_loop.versions(PACKAGES)
         conditions = {"checkpoint": str(checkpoint), "execute": player.execute, "trials": args.trials,
                       **player.camera, "device": device, "int8": args.int8, "simulator": simulator}
+        if args.paraphrases:  # folders of earlier versions do not have this key
+            conditions["paraphrases"] = True
         open_folder(out, conditions)
     closed_loop.compare_versions(simulator, player.recording)
     jobs = [(task, seed) for seed in args.seeds for task in tasks]
