@@ -9,8 +9,11 @@ causes_actions.py examines how the robot executed the answers, causes_model.py t
 
 import difflib
 import io
-from collections.abc import Callable, Iterable
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +21,13 @@ from PIL import Image
 
 from act import Policy
 from data import Mixture
-from machinery.causes_actions import Played, Sensor, action_causes, recorded_states
+from machinery.causes_actions import (
+    Played,
+    Sensor,
+    action_causes,
+    frames_by_clock,
+    recorded_states,
+)
 from machinery.causes_model import model_causes
 from machinery.convention import dimension_names
 from machinery.examine import BATCH, FRAMES, Cause, look, spread
@@ -30,6 +39,7 @@ from machinery.tfrecords import Steps, read_records, step_features
 ENOUGH = 0.25  # evidence from which a cause is named, in 0..1
 READ = 480  # frames from which states are read off pictures
 FOLLOWED = 400  # requests whose states are read so
+CLOSE = 4  # orders of states that are tried, if several explain them
 
 
 def find_causes(policy: Policy, run: Path, train: Mixture, held_out: Mixture | None,
@@ -58,16 +68,17 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
     frozen = frozen_causes(seen, requests)
     found += frozen + word_causes(train, texts)
     labels = dimension_names(train.recipes[0], table.features)
-    states = None
-    if cfg.use_proprio:
-        states = robot.from_robot(seen.frames["proprio"])
-        begun = np.flatnonzero(np.diff(seen.episode_of(np.arange(len(states))), prepend=-1))
-        first, _, _ = train.stretches[0]
-        wrong = state_causes(table.frames["proprio"][rows], states[requests], labels[1],
-                             starts_alike(table.frames["proprio"][first], states[begun]))
-        found += wrong
-        states = None if wrong else states
     sent = recorded_answers(seen)
+    states = robot.from_robot(seen.frames["proprio"]) if cfg.use_proprio else unused_states(sent)
+    if states is not None and states.shape[1:] == table.frames["proprio"].shape[1:]:
+        first, _, _ = train.stretches[0]
+        start = seen.first_frames[seen.episode_of(np.arange(len(states)))]
+        wrong, readings = state_causes(table.frames["proprio"][rows], states, labels[1],
+                                       table.frames["proprio"][first], start)
+        found += wrong if cfg.use_proprio else []
+        states = [reading(states) for reading in readings]
+    else:
+        states = []
     if cfg.window_size == 1:
         asked = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
         own = [policy.predict_action(
@@ -87,15 +98,17 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
     answers = robot.actions_from_robot(sent["chunk"].astype(np.float64))
     usable = [place for place, change in enumerate(changes) if change and not any(
         f"of {cfg.cameras[place]} " in cause.text for cause in frozen)]
+    clock = frames_by_clock(sent["time"], seen.episode_of(np.arange(len(answers))), fps_of(table))
     played = read_played(policy, train, seen, answers, states, usable, changes)
-    return found + (action_causes(table, played, labels[0], states is not None) if played else [])
+    return found + action_causes(table, [each._replace(clock=clock) for each in played], labels[0],
+                                 sharp=bool(states))
 
 
 def recorded_answers(seen: FrameTable) -> dict[str, np.ndarray] | None:
-    """{"chunk", "prefix", "unnorm_key": of each request}, which the frame table does not hold. None
-    if another program has recorded them."""
+    """{"chunk", "prefix", ...: of each request}, which the frame table does not hold. None if
+    another program has recorded them."""
     features = step_features(seen.directory)
-    names = ("chunk", "prefix", "unnorm_key")
+    names = ("chunk", "prefix", "time", "unnorm_key", "unused_state")
     if not features.keys() >= {*names}:
         return None
     found = {name: [] for name in names}
@@ -108,19 +121,31 @@ def recorded_answers(seen: FrameTable) -> dict[str, np.ndarray] | None:
     return {name: np.array(values) for name, values in found.items()}
 
 
+def unused_states(sent: dict[str, np.ndarray] | None) -> np.ndarray | None:
+    """(R, P): the states that the robot sends to a model that takes none."""
+    states = [json.loads(text) for text in sent["unused_state"]] if sent else [()]
+    return np.array(states) if {*map(len, states)} == {len(states[0])} else None
+
+
+def fps_of(table: FrameTable) -> float | None:
+    """Frames a second, as the program that recorded the demonstrations states it."""
+    file = table.directory / "recording.json"
+    return json.loads(file.read_text()).get("fps") if file.exists() else None
+
+
 def read_played(policy: Policy, train: Mixture, seen: FrameTable, answers: np.ndarray,
-                states: np.ndarray | None, usable: list[int], changes: list) -> Played | None:
-    """The requests with their states, which are read from pictures if they are None.
+                states: list[np.ndarray], usable: list[int], changes: list) -> list[Played]:
+    """The requests with their states, in each reading, or as their pictures show them.
 
     usable: cameras that show the robot; changes: of each, what makes training's pictures like them
     """
     table = train.tables[0]
-    if states is not None:
-        every = np.arange(len(states))
+    if states:
+        episode = seen.episode_of(np.arange(len(answers)))
         moved = np.ptp(table.frames["proprio"], axis=0) > 0
-        return Played(states[:, moved], answers, seen.episode_of(every))
+        return [Played(own[:, moved], answers, episode) for own in states]
     if not usable:
-        return None
+        return []
     rows = spread(train, READ)
     every = np.arange(min(len(seen.frames), FOLLOWED))
     ours = views_of(table, train.cameras_shown(0, int(rows[0]), 0), rows)
@@ -129,7 +154,7 @@ def read_played(policy: Policy, train: Mixture, seen: FrameTable, answers: np.nd
               features_of(policy, [[frame[place]] for frame in theirs])) for place in usable]
     trained, acted = (np.concatenate(side, axis=2)[:, 0] for side in zip(*parts, strict=True))
     sensor = Sensor(trained, recorded_states(table)[rows])
-    return Played(sensor.read(acted), answers[every], seen.episode_of(every))
+    return [Played(sensor.read(acted), answers[every], seen.episode_of(every))]
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -329,20 +354,17 @@ UNITS = {57.29578: "degrees, training's in radians", 1 / 57.29578: "radians, tra
 QUANTILES = np.linspace(0.05, 0.95, 10)
 
 
-def starts_alike(trained: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """(P,) bool: are the first states of the seen episodes (S, P) like those of the trained (R, P)?
-    If a robot only later gets where no demonstration was, its states are not to blame."""
-    low, high = trained.min(0), trained.max(0)
-    margin = 0.1 * (high - low) + 1e-3
-    return ((seen > low - margin) & (seen < high + margin)).mean(0) > 0.8
+class Reading(NamedTuple):
+    """What may be wrong with states. away: (P,) how far off they still are if it is."""
+
+    away: np.ndarray
+    what: str
+    cure: str
+    mend: Callable | None = None  # states (S, P) as they were sent -> as they should be
 
 
-def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str], alike=False
-                 ) -> list[Cause]:
-    """States (R, P), (S, P) in standard form that are not as in training.
-
-    alike: (P,) bool, do they begin as in training? Then only `frozen` can be wrong
-    """
+def state_readings(trained: np.ndarray, seen: np.ndarray) -> Iterator[Reading]:
+    """Of states (R, P) of training, (S, P) of requests. The first: nothing is wrong."""
     ours = np.quantile(trained, QUANTILES, axis=0)  # (10, P)
     theirs = np.quantile(seen, QUANTILES, axis=0)
     spans = np.ptp(ours, axis=0) + 1e-6
@@ -351,28 +373,86 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str], alike=
         """Of quantiles (10, P) to those that are seen, in their span -> (P,)."""
         return np.abs(reading - theirs).mean(0) / np.maximum(np.ptp(reading, 0), 0.05 * spans)
 
-    still = (np.ptp(seen, 0) < 1e-3 * spans) & (np.ptp(trained, 0) > 0.1 * spans) & (len(seen) > 8)
-    plain = np.maximum(distance(ours), still)
-    moved = ours + np.median(theirs, axis=0) - np.median(ours, axis=0)
-    readings = [(np.where(still, 0, np.inf), "are frozen", "read the state anew for each step"),
-                (distance(moved) + 0.1, "have an offset", "calibrate its zero")]
+    yield Reading(distance(ours), "", "")
+    moved = np.median(theirs, axis=0) - np.median(ours, axis=0)
+    yield Reading(distance(ours + moved) + 0.1, "have an offset", "calibrate its zero",
+                  lambda x: x - moved)
     share = (ours.min(0) > -0.05) & (ours.max(0) < 1.05)
     for factor, unit in UNITS.items():
         possible = 0 if "percent" not in unit else np.where(share, 0, np.inf)
-        readings.append((distance(ours * factor) + possible, f"are {unit}",
-                         "send the states in the units of the recording"))
-    for places in range(1, len(names)):
-        readings.append((distance(np.roll(ours, places, axis=1)), "are in another order",
-                         "send the states in the order of the recording"))
-    wrong = (plain > 0.6) & (still | ~np.asarray(alike))
-    readings.sort(key=lambda reading: np.sum(np.minimum(reading[0], plain)[wrong]))  # one for all
+        yield Reading(distance(ours * factor) + possible, f"are {unit}",
+                      "send the states in the units of the recording", lambda x, f=factor: x / f)
+    for order in orders(len(spans)):
+        yield Reading(distance(ours[:, order]), "are in another order",
+                      "send the states in the order of the recording",
+                      lambda x, order=order: x[:, np.argsort(order)])
+
+
+def orders(width: int) -> list[list[int]]:
+    """Ways to order `width` numbers: all, or if these are too many, those with few mistakes."""
+    own = [*range(width)]
+    if width < 6:
+        return [[*order] for order in itertools.permutations(own)][1:]
+    return [own[place:] + own[:place] for place in own[1:]] + [
+        [{one: two, two: one}.get(dim, dim) for dim in own] for two in own for one in own[:two]]
+
+
+def best_readings(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
+                  ) -> tuple[float, list[tuple], list[Callable]]:
+    """What explains the dimensions that are wrong: how badly, then (evidence, dimension, reading)
+    each, and the likeliest ways to mend all states, if that is possible."""
+    plain, *readings = state_readings(trained, seen)
+    readings.sort(key=lambda each: np.minimum(each.away, plain.away)[wrong].sum())
     faults = []
     for dim in np.flatnonzero(wrong):
-        for away, what, cure in readings:
-            if away[dim] < 0.5 * plain[dim]:
-                faults.append((1 - away[dim] / plain[dim], names[dim], what, cure))
+        for reading in readings:  # the best for all that are wrong is the best for each
+            if reading.away[dim] < 0.5 * plain.away[dim]:
+                faults.append((1 - reading.away[dim] / plain.away[dim], dim, reading))
                 break
-    return together("state", "states", faults)
+    rest = float(readings[0].away[wrong].sum())
+    kinds = {reading.what for *_, reading in faults}
+    if len(faults) < wrong.sum() or len(kinds) > 1:
+        return rest, faults, []
+    close = [reading for reading in readings if reading.what in kinds]
+    close.sort(key=lambda reading: reading.away.sum())
+    dims = wrong | ("order" in close[0].what)
+    return rest, faults, [lambda x, mend=reading.mend: np.where(dims, mend(x), x)
+                          for reading in close[:CLOSE]]
+
+
+def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
+                 first: np.ndarray | None = None, start: np.ndarray | None = None
+                 ) -> tuple[list[Cause], list[Callable]]:
+    """Are the states (S, P) of the requests unlike those of training, (R, P)?
+
+    first: the first states of training's episodes; start: (S,) which state is the first of the
+    request's episode. If a robot that begins as in training gets where no demonstration was, its
+    states are not to blame. -> causes, and the likeliest ways to mend the states
+    """
+    start = np.zeros(len(seen), int) if start is None else start
+    far = np.abs(seen - seen[start]).max(0)
+    moves = np.ptp(trained, 0) > 0
+    later = np.sum(np.arange(len(seen)) != start)
+    still = moves & (far < 1e-3 * np.ptp(trained, 0)) & (later > 8)
+    if still.any():  # if others move, it may also be a gripper that is never closed
+        evidence = max(0.4, still.sum() / moves.sum())
+        faults = [(evidence, names[dim], "are frozen", "read the state anew for each step")
+                  for dim in np.flatnonzero(still)]
+        return together("state", "states", faults), [np.asarray] * bool((moves & ~still).any())
+    wrong = next(state_readings(trained, seen)).away > 0.6
+    samples = [(trained, seen)]
+    if first is not None:
+        begun = seen[np.unique(start)]
+        low, high = first.min(0), first.max(0)
+        margin = 0.1 * (high - low) + 1e-3
+        wrong &= ((begun > low - margin) & (begun < high + margin)).mean(0) < 0.8
+        samples.append((first, begun))  # later, the robot may be far from any demonstration
+    if not wrong.any():
+        return [], [np.asarray]
+    rest, faults, ways = min((best_readings(*sample, wrong) for sample in samples),
+                             key=lambda found: found[0])
+    return together("state", "states", [(evidence, names[dim], reading.what, reading.cure)
+                                        for evidence, dim, reading in faults]), ways
 
 
 def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[Cause]:

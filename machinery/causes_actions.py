@@ -18,13 +18,16 @@ from machinery.examine import Cause
 from machinery.frames import FrameTable
 from machinery.peers import distances
 
+MEMORY = 3  # actions on which the motion within a frame depends
 RIDGE = 0.003  # of the kernel, whose diagonal is 1
 FEW = 20  # requests with a next one: fewer prove nothing
 SURE = 3  # standard errors by which a way must fit better
 NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
 EXPLAINED = 0.1, 0.6  # a way is named if it explains this share of the error; a second way
+STEADY = 0.15  # frames: other times are not of a robot's clock
 DELAYS = range(1, 7)  # frames
-HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
+HOLDS = (0.5, 2, 3, 4, 6, 8)  # frames that a step lasts
+RATE = "execute the steps at the rate of the recording, each once"
 SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
 
 
@@ -34,6 +37,7 @@ class Played(NamedTuple):
     states: np.ndarray  # (R, P) in standard form, or read from the pictures
     answers: np.ndarray  # (R, chunk, A) in standard form
     episode: np.ndarray  # (R,) ascending
+    clock: int | None = None  # frames from request to request
 
 
 class Way(NamedTuple):
@@ -43,9 +47,13 @@ class Way(NamedTuple):
     cure: str
     change: Callable = lambda actions, states: actions
     delay: int = 0
-    hold: int = 1
+    hold: float = 1
+    again: bool = False  # from its first step, when all of an answer is executed?
     doubt: float = 1.0  # by how much it must be better than others
     first: bool = False  # is `states` that of the request, for all steps of its answer?
+
+
+PLAIN = Way("", "")
 
 
 # ---- The effect of actions -----------------------------------------------------------------------
@@ -64,44 +72,50 @@ def recorded_states(table: FrameTable) -> np.ndarray:
 
 
 class Motion:
-    """How the state changes within a frame: linear in the state, this action, and the last one."""
+    """How the state changes within a frame: linear in the state and the latest actions."""
 
     def __init__(self, states: np.ndarray, actions: np.ndarray, episode: np.ndarray):
         """Of all frames (N, ...)."""
-        rows = 1 + np.flatnonzero(episode[:-2] == episode[2:])
+        rows = MEMORY - 1 + np.flatnonzero(episode[:-MEMORY] == episode[MEMORY:])
         change = states[rows + 1] - states[rows]
         self.scale = change.std(0) + 1e-9  # (P,)
         self.middle = states.mean(0)
         self.reach = np.ptp(states, axis=0)
-        known = self.inputs(states[rows], actions[rows], actions[rows - 1])
+        known = self.inputs(states[rows], [actions[rows - back] for back in range(MEMORY)])
         spread = known.std(0)
         spread = np.where(spread > 1e-9, spread, np.abs(known).max(0) + 1)  # constants
-        square = (known / spread).T @ (known / spread) + 1e-3 * len(rows) * np.eye(len(spread))
+        square = (known / spread).T @ (known / spread) + 1e-5 * len(rows) * np.eye(len(spread))
         self.weights = np.linalg.solve(square, (known / spread).T @ change) / spread[:, None]
         missed = (change - known @ self.weights).var(0)
         self.moved = missed < 0.8 * change.var(0)  # (P,) the dimensions that follow the actions
-        self.effect = self.weights[-2 * actions.shape[1] :].reshape(2, actions.shape[1], -1).sum(0)
+        effects = self.weights[1 + states.shape[1] :].reshape(MEMORY, actions.shape[1], -1)
+        self.effect = effects.sum(0)  # (A, P)
 
     @staticmethod
-    def inputs(states: np.ndarray, actions: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.ones((len(states), 1)), states, actions, last], axis=1)
+    def inputs(states: np.ndarray, actions: list[np.ndarray]) -> np.ndarray:
+        """actions: the newest first."""
+        return np.concatenate([np.ones((len(states), 1)), states, *actions], axis=1)
 
     def follow(self, played: Played, way: Way, frames: int) -> np.ndarray:
         """The states (R, P) `frames` after each request."""
         count, chunk, _ = played.answers.shape
         first = np.searchsorted(played.episode, played.episode) * frames  # (R,)
         start = np.arange(count) * frames - way.delay
-        step = np.minimum(np.arange(frames) // way.hold, chunk - 1)
+        step = (np.arange(frames) // way.hold).astype(int)
+        step = step % chunk if way.again else np.minimum(step, chunk - 1)
         stream = played.answers[:, step].reshape(count * frames, -1)
-        state = before = played.states
-        if frames == 1:
-            before = state[np.maximum(start + way.delay - 1, first)]
-        last = way.change(stream[np.maximum(start - 1, first)], before)
+        state = played.states
+        actions = []
+        for back in range(1, MEMORY):
+            before = state
+            if frames == 1:
+                before = state[np.maximum(start + way.delay - back, first)]
+            actions.append(way.change(stream[np.maximum(start - back, first)], before))
         for frame in range(frames):
             known = played.states if way.first else state
             action = way.change(stream[np.maximum(start + frame, first)], known)
-            state = state + self.inputs(state, action, last) @ self.weights
-            last = action
+            actions = [action, *actions][:MEMORY]
+            state = state + self.inputs(state, actions) @ self.weights
         return state
 
 
@@ -186,9 +200,12 @@ def late_ways() -> list[Way]:
     found = [Way(f"the answers are executed {delay} frames late: a delay after the picture",
                  "send the newest picture, execute the answer at once, or skip the steps of the "
                  "answer whose time is over", delay=delay) for delay in DELAYS]
-    found += [Way(f"each step lasts {hold} frames: the control rate is too low, or a step of the "
-                  "chunk is executed too long", "execute the steps at the rate of the recording, "
-                  "each once", hold=hold) for hold in HOLDS]
+    for hold in HOLDS:
+        fault = "high" if hold < 1 else "low, or a step of the chunk is executed too long"
+        found.append(Way(f"each step lasts {hold:g} frames: the control rate is too {fault}",
+                         RATE, hold=hold))
+    found.append(Way("an answer is executed again after its last step: the chunk is executed too "
+                     "long", RATE, again=True))
     return found
 
 
@@ -199,8 +216,9 @@ def combined(first: Way, second: Way) -> Way:
     """Both: the second changes the answers before the first does."""
     return second._replace(change=lambda x, states: first.change(second.change(x, states), states),
                            first=first.first or second.first,
+                           again=first.again or second.again,
                            delay=max(first.delay, second.delay),
-                           hold=max(first.hold, second.hold))
+                           hold=first.hold * second.hold)
 
 
 class Trial:
@@ -218,6 +236,12 @@ class Trial:
         near = (away < 2).all(1)  # farther away, actions have other effects
         self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
         self.number = np.arange(len(episode)) - np.searchsorted(episode, episode)
+        self.clock = None
+        if played.clock and self.followed.any():  # a simulator's clock is not the robot's: its motion must fit, too
+            least, plain = self.best(PLAIN)
+            timed = [np.nanmean(self.errors(way, played.clock)) for way in [PLAIN, *late_ways()]]
+            if played.clock >= least and min(timed) < 1.1 * np.nanmean(plain) + NOTICED:
+                self.clock = played.clock
 
     def errors(self, way: Way, frames: int) -> np.ndarray:
         """(R, P) of requests that have a next one, in usual steps of a frame; NaN elsewhere."""
@@ -229,16 +253,26 @@ class Trial:
 
     def best(self, way: Way) -> tuple[int, np.ndarray]:
         """The frames from request to request that explain it best, and the errors."""
-        steps = self.played.answers.shape[1]
-        tries = [(way.hold * count, self.errors(way, way.hold * count))
-                 for count in range(1, steps + 1)]
+        counts = np.arange(1, self.played.answers.shape[1] + 1)
+        frames = {self.clock} if self.clock else {*(counts * way.hold).astype(int).tolist()} - {0}
+        tries = [(count, self.errors(way, count)) for count in frames]
         return min(tries, key=lambda each: np.nanmean(each[1]))
 
 
-def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
+def frames_by_clock(time: np.ndarray, episode: np.ndarray, fps: float | None) -> int | None:
+    """Frames from request to request, if the robot asks in step with its own clock.
+
+    time: (R,) of the requests, in nanoseconds; fps: frames a second of the recording
+    """
+    between = np.diff(time)[episode[1:] == episode[:-1]] * 1e-9 * (fps or 0)
+    frames = round(float(np.median(between))) if len(between) else 0
+    return frames if (np.abs(between - frames) < STEADY).mean() > 0.8 and frames else None
+
+
+def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]], float]:
     """The two ways that explain the motion, the second given the first: (share of the error that
-    it explains, way, frames from request to request)."""
-    now = Way("", "")
+    it explains, way, frames from request to request). And the error that remains."""
+    now = PLAIN
     found = []
     for least in EXPLAINED:
         _, errors = trial.best(now)
@@ -266,26 +300,38 @@ def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
         both, alone = (np.nanmean(trial.best(way)[1]) for way in (now, found[1][1]))
         if both > (1 - EXPLAINED[1]) * alone:
             del found[0]
-    return found
+    return found, float(np.nanmean(trial.best(now)[1]))
 
 
-def action_causes(table: FrameTable, played: Played, names: list[str], sharp: bool) -> list[Cause]:
-    """table: the training frames, with states; sharp: are the states of the requests recorded, and
-    not read from pictures?"""
+def action_causes(table: FrameTable, played: list[Played], names: list[str], sharp: bool
+                  ) -> list[Cause]:
+    """table: the training frames, with states; played: the requests, with each reading of their
+    states; sharp: are these recorded, and not read from pictures?"""
     episode = table.episode_of(np.arange(len(table.frames)))
     motion = Motion(recorded_states(table), np.array(table.frames["action"], np.float64), episode)
     length = np.median(table.episodes["count"]) * (2 if sharp else 0.5)
-    trial = Trial(motion, played, length)
-    if trial.followed.sum() < FEW or not motion.moved.any():
+    trials = [Trial(motion, own, length) for own in played if motion.moved.any()]
+    trials = [trial for trial in trials if trial.followed.sum() >= FEW]
+    if not trials:
         return []
+    every = ways(motion, table, names) + late_ways()
+    explained = [explain(trial, every) for trial in trials]
+    place = int(np.argmin([error for _, error in explained]))
+    trial, (ranked, _) = trials[place], explained[place]
     found = []
-    for gain, way, frames in explain(trial, ways(motion, table, names) + late_ways()):
+    late = False
+    for gain, way, frames in ranked:
         text = (f"{way.text}: if so, the answers explain the robot's motion "
                 f"{1 / (1 - gain):.1f} times as well, with {frames} frames from request to request")
         evidence = min([0.4 + gain / 2, *(cause.evidence - 0.01 for cause in found)])
         found.append(Cause(evidence, "actions", text, way.cure))
-    steps = played.answers.shape[1]
-    frames, _ = trial.best(Way("", ""))
+        late |= way in late_ways()
+    steps = trial.played.answers.shape[1]
+    frames, _ = trial.best(PLAIN)
+    if frames > steps and not late:
+        found.append(Cause(0.5, "actions", f"by the clock, {frames} frames of the recording pass "
+                           f"from request to request, but an answer has {steps} steps: the control "
+                           "rate is too low, or the chunk is executed too long or twice", RATE))
     if not found and steps >= 4 * frames:
         found.append(Cause(0.3, "actions", f"about {frames} of the {steps} steps of an answer are "
                            "executed before the next request: the chunk is executed too short, and "
