@@ -9,37 +9,28 @@ causes_actions.py examines how the robot executed the answers, causes_model.py t
 
 import difflib
 import io
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from act import Policy
 from data import Mixture
-from machinery.causes_actions import (
-    Played,
-    Sensor,
-    action_causes,
-    frames_by_clock,
-    recorded_states,
-)
+from machinery.causes_actions import Played, action_causes, frames_by_clock
 from machinery.causes_model import model_causes
+from machinery.causes_state import state_causes
 from machinery.convention import dimension_names
-from machinery.examine import BATCH, FRAMES, Cause, look, spread
+from machinery.examine import BATCH, FRAMES, Cause, look, spread, together
 from machinery.frames import FrameTable
 from machinery.images import decode_native
 from machinery.peers import distances, evenly
 from machinery.tfrecords import Steps, read_records, step_features
 
 ENOUGH = 0.25  # evidence from which a cause is named, in 0..1
-READ = 480  # frames from which states are read off pictures
-FOLLOWED = 400  # requests whose states are read so
-CLOSE = 4  # orders of states that are tried, if several explain them
 
 
 def find_causes(policy: Policy, run: Path, train: Mixture, held_out: Mixture | None,
@@ -64,27 +55,25 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
     views = views_of(seen, cfg.cameras, requests)
     texts = [seen.instructions[number] for number in seen.frames["instruction"]]
     trained = views_of(table, train.cameras_shown(0, int(rows[0]), 0), rows)
-    found, changes = picture_causes(policy, trained, views)
-    frozen = frozen_causes(seen, requests)
-    found += frozen + word_causes(train, texts)
+    found = picture_causes(policy, trained, views) + frozen_causes(seen, requests)
+    found += word_causes(train, texts)
     labels = dimension_names(train.recipes[0], table.features)
     sent = recorded_answers(seen)
     states = robot.from_robot(seen.frames["proprio"]) if cfg.use_proprio else unused_states(sent)
+    ways = []
     if states is not None and states.shape[1:] == table.frames["proprio"].shape[1:]:
         first, _, _ = train.stretches[0]
         start = seen.first_frames[seen.episode_of(np.arange(len(states)))]
-        wrong, readings = state_causes(table.frames["proprio"][rows], states, labels[1],
-                                       table.frames["proprio"][first], start)
+        wrong, ways = state_causes(table.frames["proprio"][rows], states, labels[1],
+                                   table.frames["proprio"][first], start)
         found += wrong if cfg.use_proprio else []
-        states = [reading(states) for reading in readings]
-    else:
-        states = []
     if cfg.window_size == 1:
-        asked = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
-        own = [policy.predict_action(
-                   views[place * BATCH : (place + 1) * BATCH], [texts[row] for row in part], name,
-                   seen.frames["proprio"][part] if cfg.use_proprio else None)
-               for place, part in enumerate(asked)]
+        own = []
+        for start in tqdm(range(0, len(requests), BATCH), "answers", leave=False, disable=None):
+            part = requests[start : start + BATCH]
+            own.append(policy.predict_action(
+                views[start : start + BATCH], [texts[row] for row in part], name,
+                seen.frames["proprio"][part] if cfg.use_proprio else None))
         own = np.concatenate(own).reshape(len(requests), -1, len(robot.action))[:, 0]
         free = sent["prefix"][requests] == 0 if sent else slice(None)  # others were given
         found += answer_causes(own[free], seen.frames["action"][requests][free], robot.action)
@@ -96,12 +85,10 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
                            f"dataset: unnorm_key {key!r}, not {name!r}",
                            f"send unnorm_key {name!r}, or examine with --data_mix {key}"))
     answers = robot.actions_from_robot(sent["chunk"].astype(np.float64))
-    usable = [place for place, change in enumerate(changes) if change and not any(
-        f"of {cfg.cameras[place]} " in cause.text for cause in frozen)]
-    clock = frames_by_clock(sent["time"], seen.episode_of(np.arange(len(answers))), fps_of(table))
-    played = read_played(policy, train, seen, answers, states, usable, changes)
-    return found + action_causes(table, [each._replace(clock=clock) for each in played], labels[0],
-                                 sharp=bool(states))
+    episode = seen.episode_of(np.arange(len(answers)))
+    clock = frames_by_clock(sent["time"], episode, fps_of(table))
+    played = [Played(way(states), answers, episode, clock) for way in ways]
+    return found + action_causes(table, played, labels[0])
 
 
 def recorded_answers(seen: FrameTable) -> dict[str, np.ndarray] | None:
@@ -131,30 +118,6 @@ def fps_of(table: FrameTable) -> float | None:
     """Frames a second, as the program that recorded the demonstrations states it."""
     file = table.directory / "recording.json"
     return json.loads(file.read_text()).get("fps") if file.exists() else None
-
-
-def read_played(policy: Policy, train: Mixture, seen: FrameTable, answers: np.ndarray,
-                states: list[np.ndarray], usable: list[int], changes: list) -> list[Played]:
-    """The requests with their states, in each reading, or as their pictures show them.
-
-    usable: cameras that show the robot; changes: of each, what makes training's pictures like them
-    """
-    table = train.tables[0]
-    if states:
-        episode = seen.episode_of(np.arange(len(answers)))
-        moved = np.ptp(table.frames["proprio"], axis=0) > 0
-        return [Played(own[:, moved], answers, episode) for own in states]
-    if not usable:
-        return []
-    rows = spread(train, READ)
-    every = np.arange(min(len(seen.frames), FOLLOWED))
-    ours = views_of(table, train.cameras_shown(0, int(rows[0]), 0), rows)
-    theirs = views_of(seen, policy.cfg.cameras, every)
-    parts = [(features_of(policy, [[frame[place]] for frame in ours], changes[place]),
-              features_of(policy, [[frame[place]] for frame in theirs])) for place in usable]
-    trained, acted = (np.concatenate(side, axis=2)[:, 0] for side in zip(*parts, strict=True))
-    sensor = Sensor(trained, recorded_states(table)[rows])
-    return [Played(sensor.read(acted), answers[every], seen.episode_of(every))]
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -261,14 +224,14 @@ def texture_cause(trained: list, seen: list) -> tuple[float, str] | None:
     return (1 - away[best] / plain, best) if plain > 1.5 and away[best] < plain / 2 else None
 
 
-def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Cause], list]:
-    """Pictures that training did not see so, and of each camera what makes training's pictures like
-    them, None if nothing known does. trained, seen: native pictures, [frame][camera]."""
+def picture_causes(policy: Policy, trained: list, seen: list) -> list[Cause]:
+    """Pictures that training did not see so. trained, seen: native pictures, [frame][camera]."""
     cameras = policy.cfg.cameras
     ours = features_of(policy, trained)
     theirs = features_of(policy, seen)
-    changed = {name: features_of(policy, trained, CHANGES[name][0]) for name in CHANGES}
-    found, changes = [], []
+    changed = {name: features_of(policy, trained, CHANGES[name][0])
+               for name in tqdm(CHANGES, "pictures", leave=False, disable=None)}
+    found = []
     for place, camera in enumerate(cameras):
         own = theirs[:, place]
         plain = nearest(own, ours[:, place])
@@ -280,14 +243,13 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
         evidence = 1 - away[best] / max(plain, 1e-9)
         coarse = texture_cause([frame[place] for frame in trained[::3]],
                                [frame[place] for frame in seen[::3]])
-        change, cure = CHANGES.get(best, (None, SWAP))
+        _, cure = CHANGES.get(best, (None, SWAP))
         if evidence > ENOUGH and plain > 1.5 * usual:
             text = (f"{best}: training's pictures, changed this way, are "
                     f"{1 / max(1 - evidence, 1e-3):.1f} times as close to the robot's")
-            change = None if best == "black" else change
         elif coarse:
             evidence, best = coarse
-            change, cure = TEXTURES[best]
+            _, cure = TEXTURES[best]
             text = (f"{best}: training's pictures, changed this way, are "
                     f"{1 / (1 - evidence):.1f} times as close to the robot's in detail")
             evidence *= 0.8
@@ -295,16 +257,14 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
             text = (f"unlike training's: {plain / usual:.1f} times as far from them as they are "
                     "from each other, and no known change explains it")
             cure = "compare the two pictures"
-            evidence, change = ENOUGH, None
+            evidence = ENOUGH
         else:
-            changes.append(np.asarray)
             continue
-        changes.append(change)
         sides = (("acting sees", seen[0][place]), ("training saw", trained[0][place]))
         found.append(Cause(evidence, "pictures", f"the picture of {camera} is {text}", cure, sides))
     swapped = [cause for cause in found if cause.cure == SWAP]
     swapped.sort(key=lambda cause: cause.evidence)  # one fault: the clearest line is enough
-    return [cause for cause in found if cause not in swapped[:-1]], changes
+    return [cause for cause in found if cause not in swapped[:-1]]
 
 
 def frozen_causes(seen: FrameTable, rows: np.ndarray) -> list[Cause]:
@@ -347,114 +307,6 @@ def word_causes(train: Mixture, seen: list[str]) -> list[Cause]:
 
 # ---- Numbers -------------------------------------------------------------------------------------
 
-UNITS = {57.29578: "degrees, training's in radians", 1 / 57.29578: "radians, training's in degrees",
-         1000: "millimeters, training's in meters", 0.001: "meters, training's in millimeters",
-         100: "percent, training's in 0..1", 0.01: "0..1, training's in percent",
-         -1: "of the other sign"}
-QUANTILES = np.linspace(0.05, 0.95, 10)
-
-
-class Reading(NamedTuple):
-    """What may be wrong with states. away: (P,) how far off they still are if it is."""
-
-    away: np.ndarray
-    what: str
-    cure: str
-    mend: Callable | None = None  # states (S, P) as they were sent -> as they should be
-
-
-def state_readings(trained: np.ndarray, seen: np.ndarray) -> Iterator[Reading]:
-    """Of states (R, P) of training, (S, P) of requests. The first: nothing is wrong."""
-    ours = np.quantile(trained, QUANTILES, axis=0)  # (10, P)
-    theirs = np.quantile(seen, QUANTILES, axis=0)
-    spans = np.ptp(ours, axis=0) + 1e-6
-
-    def distance(reading: np.ndarray) -> np.ndarray:
-        """Of quantiles (10, P) to those that are seen, in their span -> (P,)."""
-        return np.abs(reading - theirs).mean(0) / np.maximum(np.ptp(reading, 0), 0.05 * spans)
-
-    yield Reading(distance(ours), "", "")
-    moved = np.median(theirs, axis=0) - np.median(ours, axis=0)
-    yield Reading(distance(ours + moved) + 0.1, "have an offset", "calibrate its zero",
-                  lambda x: x - moved)
-    share = (ours.min(0) > -0.05) & (ours.max(0) < 1.05)
-    for factor, unit in UNITS.items():
-        possible = 0 if "percent" not in unit else np.where(share, 0, np.inf)
-        yield Reading(distance(ours * factor) + possible, f"are {unit}",
-                      "send the states in the units of the recording", lambda x, f=factor: x / f)
-    for order in orders(len(spans)):
-        yield Reading(distance(ours[:, order]), "are in another order",
-                      "send the states in the order of the recording",
-                      lambda x, order=order: x[:, np.argsort(order)])
-
-
-def orders(width: int) -> list[list[int]]:
-    """Ways to order `width` numbers: all, or if these are too many, those with few mistakes."""
-    own = [*range(width)]
-    if width < 6:
-        return [[*order] for order in itertools.permutations(own)][1:]
-    return [own[place:] + own[:place] for place in own[1:]] + [
-        [{one: two, two: one}.get(dim, dim) for dim in own] for two in own for one in own[:two]]
-
-
-def best_readings(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
-                  ) -> tuple[float, list[tuple], list[Callable]]:
-    """What explains the dimensions that are wrong: how badly, then (evidence, dimension, reading)
-    each, and the likeliest ways to mend all states, if that is possible."""
-    plain, *readings = state_readings(trained, seen)
-    readings.sort(key=lambda each: np.minimum(each.away, plain.away)[wrong].sum())
-    faults = []
-    for dim in np.flatnonzero(wrong):
-        for reading in readings:  # the best for all that are wrong is the best for each
-            if reading.away[dim] < 0.5 * plain.away[dim]:
-                faults.append((1 - reading.away[dim] / plain.away[dim], dim, reading))
-                break
-    rest = float(readings[0].away[wrong].sum())
-    kinds = {reading.what for *_, reading in faults}
-    if len(faults) < wrong.sum() or len(kinds) > 1:
-        return rest, faults, []
-    close = [reading for reading in readings if reading.what in kinds]
-    close.sort(key=lambda reading: reading.away.sum())
-    dims = wrong | ("order" in close[0].what)
-    return rest, faults, [lambda x, mend=reading.mend: np.where(dims, mend(x), x)
-                          for reading in close[:CLOSE]]
-
-
-def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
-                 first: np.ndarray | None = None, start: np.ndarray | None = None
-                 ) -> tuple[list[Cause], list[Callable]]:
-    """Are the states (S, P) of the requests unlike those of training, (R, P)?
-
-    first: the first states of training's episodes; start: (S,) which state is the first of the
-    request's episode. If a robot that begins as in training gets where no demonstration was, its
-    states are not to blame. -> causes, and the likeliest ways to mend the states
-    """
-    start = np.zeros(len(seen), int) if start is None else start
-    far = np.abs(seen - seen[start]).max(0)
-    moves = np.ptp(trained, 0) > 0
-    later = np.sum(np.arange(len(seen)) != start)
-    still = moves & (far < 1e-3 * np.ptp(trained, 0)) & (later > 8)
-    if still.any():  # if others move, it may also be a gripper that is never closed
-        evidence = max(0.4, still.sum() / moves.sum())
-        faults = [(evidence, names[dim], "are frozen", "read the state anew for each step")
-                  for dim in np.flatnonzero(still)]
-        return together("state", "states", faults), [np.asarray] * bool((moves & ~still).any())
-    wrong = next(state_readings(trained, seen)).away > 0.6
-    samples = [(trained, seen)]
-    if first is not None:
-        begun = seen[np.unique(start)]
-        low, high = first.min(0), first.max(0)
-        margin = 0.1 * (high - low) + 1e-3
-        wrong &= ((begun > low - margin) & (begun < high + margin)).mean(0) < 0.8
-        samples.append((first, begun))  # later, the robot may be far from any demonstration
-    if not wrong.any():
-        return [], [np.asarray]
-    rest, faults, ways = min((best_readings(*sample, wrong) for sample in samples),
-                             key=lambda found: found[0])
-    return together("state", "states", [(evidence, names[dim], reading.what, reading.cure)
-                                        for evidence, dim, reading in faults]), ways
-
-
 def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[Cause]:
     """Answers (S, A) of this policy to the seen requests, and those that were given."""
     span = np.ptp(own, axis=0)
@@ -476,12 +328,3 @@ def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[
             cure = "act with the statistics of the training's dataset (unnorm_key)"
         faults.append((1 - same[dim], names[dim], what, cure))
     return together("answers", "answers", faults)
-
-
-def together(kind: str, subject: str, faults: Iterable[tuple[float, str, str, str]]) -> list[Cause]:
-    """(evidence, dimension, what is wrong, cure) each -> one cause for all with the same fault."""
-    found: dict[tuple[str, str], list] = {}
-    for evidence, name, what, cure in faults:
-        found.setdefault((what, cure), []).append((float(evidence), name))
-    return [Cause(max(entries)[0], kind, f"the {subject} {', '.join(name for _, name in entries)} "
-                  f"{what}", cure) for (what, cure), entries in found.items()]

@@ -1,10 +1,9 @@
 """How the robot executed the answers: do its motions follow them, or a changed form of them?
 
-The demonstrations show how an action changes the robot's state within a frame (`Motion`), and what
-a state looks like (`Sensor`, for requests without states). So the state at the next request can be
-predicted from the answer to this one. Each way of executing answers wrongly changes the answers: if
-the robot goes where the changed ones would have led it, and not where the answers lead, this way is
-the cause. Read `action_causes`, then WAYS.
+The demonstrations show how an action changes the robot's state within a frame (`Motion`). So the
+state at the next request can be predicted from the answer to this one. Each way of executing
+answers wrongly changes the answers: if the robot goes where the changed ones would have led it, and
+not where the answers lead, this way is the cause. Read `action_causes`, then `ways`.
 
 This predicts the effect of the answers, not the right answers. So it also works for a weak policy.
 """
@@ -16,10 +15,8 @@ import numpy as np
 
 from machinery.examine import Cause
 from machinery.frames import FrameTable
-from machinery.peers import distances
 
 MEMORY = 3  # actions on which the motion within a frame depends
-RIDGE = 0.003  # of the kernel, whose diagonal is 1
 FEW = 20  # requests with a next one: fewer prove nothing
 SURE = 3  # standard errors by which a way must fit better
 NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
@@ -34,7 +31,7 @@ SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 10
 class Played(NamedTuple):
     """R requests of a recording, those of an episode adjacent."""
 
-    states: np.ndarray  # (R, P) in standard form, or read from the pictures
+    states: np.ndarray  # (R, P) in standard form
     answers: np.ndarray  # (R, chunk, A) in standard form
     episode: np.ndarray  # (R,) ascending
     clock: int | None = None  # frames from request to request
@@ -57,18 +54,6 @@ PLAIN = Way("", "")
 
 
 # ---- The effect of actions -----------------------------------------------------------------------
-
-
-def recorded_states(table: FrameTable) -> np.ndarray:
-    """(N, P) of all frames. Without states: the previous targets, and the sums of changes."""
-    states = np.array(table.frames["proprio"], np.float64)
-    if np.ptp(states, axis=0).any():
-        return states[:, np.ptp(states, axis=0) > 0]
-    actions = np.array(table.frames["action"], np.float64)
-    first = table.first_frames[table.episode_of(np.arange(len(actions)))]
-    sums = np.cumsum(actions, axis=0) - actions
-    before = actions[np.maximum(np.arange(len(actions)) - 1, first)]
-    return np.where(table.targets, before, sums - sums[first])
 
 
 class Motion:
@@ -117,24 +102,6 @@ class Motion:
             actions = [action, *actions][:MEMORY]
             state = state + self.inputs(state, actions) @ self.weights
         return state
-
-
-class Sensor:
-    """Reads states off features of pictures, by kernel ridge regression."""
-
-    def __init__(self, seen: np.ndarray, states: np.ndarray):
-        """seen (n, D) features of demonstrations' frames, states (n, P)."""
-        self.seen = seen
-        self.mean = states.mean(0)
-        self.width = np.median(distances(seen, seen)) + 1e-12
-        kernel = self.kernel(seen) + RIDGE * np.eye(len(seen))
-        self.weights = np.linalg.solve(kernel, states - self.mean)
-
-    def kernel(self, seen: np.ndarray) -> np.ndarray:
-        return np.exp(-distances(seen, self.seen) / self.width)
-
-    def read(self, seen: np.ndarray) -> np.ndarray:
-        return self.kernel(seen) @ self.weights + self.mean
 
 
 # ---- Ways of executing answers -------------------------------------------------------------------
@@ -237,7 +204,8 @@ class Trial:
         self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
         self.number = np.arange(len(episode)) - np.searchsorted(episode, episode)
         self.clock = None
-        if played.clock and self.followed.any():  # a simulator's clock is not the robot's: its motion must fit, too
+        # a simulator's clock is not the robot's: its motion must fit, too
+        if played.clock and self.followed.any():
             least, plain = self.best(PLAIN)
             timed = [np.nanmean(self.errors(way, played.clock)) for way in [PLAIN, *late_ways()]]
             if played.clock >= least and min(timed) < 1.1 * np.nanmean(plain) + NOTICED:
@@ -303,15 +271,17 @@ def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]
     return found, float(np.nanmean(trial.best(now)[1]))
 
 
-def action_causes(table: FrameTable, played: list[Played], names: list[str], sharp: bool
-                  ) -> list[Cause]:
-    """table: the training frames, with states; played: the requests, with each reading of their
-    states; sharp: are these recorded, and not read from pictures?"""
+def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> list[Cause]:
+    """table: the training frames, with states; played: the requests, once for each reading of their
+    states; names: of the actions' dimensions"""
     episode = table.episode_of(np.arange(len(table.frames)))
-    motion = Motion(recorded_states(table), np.array(table.frames["action"], np.float64), episode)
-    length = np.median(table.episodes["count"]) * (2 if sharp else 0.5)
-    trials = [Trial(motion, own, length) for own in played if motion.moved.any()]
-    trials = [trial for trial in trials if trial.followed.sum() >= FEW]
+    states = np.array(table.frames["proprio"], np.float64)
+    moves = np.ptp(states, axis=0) > 0
+    motion = Motion(states[:, moves], np.array(table.frames["action"], np.float64), episode)
+    length = 2 * np.median(table.episodes["count"])
+    trials = [Trial(motion, own._replace(states=own.states[:, moves]), length) for own in played]
+    trials = [trial for trial in trials
+              if trial.followed.sum() >= FEW and motion.moved.any()]
     if not trials:
         return []
     every = ways(motion, table, names) + late_ways()

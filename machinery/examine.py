@@ -5,7 +5,7 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from act import Policy, load_vla
 from data import Mixture, collate, to_device
@@ -40,6 +41,15 @@ class Cause(NamedTuple):
     text: str  # the fault, in numbers
     cure: str
     pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
+
+
+def together(kind: str, subject: str, faults: Iterable[tuple[float, str, str, str]]) -> list[Cause]:
+    """(evidence, dimension, what is wrong, cure) each -> one cause for all with the same fault."""
+    found: dict[tuple[str, str], list] = {}
+    for evidence, name, what, cure in faults:
+        found.setdefault((what, cure), []).append((float(evidence), name))
+    return [Cause(max(entries)[0], kind, f"the {subject} {', '.join(name for _, name in entries)} "
+                  f"{what}", cure) for (what, cure), entries in found.items()]
 
 
 def open_policy(checkpoint: str) -> Policy:
@@ -141,7 +151,7 @@ def spread(mixture: Mixture, most: int = FRAMES) -> np.ndarray:
 
 def batches(mixture: Mixture, rows: Sequence[int], device) -> Iterator[dict]:
     """The model's training inputs for frames `rows` of the mixture's first dataset."""
-    for start in range(0, len(rows), BATCH):
+    for start in tqdm(range(0, len(rows), BATCH), "frames", leave=False, disable=None):
         samples = [mixture.sample(0, int(row)) for row in rows[start : start + BATCH]]
         yield to_device(collate(samples, mixture.tokenizer.pad_token_id), device)
 

@@ -1,0 +1,121 @@
+"""Are the states in a robot's requests those of training, in other units, in another order?
+
+Each reading predicts the quantiles of the seen states from those of training. The one that is much
+closer than `nothing is wrong` is the cause, and mends the states. Read `state_causes`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from machinery.examine import Cause, together
+
+CLOSE = 4  # orders of states that are tried, if several explain them
+UNITS = {57.29578: "degrees, training's in radians", 1 / 57.29578: "radians, training's in degrees",
+         1000: "millimeters, training's in meters", 0.001: "meters, training's in millimeters",
+         100: "percent, training's in 0..1", 0.01: "0..1, training's in percent",
+         -1: "of the other sign"}
+QUANTILES = np.linspace(0.05, 0.95, 10)
+
+
+class Reading(NamedTuple):
+    """What may be wrong with states. away: (P,) how far off they still are if it is."""
+
+    away: np.ndarray
+    what: str
+    cure: str
+    mend: Callable | None = None  # states (S, P) as they were sent -> as they should be
+
+
+def state_readings(trained: np.ndarray, seen: np.ndarray) -> Iterator[Reading]:
+    """Of states (R, P) of training, (S, P) of requests. The first: nothing is wrong."""
+    ours = np.quantile(trained, QUANTILES, axis=0)  # (10, P)
+    theirs = np.quantile(seen, QUANTILES, axis=0)
+    spans = np.ptp(ours, axis=0) + 1e-6
+
+    def distance(reading: np.ndarray) -> np.ndarray:
+        """Of quantiles (10, P) to those that are seen, in their span -> (P,)."""
+        return np.abs(reading - theirs).mean(0) / np.maximum(np.ptp(reading, 0), 0.05 * spans)
+
+    yield Reading(distance(ours), "", "")
+    moved = np.median(theirs, axis=0) - np.median(ours, axis=0)
+    yield Reading(distance(ours + moved) + 0.1, "have an offset", "calibrate its zero",
+                  lambda x: x - moved)
+    share = (ours.min(0) > -0.05) & (ours.max(0) < 1.05)
+    for factor, unit in UNITS.items():
+        possible = 0 if "percent" not in unit else np.where(share, 0, np.inf)
+        yield Reading(distance(ours * factor) + possible, f"are {unit}",
+                      "send the states in the units of the recording", lambda x, f=factor: x / f)
+    for order in orders(len(spans)):
+        yield Reading(distance(ours[:, order]), "are in another order",
+                      "send the states in the order of the recording",
+                      lambda x, order=order: x[:, np.argsort(order)])
+
+
+def orders(width: int) -> list[list[int]]:
+    """Ways to order `width` numbers: all, or if these are too many, those with few mistakes."""
+    own = [*range(width)]
+    if width < 6:
+        return [[*order] for order in itertools.permutations(own)][1:]
+    return [own[place:] + own[:place] for place in own[1:]] + [
+        [{one: two, two: one}.get(dim, dim) for dim in own] for two in own for one in own[:two]]
+
+
+def best_readings(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
+                  ) -> tuple[float, list[tuple], list[Callable]]:
+    """What explains the dimensions that are wrong: how badly, then (evidence, dimension, reading)
+    each, and the likeliest ways to mend all states, if that is possible."""
+    plain, *readings = state_readings(trained, seen)
+    readings.sort(key=lambda each: np.minimum(each.away, plain.away)[wrong].sum())
+    faults = []
+    for dim in np.flatnonzero(wrong):
+        for reading in readings:  # the best for all that are wrong is the best for each
+            if reading.away[dim] < 0.5 * plain.away[dim]:
+                faults.append((1 - reading.away[dim] / plain.away[dim], dim, reading))
+                break
+    rest = float(readings[0].away[wrong].sum())
+    kinds = {reading.what for *_, reading in faults}
+    if len(faults) < wrong.sum() or len(kinds) > 1:
+        return rest, faults, []
+    close = [reading for reading in readings if reading.what in kinds]
+    close.sort(key=lambda reading: reading.away.sum())
+    dims = wrong | ("order" in close[0].what)
+    return rest, faults, [lambda x, mend=reading.mend: np.where(dims, mend(x), x)
+                          for reading in close[:CLOSE]]
+
+
+def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
+                 first: np.ndarray | None = None, start: np.ndarray | None = None
+                 ) -> tuple[list[Cause], list[Callable]]:
+    """Are the states (S, P) of the requests unlike those of training, (R, P)?
+
+    first: the first states of training's episodes; start: (S,) which state is the first of the
+    request's episode. If a robot that begins as in training gets where no demonstration was, its
+    states are not to blame. -> causes, and the likeliest ways to mend the states
+    """
+    start = np.zeros(len(seen), int) if start is None else start
+    far = np.abs(seen - seen[start]).max(0)
+    moves = np.ptp(trained, 0) > 0
+    later = np.sum(np.arange(len(seen)) != start)
+    still = moves & (far < 1e-3 * np.ptp(trained, 0)) & (later > 8)
+    if still.any():  # if others move, it may also be a gripper that is never closed
+        evidence = max(0.4, still.sum() / moves.sum())
+        faults = [(evidence, names[dim], "are frozen", "read the state anew for each step")
+                  for dim in np.flatnonzero(still)]
+        return together("state", "states", faults), [np.asarray] * bool((moves & ~still).any())
+    wrong = next(state_readings(trained, seen)).away > 0.6
+    samples = [(trained, seen)]
+    if first is not None:
+        begun = seen[np.unique(start)]
+        low, high = first.min(0), first.max(0)
+        margin = 0.1 * (high - low) + 1e-3
+        wrong &= ((begun > low - margin) & (begun < high + margin)).mean(0) < 0.8
+        samples.append((first, begun))  # later, the robot may be far from any demonstration
+    if not wrong.any():
+        return [], [np.asarray]
+    _, faults, ways = min((best_readings(*sample, wrong) for sample in samples),
+                          key=lambda found: found[0])
+    return together("state", "states", [(evidence, names[dim], reading.what, reading.cure)
+                                        for evidence, dim, reading in faults]), ways
