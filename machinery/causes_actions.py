@@ -189,20 +189,15 @@ def combined(first: Way, second: Way) -> Way:
 
 
 class Trial:
-    """How far the robot is from where the answers lead, if they are executed in a way.
+    """How far the robot is from where the answers lead, if they are executed in a way."""
 
-    length: frames of an episode in which to look. Later, a failing robot is often stuck
-    """
-
-    def __init__(self, motion: Motion, played: Played, length: float):
+    def __init__(self, motion: Motion, played: Played):
         self.motion = motion
         self.played = played
-        self.length = length
         episode = played.episode
         away = np.abs(played.states - motion.middle) / (motion.reach + 1e-9)
         near = (away < 2).all(1)  # farther away, actions have other effects
         self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
-        self.number = np.arange(len(episode)) - np.searchsorted(episode, episode)
         self.clock = None
         # a simulator's clock is not the robot's: its motion must fit, too
         if played.clock and self.followed.any():
@@ -215,9 +210,7 @@ class Trial:
         """(R, P) of requests that have a next one, in usual steps of a frame; NaN elsewhere."""
         reached = self.motion.follow(self.played, way, frames)
         wrong = (reached - np.roll(self.played.states, -1, axis=0)) / self.motion.scale
-        early = (self.number == 0) | (self.number * frames < self.length)
-        wrong = np.where((self.followed & early)[:, None], np.abs(wrong), np.nan)
-        return wrong[:, self.motion.moved]
+        return np.where(self.followed[:, None], np.abs(wrong), np.nan)[:, self.motion.moved]
 
     def best(self, way: Way) -> tuple[int, np.ndarray]:
         """The frames from request to request that explain it best, and the errors."""
@@ -278,11 +271,9 @@ def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> 
     states = np.array(table.frames["proprio"], np.float64)
     moves = np.ptp(states, axis=0) > 0
     motion = Motion(states[:, moves], np.array(table.frames["action"], np.float64), episode)
-    length = 2 * np.median(table.episodes["count"])
-    trials = [Trial(motion, own._replace(states=own.states[:, moves]), length) for own in played]
-    trials = [trial for trial in trials
-              if trial.followed.sum() >= FEW and motion.moved.any()]
-    if not trials:
+    trials = [Trial(motion, own._replace(states=own.states[:, moves])) for own in played]
+    trials = [trial for trial in trials if trial.followed.sum() >= FEW]
+    if not trials or not motion.moved.any():
         return []
     every = ways(motion, table, names) + late_ways()
     explained = [explain(trial, every) for trial in trials]
