@@ -214,8 +214,8 @@ class Trial:
 
     def best(self, way: Way) -> tuple[int, np.ndarray]:
         """The frames from request to request that explain it best, and the errors."""
-        counts = np.arange(1, self.played.answers.shape[1] + 1)
-        frames = {self.clock} if self.clock else {*(counts * way.hold).astype(int).tolist()} - {0}
+        steps = range(1, self.played.answers.shape[1] + 1)
+        frames = {self.clock or max(1, int(count * way.hold)) for count in steps}
         tries = [(count, self.errors(way, count)) for count in frames]
         return min(tries, key=lambda each: np.nanmean(each[1]))
 
@@ -276,9 +276,15 @@ def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> 
     if not trials or not motion.moved.any():
         return []
     every = ways(motion, table, names) + late_ways()
-    explained = [explain(trial, every) for trial in trials]
-    place = int(np.argmin([error for _, error in explained]))
-    trial, (ranked, _) = trials[place], explained[place]
+    steps = trials[0].played.answers.shape[1]
+    explained = []
+    for place, trial in enumerate(trials):
+        waits = (trial.clock or 0) > steps  # a delay would look like it
+        ranked, error = explain(trial, [way for way in every if not (way.delay and waits)])
+        # the likeliest reading, unless another leaves much less that is wrong
+        explained.append((error * 2 ** len(ranked) * 1.5**place, place, ranked))
+    _, place, ranked = min(explained)
+    trial = trials[place]
     found = []
     late = False
     for gain, way, frames in ranked:
@@ -287,7 +293,6 @@ def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> 
         evidence = min([0.4 + gain / 2, *(cause.evidence - 0.01 for cause in found)])
         found.append(Cause(evidence, "actions", text, way.cure))
         late |= way in late_ways()
-    steps = trial.played.answers.shape[1]
     frames, _ = trial.best(PLAIN)
     if frames > steps and not late:
         found.append(Cause(0.5, "actions", f"by the clock, {frames} frames of the recording pass "
