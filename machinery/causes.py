@@ -24,7 +24,7 @@ from machinery.causes_actions import Played, action_causes, frames_by_clock
 from machinery.causes_model import model_causes
 from machinery.causes_state import state_causes
 from machinery.convention import dimension_names
-from machinery.examine import BATCH, FRAMES, Cause, look, spread, together
+from machinery.examine import BATCH, FRAMES, Cause, look, recording_of, spread, together
 from machinery.frames import FrameTable
 from machinery.images import decode_native
 from machinery.peers import distances, evenly
@@ -86,7 +86,7 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
                            f"send unnorm_key {name!r}, or examine with --data_mix {key}"))
     answers = robot.actions_from_robot(sent["chunk"].astype(np.float64))
     episode = seen.episode_of(np.arange(len(answers)))
-    clock = frames_by_clock(sent["time"], episode, fps_of(table))
+    clock = frames_by_clock(sent["time"], episode, recording_of(table).get("fps", 0))
     played = [Played(way(states), answers, episode, clock) for way in ways]
     return found + action_causes(table, played, labels[0])
 
@@ -112,12 +112,6 @@ def unused_states(sent: dict[str, np.ndarray] | None) -> np.ndarray | None:
     """(R, P): the states that the robot sends to a model that takes none."""
     states = [json.loads(text) for text in sent["unused_state"]] if sent else [()]
     return np.array(states) if {*map(len, states)} == {len(states[0])} else None
-
-
-def fps_of(table: FrameTable) -> float | None:
-    """Frames a second, as the program that recorded the demonstrations states it."""
-    file = table.directory / "recording.json"
-    return json.loads(file.read_text()).get("fps") if file.exists() else None
 
 
 # ---- Pictures ------------------------------------------------------------------------------------

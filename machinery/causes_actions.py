@@ -123,6 +123,8 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
                          doubt=doubt))
 
     for dim, name in enumerate(names):
+        if raw[dim] and dim == width - 1 and "gripper" not in name:
+            name = f"the gripper ({name})"
         sign = "executed with the other sign"
         cure = f"do not turn {name} round in the client"
         pointwise(f"{name} is {sign}", cure, dim, np.negative)
@@ -149,9 +151,9 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
     place = np.abs(motion.effect / motion.scale).argmax(1)  # (A,) the state that an action moves
     gain = motion.effect[every, place]
     changes = ~targets & ~raw
-    if changes.any():
-        def toward(x, states):
-            return np.where(changes, ((x - states[:, place]) / gain).clip(low, high), x)
+    for share in (1, 0.5, 0.25) if changes.any() else ():  # of the way, within a frame
+        def toward(x, states, reach=gain / share):
+            return np.where(changes, ((x - states[:, place]) / reach).clip(low, high), x)
 
         found.append(Way("changes are executed as absolute positions (delta as absolute)",
                          "add each change to the current position, or use the delta mode", toward))
@@ -197,7 +199,7 @@ class Trial:
         episode = played.episode
         away = np.abs(played.states - motion.middle) / (motion.reach + 1e-9)
         near = (away < 2).all(1)  # farther away, actions have other effects
-        self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
+        self.followed = np.append((episode[1:] == episode[:-1]) & near[:-1], False)
         self.clock = None
         # a simulator's clock is not the robot's: its motion must fit, too
         if played.clock and self.followed.any():
@@ -220,12 +222,12 @@ class Trial:
         return min(tries, key=lambda each: np.nanmean(each[1]))
 
 
-def frames_by_clock(time: np.ndarray, episode: np.ndarray, fps: float | None) -> int | None:
+def frames_by_clock(time: np.ndarray, episode: np.ndarray, fps: float) -> int | None:
     """Frames from request to request, if the robot asks in step with its own clock.
 
-    time: (R,) of the requests, in nanoseconds; fps: frames a second of the recording
+    time: (R,) of the requests, in nanoseconds; fps: frames a second of the recording, 0: unknown
     """
-    between = np.diff(time)[episode[1:] == episode[:-1]] * 1e-9 * (fps or 0)
+    between = np.diff(time)[episode[1:] == episode[:-1]] * 1e-9 * fps
     frames = round(float(np.median(between))) if len(between) else 0
     return frames if (np.abs(between - frames) < STEADY).mean() > 0.8 and frames else None
 

@@ -15,7 +15,8 @@ from machinery.examine import Cause, together
 CLOSE = 4  # orders of states that are tried, if several explain them
 UNITS = {57.29578: "degrees, training's in radians", 1 / 57.29578: "radians, training's in degrees",
          1000: "millimeters, training's in meters", 0.001: "meters, training's in millimeters",
-         100: "percent, training's in 0..1", 0.01: "0..1, training's in percent",
+         100: "100 times as large: percent, training's in 0..1, or centimeters",
+         0.01: "0.01 times as large: 0..1, training's in percent, or meters",
          -1: "of the other sign"}
 QUANTILES = np.linspace(0.05, 0.95, 10)
 
@@ -27,6 +28,7 @@ class Reading(NamedTuple):
     what: str
     cure: str
     mend: Callable | None = None  # states (S, P) as they were sent -> as they should be
+    whole: bool = False  # all dimensions at once, or none?
 
 
 def state_readings(trained: np.ndarray, seen: np.ndarray) -> Iterator[Reading]:
@@ -43,15 +45,13 @@ def state_readings(trained: np.ndarray, seen: np.ndarray) -> Iterator[Reading]:
     moved = np.median(theirs, axis=0) - np.median(ours, axis=0)
     yield Reading(distance(ours + moved) + 0.1, "have an offset", "calibrate its zero",
                   lambda x: x - moved)
-    share = (ours.min(0) > -0.05) & (ours.max(0) < 1.05)
     for factor, unit in UNITS.items():
-        possible = 0 if "percent" not in unit else np.where(share, 0, np.inf)
-        yield Reading(distance(ours * factor) + possible, f"are {unit}",
+        yield Reading(distance(np.sort(ours * factor, axis=0)), f"are {unit}",
                       "send the states in the units of the recording", lambda x, f=factor: x / f)
     for order in orders(len(spans)):
         yield Reading(distance(ours[:, order]), "are in another order",
                       "send the states in the order of the recording",
-                      lambda x, order=order: x[:, np.argsort(order)])
+                      lambda x, order=order: x[:, np.argsort(order)], whole=True)
 
 
 def orders(width: int) -> list[list[int]]:
@@ -68,7 +68,8 @@ def best_readings(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
     """What explains the dimensions that are wrong: how badly, then (evidence, dimension, reading)
     each, and the likeliest ways to mend all states, if that is possible."""
     plain, *readings = state_readings(trained, seen)
-    readings.sort(key=lambda each: np.minimum(each.away, plain.away)[wrong].sum())
+    readings.sort(key=lambda each: np.where(
+        wrong, np.minimum(each.away, plain.away), each.whole * (each.away - plain.away)).sum())
     faults = []
     for dim in np.flatnonzero(wrong):
         for reading in readings:  # the best for all that are wrong is the best for each
@@ -81,7 +82,7 @@ def best_readings(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
         return rest, faults, []
     close = [reading for reading in readings if reading.what in kinds]
     close.sort(key=lambda reading: reading.away.sum())
-    dims = wrong | ("order" in close[0].what)
+    dims = wrong | close[0].whole
     return rest, faults, [lambda x, mend=reading.mend: np.where(dims, mend(x), x)
                           for reading in close[:CLOSE]]
 
@@ -96,22 +97,23 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
     states are not to blame. -> causes, and the likeliest ways to mend the states
     """
     start = np.zeros(len(seen), int) if start is None else start
-    far = np.abs(seen - seen[start]).max(0)
-    moves = np.ptp(trained, 0) > 0
-    later = np.sum(np.arange(len(seen)) != start)
-    still = moves & (far < 1e-3 * np.ptp(trained, 0)) & (later > 8)
-    if still.any():  # if others move, it may also be a gripper that is never closed
-        evidence = max(0.4, still.sum() / moves.sum())
-        faults = [(evidence, names[dim], "are frozen", "read the state anew for each step")
+    first = trained if first is None else first
+    begun = seen[np.unique(start)]
+    low, high = first.min(0), first.max(0)
+    margin = 0.1 * (high - low) + 1e-3
+    strange = ((begun > low - margin) & (begun < high + margin)).mean(0) < 0.8
+    reach = np.ptp(trained, 0)
+    still = (reach > 0) & (np.abs(seen - seen[start]).max(0) < 1e-3 * reach)
+    still &= np.sum(np.arange(len(seen)) != start) > 8
+    if still.any():
+        # a gripper may always be open; other values differ from episode to episode
+        sure = (still | (reach == 0)).all() or (strange | (np.ptp(seen, 0) > 1e-3 * reach))[still].any()
+        faults = [(1 if sure else 0.4, names[dim], "are frozen", "read the state anew for each step")
                   for dim in np.flatnonzero(still)]
-        return together("state", "states", faults), [np.asarray] * bool((moves & ~still).any())
-    wrong = next(state_readings(trained, seen)).away > 0.6
+        return together("state", "states", faults), [] if sure else [np.asarray]
+    wrong = strange & (next(state_readings(trained, seen)).away > 0.6)
     samples = [(trained, seen)]
-    if first is not None:
-        begun = seen[np.unique(start)]
-        low, high = first.min(0), first.max(0)
-        margin = 0.1 * (high - low) + 1e-3
-        wrong &= ((begun > low - margin) & (begun < high + margin)).mean(0) < 0.8
+    if len(begun) > 1:
         samples.append((first, begun))  # later, the robot may be far from any demonstration
     if not wrong.any():
         return [], [np.asarray]

@@ -5,6 +5,7 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 """
 
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,12 @@ def open_policy(checkpoint: str) -> Policy:
     if torch.cuda.is_available():
         return load_vla(checkpoint, "cuda", torch.bfloat16)
     return load_vla(checkpoint)
+
+
+def recording_of(table: FrameTable) -> dict:
+    """What the program that recorded a dataset states about it, such as fps."""
+    file = table.directory / "recording.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 @torch.inference_mode()

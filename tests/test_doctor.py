@@ -355,7 +355,7 @@ def test_a_clock_that_ticks_in_frames():
     time = np.cumsum(np.full(60, 8e8) + draw.normal(0, 2e6, 60)) + 1e10 * episode
     assert causes_actions.frames_by_clock(time, episode, 10) == 8
     assert causes_actions.frames_by_clock(time, episode, 10.6) is None  # its client waits for answers
-    assert causes_actions.frames_by_clock(time, episode, None) is None
+    assert causes_actions.frames_by_clock(time, episode, 0) is None
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -395,7 +395,7 @@ def test_a_robot_that_goes_where_no_demonstration_was_has_sound_states():
     found, ways = examined(far[:, [1, 2, 0]])
     assert "x, y, z are in another order" in found[0].text
     np.testing.assert_array_equal(ways[0](far[:, [1, 2, 0]]), far)
-    assert examined(seen + [2, 0, 0])[0]
+    assert examined(seen + np.array([2, 0, 0]))[0]
 
 
 @pytest.mark.parametrize("unit, words", [(1, "0. and action.1. are exchanged"), (1000, "0. and action.1. are exchanged"), (0, None)])
