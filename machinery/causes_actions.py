@@ -204,22 +204,22 @@ class Trial:
         # a simulator's clock is not the robot's: its motion must fit, too
         if played.clock and self.followed.any():
             least, plain = self.best(PLAIN)
-            timed = [np.nanmean(self.errors(way, played.clock)) for way in [PLAIN, *late_ways()]]
-            if played.clock >= least and min(timed) < 1.1 * np.nanmean(plain) + NOTICED:
+            timed = [self.errors(way, played.clock).mean() for way in [PLAIN, *late_ways()]]
+            if played.clock >= least and min(timed) < 1.1 * plain.mean() + NOTICED:
                 self.clock = played.clock
 
     def errors(self, way: Way, frames: int) -> np.ndarray:
-        """(R, P) of requests that have a next one, in usual steps of a frame; NaN elsewhere."""
+        """Of each request that has a next one, and each dimension, in usual steps of a frame."""
         reached = self.motion.follow(self.played, way, frames)
         wrong = (reached - np.roll(self.played.states, -1, axis=0)) / self.motion.scale
-        return np.where(self.followed[:, None], np.abs(wrong), np.nan)[:, self.motion.moved]
+        return np.abs(wrong)[self.followed][:, self.motion.moved]
 
     def best(self, way: Way) -> tuple[int, np.ndarray]:
         """The frames from request to request that explain it best, and the errors."""
         steps = range(1, self.played.answers.shape[1] + 1)
         frames = {self.clock or max(1, int(count * way.hold)) for count in steps}
         tries = [(count, self.errors(way, count)) for count in frames]
-        return min(tries, key=lambda each: np.nanmean(each[1]))
+        return min(tries, key=lambda each: each[1].mean())
 
 
 def frames_by_clock(time: np.ndarray, episode: np.ndarray, fps: float) -> int | None:
@@ -238,32 +238,28 @@ def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]
     now = PLAIN
     found = []
     for least in EXPLAINED:
-        _, errors = trial.best(now)
+        _, before = trial.best(now)
         tried = []
         for way in every:
-            if any(way.text == other.text for _, other, _ in found):
-                continue
-            frames, after = trial.best(combined(way, now))
-            before = np.where(np.isnan(after), np.nan, errors)
-            ratio = way.doubt * np.nanmean(after) / np.nanmean(before)
-            tried.append((ratio, way, frames, before, after))
-        _, way, frames, before, after = min(tried, key=lambda each: each[0])
-        touched = np.nanmean(np.abs(after - before), axis=0) > 0.1 * np.nanmean(before)
+            if all(way.text != other.text for _, other, _ in found):
+                frames, after = trial.best(combined(way, now))
+                tried.append((way.doubt * after.mean(), way, frames, after))
+        _, way, frames, after = min(tried, key=lambda each: each[0])
+        touched = np.abs(after - before).mean(0) > 0.1 * before.mean()
         if not touched.any():
             break
-        known = np.isfinite(after).all(1)
-        gains = (before - after)[known][:, touched].mean(1)  # of each request
-        gain = gains.mean() / before[known][:, touched].mean()
+        gains = (before - after)[:, touched].mean(1)  # of each request
+        gain = gains.mean() / before[:, touched].mean()
         sure = gains.mean() > SURE * gains.std() / len(gains) ** 0.5
         if not (sure and gain > least and gains.mean() > NOTICED):
             break
         found.append((float(gain), way, frames))
         now = combined(way, now)
+    error = trial.best(now)[1].mean()
     if len(found) == 2:  # does the first explain anything that the second alone does not?
-        both, alone = (np.nanmean(trial.best(way)[1]) for way in (now, found[1][1]))
-        if both > (1 - EXPLAINED[1]) * alone:
+        if error > (1 - EXPLAINED[1]) * trial.best(found[1][1])[1].mean():
             del found[0]
-    return found, float(np.nanmean(trial.best(now)[1]))
+    return found, float(error)
 
 
 def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> list[Cause]:

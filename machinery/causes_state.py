@@ -103,13 +103,15 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
     margin = 0.1 * (high - low) + 1e-3
     strange = ((begun > low - margin) & (begun < high + margin)).mean(0) < 0.8
     reach = np.ptp(trained, 0)
-    still = (reach > 0) & (np.abs(seen - seen[start]).max(0) < 1e-3 * reach)
+    least = 1e-3 * reach
+    still = (reach > 0) & (np.abs(seen - seen[start]).max(0) < least)
     still &= np.sum(np.arange(len(seen)) != start) > 8
     if still.any():
-        # a gripper may always be open; other values differ from episode to episode
-        sure = (still | (reach == 0)).all() or (strange | (np.ptp(seen, 0) > 1e-3 * reach))[still].any()
-        faults = [(1 if sure else 0.4, names[dim], "are frozen", "read the state anew for each step")
-                  for dim in np.flatnonzero(still)]
+        # a gripper may always be open, but other values differ from episode to episode
+        sure = (still | (reach == 0)).all()
+        sure |= (still & (strange | (np.ptp(seen, 0) > least))).any()
+        faults = [(1 if sure else 0.4, name, "are frozen", "read the state anew for each step")
+                  for name in np.array(names)[still]]
         return together("state", "states", faults), [] if sure else [np.asarray]
     wrong = strange & (next(state_readings(trained, seen)).away > 0.6)
     samples = [(trained, seen)]
