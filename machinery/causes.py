@@ -24,7 +24,7 @@ from machinery.causes_actions import Played, action_causes, frames_by_clock
 from machinery.causes_model import model_causes
 from machinery.causes_state import state_causes
 from machinery.convention import dimension_names
-from machinery.examine import BATCH, FRAMES, Cause, look, recording_of, spread, together
+from machinery.examine import BATCH, FRAMES, Cause, look, recording_of, spread
 from machinery.frames import FrameTable
 from machinery.images import decode_native
 from machinery.peers import distances, evenly
@@ -321,4 +321,9 @@ def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[
             what = f"are {slope[dim]:.3g} times this policy's"
             cure = "act with the statistics of the training's dataset (unnorm_key)"
         faults.append((1 - same[dim], names[dim], what, cure))
-    return together("answers", "answers", faults)
+    found: dict[tuple[str, str], list] = {}  # one cause for all with the same fault
+    for evidence, name, what, cure in faults:
+        found.setdefault((what, cure), []).append((float(evidence), name))
+    return [Cause(max(entries)[0], "answers", "the answers "
+                  f"{', '.join(name for _, name in entries)} {what}", cure)
+            for (what, cure), entries in found.items()]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machinery.examine import Cause, together
+from machinery.examine import Cause
 
 CLOSE = 4  # orders of states that are tried, if several explain them
 UNITS = {57.29578: "degrees, training's in radians", 1 / 57.29578: "radians, training's in degrees",
@@ -63,28 +63,21 @@ def orders(width: int) -> list[list[int]]:
         [{one: two, two: one}.get(dim, dim) for dim in own] for two in own for one in own[:two]]
 
 
-def best_readings(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
-                  ) -> tuple[float, list[tuple], list[Callable]]:
-    """What explains the dimensions that are wrong: how badly, then (evidence, dimension, reading)
-    each, and the likeliest ways to mend all states, if that is possible."""
+def best_reading(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
+                 ) -> tuple[float, np.ndarray, Reading, list[Callable]]:
+    """The reading that explains the dimensions that are wrong: how far off they still are, the
+    evidence of each, the reading, and the likeliest ways to mend all states: none if some stay."""
     plain, *readings = state_readings(trained, seen)
     readings.sort(key=lambda each: np.where(
         wrong, np.minimum(each.away, plain.away), each.whole * (each.away - plain.away)).sum())
-    faults = []
-    for dim in np.flatnonzero(wrong):
-        for reading in readings:  # the best for all that are wrong is the best for each
-            if reading.away[dim] < 0.5 * plain.away[dim]:
-                faults.append((1 - reading.away[dim] / plain.away[dim], dim, reading))
-                break
-    rest = float(readings[0].away[wrong].sum())
-    kinds = {reading.what for *_, reading in faults}
-    if len(faults) < wrong.sum() or len(kinds) > 1:
-        return rest, faults, []
-    close = [reading for reading in readings if reading.what in kinds]
-    close.sort(key=lambda reading: reading.away.sum())
-    dims = wrong | close[0].whole
-    return rest, faults, [lambda x, mend=reading.mend: np.where(dims, mend(x), x)
-                          for reading in close[:CLOSE]]
+    best = readings[0]
+    evidence = np.where(wrong, 1 - best.away / (plain.away + 1e-9), 0)
+    close = [each for each in readings if each.what == best.what]
+    close.sort(key=lambda each: each.away.sum())
+    ways = [lambda x, mend=each.mend: np.where(wrong | best.whole, mend(x), x)
+            for each in close[:CLOSE]]
+    explained = (evidence > 0.5)[wrong].all()
+    return best.away[wrong].sum(), evidence, best, ways if explained else []
 
 
 def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
@@ -96,6 +89,9 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
     request's episode. If a robot that begins as in training gets where no demonstration was, its
     states are not to blame. -> causes, and the likeliest ways to mend the states
     """
+    def labels(dims: np.ndarray) -> str:
+        return ", ".join(np.array(names)[dims])
+
     start = np.zeros(len(seen), int) if start is None else start
     first = trained if first is None else first
     begun = seen[np.unique(start)]
@@ -110,16 +106,17 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
         # a gripper may always be open, but other values differ from episode to episode
         sure = (still | (reach == 0)).all()
         sure |= (still & (strange | (np.ptp(seen, 0) > least))).any()
-        faults = [(1 if sure else 0.4, name, "are frozen", "read the state anew for each step")
-                  for name in np.array(names)[still]]
-        return together("state", "states", faults), [] if sure else [np.asarray]
+        return [Cause(1 if sure else 0.4, "state", f"the states {labels(still)} are frozen",
+                      "read the state anew for each step")], [] if sure else [np.asarray]
     wrong = strange & (next(state_readings(trained, seen)).away > 0.6)
     samples = [(trained, seen)]
     if len(begun) > 1:
         samples.append((first, begun))  # later, the robot may be far from any demonstration
     if not wrong.any():
         return [], [np.asarray]
-    _, faults, ways = min((best_readings(*sample, wrong) for sample in samples),
-                          key=lambda found: found[0])
-    return together("state", "states", [(evidence, names[dim], reading.what, reading.cure)
-                                        for evidence, dim, reading in faults]), ways
+    _, evidence, reading, ways = min((best_reading(*sample, wrong) for sample in samples),
+                                     key=lambda found: found[0])
+    if evidence.max() < 0.5:
+        return [], []
+    return [Cause(float(evidence.max()), "state", f"the states {labels(evidence > 0.5)} "
+                  f"{reading.what}", reading.cure)], ways

@@ -6,7 +6,7 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,15 +42,6 @@ class Cause(NamedTuple):
     text: str  # the fault, in numbers
     cure: str
     pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
-
-
-def together(kind: str, subject: str, faults: Iterable[tuple[float, str, str, str]]) -> list[Cause]:
-    """(evidence, dimension, what is wrong, cure) each -> one cause for all with the same fault."""
-    found: dict[tuple[str, str], list] = {}
-    for evidence, name, what, cure in faults:
-        found.setdefault((what, cure), []).append((float(evidence), name))
-    return [Cause(max(entries)[0], kind, f"the {subject} {', '.join(name for _, name in entries)} "
-                  f"{what}", cure) for (what, cure), entries in found.items()]
 
 
 def open_policy(checkpoint: str) -> Policy:
