@@ -255,11 +255,7 @@ def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]
             break
         found.append((float(gain), way, frames))
         now = combined(way, now)
-    error = trial.best(now)[1].mean()
-    if len(found) == 2:  # does the first explain anything that the second alone does not?
-        if error > (1 - EXPLAINED[1]) * trial.best(found[1][1])[1].mean():
-            del found[0]
-    return found, float(error)
+    return found, float(trial.best(now)[1].mean())
 
 
 def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> list[Cause]:
