@@ -23,7 +23,7 @@ NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
 EXPLAINED = 0.1, 0.6  # a way is named if it explains this share of the error; a second way
 STEADY = 0.15  # frames: other times are not of a robot's clock
 DELAYS = range(1, 7)  # frames
-HOLDS = (0.5, 2, 3, 4, 6, 8)  # frames that a step lasts
+HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
 RATE = "execute the steps at the rate of the recording, each once"
 SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
 
@@ -44,7 +44,7 @@ class Way(NamedTuple):
     cure: str
     change: Callable = lambda actions, states: actions
     delay: int = 0
-    hold: float = 1
+    hold: int = 1
     again: bool = False  # from its first step, when all of an answer is executed?
     doubt: float = 1.0  # by how much it must be better than others
     first: bool = False  # is `states` that of the request, for all steps of its answer?
@@ -86,7 +86,7 @@ class Motion:
         count, chunk, _ = played.answers.shape
         first = np.searchsorted(played.episode, played.episode) * frames  # (R,)
         start = np.arange(count) * frames - way.delay
-        step = (np.arange(frames) // way.hold).astype(int)
+        step = np.arange(frames) // way.hold
         step = step % chunk if way.again else np.minimum(step, chunk - 1)
         stream = played.answers[:, step].reshape(count * frames, -1)
         state = played.states
@@ -169,10 +169,8 @@ def late_ways() -> list[Way]:
     found = [Way(f"the answers are executed {delay} frames late: a delay after the picture",
                  "send the newest picture, execute the answer at once, or skip the steps of the "
                  "answer whose time is over", delay=delay) for delay in DELAYS]
-    for hold in HOLDS:
-        fault = "high" if hold < 1 else "low, or a step of the chunk is executed too long"
-        found.append(Way(f"each step lasts {hold:g} frames: the control rate is too {fault}",
-                         RATE, hold=hold))
+    found += [Way(f"each step lasts {hold} frames: the control rate is too low, or a step of the "
+                  "chunk is executed too long", RATE, hold=hold) for hold in HOLDS]
     found.append(Way("an answer is executed again after its last step: the chunk is executed too "
                      "long", RATE, again=True))
     return found
@@ -217,7 +215,7 @@ class Trial:
     def best(self, way: Way) -> tuple[int, np.ndarray]:
         """The frames from request to request that explain it best, and the errors."""
         steps = range(1, self.played.answers.shape[1] + 1)
-        frames = {self.clock or max(1, int(count * way.hold)) for count in steps}
+        frames = {self.clock or count * way.hold for count in steps}
         tries = [(count, self.errors(way, count)) for count in frames]
         return min(tries, key=lambda each: each[1].mean())
 

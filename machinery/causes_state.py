@@ -55,12 +55,12 @@ def state_readings(trained: np.ndarray, seen: np.ndarray) -> Iterator[Reading]:
 
 
 def orders(width: int) -> list[list[int]]:
-    """Ways to order `width` numbers: all, or if these are too many, those with few mistakes."""
+    """Ways to order `width` numbers: all, or if these are too many, with two exchanged."""
     own = [*range(width)]
     if width < 6:
         return [[*order] for order in itertools.permutations(own)][1:]
-    return [own[place:] + own[:place] for place in own[1:]] + [
-        [{one: two, two: one}.get(dim, dim) for dim in own] for two in own for one in own[:two]]
+    return [[{one: two, two: one}.get(dim, dim) for dim in own]
+            for one, two in itertools.combinations(own, 2)]
 
 
 def best_reading(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray

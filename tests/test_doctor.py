@@ -379,7 +379,10 @@ def test_states_that_are_frozen_in_each_episode():
     assert "frozen" in found[0].text and not ways
     seen[:, :2] = seen[start][:, :2]  # the third moves
     found, ways = causes_state.state_causes(trained, seen, ["x", "y", "z"], trained, start)
-    assert "x, y are frozen" in found[0].text and ways
+    assert "x, y are frozen" in found[0].text and found[0].evidence == 1 and not ways
+    seen[:, :2] = 0, 1  # two grippers of a policy that does not use them?
+    found, ways = causes_state.state_causes(trained, seen, ["x", "y", "z"], trained, start)
+    assert "x, y are frozen" in found[0].text and found[0].evidence < 0.5 and ways
 
 
 def test_a_robot_that_goes_where_no_demonstration_was_has_sound_states():
