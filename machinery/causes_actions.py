@@ -64,8 +64,6 @@ class Motion:
         rows = MEMORY - 1 + np.flatnonzero(episode[:-MEMORY] == episode[MEMORY:])
         change = states[rows + 1] - states[rows]
         self.scale = change.std(0) + 1e-9  # (P,)
-        self.middle = states.mean(0)
-        self.reach = np.ptp(states, axis=0)
         known = self.inputs(states[rows], [actions[rows - back] for back in range(MEMORY)])
         spread = known.std(0)
         spread = np.where(spread > 1e-9, spread, np.abs(known).max(0) + 1)  # constants
@@ -195,9 +193,7 @@ class Trial:
         self.motion = motion
         self.played = played
         episode = played.episode
-        away = np.abs(played.states - motion.middle) / (motion.reach + 1e-9)
-        near = (away < 2).all(1)  # farther away, actions have other effects
-        self.followed = np.append((episode[1:] == episode[:-1]) & near[:-1], False)
+        self.followed = np.append(episode[1:] == episode[:-1], False)
         self.clock = None
         # a simulator's clock is not the robot's: its motion must fit, too
         if played.clock and self.followed.any():
