@@ -23,7 +23,7 @@ NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
 EXPLAINED = 0.1, 0.6  # a way is named if it explains this share of the error; a second way
 STEADY = 0.15  # frames: other times are not of a robot's clock
 DELAYS = range(1, 7)  # frames
-HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
+HOLDS = (2, 3, 4)  # frames that a step lasts
 RATE = "execute the steps at the rate of the recording, each once"
 SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
 
@@ -64,6 +64,8 @@ class Motion:
         rows = MEMORY - 1 + np.flatnonzero(episode[:-MEMORY] == episode[MEMORY:])
         change = states[rows + 1] - states[rows]
         self.scale = change.std(0) + 1e-9  # (P,)
+        self.middle = states.mean(0)
+        self.reach = np.ptp(states, axis=0)
         known = self.inputs(states[rows], [actions[rows - back] for back in range(MEMORY)])
         spread = known.std(0)
         spread = np.where(spread > 1e-9, spread, np.abs(known).max(0) + 1)  # constants
@@ -142,8 +144,8 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
     for factor in SCALES:
         for dims in [every[~raw], *every[~raw][:, None]]:
             which = "the actions are" if len(dims) > 1 else f"{names[dims[0]]} is"
-            sign = ", or the other sign, if it cannot move back" * (len(dims) == 1 and factor < 1)
-            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit{sign}",
+            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit, or "
+                      "the other sign, if the robot cannot move back",
                       "execute the numbers of the answer in the units of the recording, unscaled",
                       dims, lambda x, factor=factor: x * factor, doubt=1.3)
     place = np.abs(motion.effect / motion.scale).argmax(1)  # (A,) the state that an action moves
@@ -193,7 +195,8 @@ class Trial:
         self.motion = motion
         self.played = played
         episode = played.episode
-        self.followed = np.append(episode[1:] == episode[:-1], False)
+        near = (np.abs(played.states - motion.middle) < 2 * motion.reach).all(1)  # as in training
+        self.followed = np.append((episode[1:] == episode[:-1]) & near[:-1], False)
         self.clock = None
         # a simulator's clock is not the robot's: its motion must fit, too
         if played.clock and self.followed.any():
@@ -222,7 +225,7 @@ def frames_by_clock(time: np.ndarray, episode: np.ndarray, fps: float) -> int | 
     time: (R,) of the requests, in nanoseconds; fps: frames a second of the recording, 0: unknown
     """
     between = np.diff(time)[episode[1:] == episode[:-1]] * 1e-9 * fps
-    frames = round(float(np.median(between))) if len(between) else 0
+    frames = round(np.median(between)) if len(between) else 0
     return frames if (np.abs(between - frames) < STEADY).mean() > 0.8 and frames else None
 
 
@@ -247,9 +250,9 @@ def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]
         sure = gains.mean() > SURE * gains.std() / len(gains) ** 0.5
         if not (sure and gain > least and gains.mean() > NOTICED):
             break
-        found.append((float(gain), way, frames))
+        found.append((gain, way, frames))
         now = combined(way, now)
-    return found, float(trial.best(now)[1].mean())
+    return found, trial.best(now)[1].mean()
 
 
 def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> list[Cause]:
@@ -267,12 +270,12 @@ def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> 
     steps = trials[0].played.answers.shape[1]
     explained = []
     for place, trial in enumerate(trials):
-        waits = (trial.clock or 0) > steps  # a delay would look like it
-        ranked, error = explain(trial, [way for way in every if not (way.delay and waits)])
+        # if the robot waits between answers, a delay would look like it
+        ranked, error = explain(trial, [way for way in every
+                                        if not way.delay or (trial.clock or 0) <= steps])
         # the likeliest reading, unless another leaves much less that is wrong
-        explained.append((error * 2 ** len(ranked) * 1.5**place, place, ranked))
-    _, place, ranked = min(explained)
-    trial = trials[place]
+        explained.append((error * 2 ** len(ranked) * 1.5**place, place, trial, ranked))
+    _, _, trial, ranked = min(explained)
     found = []
     late = False
     for gain, way, frames in ranked:

@@ -76,8 +76,7 @@ def best_reading(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
     close.sort(key=lambda each: each.away.sum())
     ways = [lambda x, mend=each.mend: np.where(wrong | best.whole, mend(x), x)
             for each in close[:CLOSE]]
-    explained = (evidence > 0.5)[wrong].all()
-    return best.away[wrong].sum(), evidence, best, ways if explained else []
+    return best.away[wrong].sum(), evidence, best, ways * int(evidence[wrong].min() > 0.5)
 
 
 def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
@@ -118,5 +117,5 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
                                      key=lambda found: found[0])
     if evidence.max() < 0.5:
         return [], []
-    return [Cause(float(evidence.max()), "state", f"the states {labels(evidence > 0.5)} "
+    return [Cause(evidence.max(), "state", f"the states {labels(evidence > 0.5)} "
                   f"{reading.what}", reading.cure)], ways
