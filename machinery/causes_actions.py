@@ -25,7 +25,7 @@ STEADY = 0.15  # frames: other times are not of a robot's clock
 DELAYS = range(1, 7)  # frames
 HOLDS = (2, 3, 4)  # frames that a step lasts
 RATE = "execute the steps at the rate of the recording, each once"
-SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
+SCALES = (0.01, 0.1, 0.25, 0.5, 2, 5, 10, 1 / 57.29578, 57.29578, 0.001, 1000)
 
 
 class Played(NamedTuple):
