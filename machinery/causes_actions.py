@@ -116,7 +116,6 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
     targets = table.targets
     raw = ~np.array(stats.get("mask", [True] * width), bool)
     found = []
-
     def pointwise(text: str, cure: str, dims, change: Callable, doubt: float = 1.0) -> None:
         chosen = np.isin(every, dims)
         found.append(Way(text, cure, lambda x, states: np.where(chosen, change(x), x),
