@@ -239,9 +239,7 @@ def examine_policy(args: argparse.Namespace) -> None:
     for cause in causes:
         print(f"cause {cause.kind} evidence {cause.evidence:.2f} {cause.text}: {cause.cure}")
     print(f"causes {len(causes)} examined: {examined}")
-    if not causes:
-        print("no cause found")
-    if len(causes) > 1:
+    if causes:
         print("cure the first, drive again with another --record folder, and run the doctor again: "
               "one fault can look like two")
     out = args.out or (args.seen or Path()) / "report.html"

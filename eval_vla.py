@@ -61,6 +61,7 @@ from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tabl
 from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.convention import Convention, convention, dimension_names
+from machinery.examine import recording_of
 from machinery.files import read_metrics
 from machinery.frames import DataError
 from machinery.images import decode_native
@@ -267,8 +268,7 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
             frames = [(dataset, row, 0) for row in rows[i : i + BATCH].tolist()]
             _, actions = from_camera(policy, mixture, frames)
             predicted.append(actions[:, 0])  # the first step of each chunk
-        recording = table.directory / "recording.json"
-        fps = json.loads(recording.read_text()).get("fps") if recording.exists() else None
+        fps = recording_of(table).get("fps")
         x = (rows - first) / (fps or 1)
         curves = {label: (x, robot.to_robot(actions)) for label, actions in (
             ("recorded", recorded_actions(mixture, dataset, rows)[:, 0]),

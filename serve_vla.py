@@ -21,7 +21,8 @@ Both protocols also accept observation/NAME_image, NAME_image and observation.im
 camera NAME, and `state`. Clients that always send a wrist's image or a state may send them to a
 model without: the log names ignored fields once. unnorm_key may be left out if the model knows one
 dataset. `prefix`, (k, A), holds the first actions of the chunk if they are settled already
-(act.py). `episode`, any text or number, tells the episodes of --record apart.
+(act.py). `episode`, any text or number, tells the episodes of --record apart. A `state` that the
+model does not take is only recorded: doctor.py needs it.
 
 The reply is the action, (A,) or (action_chunk, A): a json_numpy object if the request held one,
 else plain lists. A request {"encoded": "<all of this as a string>"} gets a string. /health labels

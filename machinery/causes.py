@@ -9,27 +9,28 @@ causes_actions.py examines how the robot executed the answers, causes_model.py t
 
 import difflib
 import io
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from act import Policy
 from data import Mixture
-from machinery.causes_actions import Played, Sensor, action_causes, recorded_states
+from machinery.causes_actions import Played, action_causes, frames_by_clock
 from machinery.causes_model import model_causes
+from machinery.causes_state import state_causes
 from machinery.convention import dimension_names
-from machinery.examine import BATCH, FRAMES, Cause, look, spread
+from machinery.examine import BATCH, FRAMES, Cause, look, recording_of, spread
 from machinery.frames import FrameTable
 from machinery.images import decode_native
 from machinery.peers import distances, evenly
 from machinery.tfrecords import Steps, read_records, step_features
 
 ENOUGH = 0.25  # evidence from which a cause is named, in 0..1
-READ = 480  # frames from which states are read off pictures
-FOLLOWED = 400  # requests whose states are read so
 
 
 def find_causes(policy: Policy, run: Path, train: Mixture, held_out: Mixture | None,
@@ -54,26 +55,25 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
     views = views_of(seen, cfg.cameras, requests)
     texts = [seen.instructions[number] for number in seen.frames["instruction"]]
     trained = views_of(table, train.cameras_shown(0, int(rows[0]), 0), rows)
-    found, changes = picture_causes(policy, trained, views)
-    frozen = frozen_causes(seen, requests)
-    found += frozen + word_causes(train, texts)
+    found = picture_causes(policy, trained, views) + frozen_causes(seen, requests)
+    found += word_causes(train, texts)
     labels = dimension_names(train.recipes[0], table.features)
-    states = None
-    if cfg.use_proprio:
-        states = robot.from_robot(seen.frames["proprio"])
-        begun = np.flatnonzero(np.diff(seen.episode_of(np.arange(len(states))), prepend=-1))
-        first, _, _ = train.stretches[0]
-        wrong = state_causes(table.frames["proprio"][rows], states[requests], labels[1],
-                             starts_alike(table.frames["proprio"][first], states[begun]))
-        found += wrong
-        states = None if wrong else states
     sent = recorded_answers(seen)
+    states = robot.from_robot(seen.frames["proprio"]) if cfg.use_proprio else unused_states(sent)
+    ways = []
+    if states is not None and states.shape[1:] == table.frames["proprio"].shape[1:]:
+        first, _, _ = train.stretches[0]
+        start = seen.first_frames[seen.episode_of(np.arange(len(states)))]
+        wrong, ways = state_causes(table.frames["proprio"][rows], states, labels[1],
+                                   table.frames["proprio"][first], start)
+        found += wrong if cfg.use_proprio else []
     if cfg.window_size == 1:
-        asked = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
-        own = [policy.predict_action(
-                   views[place * BATCH : (place + 1) * BATCH], [texts[row] for row in part], name,
-                   seen.frames["proprio"][part] if cfg.use_proprio else None)
-               for place, part in enumerate(asked)]
+        own = []
+        for start in tqdm(range(0, len(requests), BATCH), "answers", leave=False, disable=None):
+            part = requests[start : start + BATCH]
+            own.append(policy.predict_action(
+                views[start : start + BATCH], [texts[row] for row in part], name,
+                seen.frames["proprio"][part] if cfg.use_proprio else None))
         own = np.concatenate(own).reshape(len(requests), -1, len(robot.action))[:, 0]
         free = sent["prefix"][requests] == 0 if sent else slice(None)  # others were given
         found += answer_causes(own[free], seen.frames["action"][requests][free], robot.action)
@@ -85,17 +85,17 @@ def request_causes(policy: Policy, train: Mixture, seen: FrameTable) -> list[Cau
                            f"dataset: unnorm_key {key!r}, not {name!r}",
                            f"send unnorm_key {name!r}, or examine with --data_mix {key}"))
     answers = robot.actions_from_robot(sent["chunk"].astype(np.float64))
-    usable = [place for place, change in enumerate(changes) if change and not any(
-        f"of {cfg.cameras[place]} " in cause.text for cause in frozen)]
-    played = read_played(policy, train, seen, answers, states, usable, changes)
-    return found + (action_causes(table, played, labels[0], states is not None) if played else [])
+    episode = seen.episode_of(np.arange(len(answers)))
+    clock = frames_by_clock(sent["time"], episode, recording_of(table).get("fps", 0))
+    played = [Played(way(states), answers, episode, clock) for way in ways]
+    return found + action_causes(table, played, labels[0])
 
 
 def recorded_answers(seen: FrameTable) -> dict[str, np.ndarray] | None:
-    """{"chunk", "prefix", "unnorm_key": of each request}, which the frame table does not hold. None
-    if another program has recorded them."""
+    """{"chunk", "prefix", ...: of each request}, which the frame table does not hold. None if
+    another program has recorded them."""
     features = step_features(seen.directory)
-    names = ("chunk", "prefix", "unnorm_key")
+    names = ("chunk", "prefix", "time", "unnorm_key", "unused_state")
     if not features.keys() >= {*names}:
         return None
     found = {name: [] for name in names}
@@ -108,28 +108,10 @@ def recorded_answers(seen: FrameTable) -> dict[str, np.ndarray] | None:
     return {name: np.array(values) for name, values in found.items()}
 
 
-def read_played(policy: Policy, train: Mixture, seen: FrameTable, answers: np.ndarray,
-                states: np.ndarray | None, usable: list[int], changes: list) -> Played | None:
-    """The requests with their states, which are read from pictures if they are None.
-
-    usable: cameras that show the robot; changes: of each, what makes training's pictures like them
-    """
-    table = train.tables[0]
-    if states is not None:
-        every = np.arange(len(states))
-        moved = np.ptp(table.frames["proprio"], axis=0) > 0
-        return Played(states[:, moved], answers, seen.episode_of(every))
-    if not usable:
-        return None
-    rows = spread(train, READ)
-    every = np.arange(min(len(seen.frames), FOLLOWED))
-    ours = views_of(table, train.cameras_shown(0, int(rows[0]), 0), rows)
-    theirs = views_of(seen, policy.cfg.cameras, every)
-    parts = [(features_of(policy, [[frame[place]] for frame in ours], changes[place]),
-              features_of(policy, [[frame[place]] for frame in theirs])) for place in usable]
-    trained, acted = (np.concatenate(side, axis=2)[:, 0] for side in zip(*parts, strict=True))
-    sensor = Sensor(trained, recorded_states(table)[rows])
-    return Played(sensor.read(acted), answers[every], seen.episode_of(every))
+def unused_states(sent: dict[str, np.ndarray] | None) -> np.ndarray | None:
+    """(R, P): the states that the robot sends to a model that takes none."""
+    states = [json.loads(text) for text in sent["unused_state"]] if sent else [()]
+    return np.array(states) if {*map(len, states)} == {len(states[0])} else None
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -236,14 +218,14 @@ def texture_cause(trained: list, seen: list) -> tuple[float, str] | None:
     return (1 - away[best] / plain, best) if plain > 1.5 and away[best] < plain / 2 else None
 
 
-def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Cause], list]:
-    """Pictures that training did not see so, and of each camera what makes training's pictures like
-    them, None if nothing known does. trained, seen: native pictures, [frame][camera]."""
+def picture_causes(policy: Policy, trained: list, seen: list) -> list[Cause]:
+    """Pictures that training did not see so. trained, seen: native pictures, [frame][camera]."""
     cameras = policy.cfg.cameras
     ours = features_of(policy, trained)
     theirs = features_of(policy, seen)
-    changed = {name: features_of(policy, trained, CHANGES[name][0]) for name in CHANGES}
-    found, changes = [], []
+    changed = {name: features_of(policy, trained, CHANGES[name][0])
+               for name in tqdm(CHANGES, "pictures", leave=False, disable=None)}
+    found = []
     for place, camera in enumerate(cameras):
         own = theirs[:, place]
         plain = nearest(own, ours[:, place])
@@ -255,14 +237,13 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
         evidence = 1 - away[best] / max(plain, 1e-9)
         coarse = texture_cause([frame[place] for frame in trained[::3]],
                                [frame[place] for frame in seen[::3]])
-        change, cure = CHANGES.get(best, (None, SWAP))
+        _, cure = CHANGES.get(best, (None, SWAP))
         if evidence > ENOUGH and plain > 1.5 * usual:
             text = (f"{best}: training's pictures, changed this way, are "
                     f"{1 / max(1 - evidence, 1e-3):.1f} times as close to the robot's")
-            change = None if best == "black" else change
         elif coarse:
             evidence, best = coarse
-            change, cure = TEXTURES[best]
+            _, cure = TEXTURES[best]
             text = (f"{best}: training's pictures, changed this way, are "
                     f"{1 / (1 - evidence):.1f} times as close to the robot's in detail")
             evidence *= 0.8
@@ -270,16 +251,14 @@ def picture_causes(policy: Policy, trained: list, seen: list) -> tuple[list[Caus
             text = (f"unlike training's: {plain / usual:.1f} times as far from them as they are "
                     "from each other, and no known change explains it")
             cure = "compare the two pictures"
-            evidence, change = ENOUGH, None
+            evidence = ENOUGH
         else:
-            changes.append(np.asarray)
             continue
-        changes.append(change)
         sides = (("acting sees", seen[0][place]), ("training saw", trained[0][place]))
         found.append(Cause(evidence, "pictures", f"the picture of {camera} is {text}", cure, sides))
     swapped = [cause for cause in found if cause.cure == SWAP]
     swapped.sort(key=lambda cause: cause.evidence)  # one fault: the clearest line is enough
-    return [cause for cause in found if cause not in swapped[:-1]], changes
+    return [cause for cause in found if cause not in swapped[:-1]]
 
 
 def frozen_causes(seen: FrameTable, rows: np.ndarray) -> list[Cause]:
@@ -322,59 +301,6 @@ def word_causes(train: Mixture, seen: list[str]) -> list[Cause]:
 
 # ---- Numbers -------------------------------------------------------------------------------------
 
-UNITS = {57.29578: "degrees, training's in radians", 1 / 57.29578: "radians, training's in degrees",
-         1000: "millimeters, training's in meters", 0.001: "meters, training's in millimeters",
-         100: "percent, training's in 0..1", 0.01: "0..1, training's in percent",
-         -1: "of the other sign"}
-QUANTILES = np.linspace(0.05, 0.95, 10)
-
-
-def starts_alike(trained: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """(P,) bool: are the first states of the seen episodes (S, P) like those of the trained (R, P)?
-    If a robot only later gets where no demonstration was, its states are not to blame."""
-    low, high = trained.min(0), trained.max(0)
-    margin = 0.1 * (high - low) + 1e-3
-    return ((seen > low - margin) & (seen < high + margin)).mean(0) > 0.8
-
-
-def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str], alike=False
-                 ) -> list[Cause]:
-    """States (R, P), (S, P) in standard form that are not as in training.
-
-    alike: (P,) bool, do they begin as in training? Then only `frozen` can be wrong
-    """
-    ours = np.quantile(trained, QUANTILES, axis=0)  # (10, P)
-    theirs = np.quantile(seen, QUANTILES, axis=0)
-    spans = np.ptp(ours, axis=0) + 1e-6
-
-    def distance(reading: np.ndarray) -> np.ndarray:
-        """Of quantiles (10, P) to those that are seen, in their span -> (P,)."""
-        return np.abs(reading - theirs).mean(0) / np.maximum(np.ptp(reading, 0), 0.05 * spans)
-
-    still = (np.ptp(seen, 0) < 1e-3 * spans) & (np.ptp(trained, 0) > 0.1 * spans) & (len(seen) > 8)
-    plain = np.maximum(distance(ours), still)
-    moved = ours + np.median(theirs, axis=0) - np.median(ours, axis=0)
-    readings = [(np.where(still, 0, np.inf), "are frozen", "read the state anew for each step"),
-                (distance(moved) + 0.1, "have an offset", "calibrate its zero")]
-    share = (ours.min(0) > -0.05) & (ours.max(0) < 1.05)
-    for factor, unit in UNITS.items():
-        possible = 0 if "percent" not in unit else np.where(share, 0, np.inf)
-        readings.append((distance(ours * factor) + possible, f"are {unit}",
-                         "send the states in the units of the recording"))
-    for places in range(1, len(names)):
-        readings.append((distance(np.roll(ours, places, axis=1)), "are in another order",
-                         "send the states in the order of the recording"))
-    wrong = (plain > 0.6) & (still | ~np.asarray(alike))
-    readings.sort(key=lambda reading: np.sum(np.minimum(reading[0], plain)[wrong]))  # one for all
-    faults = []
-    for dim in np.flatnonzero(wrong):
-        for away, what, cure in readings:
-            if away[dim] < 0.5 * plain[dim]:
-                faults.append((1 - away[dim] / plain[dim], names[dim], what, cure))
-                break
-    return together("state", "states", faults)
-
-
 def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[Cause]:
     """Answers (S, A) of this policy to the seen requests, and those that were given."""
     span = np.ptp(own, axis=0)
@@ -395,13 +321,9 @@ def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[
             what = f"are {slope[dim]:.3g} times this policy's"
             cure = "act with the statistics of the training's dataset (unnorm_key)"
         faults.append((1 - same[dim], names[dim], what, cure))
-    return together("answers", "answers", faults)
-
-
-def together(kind: str, subject: str, faults: Iterable[tuple[float, str, str, str]]) -> list[Cause]:
-    """(evidence, dimension, what is wrong, cure) each -> one cause for all with the same fault."""
-    found: dict[tuple[str, str], list] = {}
+    found: dict[tuple[str, str], list] = {}  # one cause for all with the same fault
     for evidence, name, what, cure in faults:
         found.setdefault((what, cure), []).append((float(evidence), name))
-    return [Cause(max(entries)[0], kind, f"the {subject} {', '.join(name for _, name in entries)} "
-                  f"{what}", cure) for (what, cure), entries in found.items()]
+    return [Cause(max(entries)[0], "answers", "the answers "
+                  f"{', '.join(name for _, name in entries)} {what}", cure)
+            for (what, cure), entries in found.items()]

@@ -1,10 +1,9 @@
 """How the robot executed the answers: do its motions follow them, or a changed form of them?
 
-The demonstrations show how an action changes the robot's state within a frame (`Motion`), and what
-a state looks like (`Sensor`, for requests without states). So the state at the next request can be
-predicted from the answer to this one. Each way of executing answers wrongly changes the answers: if
-the robot goes where the changed ones would have led it, and not where the answers lead, this way is
-the cause. Read `action_causes`, then WAYS.
+The demonstrations show how an action changes the robot's state within a frame (`Motion`). So the
+state at the next request can be predicted from the answer to this one. Each way of executing
+answers wrongly changes the answers: if the robot goes where the changed ones would have led it, and
+not where the answers lead, this way is the cause. Read `action_causes`, then `ways`.
 
 This predicts the effect of the answers, not the right answers. So it also works for a weak policy.
 """
@@ -16,24 +15,26 @@ import numpy as np
 
 from machinery.examine import Cause
 from machinery.frames import FrameTable
-from machinery.peers import distances
 
-RIDGE = 0.003  # of the kernel, whose diagonal is 1
+MEMORY = 3  # actions on which the motion within a frame depends
 FEW = 20  # requests with a next one: fewer prove nothing
 SURE = 3  # standard errors by which a way must fit better
 NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
 EXPLAINED = 0.1, 0.6  # a way is named if it explains this share of the error; a second way
+STEADY = 0.15  # frames: other times are not of a robot's clock
 DELAYS = range(1, 7)  # frames
-HOLDS = (2, 3, 4, 6, 8)  # frames that a step lasts
-SCALES = (0.01, 0.1, 0.25, 0.5, 2, 4, 10, 100, 1 / 57.29578, 57.29578, 0.001, 1000)
+HOLDS = (2, 3, 4)  # frames that a step lasts
+RATE = "execute the steps at the rate of the recording, each once"
+SCALES = (0.01, 0.1, 0.25, 0.5, 2, 5, 10, 1 / 57.29578, 57.29578, 0.001, 1000)
 
 
 class Played(NamedTuple):
     """R requests of a recording, those of an episode adjacent."""
 
-    states: np.ndarray  # (R, P) in standard form, or read from the pictures
+    states: np.ndarray  # (R, P) in standard form
     answers: np.ndarray  # (R, chunk, A) in standard form
     episode: np.ndarray  # (R,) ascending
+    clock: int | None = None  # frames from request to request
 
 
 class Way(NamedTuple):
@@ -44,83 +45,63 @@ class Way(NamedTuple):
     change: Callable = lambda actions, states: actions
     delay: int = 0
     hold: int = 1
+    again: bool = False  # from its first step, when all of an answer is executed?
     doubt: float = 1.0  # by how much it must be better than others
     first: bool = False  # is `states` that of the request, for all steps of its answer?
+
+
+PLAIN = Way("", "")
 
 
 # ---- The effect of actions -----------------------------------------------------------------------
 
 
-def recorded_states(table: FrameTable) -> np.ndarray:
-    """(N, P) of all frames. Without states: the previous targets, and the sums of changes."""
-    states = np.array(table.frames["proprio"], np.float64)
-    if np.ptp(states, axis=0).any():
-        return states[:, np.ptp(states, axis=0) > 0]
-    actions = np.array(table.frames["action"], np.float64)
-    first = table.first_frames[table.episode_of(np.arange(len(actions)))]
-    sums = np.cumsum(actions, axis=0) - actions
-    before = actions[np.maximum(np.arange(len(actions)) - 1, first)]
-    return np.where(table.targets, before, sums - sums[first])
-
-
 class Motion:
-    """How the state changes within a frame: linear in the state, this action, and the last one."""
+    """How the state changes within a frame: linear in the state and the latest actions."""
 
     def __init__(self, states: np.ndarray, actions: np.ndarray, episode: np.ndarray):
         """Of all frames (N, ...)."""
-        rows = 1 + np.flatnonzero(episode[:-2] == episode[2:])
+        rows = MEMORY - 1 + np.flatnonzero(episode[:-MEMORY] == episode[MEMORY:])
         change = states[rows + 1] - states[rows]
         self.scale = change.std(0) + 1e-9  # (P,)
         self.middle = states.mean(0)
         self.reach = np.ptp(states, axis=0)
-        known = self.inputs(states[rows], actions[rows], actions[rows - 1])
+        known = self.inputs(states[rows], [actions[rows - back] for back in range(MEMORY)])
         spread = known.std(0)
         spread = np.where(spread > 1e-9, spread, np.abs(known).max(0) + 1)  # constants
-        square = (known / spread).T @ (known / spread) + 1e-3 * len(rows) * np.eye(len(spread))
+        square = (known / spread).T @ (known / spread) + 1e-5 * len(rows) * np.eye(len(spread))
         self.weights = np.linalg.solve(square, (known / spread).T @ change) / spread[:, None]
         missed = (change - known @ self.weights).var(0)
         self.moved = missed < 0.8 * change.var(0)  # (P,) the dimensions that follow the actions
-        self.effect = self.weights[-2 * actions.shape[1] :].reshape(2, actions.shape[1], -1).sum(0)
+        effects = self.weights[1 + states.shape[1] :].reshape(MEMORY, actions.shape[1], -1)
+        self.effect = effects.sum(0)  # (A, P)
 
     @staticmethod
-    def inputs(states: np.ndarray, actions: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.ones((len(states), 1)), states, actions, last], axis=1)
+    def inputs(states: np.ndarray, actions: list[np.ndarray]) -> np.ndarray:
+        """actions: the newest first."""
+        return np.concatenate([np.ones((len(states), 1)), states, *actions], axis=1)
 
     def follow(self, played: Played, way: Way, frames: int) -> np.ndarray:
         """The states (R, P) `frames` after each request."""
         count, chunk, _ = played.answers.shape
         first = np.searchsorted(played.episode, played.episode) * frames  # (R,)
         start = np.arange(count) * frames - way.delay
-        step = np.minimum(np.arange(frames) // way.hold, chunk - 1)
+        step = np.arange(frames) // way.hold
+        step = step % chunk if way.again else np.minimum(step, chunk - 1)
         stream = played.answers[:, step].reshape(count * frames, -1)
-        state = before = played.states
-        if frames == 1:
-            before = state[np.maximum(start + way.delay - 1, first)]
-        last = way.change(stream[np.maximum(start - 1, first)], before)
+        state = played.states
+        actions = []
+        for back in range(1, MEMORY):
+            before = state
+            if frames == 1:
+                before = state[np.maximum(start + way.delay - back, first)]
+            actions.append(way.change(stream[np.maximum(start - back, first)], before))
         for frame in range(frames):
             known = played.states if way.first else state
             action = way.change(stream[np.maximum(start + frame, first)], known)
-            state = state + self.inputs(state, action, last) @ self.weights
-            last = action
+            actions = [action, *actions][:MEMORY]
+            state = state + self.inputs(state, actions) @ self.weights
         return state
-
-
-class Sensor:
-    """Reads states off features of pictures, by kernel ridge regression."""
-
-    def __init__(self, seen: np.ndarray, states: np.ndarray):
-        """seen (n, D) features of demonstrations' frames, states (n, P)."""
-        self.seen = seen
-        self.mean = states.mean(0)
-        self.width = np.median(distances(seen, seen)) + 1e-12
-        kernel = self.kernel(seen) + RIDGE * np.eye(len(seen))
-        self.weights = np.linalg.solve(kernel, states - self.mean)
-
-    def kernel(self, seen: np.ndarray) -> np.ndarray:
-        return np.exp(-distances(seen, self.seen) / self.width)
-
-    def read(self, seen: np.ndarray) -> np.ndarray:
-        return self.kernel(seen) @ self.weights + self.mean
 
 
 # ---- Ways of executing answers -------------------------------------------------------------------
@@ -135,13 +116,14 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
     targets = table.targets
     raw = ~np.array(stats.get("mask", [True] * width), bool)
     found = []
-
     def pointwise(text: str, cure: str, dims, change: Callable, doubt: float = 1.0) -> None:
         chosen = np.isin(every, dims)
         found.append(Way(text, cure, lambda x, states: np.where(chosen, change(x), x),
                          doubt=doubt))
 
     for dim, name in enumerate(names):
+        if raw[dim] and dim == width - 1 and "gripper" not in name:
+            name = f"the gripper ({name})"
         sign = "executed with the other sign"
         cure = f"do not turn {name} round in the client"
         pointwise(f"{name} is {sign}", cure, dim, np.negative)
@@ -161,16 +143,16 @@ def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
     for factor in SCALES:
         for dims in [every[~raw], *every[~raw][:, None]]:
             which = "the actions are" if len(dims) > 1 else f"{names[dims[0]]} is"
-            sign = ", or the other sign, if it cannot move back" * (len(dims) == 1 and factor < 1)
-            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit{sign}",
+            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit, or "
+                      "the other sign, if the robot cannot move back",
                       "execute the numbers of the answer in the units of the recording, unscaled",
                       dims, lambda x, factor=factor: x * factor, doubt=1.3)
     place = np.abs(motion.effect / motion.scale).argmax(1)  # (A,) the state that an action moves
     gain = motion.effect[every, place]
     changes = ~targets & ~raw
-    if changes.any():
-        def toward(x, states):
-            return np.where(changes, ((x - states[:, place]) / gain).clip(low, high), x)
+    for share in (1, 0.5, 0.25) if changes.any() else ():  # of the way, within a frame
+        def toward(x, states, reach=gain / share):
+            return np.where(changes, ((x - states[:, place]) / reach).clip(low, high), x)
 
         found.append(Way("changes are executed as absolute positions (delta as absolute)",
                          "add each change to the current position, or use the delta mode", toward))
@@ -187,8 +169,9 @@ def late_ways() -> list[Way]:
                  "send the newest picture, execute the answer at once, or skip the steps of the "
                  "answer whose time is over", delay=delay) for delay in DELAYS]
     found += [Way(f"each step lasts {hold} frames: the control rate is too low, or a step of the "
-                  "chunk is executed too long", "execute the steps at the rate of the recording, "
-                  "each once", hold=hold) for hold in HOLDS]
+                  "chunk is executed too long", RATE, hold=hold) for hold in HOLDS]
+    found.append(Way("an answer is executed again after its last step: the chunk is executed too "
+                     "long", RATE, again=True))
     return found
 
 
@@ -199,93 +182,112 @@ def combined(first: Way, second: Way) -> Way:
     """Both: the second changes the answers before the first does."""
     return second._replace(change=lambda x, states: first.change(second.change(x, states), states),
                            first=first.first or second.first,
+                           again=first.again or second.again,
                            delay=max(first.delay, second.delay),
-                           hold=max(first.hold, second.hold))
+                           hold=first.hold * second.hold)
 
 
 class Trial:
-    """How far the robot is from where the answers lead, if they are executed in a way.
+    """How far the robot is from where the answers lead, if they are executed in a way."""
 
-    length: frames of an episode in which to look. Later, a failing robot is often stuck
-    """
-
-    def __init__(self, motion: Motion, played: Played, length: float):
+    def __init__(self, motion: Motion, played: Played):
         self.motion = motion
         self.played = played
-        self.length = length
         episode = played.episode
-        away = np.abs(played.states - motion.middle) / (motion.reach + 1e-9)
-        near = (away < 2).all(1)  # farther away, actions have other effects
-        self.followed = np.append((episode[1:] == episode[:-1]) & near[1:] & near[:-1], False)
-        self.number = np.arange(len(episode)) - np.searchsorted(episode, episode)
+        near = (np.abs(played.states - motion.middle) < 2 * motion.reach).all(1)  # as in training
+        self.followed = np.append((episode[1:] == episode[:-1]) & near[:-1], False)
+        self.clock = None
+        # a simulator's clock is not the robot's: its motion must fit, too
+        if played.clock and self.followed.any():
+            least, plain = self.best(PLAIN)
+            timed = [self.errors(way, played.clock).mean() for way in [PLAIN, *late_ways()]]
+            if played.clock >= least and min(timed) < 1.1 * plain.mean() + NOTICED:
+                self.clock = played.clock
 
     def errors(self, way: Way, frames: int) -> np.ndarray:
-        """(R, P) of requests that have a next one, in usual steps of a frame; NaN elsewhere."""
+        """Of each request that has a next one, and each dimension, in usual steps of a frame."""
         reached = self.motion.follow(self.played, way, frames)
         wrong = (reached - np.roll(self.played.states, -1, axis=0)) / self.motion.scale
-        early = (self.number == 0) | (self.number * frames < self.length)
-        wrong = np.where((self.followed & early)[:, None], np.abs(wrong), np.nan)
-        return wrong[:, self.motion.moved]
+        return np.abs(wrong)[self.followed][:, self.motion.moved]
 
     def best(self, way: Way) -> tuple[int, np.ndarray]:
         """The frames from request to request that explain it best, and the errors."""
-        steps = self.played.answers.shape[1]
-        tries = [(way.hold * count, self.errors(way, way.hold * count))
-                 for count in range(1, steps + 1)]
-        return min(tries, key=lambda each: np.nanmean(each[1]))
+        steps = range(1, self.played.answers.shape[1] + 1)
+        frames = {self.clock or count * way.hold for count in steps}
+        tries = [(count, self.errors(way, count)) for count in frames]
+        return min(tries, key=lambda each: each[1].mean())
 
 
-def explain(trial: Trial, every: list[Way]) -> list[tuple[float, Way, int]]:
+def frames_by_clock(time: np.ndarray, episode: np.ndarray, fps: float) -> int | None:
+    """Frames from request to request, if the robot asks in step with its own clock.
+
+    time: (R,) of the requests, in nanoseconds; fps: frames a second of the recording, 0: unknown
+    """
+    between = np.diff(time)[episode[1:] == episode[:-1]] * 1e-9 * fps
+    frames = round(np.median(between)) if len(between) else 0
+    return frames if (np.abs(between - frames) < STEADY).mean() > 0.8 and frames else None
+
+
+def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]], float]:
     """The two ways that explain the motion, the second given the first: (share of the error that
-    it explains, way, frames from request to request)."""
-    now = Way("", "")
+    it explains, way, frames from request to request). And the error that remains."""
+    now = PLAIN
     found = []
     for least in EXPLAINED:
-        _, errors = trial.best(now)
+        _, before = trial.best(now)
         tried = []
         for way in every:
-            if any(way.text == other.text for _, other, _ in found):
-                continue
-            frames, after = trial.best(combined(way, now))
-            before = np.where(np.isnan(after), np.nan, errors)
-            ratio = way.doubt * np.nanmean(after) / np.nanmean(before)
-            tried.append((ratio, way, frames, before, after))
-        _, way, frames, before, after = min(tried, key=lambda each: each[0])
-        touched = np.nanmean(np.abs(after - before), axis=0) > 0.1 * np.nanmean(before)
+            if all(way.text != other.text for _, other, _ in found):
+                frames, after = trial.best(combined(way, now))
+                tried.append((way.doubt * after.mean(), way, frames, after))
+        _, way, frames, after = min(tried, key=lambda each: each[0])
+        touched = np.abs(after - before).mean(0) > 0.1 * before.mean()
         if not touched.any():
             break
-        known = np.isfinite(after).all(1)
-        gains = (before - after)[known][:, touched].mean(1)  # of each request
-        gain = gains.mean() / before[known][:, touched].mean()
+        gains = (before - after)[:, touched].mean(1)  # of each request
+        gain = gains.mean() / before[:, touched].mean()
         sure = gains.mean() > SURE * gains.std() / len(gains) ** 0.5
         if not (sure and gain > least and gains.mean() > NOTICED):
             break
-        found.append((float(gain), way, frames))
+        found.append((gain, way, frames))
         now = combined(way, now)
-    if len(found) == 2:  # does the first explain anything that the second alone does not?
-        both, alone = (np.nanmean(trial.best(way)[1]) for way in (now, found[1][1]))
-        if both > (1 - EXPLAINED[1]) * alone:
-            del found[0]
-    return found
+    return found, trial.best(now)[1].mean()
 
 
-def action_causes(table: FrameTable, played: Played, names: list[str], sharp: bool) -> list[Cause]:
-    """table: the training frames, with states; sharp: are the states of the requests recorded, and
-    not read from pictures?"""
+def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> list[Cause]:
+    """table: the training frames, with states; played: the requests, once for each reading of their
+    states; names: of the actions' dimensions"""
     episode = table.episode_of(np.arange(len(table.frames)))
-    motion = Motion(recorded_states(table), np.array(table.frames["action"], np.float64), episode)
-    length = np.median(table.episodes["count"]) * (2 if sharp else 0.5)
-    trial = Trial(motion, played, length)
-    if trial.followed.sum() < FEW or not motion.moved.any():
+    states = np.array(table.frames["proprio"], np.float64)
+    moves = np.ptp(states, axis=0) > 0
+    motion = Motion(states[:, moves], np.array(table.frames["action"], np.float64), episode)
+    trials = [Trial(motion, own._replace(states=own.states[:, moves])) for own in played]
+    trials = [trial for trial in trials if trial.followed.sum() >= FEW]
+    if not trials or not motion.moved.any():
         return []
+    every = ways(motion, table, names) + late_ways()
+    steps = trials[0].played.answers.shape[1]
+    explained = []
+    for place, trial in enumerate(trials):
+        # if the robot waits between answers, a delay would look like it
+        ranked, error = explain(trial, [way for way in every
+                                        if not way.delay or (trial.clock or 0) <= steps])
+        # the likeliest reading, unless another leaves much less that is wrong
+        explained.append((error * 2 ** len(ranked) * 1.5**place, place, trial, ranked))
+    _, _, trial, ranked = min(explained)
     found = []
-    for gain, way, frames in explain(trial, ways(motion, table, names) + late_ways()):
+    late = False
+    for gain, way, frames in ranked:
         text = (f"{way.text}: if so, the answers explain the robot's motion "
                 f"{1 / (1 - gain):.1f} times as well, with {frames} frames from request to request")
         evidence = min([0.4 + gain / 2, *(cause.evidence - 0.01 for cause in found)])
         found.append(Cause(evidence, "actions", text, way.cure))
-    steps = played.answers.shape[1]
-    frames, _ = trial.best(Way("", ""))
+        late |= way in late_ways()
+    frames, _ = trial.best(PLAIN)
+    if frames > steps and not late:
+        found.append(Cause(0.5, "actions", f"by the clock, {frames} frames of the recording pass "
+                           f"from request to request, but an answer has {steps} steps: the control "
+                           "rate is too low, or the chunk is executed too long or twice", RATE))
     if not found and steps >= 4 * frames:
         found.append(Cause(0.3, "actions", f"about {frames} of the {steps} steps of an answer are "
                            "executed before the next request: the chunk is executed too short, and "

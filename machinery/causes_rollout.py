@@ -12,7 +12,7 @@ import numpy as np
 
 from data import Mixture
 from machinery.config import UserError
-from machinery.examine import Cause
+from machinery.examine import Cause, recording_of
 
 
 def rollout_causes(train: Mixture, path: Path) -> list[Cause]:
@@ -33,8 +33,7 @@ def rollout_causes(train: Mixture, path: Path) -> list[Cause]:
 
     found = []
     table = train.tables[0]
-    file = table.directory / "recording.json"
-    recorded = json.loads(file.read_text()) if file.exists() else {}
+    recorded = recording_of(table)
     for key in sorted(played.keys() & recorded.keys() - {"tasks"}):
         theirs, ours = played[key], recorded[key]
         if not np.isin(theirs, ours).all():  # of the recording's cameras, a policy may use some

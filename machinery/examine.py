@@ -5,6 +5,7 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 """
 
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from act import Policy, load_vla
 from data import Mixture, collate, to_device
@@ -47,6 +49,12 @@ def open_policy(checkpoint: str) -> Policy:
     if torch.cuda.is_available():
         return load_vla(checkpoint, "cuda", torch.bfloat16)
     return load_vla(checkpoint)
+
+
+def recording_of(table: FrameTable) -> dict:
+    """What the program that recorded a dataset states about it, such as fps."""
+    file = table.directory / "recording.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 @torch.inference_mode()
@@ -141,7 +149,7 @@ def spread(mixture: Mixture, most: int = FRAMES) -> np.ndarray:
 
 def batches(mixture: Mixture, rows: Sequence[int], device) -> Iterator[dict]:
     """The model's training inputs for frames `rows` of the mixture's first dataset."""
-    for start in range(0, len(rows), BATCH):
+    for start in tqdm(range(0, len(rows), BATCH), "frames", leave=False, disable=None):
         samples = [mixture.sample(0, int(row)) for row in rows[start : start + BATCH]]
         yield to_device(collate(samples, mixture.tokenizer.pad_token_id), device)
 

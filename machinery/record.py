@@ -70,6 +70,7 @@ class Recorder(threading.Thread):
         self.put({
             "client": client, "episode": query.episode, "time": time.time_ns(), "images": images,
             "state": None if query.proprio is None else query.proprio.tolist(),
+            "unused_state": json.dumps(query.unused_state),
             "instruction": query.instruction, "unnorm_key": query.unnorm_key,
             "prefix": len(query.prefix), "chunk": action.reshape(-1, action.shape[-1]).tolist()})
 
@@ -136,6 +137,7 @@ class Dataset:
                 "action": f.Tensor(shape=(action,), dtype=np.float32),
                 "chunk": f.Tensor(shape=(facts["chunk"], action), dtype=np.float32),
                 "prefix": f.Scalar(np.int64),  # how many steps of the chunk the robot had chosen
+                "unused_state": f.Text(),  # JSON: of a robot whose model does not take its state
                 "language_instruction": f.Text(), "unnorm_key": f.Text(),
                 "time": f.Scalar(np.int64)}),  # nanoseconds since 1970
             "episode_metadata": {"client": f.Text(), "episode": f.Text(), "model": f.Text()}})
@@ -218,8 +220,9 @@ class Writer:
         chunk = np.array(message["chunk"], np.float32)
         episode["steps"].append({
             "observation": observation, "action": chunk[0], "chunk": chunk,
-            "prefix": message["prefix"], "language_instruction": message["instruction"],
-            "unnorm_key": message["unnorm_key"], "time": message["time"]})
+            "unused_state": message["unused_state"], "prefix": message["prefix"],
+            "language_instruction": message["instruction"], "unnorm_key": message["unnorm_key"],
+            "time": message["time"]})
         episode["time"] = message["time"]
         episode["bytes"] += sum(map(len, images))
 

@@ -71,6 +71,7 @@ class Query:
     in_steps: bool = False  # OFT's clients expect a list of steps
     ignored: tuple[str, ...] = ()  # fields that the model does not use
     episode: str | int | None = None  # for --record
+    unused_state: tuple[float, ...] = ()  # for --record: a state that the model does not take
     files: list[bytes | None] = field(default_factory=list)  # the views that came as JPEG or PNG
     pixels: np.ndarray | None = None  # the views as the model takes them
 
@@ -109,14 +110,16 @@ def parse(sent, policy: Policy, most_pixels: int = MAX_PIXELS) -> Query:
 
     images, ignored = choose_images(named, request.images, policy)
     state = request.proprio
+    unused = ()
     if state is not None and not policy.cfg.use_proprio:
         raise RequestError("proprio: the model was trained without the robot's state: leave it out")
     if request.state is not None:
         if state is not None:
             raise RequestError("proprio: sent twice: leave out the other state")
-        state = request.state
-        if not policy.cfg.use_proprio:
-            state = None
+        if policy.cfg.use_proprio:
+            state = request.state
+        else:
+            unused = spare_numbers(request.state)
             ignored.append("state")
     views = []
     files = []
@@ -134,7 +137,18 @@ def parse(sent, policy: Policy, most_pixels: int = MAX_PIXELS) -> Query:
         in_steps="full_image" in named,
         ignored=tuple(ignored),
         episode=request.episode,
+        unused_state=unused,
         files=files)
+
+
+def spare_numbers(value) -> tuple[float, ...]:
+    """A state that the model does not take: anything may come, so () unless it is a vector."""
+    try:
+        array = parse_array(value, "state")
+    except RequestError:
+        return ()
+    usable = array.ndim == 1 and array.size <= MAX_LENGTH and np.isfinite(array).all()
+    return tuple(array.tolist()) if usable else ()
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from robots import ROBOTS
 from test_libero import rollout as libero
 
 import doctor
-from machinery import causes, causes_actions, causes_model, examine, peers, report
+from machinery import causes, causes_actions, causes_model, causes_state, examine, peers, report
 from machinery.causes_rollout import rollout_causes
 from machinery.config import Recipe, TrainConfig
 from machinery.frames import frame_table
@@ -145,7 +145,8 @@ def test_one_bad_episode_of_another_robot_is_the_worst(name, kind):
 # A policy and its requests
 
 
-def record(policy, folder, table, rows, see=np.asarray, read=str, answer=np.asarray, key="metaworld_demo"):
+def record(policy, folder, table, rows, see=np.asarray, read=str, answer=np.asarray, key="metaworld_demo",
+           feel=None):
     """Requests with frames of a dataset, prepared wrongly, and answers to them, as serve_vla.py --record writes them."""
     from machinery.record import Writer, recording_facts
 
@@ -155,7 +156,8 @@ def record(policy, folder, table, rows, see=np.asarray, read=str, answer=np.asar
     writer = Writer(folder, recording_facts(policy, "policy"))
     for time, (row, view, text, action) in enumerate(zip(rows, views, texts, answers, strict=True)):
         writer.take({"client": "robot", "episode": int(table.episode_of(row)), "time": time, "images": [encode(view, "png")],
-                     "state": None, "instruction": text, "unnorm_key": key, "prefix": 0, "chunk": [action.tolist()]})
+                     "state": None, "instruction": text, "unnorm_key": key, "prefix": 0, "chunk": [action.tolist()],
+                     "unused_state": json.dumps(feel(table.frames["proprio"][row]).tolist() if feel else ())})
     for place in list(writer.open):
         writer.end(place)
     return doctor.seen_table(folder, policy.cfg, str(folder.parent / "index"))
@@ -176,7 +178,7 @@ def asked(tmp_path_factory):
     policy.norm_stats = {key: train.statistics["metaworld_demo"] for key in ("metaworld_demo", "other")}
     rows = held_out.rows(np.zeros(60, int), np.arange(0, 480, 8))
 
-    def ask(**fault) -> list:
+    def ask(rows=rows, **fault) -> list:
         folder = tmp_path_factory.mktemp("seen") / "seen"
         return causes.request_causes(policy, train, record(policy, folder, train.tables[0], rows, **fault))
 
@@ -282,7 +284,8 @@ class Machine:
         way = np.clip(goal - state, -0.1, 0.1)[:3] + self.draw.normal(0, 0.01, 3)
         return np.append(state[:3] + way if self.targets[0] else way, goal[3] > 0)
 
-    def play(self, goal, policy, execute, change=lambda action, state: action, hold=1, delay=0):
+    def play(self, goal, policy, execute, change=lambda action, state: action, hold=1, delay=0,
+             twice=False):
         """An episode of 20 frames per step -> states and answers of the requests."""
         state, kept, plan = np.append(self.draw.uniform(-1, 1, 3), 0.5), [], [np.append(np.zeros(3), 0.5)] * delay
         if self.targets[0]:
@@ -290,14 +293,14 @@ class Machine:
         for _ in range(20):
             answer = np.array(policy(state, goal))
             kept.append((state, answer))
-            plan += [action for action in answer[:execute] for _ in range(hold)]
-            for _ in range(execute * hold):
+            plan += [action for action in answer[:execute] for _ in range(hold)] * (1 + twice)
+            for _ in range(execute * hold * (1 + twice)):
                 action = change(plan.pop(0), state)
                 reach = np.where(self.targets, action - state, action)
                 state = (state + reach * [0.8, 0.8, 0.8, 0.5]).clip(-30, 30)
         return [np.array(part) for part in zip(*kept, strict=True)]
 
-    def causes(self, chunk=1, execute=1, **fault) -> list:
+    def causes(self, chunk=1, execute=1, clock=None, **fault) -> list:
         def policy(state, goal):
             steps = [self.expert(state, goal)]
             for _ in range(chunk - 1):
@@ -306,8 +309,9 @@ class Machine:
 
         played = [self.play(self.draw.uniform(-1, 1, 4), policy, execute, **fault) for _ in range(10)]
         states, answers = (np.concatenate([episode[part] for episode in played]) for part in (0, 1))
-        request = causes_actions.Played(states, answers, np.repeat(np.arange(10), 20))
-        return causes_actions.action_causes(self.table, request, ["x", "y", "z", "gripper"], True)
+        request = causes_actions.Played(states, answers, np.repeat(np.arange(10), 20), clock)
+        readings = [request, request._replace(states=states[:, [1, 0, 2, 3]])]  # the second is wrong
+        return causes_actions.action_causes(self.table, readings, ["x", "y", "z", "gripper"])
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -329,11 +333,29 @@ def test_what_the_robot_did(targets, fault, words):
 
 @pytest.mark.parametrize("targets, fault, words", [
     (False, {"delay": 3}, "late: a delay"), (False, {"hold": 3}, "lasts 3 frames.*rate"),
+    (False, {"hold": 2, "clock": 2}, "2 frames.*has 1 steps"),
+    (True, {"chunk": 4, "execute": 4, "delay": 2, "clock": 4}, "2 frames late"),
+    (True, {"chunk": 4, "execute": 4, "twice": True, "clock": 8}, "again.*too long"),
     (False, {"change": lambda a, s: np.append(np.clip(a[:3] - s[:3], -0.1, 0.1), a[3])}, "delta as absolute"),
     (True, {"change": lambda a, s: np.append(a[:3] + s[:3], a[3])}, "absolute as delta")])
 def test_what_a_robot_did_with_changes_or_targets(targets, fault, words):
     found = Machine(targets).causes(**fault)
     assert re.search(words, found[0].text), found
+
+
+@pytest.mark.parametrize("clock", [2, 3, 5, 40])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_simulators_clock_is_not_the_robots(chunk, clock):
+    """Nothing happened between the requests that takes this time, and it would show in the motion."""
+    assert Machine(False).causes(chunk, chunk, clock=clock) == []
+
+
+def test_a_clock_that_ticks_in_frames():
+    draw, episode = np.random.default_rng(0), np.repeat([0, 1], 30)
+    time = np.cumsum(np.full(60, 8e8) + draw.normal(0, 2e6, 60)) + 1e10 * episode
+    assert causes_actions.frames_by_clock(time, episode, 10) == 8
+    assert causes_actions.frames_by_clock(time, episode, 10.6) is None  # its client waits for answers
+    assert causes_actions.frames_by_clock(time, episode, 0) is None
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -343,16 +365,52 @@ def test_what_a_robot_did_with_changes_or_targets(targets, fault, words):
 def test_states_that_training_did_not_see(damage, words):
     draw = np.random.default_rng(0)
     trained, seen = draw.uniform([-0.5, 0.3, 0.1, 0], [0.5, 0.8, 0.2, 1], (2, 200, 4))
-    found = causes.state_causes(trained, damage(seen), ["x", "y", "z", "gripper"])
+    found, ways = causes_state.state_causes(trained, damage(seen), ["x", "y", "z", "gripper"])
     assert bool(found) == bool(words) and all(words in cause.text for cause in found)
+    if words != "frozen":
+        assert min(np.abs(way(damage(seen)) - seen).max() for way in ways) < 0.1
+
+
+def test_states_that_are_frozen_in_each_episode():
+    draw = np.random.default_rng(0)
+    trained, seen = draw.uniform(0, 1, (2, 200, 3))
+    start = np.arange(200) // 5 * 5
+    found, ways = causes_state.state_causes(trained, seen[start], ["x", "y", "z"], trained, start)
+    assert "frozen" in found[0].text and not ways
+    seen[:, :2] = seen[start][:, :2]  # the third moves
+    found, ways = causes_state.state_causes(trained, seen, ["x", "y", "z"], trained, start)
+    assert "x, y are frozen" in found[0].text and found[0].evidence == 1 and not ways
+    seen[:, :2] = 0, 1  # two grippers of a policy that does not use them?
+    found, ways = causes_state.state_causes(trained, seen, ["x", "y", "z"], trained, start)
+    assert "x, y are frozen" in found[0].text and found[0].evidence < 0.5 and ways
 
 
 def test_a_robot_that_goes_where_no_demonstration_was_has_sound_states():
     draw = np.random.default_rng(0)
-    trained, seen = draw.uniform(0.2, 0.4, (2, 200, 3))
-    far = seen + np.array([2, 0, 0])
-    assert causes.state_causes(trained, far, ["x", "y", "z"], causes.starts_alike(trained, far[:9]))
-    assert causes.state_causes(trained, far, ["x", "y", "z"], causes.starts_alike(trained, seen[:9])) == []
+    trained, seen = draw.uniform([0.2, 0.5, 0.8], [0.4, 0.7, 1], (2, 200, 3))
+    start = np.arange(200) // 5 * 5
+    far = np.where(start[:, None] == np.arange(200)[:, None], seen, seen + [40, -3, 7] * draw.random((200, 3)))
+
+    def examined(states):
+        return causes_state.state_causes(trained, states, ["x", "y", "z"], trained, start)
+
+    assert examined(far)[0] == []
+    found, ways = examined(far[:, [1, 2, 0]])
+    assert "x, y, z are in another order" in found[0].text
+    np.testing.assert_array_equal(ways[0](far[:, [1, 2, 0]]), far)
+    assert examined(seen + np.array([2, 0, 0]))[0]
+
+
+@pytest.mark.parametrize("unit, words", [(1, "0. and action.1. are exchanged"), (1000, "0. and action.1. are exchanged"), (0, None)])
+def test_states_that_the_model_does_not_take_show_what_the_robot_did(asked, unit, words):
+    """It did what was demonstrated, and was answered with two columns exchanged."""
+    table = asked.train.tables[0]
+    rows = (table.first_frames[:10, None] + np.arange(12)).reshape(-1)
+    answers = table.frames["action"][rows][:, [1, 0, 2, 3]]
+    found = asked(rows=rows, answer=lambda _: answers, feel=lambda state: unit * state)
+    assert [cause for cause in found if cause.kind == "state"] == []
+    actions = [cause.text for cause in found if cause.kind == "actions"]
+    assert len(actions) == bool(words) and all(re.search(words, text) for text in actions), actions
 
 
 def test_the_program_examines_recorded_requests(monkeypatch, capsys, tmp_path):

@@ -48,7 +48,9 @@ def test_requests_become_a_dataset(colors, vla, tmp_path, commands):
         client = Client(port)
         for episode in (1, "two"):
             assert client.send(query(json_numpy(lossless), episode=episode)) == (200, json_numpy(answers[0]))
-            assert client.send(query(text(jpeg), episode=episode)) == (200, answers[1].tolist())
+            for ignored in ({}, {"state": [0.5, -2, 1]}, {"state": json_numpy(np.arange(3.0))}, {"state": "no numbers"}):
+                reply = client.send(query(text(jpeg), episode=episode, **ignored))
+                assert reply == (200, answers[1].tolist())  # a state that the model does not take changes nothing
         assert client.send(query(text(jpeg), instruction="", episode="two"))[0] == 400  # not answered: not recorded
         with talking(port) as (ask, *_):
             for words in ("hold it", "let go"):
@@ -65,15 +67,17 @@ def test_requests_become_a_dataset(colors, vla, tmp_path, commands):
     episodes = read_back(folder / "1.0.0")
     assert [episode["episode_metadata/episode"] for episode in episodes] == [[b"1"], [b"two"], [b""], [b""]]
     assert [episode["language_instruction"] for episode in episodes] == [
-        [b"hold it"] * 2, [b"hold it"] * 2, [b"hold it"], [b"let go"]]
+        [b"hold it"] * 5, [b"hold it"] * 5, [b"hold it"], [b"let go"]]
     for episode in episodes[:2]:
         images = episode["observation/primary"]
         np.testing.assert_array_equal(decode_native(images[0]), lossless)
         assert images[1] == jpeg  # unchanged
-        np.testing.assert_array_equal(episode["action"], np.float32(answers[:2]))
-        np.testing.assert_array_equal(episode["chunk"], np.float32(answers[:2])[:, None])
+        given = np.float32([answers[0], *[answers[1]] * 4])
+        np.testing.assert_array_equal(episode["action"], given)
+        np.testing.assert_array_equal(episode["chunk"], given[:, None])
+        assert [json.loads(state) for state in episode["unused_state"]] == [[], [], [0.5, -2, 1], [0, 1, 2], []]
         assert (np.diff(episode["time"]) > 0).all() and abs(episode["time"][0] / 1e9 - time.time()) < 600
-        assert episode["unnorm_key"] == [b"cold"] * 2 and episode["prefix"].tolist() == [0, 0]
+        assert episode["unnorm_key"] == [b"cold"] * 5 and episode["prefix"].tolist() == [0] * 5
     np.testing.assert_array_equal(decode_native(episodes[2]["observation/primary"][0]), other)
     np.testing.assert_array_equal(episodes[2]["action"][0], np.float32(answers[2]))
 
@@ -85,7 +89,7 @@ def test_requests_become_a_dataset(colors, vla, tmp_path, commands):
         assert second.returncode == 1 and "another server" in second.stderr + second.stdout
     assert len(read_back(folder / "1.0.0")) == 5
     ((status, printed),) = commands(("", {}, "data.py", ["--inspect", folder]))
-    assert status == 0 and "episodes 5 frames 7" in printed and "bad episode" not in printed, printed
+    assert status == 0 and "episodes 5 frames 13" in printed and "bad episode" not in printed, printed
 
 
 def test_another_model_s_recording_is_not_mixed_in(colors, tmp_path):

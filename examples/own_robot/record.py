@@ -75,8 +75,9 @@ def main() -> None:
               for split, count in counts.items()}
     with exit_with_one_line():
         path = write_rlds(args.out, args.name, "1.0.0", features(robot), splits)
-    if hasattr(robot, "simulator"):
-        (path / "recording.json").write_text(json.dumps({"simulator": robot.simulator}) + "\n")
+    # fps: eval_vla.py draws seconds, and doctor.py compares a robot's requests with it
+    facts = {name: getattr(robot, name) for name in ("fps", "simulator") if hasattr(robot, name)}
+    (path / "recording.json").write_text(json.dumps(facts) + "\n")
     print(f"recorded {path}")
     describe_dataset(path, {"action": [*robot.action_names], "observation/state": [*robot.state_names]})
 

@@ -76,6 +76,7 @@ class Arm:
     cameras = ("outside", "wrist")
     action_names = ("shoulder", "elbow", "wrist", "gripper_closed")  # radians; 1 = closed
     state_names = action_names  # joint positions, and the gripper
+    fps = 10  # frames a second: a command lasts a tenth of one
     simulator = f"mujoco {mujoco.__version__}"  # success depends on it; a real robot has none
 
     def __init__(self):
