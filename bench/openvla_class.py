@@ -27,23 +27,25 @@ from act import load_vla
 from action_tokenizer import PROMPTS, load_tokenizer, prompt_ids
 from export_vla import description, export, save_tokenizer
 from machinery.config import TrainConfig
+from machinery.oft import new_vla
 from machinery.weights import PRISMATIC, prismatic_config
-from model import VLA
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_model(base: str, folder: Path) -> None:
+def make_model(base: str, folder: Path, sizes: dict | None = None, **keys) -> None:
     """A native run directory: a Prismatic VLM with random weights, and a Llama of 10 M
-    parameters."""
+    parameters. sizes: other ones of its towers; keys: of its YAML."""
     torch.manual_seed(0)
-    config = prismatic_config(*PRISMATIC[base])
+    config = prismatic_config(*PRISMATIC[base]) | keys
+    for tower in config["vision_backbone"].values():
+        tower.update(sizes or {})
     config["llm_backbone"] |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
                                "num_attention_heads": 4}
     config["tokenizer"] = str(ROOT / "tests/fixtures/model/tokenizer_llama")
     cfg = TrainConfig(**config, action_dim=7)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    vla, modules = VLA(cfg, tokenizer), {}
+    vla, modules = new_vla(cfg, tokenizer), {}
     with torch.no_grad():  # make action tokens win: OpenVLA's class may choose any token
         vla.llm.lm_head.weight[: tokenizer.vocab_size - 256] *= 0.1
     for name, value in vla.state_dict().items():

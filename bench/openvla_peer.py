@@ -298,10 +298,72 @@ def answer(args) -> None:
              logits=logits.numpy(), action=action)
 
 
+def train_on(loss_of, parameters, batches: dict) -> list[float]:
+    """AdamW on one batch after another -> the losses."""
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-3), []
+    for step in range(len(batches["actions"])):
+        loss = loss_of({name: torch.from_numpy(array[step]) for name, array in batches.items()})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def answer_oft(args) -> None:
+    """As answer, for an export of OFT's: act on images and a state, then train on batches from a
+    file; write the actions and the losses."""
+    import json
+
+    import timm
+    from PIL import Image
+    from transformers import AutoTokenizer
+
+    configuration, modeling, processing = import_openvla(args.checkout)
+    export, inputs, out = args.files
+    towers = json.loads(open(f"{export}/config.json").read())["zerovla"]["vision_backbone"]
+    sizes = {tower.pop("model"): tower for tower in towers.values()}
+    create = timm.create_model
+    # its class knows towers of full size only
+    timm.create_model = lambda model, **options: create(model, **options, **sizes[model])
+    config = configuration.OpenVLAConfig.from_pretrained(export)
+    vla = modeling.OpenVLAForActionPrediction.from_pretrained(export, config=config, torch_dtype=torch.float32)
+    parts = dict(zip(("action_head", "proprio_projector"), oft_parts(vla, "cpu"), strict=True))
+    for name, part in parts.items():
+        (file,) = Path(export).glob(f"{name}--*")
+        tensors = torch.load(file, weights_only=True)
+        part.float().load_state_dict({key.removeprefix("module."): tensor for key, tensor in tensors.items()})
+    arrays = dict(np.load(inputs))
+    processor = processing.PrismaticImageProcessor.from_pretrained(export)
+    views = [Image.fromarray(view) for view in arrays.pop("views")]
+    pixels = torch.cat([processor(view, return_tensors="pt")["pixel_values"] for view in views], dim=1)
+    text = AutoTokenizer.from_pretrained(export)(PROMPT, return_tensors="pt")
+    low, high = (np.array(STATS["made_up"]["proprio"][key]) for key in ("q01", "q99"))
+    state = np.clip(2 * (arrays.pop("state") - low) / (high - low + 1e-8) - 1, -1, 1)
+    with torch.no_grad():
+        actions, _ = vla.eval().predict_action(**text, pixel_values=pixels, unnorm_key="made_up", do_sample=False,
+                                               proprio=state, **parts)
+
+    def loss_of(batch: dict) -> torch.Tensor:
+        """As finetune_oft, without autocast."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        output = vla(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), pixel_values=batch["pixels"],
+                     labels=labels, output_hidden_states=True, proprio=batch["proprio"],
+                     proprio_projector=parts["proprio_projector"], use_film=False)
+        patches = 2 * vla.vision_backbone.get_num_patches() + 1
+        hidden = output.hidden_states[-1][:, patches:-1][labels[:, 1:] > 31743].reshape(len(ids), 56, -1)
+        predicted = parts["action_head"].predict_action(hidden)
+        return torch.nn.functional.l1_loss(predicted, batch["actions"])
+
+    trained = [p for part in (vla, *parts.values()) for p in part.requires_grad_(True).parameters()]
+    np.savez(out, actions=actions, losses=train_on(loss_of, trained, arrays))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout")
-    parser.add_argument("what", choices=["act", "act_oft", "train", "finetune", "finetune_oft", "answer"])
+    parser.add_argument("what", choices=["act", "act_oft", "train", "finetune", "finetune_oft", "answer",
+                                         "answer_oft"])
     parser.add_argument("files", nargs="*",
                         help="for answer: the export, an image, and the output file")
     parser.add_argument("--prompt", default=PROMPT)
@@ -315,4 +377,4 @@ if __name__ == "__main__":
     parser.add_argument("--full_shard", action="store_true")
     arguments = parser.parse_args()
     {"act": act, "act_oft": act, "train": train, "finetune": finetune, "finetune_oft": finetune_oft,
-     "answer": answer}[arguments.what](arguments)
+     "answer": answer, "answer_oft": answer_oft}[arguments.what](arguments)
