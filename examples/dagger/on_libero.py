@@ -7,9 +7,7 @@ LIBERO's own start states are for the evaluation only: collecting begins in new 
 examples/dagger/rounds.py has the loop.
 """
 
-import functools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -27,9 +25,15 @@ from simulator import Simulator, instructions
 
 from examples import closed_loop
 from examples.dagger.collecting import ask, collect, takeover
-from examples.dagger.rounds import Clock, call, parse_arguments, play_rounds, settings_of
-
-RECIPE = PROJECT / "examples/libero/recipe.sh"
+from examples.dagger.rounds import (
+    Clock,
+    call,
+    longest_parts,
+    parse_arguments,
+    play_rounds,
+    record_and_train,
+    settings_of,
+)
 
 
 def play_some(simulator: Simulator, job: dict, steps: int) -> None:
@@ -76,13 +80,7 @@ def record(task: str, seed: int, job: dict) -> dict | None:
 
 def make_base(args, clock: Clock) -> Path:
     """Record the demonstrations, and train on them."""
-    recipe = functools.partial(call, WORK=str(args.out))
-    clock.stage("record", functools.partial(recipe, [
-        RECIPE, "data", "--tasks", *args.tasks, "--workers", args.workers]))
-    clock.stage("train base", functools.partial(recipe, [
-        RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", "save_interval=500"]))
-    seed = os.environ.get("SEED", "7")  # as recipe.sh has it
-    return args.out / f"runs/libero_scripted-seed{seed}--image_aug"
+    return record_and_train(args, clock, PROJECT / "examples/libero/recipe.sh", "libero_scripted-seed{}--image_aug")
 
 
 def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path) -> None:
@@ -90,21 +88,14 @@ def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path)
     import torch
     from rollout import Player
 
-    from data import open_tables
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     player = Player(str(checkpoint), device, None, "", args.execute, False)
-    cfg, dataset = settings_of(base)
-    ((*_, table),) = open_tables(cfg)
-    first = table.frames["instruction"][table.first_frames]
-    longest = {}
+    _, dataset = settings_of(base)
+    texts = {}
     for task in task_names(args.tasks):
         suite, _, index = task.rpartition("-")
-        text = instructions(suite)[int(index)]
-        if text in table.instructions:
-            own = table.episodes["count"][first == table.instructions.index(text)]
-            # the control's policy plays no step
-            longest[task] = 0 if args.control else 2 * float(own.mean())
+        texts[task] = instructions(suite)[int(index)]
+    longest = longest_parts(base, texts, args.control)
     job = {"recording": player.recording, "cameras": player.cameras, "size": player.size, "longest": longest,
            "protocol": {"center_crop": player.center_crop, "opens_at": player.opens_at}}
     collect(dataset, folder, player.act, record, succeeds, job, [*longest], number, args.episodes, args.trials,

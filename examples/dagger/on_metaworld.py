@@ -6,7 +6,6 @@ README.md has the controls and how long it takes. The stages before the rounds, 
 are those of examples/metaworld/recipe.sh. Read record; examples/dagger/rounds.py has the loop.
 """
 
-import functools
 import json
 import os
 import sys
@@ -25,9 +24,15 @@ from make_dataset import rest_of_episode, simulator_for
 from simulator import INSTRUCTIONS, MAX_STEPS, Simulator, task_names
 
 from examples.dagger.collecting import ask, collect, takeover
-from examples.dagger.rounds import Clock, call, parse_arguments, play_rounds, settings_of
-
-RECIPE = PROJECT / "examples/metaworld/recipe.sh"
+from examples.dagger.rounds import (
+    Clock,
+    call,
+    longest_parts,
+    parse_arguments,
+    play_rounds,
+    record_and_train,
+    settings_of,
+)
 
 
 def play_some(simulator: Simulator, task: str, job: dict, steps: int) -> None:
@@ -70,13 +75,7 @@ def record(task: str, seed: int, job: dict) -> dict | None:
 
 def make_base(args, clock: Clock) -> Path:
     """Record the demonstrations, and train on them."""
-    recipe = functools.partial(call, WORK=str(args.out))
-    clock.stage("record", functools.partial(recipe, [
-        RECIPE, "data", "--tasks", *args.tasks, "--workers", args.workers]))
-    clock.stage("train base", functools.partial(recipe, [
-        RECIPE, "train", f"max_steps={args.base_steps}", "eval_interval=0", "save_interval=500"]))
-    seed = os.environ.get("SEED", "7")  # as recipe.sh has it
-    return args.out / f"runs/metaworld_mt50-seed{seed}"
+    return record_and_train(args, clock, PROJECT / "examples/metaworld/recipe.sh", "metaworld_mt50-seed{}")
 
 
 def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path) -> None:
@@ -84,23 +83,14 @@ def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path)
     import torch
     from rollout import Player
 
-    from data import open_tables
-
     gpu = torch.cuda.is_available()
     player = Player(str(checkpoint), None, args.execute, "cuda" if gpu else "cpu")
     player.together *= 4  # one trial of each task, instead of ten
-    cfg, dataset = settings_of(base)
-    ((*_, table),) = open_tables(cfg)
-    first = table.frames["instruction"][table.first_frames]
-    tasks = [task for task in task_names(args.tasks) if INSTRUCTIONS[task] in table.instructions]
-    longest = {}
-    for task in tasks:
-        own = table.episodes["count"][first == table.instructions.index(INSTRUCTIONS[task])]
-        # the control's policy plays no step
-        longest[task] = 0 if args.control else 2 * float(own.mean())
+    _, dataset = settings_of(base)
+    longest = longest_parts(base, {task: INSTRUCTIONS[task] for task in task_names(args.tasks)}, args.control)
     job = {"recording": player.recording, "window": player.cfg.window_size, "longest": longest}
     # with a GPU, one simulator computes while another waits for its answer
-    collect(dataset, folder, player.act, record, succeeds, job, tasks, number, args.episodes, args.trials,
+    collect(dataset, folder, player.act, record, succeeds, job, [*longest], number, args.episodes, args.trials,
             args.workers * (2 if gpu else 1))
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
+from data import open_tables
 from examples import closed_loop
 from examples.dagger.collecting import ROUNDS
 from machinery.config import PROJECT, TrainConfig, UserError, load_config, run_directory
@@ -133,6 +134,31 @@ def play_rounds(args: argparse.Namespace, make_base: Callable, collect_round: Ca
     name = f"{folder.relative_to(args.out)} play".replace("/", " ")
     clock.stage(name, functools.partial(play, checkpoint, folder / "rollouts", args))
     report(args.out, results)
+
+
+def record_and_train(args: argparse.Namespace, clock: Clock, recipe: Path, run: str) -> Path:
+    """Record the demonstrations and train on them, by a recipe.sh -> its run, named `run` with the
+    seed."""
+    here = functools.partial(call, WORK=str(args.out))
+    clock.stage("record", functools.partial(here, [
+        recipe, "data", "--tasks", *args.tasks, "--workers", args.workers]))
+    clock.stage("train base", functools.partial(here, [
+        recipe, "train", f"max_steps={args.base_steps}", "eval_interval=0", "save_interval=500"]))
+    return args.out / "runs" / run.format(os.environ.get("SEED", "7"))  # as recipe.sh has it
+
+
+def longest_parts(base: Path, texts: dict[str, str], control: str | None) -> dict[str, float]:
+    """{task: instruction} -> for each one in the base's data, for how many steps its policy plays at
+    most: twice the mean length of a demonstration. A control's policy plays none."""
+    cfg, _ = settings_of(base)
+    ((*_, table),) = open_tables(cfg)
+    first = table.frames["instruction"][table.first_frames]
+    longest = {}
+    for task, text in texts.items():
+        if text in table.instructions:
+            steps = table.episodes["count"][first == table.instructions.index(text)]
+            longest[task] = 0 if control else 2 * float(steps.mean())
+    return longest
 
 
 def call(command: list, **environment: str) -> None:
