@@ -125,7 +125,7 @@ def test_no_cell_holds_a_copy():
     known, triples = set(), set()
     for path in files:
         source = path.read_text()
-        known |= {normal(one) for one in functions(source) if len(normal(one)) > 60}
+        known |= {body for body in map(normal, functions(source)) if len(body) > 60}
         triples |= set(three_lines(source))
     for path in LESSONS:
         code = "\n".join(part.partition("\n")[2] for part in path.read_text().split("# %%")[1:]
