@@ -182,6 +182,14 @@ def source_numbers(book: dict) -> str:
     return "".join("".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code")
 
 
+def test_lines_fit_a_notebook():
+    """Longer lines of code are cut off at the cell's edge."""
+    for path in LESSONS:
+        for part in path.read_text().split("# %%")[1:]:
+            if part.startswith("\n"):
+                assert not [line for line in part.split("\n") if len(line) > 100], path.name
+
+
 @pytest.mark.parametrize("folder", ["course", "course/zh", "elsewhere"])
 def test_the_first_cell_finds_the_project(folder, tmp_path):
     """From a notebook's folder, and from Colab's: there, the project is a folder beside the notebook."""

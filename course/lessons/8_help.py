@@ -44,7 +44,7 @@ SIZE = np.array([SPEED, SPEED, SPEED, 1])
 
 
 class Hand(Arm):
-    """The arm without cameras: its state is three commanded angles, and the way to the disc in decimeters."""
+    """The arm without cameras: it sees commanded angles, and the way to the disc (dm)."""
 
     def look(self):
         way = self.discs[self.goal] - self.data.site("tip").xpos[:2]
@@ -56,8 +56,9 @@ class Student:
 
     def __init__(self, steps, seed):
         torch.manual_seed(seed)
-        self.net = torch.nn.Sequential(torch.nn.Linear(5, 256), torch.nn.GELU(), torch.nn.Linear(256, 256),
-                                       torch.nn.GELU(), torch.nn.Linear(256, 4 * 256))
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 256), torch.nn.GELU(),
+                                       torch.nn.Linear(256, 256), torch.nn.GELU(),
+                                       torch.nn.Linear(256, 4 * 256))
         seen = np.array([step["observation"]["state"] for step in steps])
         turns = np.array([step["action"] for step in steps])
         turns[:, :3] -= seen[:, :3]
@@ -101,7 +102,7 @@ def demonstration(arm, seed):
 
 
 def with_help(arm, seed, student, longest):
-    """As ask_for_help.record: the expert's part of an episode, or None if the student needed no help."""
+    """As ask_for_help.record: the expert's part, or None if the student needed no help."""
     arm.reset(seed)
     for _ in range(ask_for_help.takeover(seed, longest)):
         student.act(arm)
@@ -126,7 +127,8 @@ def report(name, outcomes):
     """A row: successes, with the 95% interval."""
     counted = rate(outcomes)
     low, high = counted["interval"]
-    print(f"{name}: success {counted['successes']} of {counted['trials']} ({low:.0%} to {high:.0%})")
+    print(f"{name}: success {counted['successes']} of {counted['trials']} "
+          f"({low:.0%} to {high:.0%})")
 
 
 steps = [step for seed in range(10) for step in demonstration(arm, seed)]
@@ -164,7 +166,8 @@ for way in ("demonstrations", "help"):
                 if student is None or way == "demonstrations":
                     new = demonstration(arm, seed)
                 else:
-                    new = with_help(arm, seed, student, longest=20)  # twice a demonstration's length
+                    # twice as long as a demonstration
+                    new = with_help(arm, seed, student, longest=20)
                 steps += new or []
                 recorded += new is not None
                 seed += 1
@@ -214,10 +217,12 @@ from paper_world import PaperWorld
 show(PaperWorld.succeeded)
 print()
 show(rl.with_advantages)
-SMALL = ["action_dim=4", "parallel_decoding=true", "action_chunk=5", "image_size=28", "arch_specifier=gelu-mlp",
-         "vision_backbone={dino: {model: vit_small_patch14_reg4_dinov2, embed_dim: 32, depth: 2, num_heads: 2}}",
-         "llm_backbone={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
-         "num_attention_heads: 2}"]
+SMALL = ["action_dim=4", "parallel_decoding=true", "action_chunk=5", "image_size=28",
+         "arch_specifier=gelu-mlp",
+         "vision_backbone={dino: {model: vit_small_patch14_reg4_dinov2, "
+         "embed_dim: 32, depth: 2, num_heads: 2}}",
+         "llm_backbone={model_type: llama, hidden_size: 32, intermediate_size: 64, "
+         "num_hidden_layers: 2, num_attention_heads: 2}"]
 
 
 def make_policy(seed):
@@ -235,7 +240,8 @@ world = PaperWorld(["up"], 28)
 def play_group(policy, args, number):
     """Eight episodes from the same start."""
     trials = world.begin("up", rl.FIRST_SEED + number, rl.GROUP)
-    episodes = [{"key": (number, i), "decisions": [], "executed": world.horizon} for i in range(rl.GROUP)]
+    episodes = [{"key": (number, i), "decisions": [], "executed": world.horizon}
+                for i in range(rl.GROUP)]
     for count in (4, 2):  # of a chunk of five
         questions = [(episode, world.instruction("up"), *seen)
                      for episode, seen in zip(episodes, world.look(trials), strict=True)]
@@ -264,10 +270,12 @@ episodes = play_group(policy, args, 0)
 for wins in (3, 8):
     pretended = [{**episode, "success": i < wins} for i, episode in enumerate(episodes)]
     found = rl.with_advantages(pretended, args, action_dim=4)
-    print(f"{wins} of 8 succeed: advantages", " ".join(f"{one['advantage'][0]:.2f}" for one in found[::2] if one["weight"].any()))
-found = rl.with_advantages([{**episode, "success": i < 3} for i, episode in enumerate(episodes)], args, action_dim=4)
-print("weights of the tokens of the first episode's decisions:", [int(one["weight"].sum()) for one in found[:2]],
-      "of", found[0]["weight"].size)
+    print(f"{wins} of 8 succeed: advantages",
+          " ".join(f"{one['advantage'][0]:.2f}" for one in found[::2] if one["weight"].any()))
+pretended = [{**episode, "success": i < 3} for i, episode in enumerate(episodes)]
+found = rl.with_advantages(pretended, args, action_dim=4)
+print("weights of the first episode's two decisions:",
+      [int(one["weight"].sum()) for one in found[:2]], "of", found[0]["weight"].size)
 # %% en
 # A group that only succeeds teaches nothing, nor does one that only fails: nothing in it was better. The weights leave out
 # actions that were predicted but never executed: of a chunk of five steps with four numbers each, four steps were executed, and
@@ -284,13 +292,14 @@ show(rl.policy_loss)
 
 
 def learn(policy, args, iterations):
-    """An iteration: eight groups are played, then four optimizer steps -> for each iteration, which episodes succeeded."""
+    """Iterations of eight groups and four optimizer steps -> which episodes of each succeeded."""
     optimizer = torch.optim.AdamW(policy.vla.parameters(), 1e-2, weight_decay=0)
     history = []
     for iteration in range(iterations):
         groups = [play_group(policy, args, 8 * iteration + i) for i in range(8)]
         history.append([episode["success"] for group in groups for episode in group])
-        decisions = [one for group in groups for one in rl.with_advantages(group, args, action_dim=4)]
+        decisions = [one for group in groups
+                     for one in rl.with_advantages(group, args, action_dim=4)]
         order = np.random.default_rng(iteration).permutation(len(decisions))
         for part in np.array_split(order, 4):
             batch = collate([{**decisions[i]} for i in part], policy.tokenizer.pad_token_id)
