@@ -58,7 +58,7 @@ def answer(path: Path, language: str) -> str:
     """The project's function that the lesson's exercise asks for, folded away."""
     case = check.load_case(number_of(path))
     before, after = FOLDED[language]
-    place = f"`{check.file_of(case)}`"
+    place = f"<code>{check.file_of(case)}</code>"  # HTML: Markdown is not read here
     return (f"<details><summary>{before} {after.format(path=place)}</summary>\n\n"
             f"```python\n{check.answer(case)}```\n\n</details>")
 

@@ -131,17 +131,38 @@ def most_frequent_tokens(mixture, dataset, rows):
       ("values[counts.argmax()]", "int(np.median(column))", "median"),
       ("np.concatenate(ids).T", "[np.concatenate(ids).ravel()]", "one id for")]),
     8: ("""
-def wilson(successes, trials):
-    z, n = 1.96, trials
-    share = successes / n
-    root = (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
-    ends = [(share + z**2 / (2 * n) + way * z * root) / (1 + z**2 / n) for way in (-1, 1)]
-    return [round(max(0.0, min(1.0, end)), 4) for end in ends]
-""", [("(share + z**2 / (2 * n) + way * z * root) / (1 + z**2 / n)", "share + way * z * (share * (1 - share) / n) ** 0.5",
-       "plain"),
-      ("1.96", "1.645", "1.645"), ("z, n = 1.96", "z, n = 1", "z is missing"),
-      ("(-1, 1)", "(1, -1)", "upper end"),
-      ("/ (1 + z**2 / n)", "", "not divided"),
-      ("share + z**2 / (2 * n) + way", "share + way", "center"),
-      ("round(max(0.0, min(1.0, end)), 4)", "round(100 * end, 2)", "percent")]),
+def with_advantages(episodes, args, action_dim):
+    rewards = [float(episode["success"]) for episode in episodes]
+    mean = sum(rewards) / len(rewards)
+    deviation = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
+    found = []
+    for episode, reward in zip(episodes, rewards):
+        advantage = (reward - mean) / (deviation + 1e-6)
+        if args.method == "cloning":
+            advantage = reward
+        left = episode["executed"]
+        for decision in episode["decisions"]:
+            weight = np.zeros(len(decision["old"]), np.float32)
+            if advantage != 0:
+                weight[: min(left, args.execute) * action_dim] = 1
+            found.append(dict(decision, advantage=np.array([advantage], np.float32), weight=weight))
+            left -= args.execute
+            if advantage == 0:
+                break
+    return found
+""", [("(reward - mean) / (deviation", "reward / (deviation", "mean is not subtracted"),
+      ("(reward - mean) / (deviation + 1e-6)", "reward", "reward itself"),
+      ("(reward - mean) / (deviation + 1e-6)", "reward - mean", "not divided"),
+      ("(reward - mean) / (deviation", "(mean - reward) / (deviation", "sign"),
+      (" ** 0.5", "", "variance"),
+      ("for reward in rewards) / len(rewards)", "for reward in rewards) / (len(rewards) - 1)", "n - 1"),
+      ("(deviation + 1e-6)", "np.float64(deviation)", "NaN"),
+      ("weight[: min(left, args.execute) * action_dim] = 1", "weight[:] = 1", "weights are forgotten"),
+      ("min(left, args.execute) * action_dim", "min(left, args.execute)", "steps are not tokens"),
+      ("min(left, args.execute)", "args.execute", "end of the episode"),
+      ("left -= args.execute", "pass", "from the episode's start"),
+      ("min(left, args.execute)", "left", "tail of a chunk"),
+      ("                break", "                pass", "keeps all"),
+      ("if advantage != 0:", "if True:", "has weights"),
+      ('args.method == "cloning"', "False", "method is ignored")]),
 }

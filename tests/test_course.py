@@ -125,7 +125,7 @@ def test_no_cell_holds_a_copy():
     known, triples = set(), set()
     for path in files:
         source = path.read_text()
-        known |= {normal(one) for one in functions(source) if len(normal(one)) > 60}
+        known |= {body for body in map(normal, functions(source)) if len(body) > 60}
         triples |= set(three_lines(source))
     for path in LESSONS:
         code = "\n".join(part.partition("\n")[2] for part in path.read_text().split("# %%")[1:]
@@ -182,6 +182,14 @@ def source_numbers(book: dict) -> str:
     return "".join("".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code")
 
 
+def test_lines_fit_a_notebook():
+    """Longer lines of code are cut off at the cell's edge."""
+    for path in LESSONS:
+        for part in path.read_text().split("# %%")[1:]:
+            if part.startswith("\n"):
+                assert not [line for line in part.split("\n") if len(line) > 100], path.name
+
+
 @pytest.mark.parametrize("folder", ["course", "course/zh", "elsewhere"])
 def test_the_first_cell_finds_the_project(folder, tmp_path):
     """From a notebook's folder, and from Colab's: there, the project is a folder beside the notebook."""
@@ -200,7 +208,7 @@ def test_the_first_cell_finds_the_project(folder, tmp_path):
 def test_the_two_readmes_agree():
     """Commands, exercises, and numbers."""
     pages = [(COURSE / name).read_text() for name in ("README.md", "README.zh.md")]
-    for pattern in (r"```\w+\n.*?```", r"\| `[\w.]+` \| [\d.]+ \|", r"(?<![\w.])\d+(?= (?:seconds|秒))"):
+    for pattern in (r"```\w+\n.*?```", r"\| `[\w.]+` \| [\d.]+ \|", r"(?<![\w.])\d+(?:\.\d+)?(?= (?:minutes|分钟))"):
         english, chinese = (re.findall(pattern, page, re.DOTALL) for page in pages)
         assert english == chinese and english, pattern
 

@@ -1,20 +1,28 @@
-"""Exercise 8. Is it really better?   练习 8：真的更好吗？
+"""Exercise 8. Better than its group.   练习 8：比同组好多少。
 
-Write the body of wilson (examples/closed_loop.py), then: python course/check.py 8
-写出 wilson 的函数体 (examples/closed_loop.py)，然后运行上面的命令（加 --zh 用中文）。
+Write the body of with_advantages (examples/rl/rl.py), then: python course/check.py 8
+写出 with_advantages 的函数体 (examples/rl/rl.py)，然后运行上面的命令（加 --zh 用中文）。
 
-For s successes of n, with p = s / n and z = 1.96   n 次里成功 s 次：
-    center      p + z² / 2n                         half the width   z √(p (1 - p) / n + z² / 4n²)
-    and both are divided by 1 + z² / n              两者都除以 1 + z² / n
+episode["success"]          True or False: the reward is 1 or 0          奖励是 1 或 0
+episode["executed"]         steps executed in the whole episode          整个回合执行了多少步
+episode["decisions"]        its chunks, one dict each; len(decision["old"]) is the number of tokens in a chunk
+                            各个动作块，每块一个 dict；len(decision["old"]) 是一块里词元的个数
+args.execute                steps of a chunk that are executed           一块里执行几步
+args.method                 "grpo", or "cloning": then the advantage is the reward itself   后者：优势就是奖励
 """
 
-import math
+import numpy as np
 
 
-def wilson(successes: int, trials: int) -> list[float]:
-    """The 95% interval of a success rate (Wilson, 1927): [low, high], both in 0..1, rounded to four
-    digits.
+def with_advantages(episodes: list[dict], args, action_dim: int) -> list[dict]:
+    """The decisions of a group's episodes, in order, each as a new dict with two more keys:
 
-    Hint: rounding may give -0.0 or 1.0001: keep both ends within 0 and 1.
+    "advantage"  (1,) float32: (reward - mean of the group) / (standard deviation of the group + 1e-6)
+    "weight"     (tokens of a chunk,) float32: 1 if its step was executed, else 0
+
+    Of an episode with advantage 0 keep only the first decision, and all of its weights are 0.
+
+    Hint: {**decision, "advantage": ..., "weight": ...}. A step has action_dim tokens. The chunk with
+    number n begins at step n * args.execute.
     """
     raise NotImplementedError

@@ -88,7 +88,8 @@ show(normalize, "low, high", "normalized =")
 print()
 x = table.frames["action"][:, :1].copy()
 x[0] = 100.0
-statistics = {"min": x.min(0), "max": x.max(0), "q01": np.quantile(x, 0.01, 0), "q99": np.quantile(x, 0.99, 0)}
+statistics = {"min": x.min(0), "max": x.max(0),
+              "q01": np.quantile(x, 0.01, 0), "q99": np.quantile(x, 0.99, 0)}
 for kind in ("bounds", "bounds_q99"):
     ids = tokenizer.encode(normalize(x, statistics, kind))
     print(f"{kind}: {len(np.unique(ids))} of 256 ids are used")

@@ -13,6 +13,8 @@
 #
 # 请对照 `model.py` 阅读：`VLA.embed` 和 `VLA.forward`。这里的模型用随机权重，因为我们只关心什么东西放在哪里。
 # %%
+import textwrap
+
 import torch
 
 from action_tokenizer import load_tokenizer
@@ -25,8 +27,10 @@ tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
 mixture = Mixture(cfg, open_tables(cfg), tokenizer)
 sample = mixture.sample(0, 0)  # dataset 0, frame 0
 print("picture", sample["images"].shape, "text", sample["input_ids"].shape)
-for word, label in zip(tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist()), sample["labels"], strict=True):
-    print(f"{word}:{label}" if label != -100 else word, end="  ")
+words = tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())
+marked = [f"{word}:{label}" if label != -100 else word
+          for word, label in zip(words, sample["labels"], strict=True)]
+print(textwrap.fill("  ".join(marked), 90))
 # %% en
 # That is one training sample: a picture, and 25 ids. (`Ġ` is how this vocabulary writes a space.) Only the last five ids
 # have a label: four numbers of the action, and `</s>`. All others have -100, which means: do not learn this. Here is how
@@ -44,7 +48,7 @@ show(VLA.embed, "text = ", "return")
 # %%
 torch.manual_seed(7)
 vla = VLA(cfg, tokenizer).eval()
-image = torch.from_numpy(sample["images"])[None]  # (1, 1, 84, 84, 3): batch, number of pictures, ...
+image = torch.from_numpy(sample["images"])[None]  # (1, 1, 84, 84, 3): batch, pictures, ...
 ids = torch.from_numpy(sample["input_ids"])[None]  # (1, 25)
 
 

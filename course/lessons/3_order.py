@@ -55,8 +55,10 @@ for frame in range(1000, 100_000):  # take one out at random, put the next one o
     drawn.append(buffer[place])
     buffer[place] = frame
 drawn = np.array(drawn)
-print("buffer:  the first 64 frames are among the first", f"{drawn[:64].max() + 1:,}", "of the file")
-print("permute: the first 64 frames are among the first", f"{order[:64].max() + 1:,}", "of the file")
+print("buffer:  the first 64 frames are among the first",
+      f"{drawn[:64].max() + 1:,}", "of the file")
+print("permute: the first 64 frames are among the first",
+      f"{order[:64].max() + 1:,}", "of the file")
 print("buffer moved on average by", f"{np.abs(drawn - np.arange(len(drawn))).mean():,.0f} places")
 # %% en
 # **What you saw.** The buffer's first batch comes from the first 1,029 frames, a few episodes of one afternoon, and its

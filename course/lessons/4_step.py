@@ -87,7 +87,8 @@ with torch.no_grad():
     weight[number] += 0.001
     after = vla(batch["images"], batch["input_ids"], batch["labels"])[0]
     weight[number] -= 0.001
-print(f"gradient x 0.001 = {gradient * 0.001:.5f}, the loss changed by {after.item() - loss.item():.5f}")
+print(f"gradient x 0.001 = {gradient * 0.001:.5f}, "
+      f"the loss changed by {after.item() - loss.item():.5f}")
 # %% en
 # **What you saw.** The same to the last printed digit or nearly so. Now all weights at once, each a little against its
 # gradient: that is a step. **Predict:** after 30 steps on the *same* 16 samples, how small is the loss? And on 16 other
@@ -103,7 +104,8 @@ for step in range(31):
         with torch.no_grad():
             others = vla(other["images"], other["input_ids"], other["labels"])[0]
         accuracy = (predicted == true).float().mean()
-        print(f"step {step:2d} loss {loss.item():.2f} accuracy {accuracy:.2f}; other samples: loss {others.item():.2f}")
+        print(f"step {step:2d} loss {loss.item():.2f} accuracy {accuracy:.2f}; "
+              f"other samples: loss {others.item():.2f}")
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(vla.parameters(), cfg.max_grad_norm)

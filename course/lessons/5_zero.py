@@ -77,9 +77,11 @@ import subprocess
 
 def losses(json_file, processes):
     """Train three steps with this JSON and number of processes -> the lines with losses."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "train_vla.py",
-               "--config", "configs/demo.yaml", "--deepspeed_config", f"ds_configs/{json_file}", "--set",
-               f"run_id=course-{json_file}-{processes}", "max_steps=3", "global_batch_size=16", "per_device_batch_size=8",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+               "train_vla.py", "--config", "configs/demo.yaml",
+               "--deepspeed_config", f"ds_configs/{json_file}",
+               "--set", f"run_id=course-{json_file}-{processes}", "max_steps=3",
+               "global_batch_size=16", "per_device_batch_size=8",
                "eval_samples=16", "keep_checkpoints=none", "log_interval=1", "num_workers=0"]
     log = subprocess.run(command, capture_output=True, text=True)
     assert log.returncode == 0, log.stderr[-2000:]

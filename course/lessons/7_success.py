@@ -71,7 +71,7 @@ def to_tokens(arm, action):
 
 
 def play(arm, seed, spoil, steps=40):
-    """One episode in which `spoil` changes the expert's tokens -> (success, tokens that stayed right)."""
+    """One episode in which `spoil` changes the expert's tokens -> (success, right tokens)."""
     arm.reset(seed)
     right = []
     for _ in range(steps):
@@ -87,7 +87,8 @@ def play(arm, seed, spoil, steps=40):
 MIDDLE = tokenizer.encode(np.array(0.0))  # "do not turn"
 SPOILERS = {
     "the expert, in bins    ": lambda tokens: tokens,
-    "every bin one beside   ": lambda tokens: np.where(tokens > tokenizer.first_id, tokens - 1, tokens + 1),
+    "every bin one beside   ": lambda tokens: np.where(
+        tokens > tokenizer.first_id, tokens - 1, tokens + 1),
     "the elbow never turns  ": lambda tokens: np.array([tokens[0], MIDDLE, *tokens[2:]]),
 }
 # %% en
@@ -100,8 +101,8 @@ for name, spoil in SPOILERS.items():
     episodes = [play(arm, seed, spoil) for seed in range(200_000, 200_040)]
     counted = rate([success for success, _ in episodes])
     low, high = counted["interval"]
-    print(f"{name} accuracy {np.mean([right for _, right in episodes]):.2f}, success {counted['successes']} of 40 "
-          f"({low:.0%} to {high:.0%})")
+    print(f"{name} accuracy {np.mean([right for _, right in episodes]):.2f}, "
+          f"success {counted['successes']} of 40 ({low:.0%} to {high:.0%})")
 # %% en
 # **What you saw.** The policy that was never right (0.00) succeeded in 40 of 40, as the expert did. The one whose tokens were
 # right three times in four (0.75) failed in all 40, because the fourth number was the one that mattered. The percentages are the 95% interval:
@@ -148,7 +149,7 @@ print(subprocess.run(command, capture_output=True, text=True, check=True).stdout
 #
 # {answer}
 #
-# Next: [8. A policy that asks for help](8_help.ipynb)
+# Next: [8. A policy that asks for help, and one that gets better by itself](8_help.ipynb)
 # %% zh
 # **看到了什么。** 图像和文字错了，准确率会掉，有的掉得很少：红蓝互换只从 0.483 掉到 0.442。最后两行的准确率和第一行完全一样：词元是对的，错在拿它们做了什么。`size` 能看出几乎不动的机器人 (0.016)，`error` 两者都能看出来。在[它的 README 的表](../../examples/break/README.md)里，一个训练得更久的策略也真正动了起来：最后一行连*成功率*都和第一行一样，因为那六个任务都用不到夹爪。
 #
@@ -166,4 +167,4 @@ print(subprocess.run(command, capture_output=True, text=True, check=True).stdout
 #
 # {answer}
 #
-# 下一课：[8. 会求助的策略](8_help.ipynb)
+# 下一课：[8. 会求助的策略，和自己变好的策略](8_help.ipynb)
