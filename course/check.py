@@ -96,25 +96,6 @@ def with_mistake(case: ModuleType, old: str, new: str) -> Callable:
 # ---- What a function answers ---------------------------------------------------------------------
 
 
-class Endless(BaseException):
-    """A probe took too long. No Exception, so that no probe after it is tried."""
-
-
-def within_limit(probe: Callable):
-    """A probe's result. Raises Endless after LIMIT seconds."""
-
-    def stop(*_) -> None:
-        raise Endless
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LIMIT)
-    try:
-        return probe()
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def answers(case: ModuleType, function: Callable) -> list:
     """The results of all probes if `function` takes the place of the project's own: an array each,
     or the exception that it raised."""
@@ -136,6 +117,25 @@ def answers(case: ModuleType, function: Callable) -> list:
 def mistaken_answers(case: ModuleType, old: str, new: str) -> list:
     """`answers` of the project's function with one change to its source."""
     return answers(case, with_mistake(case, old, new))
+
+
+class Endless(BaseException):
+    """A probe took too long. No Exception, so that no probe after it is tried."""
+
+
+def within_limit(probe: Callable):
+    """A probe's result. Raises Endless after LIMIT seconds."""
+
+    def stop(*_) -> None:
+        raise Endless
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT)
+    try:
+        return probe()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def same(first, second) -> bool:
