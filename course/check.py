@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import traceback
@@ -28,11 +29,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 
+LIMIT = 60  # seconds for a probe
 WORDS = {
     "en": {"right": "right: {name} does what the project's own does",
            "made": "exercise {number} write the function in {path}, then run this command again",
            "empty": "the body of {name} in {path} is still to be written",
            "broken": "line {line}: {error}", "mistake": "{what}",
+           "endless": "line {line}: no answer after {limit} seconds: does a loop never end?",
            "unseeded": "two calls with the same arguments give different results: the result must depend on "
                        "the arguments and the seed alone",
            "differs": "{probe}: {where}expected {want}, got {got}"},
@@ -40,6 +43,7 @@ WORDS = {
            "made": "exercise {number} 请在 {path} 里写出函数体，然后再运行这条命令",
            "empty": "{path} 里 {name} 的函数体还没有写",
            "broken": "第 {line} 行：{error}", "mistake": "{what}",
+           "endless": "第 {line} 行：{limit} 秒还没有结果：是不是有循环停不下来？",
            "unseeded": "同样的参数调用两次，结果不同：结果只能由参数和种子决定",
            "differs": "{probe}：{where}应为 {want}，得到 {got}"},
 }
@@ -101,7 +105,7 @@ def answers(case: ModuleType, function: Callable, which: slice = slice(None)) ->
     try:
         for _, _, probe in case.probes()[which]:
             try:
-                found.append(np.asarray(probe()))
+                found.append(np.asarray(within_limit(probe)))
             except Exception as error:  # a student's code may raise anything
                 found.append(error)
     finally:
@@ -121,13 +125,32 @@ def mistaken_answers(case: ModuleType, old: str, new: str) -> list:
     return answers(case, with_mistake(case, old, new))
 
 
+class Endless(BaseException):
+    """A probe took too long. No Exception, so that no probe after it is tried."""
+
+
+def within_limit(probe: Callable):
+    """A probe's result. Raises Endless after LIMIT seconds."""
+
+    def stop(*_) -> None:
+        raise Endless
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT)
+    try:
+        return probe()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def same(first, second) -> bool:
-    """Are two answers equal, but for rounding?"""
+    """Are two answers equal, but for rounding? An id that is a float is no id."""
     if isinstance(first, Exception) or isinstance(second, Exception):
         return type(first) is type(second)
-    if first.shape != second.shape:
+    if first.shape != second.shape or (first.dtype.kind == "f") != (second.dtype.kind == "f"):
         return False
-    if first.dtype.kind != "f" and second.dtype.kind != "f":
+    if first.dtype.kind != "f":
         return first.tolist() == second.tolist()
     return np.allclose(first, second, rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -140,7 +163,7 @@ def verdict(case: ModuleType, function: Callable, language: str) -> tuple[str, d
     if not wrong:
         return "right", {"name": case.NAME}
     first = wrong[0]
-    if isinstance(got[first], NotImplementedError):
+    if isinstance(got[first], NotImplementedError) and not str(got[first]):  # PyTorch's has a text
         return "empty", {"name": case.NAME}
     (again,) = answers(case, function, slice(first, first + 1))
     if not same(got[first], again):
@@ -174,18 +197,21 @@ def name_mistake(case: ModuleType, want: list, got: list, first: int) -> dict | 
         if callable(change[0]):
             try:
                 agreeing = len(got) + 1 if change[0](by_name) else 0
-            except (KeyError, ValueError, IndexError):  # an answer is missing, or has another shape
+            except (KeyError, ValueError, IndexError, TypeError):  # an answer is missing, or no such array
                 agreeing = 0
         else:
             theirs = mistaken_answers(case, *change)
             explains = same(theirs[first], got[first]) and not same(theirs[first], want[first])
             agreeing = sum(map(same, theirs, got)) if explains else 0
+            raised = isinstance(got[first], Exception) and not isinstance(want[first], Exception)
+            if raised and agreeing < len(got):  # an error's type alone explains nothing
+                agreeing = 0
         if agreeing > most:
             found, most = {"en": english, "zh": chinese}, agreeing
     return found
 
 
-def line_of(error: Exception, function: Callable) -> int:
+def line_of(error: BaseException, function: Callable) -> int:
     """The line of the student's file where an error came from."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame.lineno for frame in frames if frame.filename == function.__code__.co_filename]
@@ -201,6 +227,8 @@ def difference(want, got) -> dict:
         inner = want.shape != got.shape
         return {"where": "shape " if inner else "", "want": want.shape if inner else want,
                 "got": got.shape if inner else got}
+    if (want.dtype.kind == "f") != (got.dtype.kind == "f"):
+        return {"where": "", "want": want.dtype, "got": got.dtype}
     equal = np.isclose(want, got, rtol=1e-4, atol=1e-5) if want.dtype.kind == "f" else want == got
     place = tuple(int(i) for i in np.argwhere(~equal)[0])
     return {"where": f"{list(place)} ", "want": want[place], "got": got[place]}
@@ -217,8 +245,14 @@ def check(number: int, path: Path, language: str) -> tuple[bool, str]:
         function = getattr(load(path), case.NAME)
     except SyntaxError as error:
         key, values = "broken", {"line": error.lineno, "error": f"SyntaxError: {error.msg}"}
+    except Exception as error:  # from a line outside of the function, or there is no such function
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        key, values = "broken", {"line": lines[-1] if lines else 1, "error": f"{type(error).__name__}: {error}"}
     else:
-        key, values = verdict(case, function, language)
+        try:
+            key, values = verdict(case, function, language)
+        except Endless as error:
+            key, values = "endless", {"line": line_of(error, function), "limit": LIMIT}
     line = WORDS[language][key].format(path=shown, **values)
     return key == "right", f"exercise {number} {line}"
 

@@ -18,6 +18,11 @@ def encode(self, actions):
       ("self.vocab_size - edges_below", "self.vocab_size - self.n_bins + edges_below - 1", "reversed"),
       ("np.minimum(np.maximum(actions, -1), 1)", "actions", "not clipped"),
       ("np.isnan(actions).any() or np.isinf(actions).any()", "len(actions) == 0", "NaN"),
+      (" or np.isinf(actions).any()", "", "infinity"),
+      ("self.vocab_size - edges_below", "(self.vocab_size - edges_below).astype(float)", "float64"),
+      ("inside[..., None] >= self.bins", "inside[..., None] > self.bins", "right=True"),
+      ("(inside[..., None] >= self.bins).sum(-1)", "np.minimum((inside + 1) / 2 * self.n_bins, self.n_bins - 1).astype(int) + 1",
+       "equal width"),
       ("(inside[..., None] >= self.bins).sum(-1)", "np.abs(inside[..., None] - self.bins).argmin(-1) + 1", "nearest"),
       ("self.bins", "np.linspace(-1, 1, 256)", "n_bins")]),
     2: ("""
@@ -37,6 +42,7 @@ def embed(self, images, input_ids, proprio=None):
       ("if proprio is not None", "if self.cfg is None", "state is not used"),
       ("parts.append(self", "parts.insert(1, self", "state comes before"),
       ("torch.cat(parts, 1)", "torch.cat([words, patches], 1)", "after the text"),
+      ("parts.append(words[:, 1:])", "parts.insert(2, words[:, 1:])", "state comes after"),
       ("patches.reshape(batch, -1, patches.shape[-1])", "patches.reshape(batch, pictures, -1, patches.shape[-1])[:, 0]",
        "first picture")]),
     3: ("""
@@ -53,6 +59,7 @@ def draw(self, first, count):
       ("permute(visit % size, size, key)", "visit % size", "order of the file"),
       ("permute(visit % size, size, key)", "np.random.randint(0, size)", "arguments and the seed alone"),
       ("permute(visit % size, size, key)", "(mix_bits(key, visit) % size.astype(np.uint64)).astype(np.int64)", "repeat"),
+      ("self.rows(dataset, place)", "self.rows(0, place)", "rows of the first dataset"),
       ("self.rows(dataset, place)", "place", "row in the table")]),
     4: ("""
 def forward(self, images, input_ids, labels, proprio=None, prefix_length=0):
@@ -72,6 +79,8 @@ def forward(self, images, input_ids, labels, proprio=None, prefix_length=0):
       ("[:, patches:]", "[:, : labels.shape[1]]", "patches are forgotten"),
       ("[:, :count]", "", "</s> is among"),
       ("after.reshape(-1))", "torch.where(after == 2, IGNORE_INDEX, after).reshape(-1))", "</s> is not in the loss"),
+      ("before.reshape(-1, before.shape[-1])", "before.softmax(-1).reshape(-1, before.shape[-1])", "softmax"),
+      ("return loss", "return loss.detach()", "detach"), ("return loss", "return loss.item()", "item"),
       ("after.reshape(-1))", "after.reshape(-1), reduction='sum')", "mean")]),
     5: ("""
 def accumulation_steps(cfg, world_size):
@@ -89,6 +98,8 @@ def accumulation_steps(cfg, world_size):
       ("steps = cfg.global_batch_size // at_a_time", "return -(-cfg.global_batch_size // at_a_time)", "rounded up"),
       ("wanted is not None and wanted != world_size", "False", "ignored"),
       ("wanted is not None and wanted", "wanted", "None is refused"),
+      ("wanted != world_size", "wanted > world_size", "ignored"),
+      ("return steps", "return cfg.global_batch_size / at_a_time", "2.0"),
       ("steps = cfg.global_batch_size // at_a_time", "return cfg.global_batch_size / at_a_time", "fraction")]),
     6: ("""
 def unnormalize(actions, stats, kind):
@@ -129,6 +140,7 @@ def most_frequent_tokens(mixture, dataset, rows):
       ("values[counts.argmax()]", "column[0]", "first frame"),
       ("values[counts.argmax()]", "int(np.round(column.mean()))", "mean id"),
       ("values[counts.argmax()]", "int(np.median(column))", "median"),
+      ("np.concatenate(ids).T", "ids[0].T", "first dataset"), ("np.concatenate(ids).T", "ids[-1].T", "last dataset"),
       ("np.concatenate(ids).T", "[np.concatenate(ids).ravel()]", "one id for")]),
     8: ("""
 def with_advantages(episodes, args, action_dim):

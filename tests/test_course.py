@@ -94,6 +94,20 @@ def test_other_mistakes_show_the_first_difference(tmp_path):
     assert not right and "SyntaxError" in line
 
 
+def test_no_mistake_is_named_falsely(tmp_path, monkeypatch):
+    """An error or a loop without an end is said to be one, with its line."""
+    monkeypatch.setattr(CHECK, "LIMIT", 2)
+    for number, old, new, words in (
+            (2, 'self.projector["projector"](features)', "self.projector(features)", "NotImplementedError: Module"),
+            (3, "permute(index,", "permute(visit,", "no answer after 2 seconds"),
+            (5, "cfg.global_batch_size % micro_batch", "micro_batch % cfg.global_batch_size", "UserError: global"),
+            (6, "scaled = 0.5 * (actions + 1)", "actions += 1; scaled = 0.5 * actions", "expected 1.0, got 2.0"),
+            (7, ".argmax()", ".argmin()", "expected 767, got 0"),
+            (1, "def encode", "def encoded", "no attribute 'encode'")):
+        right, line = verdict(number, own(number).replace(old, new), tmp_path)
+        assert not right and "\n" not in line and words in line, line
+
+
 def test_the_command_makes_the_students_file(tmp_path):
     """In a copy of the course. A file that is already there stays as it is."""
     shutil.copytree(COURSE, tmp_path / "course", ignore=shutil.ignore_patterns("my", "*.ipynb"))

@@ -25,6 +25,7 @@ def probes() -> list:
         ("the numbers -3 and 1.7", "数 -3 和 1.7", lambda: LLAMA.encode(np.array([-3.0, 1.7]))),
         ("32 bins", "32 个区间", lambda: ActionTokenizer(1000, 32).encode(np.array([[-0.9, 0.2]]))),
         ("not a number", "NaN", lambda: LLAMA.encode(np.array([np.nan, 0.0]))),
+        ("infinity", "无穷大", lambda: LLAMA.encode(np.array([0.0, np.inf]))),
     ]
 
 
@@ -51,6 +52,16 @@ MISTAKES = [
      "np.rint((np.clip(actions, -1.0, 1.0) + 1) / 2 * (self.n_bins - 1)).astype(int) + 1",
      "rounded to the nearest edge: count how many edges are <= the number (np.digitize), do not round",
      "舍入到了最近的边界：应该数有多少条边界 <= 这个数 (np.digitize)，不要舍入"),
+    ("np.digitize(np.clip(actions, -1.0, 1.0), self.bins)",
+     "np.clip((np.clip(actions, -1.0, 1.0) + 1) / 2 * self.n_bins, 0, self.n_bins - 1).astype(int) + 1",
+     "n_bins intervals of equal width: self.bins has n_bins edges, which enclose one interval fewer (np.digitize)",
+     "分成了 n_bins 个等宽区间：self.bins 是 n_bins 条边界，只围出 n_bins - 1 个区间 (np.digitize)"),
+    ("self.bins)", "self.bins, right=True)",
+     "-1.0 gets no bin: an edge counts if it is <= the number, so without right=True",
+     "-1.0 没有得到区间：边界 <= 这个数就要算上，所以不要用 right=True"),
+    (lambda got: got["first"] == "infinity" and "infinity" in got,
+     "NaN is refused, but infinity gets an id: np.isfinite is false for both",
+     "拒绝了 NaN，可是无穷大还是得到了 id：np.isfinite 对两者都返回 False"),
     (lambda got: got["first"] == "not a number" and "not a number" in got,
      "NaN gets an id, and becomes a command at full speed: raise UserError if a number is not finite",
      "NaN 也得到了 id，会变成一条全速的指令：遇到非有限的数要抛出 UserError"),

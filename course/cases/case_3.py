@@ -13,20 +13,26 @@ FRAMES = 2480  # of the demo's training split
 
 
 @functools.cache
-def mixture(seed: int, two: bool, train: bool) -> data.Mixture:
-    """The demo's dataset, or a mixture of it with itself (3/4 and 1/4)."""
+def mixture(seed: int, two: bool, train: bool, half: bool = False) -> data.Mixture:
+    """The demo's dataset, or a mixture of it with itself, or with its second half (3/4 and 1/4)."""
     cfg = load_config("configs/demo.yaml", [f"seed={seed}"])
     ((name, _, recipe, table),) = data.open_tables(cfg)
     tables = [(name, 1.0, recipe, table)]
     if two:
         cfg = cfg.model_copy(update={"balance_weights": False})
         tables = [(name, 0.75, recipe, table), ("copy", 0.25, recipe, copy.copy(table))]
-    return data.Mixture(cfg, tables, train=train)
+    found = data.Mixture(cfg, tables, train=train)
+    if half:
+        first, count, _ = found.stretches[1]
+        first, count = first[len(first) // 2 :], count[len(count) // 2 :]
+        found.stretches[1] = first, count, np.cumsum(count)
+        found.sizes[1] = count.sum()
+    return found
 
 
-def drawn(seed: int, first: int, count: int, two: bool = False, train: bool = True) -> np.ndarray:
+def drawn(seed: int, first: int, count: int, two: bool = False, train: bool = True, half: bool = False) -> np.ndarray:
     """(3, count): dataset, row, epoch."""
-    return np.stack(mixture(seed, two, train).draw(first, count))
+    return np.stack(mixture(seed, two, train, half).draw(first, count))
 
 
 def probes() -> list:
@@ -38,6 +44,7 @@ def probes() -> list:
         ("held-out frames", "留出的帧", lambda: drawn(7, 0, 16, train=False)),
         ("another seed", "另一个种子", lambda: drawn(8, 0, FRAMES)),
         ("two datasets", "两个数据集", lambda: drawn(7, 0, 4 * 64, two=True)),
+        ("a large dataset and a small one", "一大一小两个数据集", lambda: drawn(7, 0, 2 * FRAMES, two=True, half=True)),
     ]
 
 
@@ -56,7 +63,7 @@ def same_every_epoch(got: dict) -> bool:
 
 def repeats(got: dict) -> bool:
     _, row, epoch = got["one epoch"]
-    return len(np.unique(row)) < FRAMES and not epoch.any()
+    return len(row) == FRAMES and len(np.unique(row)) < FRAMES and not epoch.any()
 
 
 def same_in_all_datasets(got: dict) -> bool:
@@ -75,6 +82,9 @@ MISTAKES = [
      "各个数据集的顺序都一样：dataset 必须在密钥里"),
     (repeats, "frames repeat before all have been seen: within an epoch, permute the numbers 0..size-1, each once",
      "还没看完所有帧就有重复：一个 epoch 之内要排列 0..size-1，每个数一次"),
+    ("self.rows(dataset, index)", "self.rows(0 * dataset, index)",
+     "the rows of the first dataset for all: give self.rows the dataset of each sample",
+     "所有样本都用了第一个数据集的行号：要把每个样本的数据集交给 self.rows"),
     ("self.rows(dataset, index)", "index",
      "the frame's number within the split is not its row in the table: use self.rows(dataset, index)",
      "帧在这一划分里的序号不是它在表里的行号：请用 self.rows(dataset, index)"),

@@ -31,9 +31,16 @@ def result(which: int):
     return np.asarray(found[which])
 
 
+def gradient():
+    """The loss's gradient at the last layer before the language model."""
+    vla = tiny()
+    loss = vla(batch()["images"], batch()["input_ids"], batch()["labels"])[0]
+    return torch.autograd.grad(loss, vla.projector["projector"][4].bias)[0].numpy()
+
+
 def probes() -> list:
     return [("the true ids", "真实的 id", lambda: result(2)), ("the predicted ids", "预测的 id", lambda: result(1)),
-            ("the loss", "损失", lambda: result(0))]
+            ("the loss", "损失", lambda: result(0)), ("the gradient", "梯度", gradient)]
 
 
 def all_positions(shift: int) -> float:
@@ -67,6 +74,15 @@ MISTAKES = [
     ("wanted = wanted + inputs.shape[1] - labels.shape[1]", "wanted = wanted + 0",
      "the patches are forgotten: the sequence is longer than the text, so positions behind them are larger",
      "忘了图像块：序列比文本长，图像块之后的位置要加上它们的个数"),
+    ("logits.flatten(0, 1)", "logits.softmax(-1).flatten(0, 1)",
+     "softmax twice: cross_entropy wants the logits and computes the softmax itself",
+     "做了两次 softmax：cross_entropy 要的是 logits，softmax 由它自己来算"),
+    ("return loss,", "return loss.detach(),",
+     "the loss has no gradient, so backward() could change nothing: return it without detach() or no_grad()",
+     "损失没有梯度，backward() 什么也改不了：不要用 detach() 或 no_grad()"),
+    ("return loss,", "return loss.item(),",
+     "the loss is a plain number without a gradient: return the tensor, without item()",
+     "损失成了没有梯度的普通数：请返回张量，不要用 item()"),
     ("F.cross_entropy(logits.flatten(0, 1), targets.flatten())",
      "F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, :-1].flatten())",
      "</s> is not in the loss: OpenVLA's loss covers the action and </s>",

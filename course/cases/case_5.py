@@ -22,6 +22,8 @@ def probes() -> list:
         ("batch 64, 32 at a time, 4 GPUs", "批 64，一次 32，4 块 GPU", lambda: steps(64, 32, 4)),
         ("expected_world_size 8, but 2 GPUs", "expected_world_size 是 8，却有 2 块 GPU",
          lambda: steps(64, 8, 2, "8")),
+        ("expected_world_size 2, but 4 GPUs", "expected_world_size 是 2，却有 4 块 GPU",
+         lambda: steps(64, 8, 4, "2")),
     ]
 
 

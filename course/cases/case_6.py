@@ -25,7 +25,7 @@ def demo() -> np.ndarray:
 
 def probes() -> list:
     def back(stats, kind):
-        return lambda: action_tokenizer.unnormalize(NUMBERS, stats, kind)
+        return lambda: action_tokenizer.unnormalize(NUMBERS.copy(), stats, kind)
 
     return [("bounds_q99", "bounds_q99", back(ARM, "bounds_q99")),
             ("bounds", "bounds", back(ARM, "bounds")),

@@ -26,11 +26,13 @@ def mixture(chunk: int = 1) -> data.Mixture:
     return data.Mixture(cfg, tables, load_tokenizer(cfg.tokenizer, cfg.add_action_tokens))
 
 
-def frequent(datasets: tuple, count: int, chunk: int = 1) -> np.ndarray:
-    """For `count` frames of each of these datasets."""
+def frequent(datasets: tuple, count: int, chunk: int = 1, others: bool = False) -> np.ndarray:
+    """For `count` frames of each of these datasets: the same of each, or others."""
     one = mixture(chunk)
     dataset = np.repeat(datasets, count)
     index = np.tile(np.linspace(0, one.sizes[0] - 1, count).astype(int), len(datasets))
+    if others:
+        index = np.linspace(0, one.sizes[0] - 1, len(dataset)).astype(int)
     return data.most_frequent_tokens(one, dataset, one.rows(dataset, index))
 
 
@@ -39,15 +41,19 @@ def probes() -> list:
             ("1,000 frames of the demo", "演示数据的 1,000 帧", lambda: frequent((0,), 1000)),
             ("chunks of three steps", "三步的动作块", lambda: frequent((0,), 500, 3)),
             ("two robots", "两种机器人", lambda: frequent((1, 0), 40)),
-            ("two robots, other shares", "两种机器人，另一种份额", lambda: frequent((0, 1, 1), 60))]
+            ("two robots, other shares", "两种机器人，另一种份额", lambda: frequent((0, 1, 1), 60)),
+            ("two robots, most frames of the first", "两种机器人，第一种的帧最多", lambda: frequent((0, 0, 0, 1), 60)),
+            ("other frames of each robot", "每种机器人的帧各不相同", lambda: frequent((0, 1), 100, others=True))]
 
 
 COUNT = "np.array([np.bincount(column).argmax() for column in tokens.T])"
 
 
 def one_for_all(got: dict) -> bool:
-    found = got["100 frames of the demo"]
-    return found.size == 1 or (found.shape == (4,) and len(set(found.tolist())) == 1)
+    found, one = got["100 frames of the demo"], mixture()
+    rows = one.rows(np.zeros(100, int), np.linspace(0, one.sizes[0] - 1, 100).astype(int))
+    ids = one.action_tokenizer.encode(one.actions(0, rows))
+    return found.size in (1, 4) and bool((found == np.bincount(ids.ravel()).argmax()).all())
 
 
 MISTAKES = [
@@ -76,4 +82,10 @@ MISTAKES = [
     ("mixture.actions(d, rows[dataset == d])", "mixture.actions(0, rows[dataset == d])",
      "statistics of another dataset: each frame must be normalized with its own dataset's (mixture.actions(d, rows of d))",
      "用了另一个数据集的统计量：每一帧都要用自己数据集的来归一化（mixture.actions(d, d 的各行)）"),
+    ("np.concatenate(actions).reshape(len(rows), -1)", "actions[0].reshape(len(actions[0]), -1)",
+     "only the first dataset is counted: put the actions of all datasets together first",
+     "只数了第一个数据集：先把所有数据集的动作放在一起"),
+    ("np.concatenate(actions).reshape(len(rows), -1)", "actions[-1].reshape(len(actions[-1]), -1)",
+     "only the last dataset is counted: put the actions of all datasets together first",
+     "只数了最后一个数据集：先把所有数据集的动作放在一起"),
 ]

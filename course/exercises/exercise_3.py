@@ -8,6 +8,7 @@ What you need is there already    可以直接用：
                                                轮到哪个数据集，以及它此前出现过多少次
     self.sizes                              frames of each dataset   每个数据集的帧数
     permute(index, n, key)                  element `index` of a random order of 0..n-1   随机顺序里的第 index 个
+                                            (index must be below n, or it may never end)   index 必须小于 n，否则可能停不下来
     mix_bits(a, b, ...)                     a key made of several integers   由几个整数得到一个密钥
     self.rows(dataset, index)               -> rows in the frame table   帧表里的行号
 

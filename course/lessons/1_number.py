@@ -15,11 +15,12 @@
 # ## 256 bins
 #
 # The range from -1 to 1 is cut into bins, and each bin gets one id at the end of the vocabulary. Llama's vocabulary
-# has 32,000 ids. These are the two lines that do it:
+# has 32,000 ids, and OpenVLA gives up the last 256, its rarest words, for the bins. An action of four numbers is four such
+# words. These are the lines that do it (`np.digitize` counts how many edges are at or below a number):
 # %% zh
 # ## 256 个区间
 #
-# 把 -1 到 1 切成若干区间，每个区间对应词表末尾的一个 id。Llama 的词表有 32,000 个 id。起作用的就是下面两行：
+# 把 -1 到 1 切成若干区间，每个区间对应词表末尾的一个 id。Llama 的词表有 32,000 个 id，OpenVLA 把最后 256 个（最少用的词）让给了动作。一个动作有四个数，就是四个这样的词。起作用的是下面几行（`np.digitize` 数有几条边界小于或等于这个数）：
 # %%
 from action_tokenizer import ActionTokenizer
 
@@ -49,11 +50,12 @@ for number in (-1.0, 0.0, 0.300, 0.301, 0.303, 0.998, 1.0, 1.7):
 # ## How much is lost?
 #
 # **Predict:** the bins are about 2/255 wide. What is the largest error that encoding and decoding can make? The cell
-# measures it on real actions, the 2,958 frames of the demo's robot. And what would 8 bins cost, or 2048?
+# measures it on real actions: 2,958 frames of the demo's robot, with four numbers each (the hand's movement in x, y, and z,
+# and the gripper). `normalize` brings them to -1..1, as the next section shows. And what would 8 bins cost, or 2048?
 # %% zh
 # ## 损失了多少精度？
 #
-# **猜一猜：** 每个区间宽约 2/255，编码再解码，误差最大是多少？下一格用真实的动作来量：演示机器人的 2,958 帧。如果只用 8 个区间呢？2048 个呢？
+# **猜一猜：** 每个区间宽约 2/255，编码再解码，误差最大是多少？下一格用真实的动作来量：演示机器人的 2,958 帧，每帧四个数（手在 x、y、z 方向的移动，加上夹爪）。`normalize` 把它们换算到 -1..1，下一节就讲。如果只用 8 个区间呢？2048 个呢？
 # %%
 from action_tokenizer import normalize
 from data import open_tables
@@ -95,7 +97,9 @@ for kind in ("bounds", "bounds_q99"):
     print(f"{kind}: {len(np.unique(ids))} of 256 ids are used")
 # %% en
 # **What you saw.** With the minimum and maximum, 7 ids are left: one broken frame has squeezed all movements into a few
-# words. With percentiles 1 and 99 (`bounds_q99`), 218 are used. The cost: the fastest 2% of the movements are clipped.
+# words. With percentiles 1 and 99 (`bounds_q99`), 218 are used. The cost: the numbers beyond them, 2% of all, are clipped.
+# Two exceptions: a number whose `mask` is false, such as a gripper that is already in 0..1, is not scaled, and one that is
+# the same in all frames becomes 0, because it has no range to divide by.
 #
 # ## Exercise 1
 #
@@ -118,7 +122,7 @@ for kind in ("bounds", "bounds_q99"):
 #
 # Next: [2. The picture between the words](2_picture.ipynb)
 # %% zh
-# **看到了什么。** 用最小值和最大值，只剩 7 个 id：一帧坏数据把所有动作挤进了几个词里。用第 1 和第 99 百分位 (`bounds_q99`)，能用上 218 个。代价是最快的 2% 的运动被截断。
+# **看到了什么。** 用最小值和最大值，只剩 7 个 id：一帧坏数据把所有动作挤进了几个词里。用第 1 和第 99 百分位 (`bounds_q99`)，能用上 218 个。代价是超出这两个百分位的数（共 2%）会被截断。有两个例外：`mask` 为 false 的那一维不缩放，比如本来就在 0..1 的夹爪；所有帧都相同的那一维变成 0，因为它的范围是零，没法做除数。
 #
 # ## 练习 1
 #

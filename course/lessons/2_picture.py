@@ -1,7 +1,7 @@
 # %% en
 # # 2. The picture between the words
 #
-# A language model reads a row of vectors, one for each word. A camera image is 84 x 84 dots. **How does a picture get into
+# A language model reads a row of vectors, one for each word. A camera image is 84 x 84 pixels. **How does a picture get into
 # a sentence?**
 #
 # Read `model.py` beside this notebook: `VLA.embed` and `VLA.forward`. The model here has random weights, because the
@@ -9,7 +9,7 @@
 # %% zh
 # # 2. 图像放在词之间
 #
-# 语言模型读的是一排向量，一个词一个。相机图像却是 84 x 84 个点。**图像怎么放进一句话里？**
+# 语言模型读的是一排向量，一个词一个。相机图像却是 84 x 84 个像素。**图像怎么放进一句话里？**
 #
 # 请对照 `model.py` 阅读：`VLA.embed` 和 `VLA.forward`。这里的模型用随机权重，因为我们只关心什么东西放在哪里。
 # %%
@@ -32,19 +32,31 @@ marked = [f"{word}:{label}" if label != -100 else word
           for word, label in zip(words, sample["labels"], strict=True)]
 print(textwrap.fill("  ".join(marked), 90))
 # %% en
-# That is one training sample: a picture, and 25 ids. (`Ġ` is how this vocabulary writes a space.) Only the last five ids
-# have a label: four numbers of the action, and `</s>`. All others have -100, which means: do not learn this. Here is how
-# the picture gets between the words:
+# That is one training sample: a picture, and 25 ids. `<s>` begins a text and `</s>` ends it; `Ġ` is how this vocabulary
+# writes a space, `Ċ` a new line. The instruction is always put in lower case. Instead of giving up words, the demo's small
+# vocabulary has 256 more, with the ids 512 to 767. So 767 means -1.0 and 512 means 1.0 here.
+#
+# Only the last five ids have a label: four numbers of the action, and `</s>`. All others have -100, which means: do not
+# learn this.
+#
+# Now the picture. It is cut into patches, and two *vision towers* (networks that learned to see) make a vector of features
+# of each patch. The *projector*, three linear layers, makes that vector as long as a word's, so that the language model
+# reads a patch as if it were a word. In the comments, B counts samples, N pictures, and L ids; `proprio` is the robot's state,
+# which the demo does not use.
 # %% zh
-# 这就是一个训练样本：一张图像和 25 个 id。（`Ġ` 是这个词表里空格的写法。）只有最后五个 id 有标签：动作的四个数，加上 `</s>`。其余都是 -100，意思是：不学这个位置。图像是这样放到词之间的：
+# 这就是一个训练样本：一张图像和 25 个 id。`<s>` 开头，`</s>` 结尾；`Ġ` 是这个词表里空格的写法，`Ċ` 是换行。指令一律转成小写。演示用的小词表没有占用原来的词，而是另加了 256 个，id 是 512 到 767，所以这里 767 表示 -1.0，512 表示 1.0。
+#
+# 只有最后五个 id 有标签：动作的四个数，加上 `</s>`。其余都是 -100，意思是：不学这个位置。
+#
+# 再看图像。图像切成小块，两个*视觉塔*（学过看图的网络）把每一块变成一个特征向量；*投影层*（三个线性层）再把它变得和词向量一样长，语言模型读图像块就和读词一样。注释里 B 是样本数，N 是图像数，L 是 id 数；`proprio` 是机器人状态，演示里不用。
 # %%
 show(VLA.embed, "text = ", "return")
 # %% en
-# **Predict.** Patches of 14 x 14 dots cut the picture into 6 x 6. The text has 25 ids. How long is the sequence that the
-# language model reads? Then: if *one dot* in the corner of the picture changes, at how many of its positions does the
-# input change?
+# **Predict.** Patches of 14 x 14 pixels cut the picture into 6 x 6. The text has 25 ids. How long is the sequence that the
+# language model reads? Then: if *one pixel* in the corner of the picture changes (`dot` in the code), at how many of its
+# positions does the input change?
 # %% zh
-# **猜一猜。** 图像切成 14 x 14 点的小块，共 6 x 6 块；文本有 25 个 id。语言模型读到的序列有多长？再猜：如果图像角上*一个点*变了，有多少个位置的输入会变？
+# **猜一猜。** 图像切成 14 x 14 像素的小块，共 6 x 6 块；文本有 25 个 id。语言模型读到的序列有多长？再猜：图像角上有*一个像素*变了（代码里的 `dot`），有多少个位置的输入会变？
 # %%
 torch.manual_seed(7)
 vla = VLA(cfg, tokenizer).eval()
@@ -68,7 +80,7 @@ with torch.no_grad():
     words[0, 10] = words[0, 12]  # "press" becomes "button"
     print("one word changed:", changed(inputs, vla.embed(image, words)))
 # %% en
-# **What you saw.** The sequence has 61 positions: `<s>` at 0, the 36 patches at 1 to 36, then the other 24 ids. One dot
+# **What you saw.** The sequence has 61 positions: `<s>` at 0, the 36 patches at 1 to 36, then the other 24 ids. One pixel
 # changed all 36 patches, because inside a vision tower every patch looks at every other. One word changed one position.
 #
 # ## Who can see whom?
@@ -76,7 +88,7 @@ with torch.no_grad():
 # In the language model, attention is *causal*: a position sees itself and the positions before it. **Predict:** after
 # the language model, at which positions does the changed word matter? Can a patch know the instruction?
 # %% zh
-# **看到了什么。** 序列有 61 个位置：0 是 `<s>`，1 到 36 是 36 个图像块，然后是其余 24 个 id。一个点改变了全部 36 个图像块，因为在视觉塔里每个图像块都看得到其他所有图像块。一个词只改变了一个位置。
+# **看到了什么。** 序列有 61 个位置：0 是 `<s>`，1 到 36 是 36 个图像块，然后是其余 24 个 id。一个像素改变了全部 36 个图像块，因为在视觉塔里每个图像块都看得到其他所有图像块。一个词只改变了一个位置。
 #
 # ## 谁看得到谁？
 #
@@ -91,12 +103,12 @@ with torch.no_grad():
 # %% en
 # **What you saw.** The word at position 46 changes 46 to 60, everything from itself on. The patches, 1 to 36, are the same
 # whatever the instruction says: the picture is read *before* the question. Looking for the right object happens in the
-# text positions, which see both. A changed dot reaches positions 1 to 60: everything but `<s>`.
+# text positions, which see both. A changed pixel reaches positions 1 to 60: everything but `<s>`.
 #
 # That is why the place matters. If the patches came last, the first number of the action would be predicted before the
 # picture had been seen.
 # %% zh
-# **看到了什么。** 位置 46 的词改变了 46 到 60，也就是从它自己往后的一切。图像块（1 到 36）不管指令写什么都一样：图像是在问题*之前*读的。找到该找的物体，是在文本的位置上完成的，那里两者都看得到。改一个点，影响 1 到 60：除 `<s>` 外的一切。
+# **看到了什么。** 位置 46 的词改变了 46 到 60，也就是从它自己往后的一切。图像块（1 到 36）不管指令写什么都一样：图像是在问题*之前*读的。找到该找的物体，是在文本的位置上完成的，那里两者都看得到。改一个像素，影响 1 到 60：除 `<s>` 外的一切。
 #
 # 所以放在哪里很要紧。如果图像块放在最后，模型还没看到图像，就要预测动作的第一个数了。
 # %% en

@@ -9,7 +9,7 @@
 # %% zh
 # # 3. 什么时候轮到哪一帧
 #
-# 训练要按随机的顺序看帧。OpenVLA 有几百万帧，存在很长的文件里；它从头往后读，再从一个 256,000 帧的缓冲区里随机抽。这样的训练一旦中断，就没人知道它看过哪些帧。**随机顺序能不能算出来，而不是存下来？**
+# 训练时，帧的顺序要随机。OpenVLA 有几百万帧，存在很大的文件里，只能从头顺序读，读进一个 256,000 帧的缓冲区，再从里面随机抽。这样的训练一旦中断，就没人说得清哪些帧看过、哪些没看过。**随机顺序能不能不存，直接算出来？**
 #
 # 请对照 `data.py` 阅读：`permute`，`interleave`，`Mixture.draw`。
 # %%
@@ -23,14 +23,15 @@ for key in (7, 8):
     print("key", key, "order", *permute(np.arange(10), 10, key))
 # %% en
 # Two halves of a number take turns: one half is changed by a hash of the other, four times. Each turn can be undone, so no
-# two numbers can become the same one. Such a *Feistel network* is how block ciphers are built.
+# two numbers can become the same one. Such a *Feistel network* is how block ciphers are built. Two halves of b bits make 4^b
+# numbers, usually more than there are frames: a result that is too large (`todo`) goes through again until it is small enough.
 #
 # **Predict.** How long does it take to find element number 26,999,999 of a random order of 27 million frames, without
 # making the order? And does each number of a smaller order occur exactly once?
 # %% zh
-# 一个数分成两半，轮流来：用一半的哈希去改另一半，共四轮。每一轮都能逆转，所以两个不同的数不会变成同一个数。这叫 *Feistel 网络*，分组密码就是这样造的。
+# 把一个数分成两半，用一半的哈希去改另一半，再交换，一共四轮。每一轮都可逆，所以不同的数绝不会变成同一个数。这叫 *Feistel 网络*，分组密码就是这样做的。两半各 b 位，一共 4^b 个数，通常比帧数多：结果太大 (`todo`) 就再过一遍，直到小于帧数。
 #
-# **猜一猜。** 有 2,700 万帧，不生成整个随机顺序，直接找其中第 26,999,999 个元素，要多久？再看一个小一些的顺序：每个数是不是恰好出现一次？
+# **猜一猜。** 有 2,700 万帧，不生成整个随机顺序，直接求第 26,999,999 个元素，要多久？再看一个短一些的顺序：是不是每个数恰好出现一次？
 # %%
 import time
 
@@ -45,7 +46,7 @@ print("moved on average by", f"{np.abs(order - np.arange(100_000)).mean():,.0f} 
 # of the length, as in any random order. How well does a buffer mix? The next cell imitates one of 1,000 frames on a file
 # of 100,000.
 # %% zh
-# **看到了什么。** 找一个元素不费时间，也不用存任何东西。平均每帧移动了 33,214 个位置，约为总长的三分之一，和真正的随机顺序一样。缓冲区混得怎么样？下一格在 100,000 帧的文件上模拟一个 1,000 帧的缓冲区。
+# **看到了什么。** 求一个元素几乎不花时间，也不用存任何东西。每帧平均移动 33,214 个位置，约为总长的三分之一，和真正的随机顺序一样。那缓冲区打得散不散？下一格拿 100,000 帧的文件，模拟一个 1,000 帧的缓冲区。
 # %%
 rng = np.random.default_rng(0)
 buffer = list(range(1000))
@@ -66,14 +67,14 @@ print("buffer moved on average by", f"{np.abs(drawn - np.arange(len(drawn))).mea
 #
 # ## Batch k is a function of (seed, k)
 #
-# A run draws sample after sample. Whose turn it is among several datasets is arithmetic too (`interleave`). All of it is
-# four lines:
+# A run draws sample after sample. Whose turn it is among several datasets is arithmetic too (`interleave`), and `self.rows`
+# finds a training frame's row in the table of all frames. All of it is four lines:
 # %% zh
-# **看到了什么。** 缓冲区的第一批只来自前 1,029 帧，也就是某个下午的几个回合；它的帧平均移动了 732 个位置。置换的第一批来自整个文件 (99,640)。
+# **看到了什么。** 缓冲区的第一批全部出自前 1,029 帧，也就是某个下午录的几个回合；每帧平均只移动了 732 个位置。用置换，第一批来自整个文件 (99,640)。
 #
 # ## 第 k 批是 (seed, k) 的函数
 #
-# 训练一个样本接一个样本地抽。有几个数据集时，轮到谁也是算出来的 (`interleave`)。全部就是四行：
+# 训练按编号一个一个地抽样本。数据集不止一个时，轮到哪个也是算出来的 (`interleave`)。`self.rows` 把训练集里的第几帧换成帧表里的行号。全部代码就四行：
 # %%
 from data import Mixture, TrainBatches, interleave, open_tables
 from machinery.config import load_config
@@ -83,9 +84,10 @@ print()
 print("shares 3/4 and 1/4:", *interleave(np.array([0.75, 0.25]), 0, 12)[0])
 # %% en
 # **Predict.** A run on one GPU was stopped after step 1,000 and goes on with two GPUs. Do they see the frames that the one
-# GPU would have seen?
+# GPU would have seen? (A step has 64 samples, and a GPU computes 32 at a time, a *micro-batch*: one GPU needs two of them for
+# a step, two GPUs one each.)
 # %% zh
-# **猜一猜。** 一块 GPU 上的训练在第 1,000 步后停下，换成两块 GPU 继续。它们看到的帧，和那一块 GPU 本来会看到的一样吗？
+# **猜一猜。** 训练在一块 GPU 上跑到第 1,000 步停了，换两块 GPU 接着跑。它们看到的帧，和原来那块 GPU 本该看到的一样吗？（一步 64 个样本，一块 GPU 一次算 32 个，叫一个*小批*：一块 GPU 一步要算两个小批，两块 GPU 各算一个。）
 # %%
 cfg = load_config("configs/demo.yaml")
 mixture = Mixture(cfg, open_tables(cfg))
@@ -100,7 +102,7 @@ seen = mixture.draw(0, 2480)[1]
 print("one epoch is", len(seen), "samples; frames seen:", len(np.unique(seen)))
 # %% en
 # **What you saw.** The same 64 rows, and nobody had to remember anything: to resume is to count on from k. In an epoch of
-# 2480 samples, each of the 2480 frames was seen once.
+# 2480 samples, each of the 2480 frames was seen once. (The demo's other 478 frames are held out: training never sees them.)
 #
 # ## Exercise 3
 #
@@ -118,15 +120,15 @@ print("one epoch is", len(seen), "samples; frames seen:", len(np.unique(seen)))
 #
 # Next: [4. One training step by hand](4_step.ipynb)
 # %% zh
-# **看到了什么。** 同样的 64 行，而且谁也不用记住什么：恢复训练就是从 k 接着数。一个 epoch 有 2480 个样本，2480 帧每帧恰好看了一次。
+# **看到了什么。** 还是那 64 行，而且什么都不用记：恢复训练，就是从 k 接着往下数。一个 epoch 有 2480 个样本，2480 帧每帧恰好看一次。（演示数据另外 478 帧是留出的，训练从不看。）
 #
 # ## 练习 3
 #
-# 写出 `Mixture.draw`：`python course/check.py 3 --zh`。密钥里必须有三样东西：想想下一个 epoch，再想想第二个数据集，就知道是哪三样。
+# 写出 `Mixture.draw`：`python course/check.py 3 --zh`。密钥要由三个量组成。是哪三个？想想下一个 epoch，再想想第二个数据集。
 #
 # <details><summary>提示</summary>
 #
-# `interleave` 给出每个样本属于哪个数据集，以及它的 *visit*，即此前抽过这个数据集多少次。visit 等于 `epoch * size + index`。用密钥 `mix_bits(seed, dataset, epoch)` 对 index 做置换。
+# `interleave` 告诉你每个样本出自哪个数据集，以及它的 *visit*：在它之前，这个数据集已经抽过多少个样本。visit 等于 `epoch * size + index`。用密钥 `mix_bits(seed, dataset, epoch)` 对 index 做置换。
 #
 # </details>
 #

@@ -44,12 +44,12 @@ print("positions without a label: ", int((batch["labels"][0] == -100).sum()))
 # Sixteen samples, padded on the right to the longest. Of the 26 positions of the first one, 5 have labels: four numbers
 # and `</s>`. The other 21 have -100.
 #
-# **Predict.** An untrained model knows nothing. If it gave each of the 769 words of this vocabulary the same
-# probability, what would the loss be?
+# **Predict.** An untrained model knows nothing. If it gave each of the 769 words of this vocabulary (512 of text, 256 of
+# actions, one for padding) the same probability, what would the loss be?
 # %% zh
-# 16 个样本，在右边补齐到最长的那个。第一个样本有 26 个位置，其中 5 个有标签：四个数和 `</s>`；其余 21 个是 -100。
+# 16 个样本，在右边补齐到最长的那个。第一个样本有 26 个位置，其中 5 个有标签：动作的四个数和 `</s>`；其余 21 个都是 -100。
 #
-# **猜一猜。** 没训练过的模型什么都不知道。如果它给词表里 769 个词同样的概率，损失是多少？
+# **猜一猜。** 没训练过的模型什么都不会。词表有 769 个词（512 个文本的，256 个动作的，1 个用来填充），如果每个词的概率都一样，损失是多少？
 # %%
 torch.manual_seed(7)
 vla = VLA(cfg, tokenizer)
@@ -59,9 +59,15 @@ print("predicted", tuple(predicted.shape), "of the first sample", predicted[0].t
 print("true     ", tuple(true.shape), "of the first sample", true[0].tolist())
 # %% en
 # **What you saw.** 6.79, near the logarithm 6.65. This is the cheapest check there is: a random model whose first loss is
-# far from it compares the wrong things. These are the lines that compare the right ones:
+# far from it compares the wrong things. One predicted id, 825, is not even a word: the model's last layer has 832 outputs,
+# because matrices multiply faster if their sides are multiples of 64. Training teaches it never to choose the other 63.
+#
+# These are the lines that compare the right things. `at_positions` picks the hidden vectors at the wanted positions;
+# `parallel_decoding` is off here (lesson 6 says what it is):
 # %% zh
-# **看到了什么。** 6.79，接近对数 6.65。这是最便宜的检查：随机权重的模型，如果第一个损失离它很远，就是比错了东西。下面几行比的才是对的：
+# **看到了什么。** 6.79，和对数 6.65 差不多。这是成本最低的检查：权重随机的模型，第一个损失要是差得远，多半是拿错了东西在比。预测里有个 825，词表里根本没有：模型最后一层有 832 个输出，因为矩阵的边长是 64 的倍数时乘得快；训练会让模型再也不选多出来的那 63 个。
+#
+# 下面几行比的就是对的东西。`at_positions` 取出指定位置的隐向量；`parallel_decoding` 这里没有打开（第 6 课会讲）：
 # %%
 show(VLA.forward, "first = ", "loss = ")
 # %% en
@@ -77,7 +83,7 @@ show(VLA.forward, "first = ", "loss = ")
 #
 # ## 反向传播
 #
-# `loss.backward()` 对每个权重算出：它变一点，损失变多少。**猜一猜：** 取一个权重，加上 0.001，重新算损失。变化是不是梯度乘以 0.001？
+# `loss.backward()` 算出每个权重的梯度：这个权重变一点，损失会变多少。**猜一猜：** 取一个权重，加上 0.001，重新算损失。变化是不是梯度乘以 0.001？
 # %%
 loss.backward()
 weight = vla.projector["projector"][4].bias  # the last layer before the language model
@@ -94,7 +100,7 @@ print(f"gradient x 0.001 = {gradient * 0.001:.5f}, "
 # gradient: that is a step. **Predict:** after 30 steps on the *same* 16 samples, how small is the loss? And on 16 other
 # samples?
 # %% zh
-# **看到了什么。** 两者几乎到最后一位都一样。现在让所有权重同时沿梯度的反方向走一小步：这就是一步训练。**猜一猜：** 在*同样的* 16 个样本上走 30 步，损失会降到多少？在另外 16 个样本上呢？
+# **看到了什么。** 直到最后一位，两者几乎完全一样。接下来让所有权重同时沿梯度的反方向走一小步，这就是一步训练。**猜一猜：** 在*这* 16 个样本上走 30 步，损失能降到多少？换成另外 16 个样本呢？
 # %%
 optimizer = torch.optim.AdamW(vla.parameters(), lr=1e-3)
 other = make_batch(1000, 16)
@@ -116,13 +122,15 @@ for step in range(31):
 #
 # ## The project's loop
 #
-# Your loop had five lines. This is the one that trains on eight GPUs:
+# Your loop had five lines: forward, clear, backward, clip the gradient (if it is too long), step. This is the one that trains
+# on eight GPUs. There, each GPU (a *rank*) computes micro-batches, as in lesson 3, and numbers are stored in bf16, which has
+# 2 bytes:
 # %% zh
-# **看到了什么。** 在自己的 16 个样本上，损失降得比在别的样本上多得多：几百万个权重的模型，把 16 个样本背下来了。所以真正的训练每一步都看新样本。
+# **看到了什么。** 训练用的 16 个样本上，损失降得远比别的样本多：模型有几百万个权重，已经把这 16 个样本背下来了。所以真正的训练，每一步都要换新样本。
 #
 # ## 本项目的循环
 #
-# 你刚才的循环有五行。下面这个能在八块 GPU 上训练：
+# 你刚才的循环有五行：前向、清零、反向、裁剪过大的梯度、更新。下面这个循环能在八块 GPU 上训练：每块 GPU（一个 *rank*）算自己的小批（见第 3 课），数用 bf16 存，每个 2 字节：
 # %%
 import train_vla
 
@@ -135,14 +143,14 @@ show(train_vla.train, "if save_now:", "run.log(done, evaluate")
 #
 # | here | what it does | OpenVLA |
 # |---|---|---|
-# | `for step in run.steps(...)` | counts optimizer steps, beginning at the checkpoint's | loops over its DataLoader, which never ends; the step is counted in `metrics`, and weights restart with fresh data |
+# | `for step in run.steps(...)` | counts optimizer steps, beginning at the checkpoint's | loops over its DataLoader, which never ends; the step is counted in `metrics`, and after a restart the data begin anew |
 # | `scheduled_learning_rate(cfg, step, ...)` | the rate is a function of the step, so nothing has to be saved | a scheduler object with its own count, moved on once a step |
 # | `for _ in range(accumulation)` | several micro-batches for a step, if the GPUs are few | not possible: it asserts that accumulation is 1, so batch and GPUs must fit each other |
 # | `batch = metrics.wait_for_batch(...)` | the next micro-batch, from workers that loaded it ahead; measures the wait | the DataLoader yields the next batch, from TensorFlow's pipeline |
 # | `loss, predicted, true = engine(...)` | forward; the model compares at the action's positions only, and returns what it predicted | forward under `autocast`, which returns the logits of *every* position |
 # | `engine.backward(loss)` | backward; DeepSpeed adds up gradients, and divides them among the GPUs as the JSON asks | `loss.backward()`; FSDP shards as the code asks |
 # | `engine.step()` | after the last micro-batch: average, clip, AdamW, clear | three calls: clip the norm, `optimizer.step()`, `zero_grad()` |
-# | `metrics.add(loss, predicted, true, ...)` | adds loss, accuracy, and L1 to sums on the GPU; read only when a line is logged | finds the action's positions in the logits by the number of patches, moves ids to the CPU in each step, and averages per dataset on rank 0 |
+# | `metrics.add(loss, predicted, true, ...)` | adds loss, accuracy, and L1 (the mean error of the numbers) to sums on the GPU; read only when a line is logged | finds the action's positions in the logits by the number of patches, moves ids to the CPU in each step, and averages per dataset on rank 0 |
 # | `if save_now: run.save(...)` | weights, AdamW's moments, and the step: resuming is exact | weights, at an interval or at the last step; all ranks wait |
 # | `if evaluate_now: evaluate(...)` | loss and accuracy on held-out frames | not in the loop |
 # %% zh
@@ -157,7 +165,7 @@ show(train_vla.train, "if save_now:", "run.log(done, evaluate")
 # | `loss, predicted, true = engine(...)` | 前向；模型只在动作的位置上比较，并返回预测的 id | 在 `autocast` 下前向，返回*每个*位置的 logits |
 # | `engine.backward(loss)` | 反向；DeepSpeed 累加梯度，再按 JSON 的要求分给各 GPU | `loss.backward()`；怎么切分由 FSDP 的代码决定 |
 # | `engine.step()` | 最后一个小批之后：平均、裁剪、AdamW、清零 | 分三次调用：裁剪范数，`optimizer.step()`，`zero_grad()` |
-# | `metrics.add(loss, predicted, true, ...)` | 把损失、准确率和 L1 加到 GPU 上的累计值里，写日志时才读 | 按图像块的个数在 logits 里找到动作的位置，每步都把 id 搬到 CPU，rank 0 还按数据集分别统计 |
+# | `metrics.add(loss, predicted, true, ...)` | 把损失、准确率和 L1（动作数值的平均误差）加到 GPU 上的累计值里，写日志时才读 | 按图像块的个数在 logits 里找到动作的位置，每步都把 id 搬到 CPU，rank 0 还按数据集分别统计 |
 # | `if save_now: run.save(...)` | 存权重、AdamW 的两个矩和步数：能精确恢复 | 每隔若干步和最后一步存权重，所有进程一起等 |
 # | `if evaluate_now: evaluate(...)` | 在留出的帧上算损失和准确率 | 循环里没有 |
 #
@@ -181,7 +189,7 @@ show(train_vla.train, "if save_now:", "run.log(done, evaluate")
 # %% zh
 # ## 练习 4
 #
-# 写出 `VLA.forward`，从拼好的序列到损失：`python course/check.py 4 --zh`。标签错开一位是训练语言模型最常见的错误，而且不声不响：损失照样下降。
+# 写出 `VLA.forward`，从拼好的序列到损失：`python course/check.py 4 --zh`。标签错开一位，是训练语言模型时最常见的错误，而且很隐蔽：损失照样下降。
 #
 # <details><summary>提示</summary>
 #

@@ -1,14 +1,14 @@
 # %% en
 # # 5. ZeRO by editing a JSON
 #
-# A model with 7 billion weights takes 14 GB to store, and yet a GPU of 80 GB cannot train it alone. **What takes all
+# OpenVLA's 7.5 billion weights take 15 GB to store, and yet a GPU of 80 GB cannot train them alone. **What takes all
 # that memory, and how do eight GPUs share it?**
 #
 # Read `make_engine` in `train_vla.py`, and look into `ds_configs/`. Two processes on this computer take the place of two GPUs.
 # %% zh
 # # 5. 改一个 JSON 就换 ZeRO 的 stage
 #
-# 70 亿个权重存下来是 14 GB，一块 80 GB 的 GPU 却训练不了它。**内存都花在哪里？八块 GPU 怎样分担？**
+# OpenVLA 的 75 亿个权重存下来是 15 GB，一块 80 GB 的 GPU 却训练不了它。**内存都花在哪里？八块 GPU 怎样分担？**
 #
 # 请看 `train_vla.py` 的 `make_engine` 和文件夹 `ds_configs/`。这里用本机的两个进程代替两块 GPU。
 # %%
@@ -22,16 +22,21 @@ print("\n".join(difflib.unified_diff(two, three, "zero2.json", "zero3.json", lin
 # changes. What is divided is this. For each trained weight, bf16 training with AdamW stores
 #
 # - the weight itself, 2 bytes
-# - its gradient
+# - its gradient, 2 bytes in bf16, or 4 where gradients are summed in float32
 # - a float32 copy that the optimizer updates, and AdamW's two moments: 4 + 4 + 4 bytes
+#
+# Each stage divides one kind more among the GPUs: stage 0 none, stage 1 the optimizer's 12 bytes, stage 2 also the gradients,
+# stage 3 also the weights. (In the code below, `half` means bf16; `on_host` is the share in the CPU's memory, here 0.)
 #
 # **Predict.** With 8 GPUs: how many bytes per weight does each GPU hold at stages 0, 1, 2, 3?
 # %% zh
 # ZeRO-2 和 ZeRO-3 的差别就这些：stage，以及几个通信的设置。Python 一行都不用改。被切分的是：用 bf16 和 AdamW 训练时，每个权重要存
 #
 # - 权重本身，2 字节
-# - 它的梯度
+# - 它的梯度，bf16 是 2 字节；用 float32 累加的地方是 4 字节
 # - 优化器更新的 float32 副本，和 AdamW 的两个矩：4 + 4 + 4 字节
+#
+# 每高一级，就多切分一样：stage 0 什么都不切，stage 1 切优化器的 12 字节，stage 2 再切梯度，stage 3 连权重也切。（下面代码里 `half` 指 bf16，`on_host` 是放在 CPU 内存里的比例，这里是 0。）
 #
 # **猜一猜。** 8 块 GPU，stage 0、1、2、3 时，每块 GPU 上每个权重占多少字节？
 # %%
@@ -57,7 +62,7 @@ for stage in (0, 1, 2, 3):
 # %% en
 # **What you saw.** Stage 0 holds 16.00 bytes per weight on every GPU: 120 GB for 7.5 billion, and that is why 80 GB are not
 # enough. Stage 1 divides the optimizer's 12 bytes by 8. (Its gradients take more here: float32 sums, and bf16 ones beside them.)
-# Stage 2 divides the gradients too: 4.00 bytes. Stage 3 also divides the weights, and
+# Stage 2 divides the gradients too, of which it keeps only the float32 sums: 4.00 bytes. Stage 3 also divides the weights, and
 # 2.25 bytes are left. Activations come on top, and depend on the batch.
 #
 # ## The same numbers?
@@ -65,7 +70,7 @@ for stage in (0, 1, 2, 3):
 # **Predict.** Stage 3 keeps only slices of the weights on each GPU, and gathers each block when it is needed. Does the loss of
 # the first steps change?
 # %% zh
-# **看到了什么。** stage 0 时每块 GPU 上每个权重占 16.00 字节：75 亿个权重就是 120 GB，所以 80 GB 不够。stage 1 把优化器的 12 字节除以 8。（这里它的梯度反而占得多：既有 float32 的累计值，又有 bf16 的。）stage 2 再把梯度切开：4.00 字节。stage 3 连权重也切开，只剩 2.25 字节。激活值另算，取决于批的大小。
+# **看到了什么。** stage 0 时每块 GPU 上每个权重占 16.00 字节：75 亿个权重就是 120 GB，所以 80 GB 不够。stage 1 把优化器的 12 字节除以 8。（这里它的梯度反而占得多：既有 float32 的累计值，又有 bf16 的。）stage 2 再把梯度切开，而且只留 float32 的累计值：4.00 字节。stage 3 连权重也切开，只剩 2.25 字节。激活值另算，取决于批的大小。
 #
 # ## 结果一样吗？
 #

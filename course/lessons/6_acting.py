@@ -26,11 +26,12 @@ print(f"\nheld-out accuracy {held_out['eval/accuracy']:.2f}, "
 # %% en
 # ## One action
 #
-# These lines turn a picture and a sentence into an action:
+# These lines turn a picture and a sentence into an action (the `None`s and `known` are for what this policy does not use: the
+# robot's state, the choice among several datasets, and the beginning of an action that is already known):
 # %% zh
 # ## 一个动作
 #
-# 下面几行把图像和句子变成动作：
+# 下面几行把图像和句子变成动作（几个 `None` 和 `known` 在这里都用不到：它们是机器人状态、多个数据集时选哪一个、动作里已知的开头）：
 # %%
 import numpy as np
 
@@ -58,17 +59,26 @@ print("recorded  ", recorded[0].round(3))
 # %% en
 # **What you saw.** Four tokens took 4 passes through the language model: the first reads the picture and the prompt, and each
 # further one only the token before it. The normalized numbers then became an action in the robot's own units. In this frame
-# the first number has the wrong sign: a policy that was trained for three minutes is often wrong.
+# the first number has the wrong sign: a policy that was trained for three minutes is often wrong. (The picture has 96 x 96
+# pixels, as it was recorded; `prepare` makes it 84 x 84.)
+#
+# Many robots need a *chunk* of actions at a time. 8 actions of 4 numbers would take 32 passes. With `parallel_decoding`,
+# learned queries take the place of the action tokens, no number waits for another, and one pass is enough. In training, a
+# chunk may reach past the end of its episode: there a velocity is 0, and a joint angle to reach stays as it was, so that the
+# robot rests.
 #
 # ## Back to the robot's units
 #
-# The model's numbers lie between -1 and 1. What they mean is written beside the weights, in `dataset_statistics.json`:
+# The model's numbers lie between -1 and 1. What they mean is written beside the weights, in `dataset_statistics.json`. (The
+# demo's robot uses -1..1 itself, so the action above has the same numbers before and after.)
 # %% zh
-# **看到了什么。** 四个词元，经过语言模型 4 次：第一次读图像和提示词，之后每次只读前一个词元。归一化的数再变成机器人自己单位的动作。这一帧里第一个数的符号是错的：只训练了三分钟的策略经常会错。
+# **看到了什么。** 四个词元，经过语言模型 4 次：第一次读图像和提示词，之后每次只读前一个词元。归一化的数再变成机器人自己单位的动作。这一帧里第一个数的符号是错的：只训练了三分钟的策略经常会错。（图像是录制时的 96 x 96 像素，`prepare` 把它缩成 84 x 84。）
+#
+# 很多机器人一次要一段动作，叫*动作块*。8 个动作、每个 4 个数，就要 32 次。打开 `parallel_decoding`，动作词元的位置换成学出来的查询，各个数互不等待，一次就够。训练时，动作块可能超出回合的末尾：超出的部分，速度填 0，目标关节角保持最后一个，机器人停在原处。
 #
 # ## 变回机器人的单位
 #
-# 模型的数在 -1 和 1 之间。它们是什么意思，写在权重旁边的 `dataset_statistics.json` 里：
+# 模型的数在 -1 和 1 之间。它们是什么意思，写在权重旁边的 `dataset_statistics.json` 里。（演示的机器人自己用的就是 -1..1，所以上面的动作换算前后数字相同。）
 # %%
 from action_tokenizer import unnormalize
 

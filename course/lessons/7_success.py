@@ -15,11 +15,12 @@
 # ## Two policies on paper
 #
 # **Predict.** One policy always answers the bin *beside* the right one. Another ignores the picture and always answers
-# the most frequent bin. Which has the higher accuracy, and which the smaller error?
+# the most frequent bin. Which has the higher accuracy, and which the smaller error? (A chunk is one action here, hence the
+# `[:, 0]`.)
 # %% zh
 # ## 纸上的两个策略
 #
-# **猜一猜。** 一个策略总是回答正确区间*旁边*的那个；另一个不看图像，总是回答最常见的区间。谁的准确率高？谁的误差小？
+# **猜一猜。** 一个策略总是回答正确区间*旁边*的那个；另一个不看图像，总是回答最常见的区间。谁的准确率高？谁的误差小？（这里一个动作块只有一个动作，所以取 `[:, 0]`。）
 # %%
 import numpy as np
 
@@ -49,7 +50,7 @@ for name, answer in (("one bin beside", beside), ("most frequent ", frequent)):
 # Now let them act. The arm has three joints, and shall touch the disc that the instruction names. Its expert computes the
 # right turn of each joint; we put it through 256 bins, as a policy would, and spoil it on purpose.
 # %% zh
-# **看到了什么。** 从来不对的那个 (0.000) 误差是 0.005；三次对一次的那个 (0.336) 误差是 0.574。
+# **看到了什么。** 从来不对的那个 (0.000) 误差是 0.005；三次里对一次的那个 (0.336) 误差是 0.574。
 #
 # ## 放到机器人上
 #
@@ -105,19 +106,21 @@ for name, spoil in SPOILERS.items():
           f"success {counted['successes']} of 40 ({low:.0%} to {high:.0%})")
 # %% en
 # **What you saw.** The policy that was never right (0.00) succeeded in 40 of 40, as the expert did. The one whose tokens were
-# right three times in four (0.75) failed in all 40, because the fourth number was the one that mattered. The percentages are the 95% interval:
+# right three times in four (0.75) failed in all 40, because the one that was wrong, the elbow's, was the one that mattered. The percentages are the 95%
+# interval, within which the true rate of success probably lies:
 # with 40 episodes, do not believe in small differences.
 #
 # ## Broken on purpose
 #
-# A real policy goes wrong at its inputs and outputs. `break.py` gives the trained policy one wrong input at a time.
-# **Predict:** which of the eight rows can you tell from the first by its accuracy?
+# A real policy goes wrong at its inputs and outputs. `break.py` gives the trained policy one wrong input at a time, in 160
+# held-out frames. `error` is the mean distance from the recorded action, `size` the mean size of a movement. **Predict:** which
+# of the seven rows below the first can you tell from it by their accuracy?
 # %% zh
-# **看到了什么。** 从来没对过的策略 (0.00) 和专家一样，40 次全部成功；四个词元对三个的策略 (0.75) 40 次全部失败，因为错的那个数正好要紧。百分比是 95% 区间：只有 40 个回合时，别相信小的差别。
+# **看到了什么。** 从来没对过的策略 (0.00) 和专家一样，40 次全部成功；四个词元对三个的策略 (0.75) 40 次全部失败，因为错的那个数正好要紧。百分比是 95% 区间，真正的成功率大概就在里面：只有 40 个回合时，别相信小的差别。
 #
 # ## 故意弄坏
 #
-# 真实的策略会在输入和输出上出错。`break.py` 每次给训练好的策略一个错误的输入。**猜一猜：** 八行里，哪几行光看准确率就能和第一行区分开？
+# 真实的策略会在输入和输出上出错。`break.py` 在 160 个留出的帧上，每次给训练好的策略一个错误的输入。`error` 是和记录的动作的平均距离，`size` 是运动的平均大小。**猜一猜：** 第一行下面的七行，哪几行光看准确率就能和它区分开？
 # %%
 import subprocess
 
@@ -133,7 +136,8 @@ print(subprocess.run(command, capture_output=True, text=True, check=True).stdout
 # [the table of its README](../examples/break/README.md), where a better-trained policy also acted, the very last row even *succeeds*
 # as often as the first: none of those six tasks needs the gripper.
 #
-# Low accuracy proves that a policy is bad. Only acting proves that it is good.
+# Accuracy proves neither: the policy one bin beside had none and always succeeded, and the one with a lame elbow had much
+# and never did. A drop, as with the black image, is a reason to look. Only acting shows whether a policy is good.
 #
 # ## Exercise 7
 #
@@ -153,7 +157,7 @@ print(subprocess.run(command, capture_output=True, text=True, check=True).stdout
 # %% zh
 # **看到了什么。** 图像和文字错了，准确率会掉，有的掉得很少：红蓝互换只从 0.483 掉到 0.442。最后两行的准确率和第一行完全一样：词元是对的，错在拿它们做了什么。`size` 能看出几乎不动的机器人 (0.016)，`error` 两者都能看出来。在[它的 README 的表](../../examples/break/README.md)里，一个训练得更久的策略也真正动了起来：最后一行连*成功率*都和第一行一样，因为那六个任务都用不到夹爪。
 #
-# 准确率低，说明策略不好；只有真正执行，才能说明它好。
+# 准确率什么都证明不了：总是偏一个区间的策略准确率是零，却次次成功；肘部不动的策略准确率很高，却次次失败。准确率突然下降（比如图像全黑时），说明该去查一查；策略好不好，只有真正执行才知道。
 #
 # ## 练习 7
 #
