@@ -28,10 +28,9 @@ import numpy as np
 from PIL import Image
 
 from examples.closed_loop import SIDE, draw_films, encode_film, rate, row
-from examples.rl.worlds import Arm
+from examples.rl.worlds import Reach
 
 FIRST_SEED = 200_000  # as drive.py's: no demonstration and no start of reinforcement has these
-STEPS = 40  # as drive.py's: success is the goal held for the last 8
 FILMED = 6  # the first episodes
 
 
@@ -56,29 +55,29 @@ def evaluate(checkpoint: Path, out: Path, name: str, episodes: int) -> list[bool
         return json.loads(results.read_text())
     from act import load_vla  # here: it imports PyTorch
 
-    policy, world, outcomes = load_vla(checkpoint), Arm(["outside", "wrist"], []), []
+    policy, world, outcomes = load_vla(checkpoint), Reach(["outside"], []), []
     for first in range(FIRST_SEED, FIRST_SEED + episodes, world.together):
         seeds = range(first, min(first + world.together, FIRST_SEED + episodes))
-        robots, films = world.robots[: len(seeds)], [[] for _ in seeds]
+        robots = world.robots[: len(seeds)]
         for robot, seed in zip(robots, seeds, strict=True):
             robot.reset(seed)
-            robot.solved_at = []
-        for _ in range(STEPS // policy.cfg.action_chunk):
-            images, states = zip(*world.look(robots), strict=True)
-            texts = [robot.instruction for robot in robots]
-            chunks = policy.predict_action(images, texts, None, np.stack(states))
-            for robot, film, actions in zip(robots, films, chunks, strict=True):
-                for action in actions:
-                    if len(outcomes) < FILMED:
-                        view = Image.fromarray(robot.look()["images"]["outside"])
-                        film.append(view.resize((SIDE, SIDE)))
-                    world.step(robot, action, look=False)
-        for robot, film in zip(robots, films, strict=True):
+        images, states = zip(*world.look(robots), strict=True)
+        texts = [robot.instruction for robot in robots]
+        for robot, action in zip(robots, policy.predict_action(images, texts, None, np.stack(states)), strict=True):
             if len(outcomes) < FILMED:
+                film = [picture(robot)]
+                robot.move(action, lambda robot=robot, film=film: film.append(picture(robot)))
                 (out / f"{name}-{len(outcomes)}.webp").write_bytes(encode_film(film))
-            outcomes.append(world.succeeded(robot))
+            else:
+                robot.move(action)
+            outcomes.append(robot.solved)
     results.write_text(json.dumps(outcomes))
     return outcomes
+
+
+def picture(robot) -> Image.Image:
+    """An image of a film."""
+    return Image.fromarray(robot.look()["images"]["outside"]).resize((SIDE, SIDE))
 
 
 def newest(run: Path) -> Path:
@@ -102,12 +101,12 @@ def main() -> None:
     record = ["--episodes", args.demonstrations, "--val_episodes", 20, "--out", out / "datasets"]
     cpu = ["--deepspeed_config", ROOT / "ds_configs/cpu.json", "--set", f"data_root_dir={out / 'datasets'}",
            f"run_root_dir={out}"]
-    train = ["--config", ROOT / "configs/my_robot.yaml", *cpu]
+    train = ["--config", ROOT / "examples/rl/reach.yaml", *cpu]
     with exit_with_one_line():
-        stage(out, "record", "examples/own_robot/record.py", *record)
+        stage(out, "record", "examples/rl/reach.py", *record)
         seconds = {"weak": stage(out, "weak", "train_vla.py", *train, "run_id=weak", f"max_steps={args.steps}")}
         start = f"pretrained_checkpoint={out / 'weak'}"
-        learn = ["--world", "arm", "--execute", 8, "--episodes", args.episodes, *args.rl, "--config",
+        learn = ["--world", "reach", "--execute", 1, "--episodes", args.episodes, *args.rl, "--config",
                  ROOT / "examples/rl/arm.yaml", *cpu, start]
         seconds["grpo"] = stage(out, "grpo", "examples/rl/rl.py", *learn, "run_id=grpo")
         if args.controls:
