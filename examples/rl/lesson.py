@@ -32,6 +32,7 @@ from examples.rl.worlds import Reach
 
 FIRST_SEED = 200_000  # as drive.py's: no demonstration and no start of reinforcement has these
 FILMED = 6  # the first episodes
+OPTIONS = ["--groups", 40, "--updates", 1, "--temperature", 0.5, "--noise", "independent"]  # of rl.py
 
 
 def stage(out: Path, name: str, script: str, *arguments) -> float:
@@ -90,8 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder for data, runs, and results")
     parser.add_argument("--demonstrations", type=int, default=100, help="to train the weak policy with")
-    parser.add_argument("--steps", type=int, default=400, help="of its training, with 32 samples each")
-    parser.add_argument("--episodes", type=int, default=8000, help="of reinforcement")
+    parser.add_argument("--steps", type=int, default=50, help="of its training, with 32 samples each")
+    parser.add_argument("--episodes", type=int, default=5000, help="of reinforcement")
     parser.add_argument("--trials", type=int, default=200, help="episodes of the evaluation")
     parser.add_argument("--controls", action="store_true", help="also what to compare with")
     parser.add_argument("--rl", nargs=argparse.REMAINDER, default=[], help="the rest: options of rl.py")
@@ -106,7 +107,7 @@ def main() -> None:
         stage(out, "record", "examples/rl/reach.py", *record)
         seconds = {"weak": stage(out, "weak", "train_vla.py", *train, "run_id=weak", f"max_steps={args.steps}")}
         start = f"pretrained_checkpoint={out / 'weak'}"
-        learn = ["--world", "reach", "--execute", 1, "--episodes", args.episodes, *args.rl, "--config",
+        learn = ["--world", "reach", "--execute", 1, *OPTIONS, "--episodes", args.episodes, *args.rl, "--config",
                  ROOT / "examples/rl/arm.yaml", *cpu, start]
         seconds["grpo"] = stage(out, "grpo", "examples/rl/rl.py", *learn, "run_id=grpo")
         if args.controls:
