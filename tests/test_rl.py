@@ -194,7 +194,7 @@ def test_groups_of_one_value_teach_nothing(policy):
     assert sorted(advantages) == pytest.approx([-1.0, 1.0], abs=1e-4)
 
 
-@pytest.mark.parametrize("noise", ["independent", "shared"])
+@pytest.mark.parametrize("noise", ["shared", pytest.param("independent", marks=pytest.mark.slow)])
 def test_both_kinds_of_noise_sample_from_the_policy(policy, noise):
     """The marginals are the policy's. Shared: the steps of a chunk use the same number."""
     args, tokens = arguments(noise=noise, temperature=0.3), []
