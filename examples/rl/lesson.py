@@ -3,8 +3,9 @@
     python examples/rl/lesson.py --out runs/rl_lesson
     python examples/rl/lesson.py --out runs/rl_lesson --controls
 
-It does not get better yet (docs/rl.md). Records 100 demonstrations, trains a weak policy with them, and continues with reinforcement
-(rl.py). Then both play 200 episodes from starts that neither has seen: a table, and a film of six.
+It does not get better yet: docs/rl.md has the figures. Records 100 demonstrations, trains a weak
+policy with them, and continues with reinforcement (rl.py). An episode is one decision (reach.py).
+Then both play 200 episodes from starts that neither has seen: a table, and a film of six.
 --controls adds two rows: filtered cloning (as many episodes, only the successful ones imitated) and
 more training on the demonstrations, for as long as reinforcement took. A stage that has ended is
 not repeated.
