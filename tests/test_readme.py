@@ -10,7 +10,7 @@ COUNT = runpy.run_path(str(ROOT / "docs/count.py"))
 PAGES = [path.relative_to(ROOT).as_posix() for folder in ("", "docs", "bench", "course", "ds_configs", "deploy", "examples/*")
          for path in ROOT.glob(f"{folder}/*.md".lstrip("/"))]
 PAIRS = [("README.md", "README.zh.md"), ("docs/tour.md", "docs/tour.zh.md"),
-         ("deploy/README.md", "deploy/README.zh.md")]
+         ("deploy/README.md", "deploy/README.zh.md"), ("docs/rl.md", "docs/rl.zh.md")]
 
 
 def read(page: str) -> str:

@@ -77,6 +77,7 @@ def test_it_learns(policy):
     assert moved[better].mean() > 0.002 and moved[~better].mean() < -0.002
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_with_new_episodes(reinforce):
     """The same groups and weights, to the bit, as a run without a break."""
     groups, metrics, whole, _ = reinforce("whole", 96)
@@ -88,7 +89,8 @@ def test_a_resumed_run_continues_with_new_episodes(reinforce):
         assert torch.equal(whole.whole(name), resumed.whole(name)), name
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
 def test_two_ranks_are_one(reinforce, stage, tmp_path):
     """Each plays and trains on a share of the groups; the update is that of one rank."""
     groups, metrics, one, _ = reinforce("one", 64)
@@ -192,7 +194,7 @@ def test_groups_of_one_value_teach_nothing(policy):
     assert sorted(advantages) == pytest.approx([-1.0, 1.0], abs=1e-4)
 
 
-@pytest.mark.parametrize("noise", ["independent", "shared"])
+@pytest.mark.parametrize("noise", ["shared", pytest.param("independent", marks=pytest.mark.slow)])
 def test_both_kinds_of_noise_sample_from_the_policy(policy, noise):
     """The marginals are the policy's. Shared: the steps of a chunk use the same number."""
     args, tokens = arguments(noise=noise, temperature=0.3), []
@@ -222,15 +224,14 @@ def test_the_arm_begins_alike():
     program = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
-from examples.rl.worlds import Arm
-world = Arm(["outside"], [])
-for _ in range(2):
+from examples.rl.worlds import Arm, Reach
+for world, steps in (Arm(["outside"], []), 40), (Reach(["outside"], []), 1):
     trials = world.begin("blue", 300_001, 3)
-    seen = world.look(trials)
+    seen = [look for trial in trials for look in world.look([trial])]
     print({{images[0].tobytes() + state.tobytes() for images, state in seen}} == {{seen[0][0][0].tobytes() + seen[0][1].tobytes()}})
     print({{robot.instruction for robot in trials}} == {{"touch the blue disc"}})
     for number, robot in enumerate(trials):
-        for _ in range(40):
+        for _ in range(steps):
             world.step(robot, robot.expert() if number else robot.target, False)
     print([world.succeeded(robot) for robot in trials] == [False, True, True])"""
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=100)

@@ -3,8 +3,9 @@
     python examples/rl/lesson.py --out runs/rl_lesson
     python examples/rl/lesson.py --out runs/rl_lesson --controls
 
-Records 100 demonstrations, trains a weak policy with them, and continues with reinforcement
-(rl.py). Then both play 200 episodes from starts that neither has seen: a table, and a film of six.
+It does not get better yet: docs/rl.md has the figures. Records 100 demonstrations, trains a weak
+policy with them, and continues with reinforcement (rl.py). An episode is one decision (reach.py).
+Then both play 200 episodes from starts that neither has seen: a table, and a film of six.
 --controls adds two rows: filtered cloning (as many episodes, only the successful ones imitated) and
 more training on the demonstrations, for as long as reinforcement took. A stage that has ended is
 not repeated.
@@ -28,11 +29,11 @@ import numpy as np
 from PIL import Image
 
 from examples.closed_loop import SIDE, draw_films, encode_film, rate, row
-from examples.rl.worlds import Arm
+from examples.rl.worlds import Reach
 
 FIRST_SEED = 200_000  # as drive.py's: no demonstration and no start of reinforcement has these
-STEPS = 40  # as drive.py's: success is the goal held for the last 8
 FILMED = 6  # the first episodes
+OPTIONS = ["--groups", 40, "--updates", 1, "--temperature", 0.5, "--noise", "independent"]  # of rl.py
 
 
 def stage(out: Path, name: str, script: str, *arguments) -> float:
@@ -56,29 +57,29 @@ def evaluate(checkpoint: Path, out: Path, name: str, episodes: int) -> list[bool
         return json.loads(results.read_text())
     from act import load_vla  # here: it imports PyTorch
 
-    policy, world, outcomes = load_vla(checkpoint), Arm(["outside", "wrist"], []), []
+    policy, world, outcomes = load_vla(checkpoint), Reach(["outside"], []), []
     for first in range(FIRST_SEED, FIRST_SEED + episodes, world.together):
         seeds = range(first, min(first + world.together, FIRST_SEED + episodes))
-        robots, films = world.robots[: len(seeds)], [[] for _ in seeds]
+        robots = world.robots[: len(seeds)]
         for robot, seed in zip(robots, seeds, strict=True):
             robot.reset(seed)
-            robot.solved_at = []
-        for _ in range(STEPS // policy.cfg.action_chunk):
-            images, states = zip(*world.look(robots), strict=True)
-            texts = [robot.instruction for robot in robots]
-            chunks = policy.predict_action(images, texts, None, np.stack(states))
-            for robot, film, actions in zip(robots, films, chunks, strict=True):
-                for action in actions:
-                    if len(outcomes) < FILMED:
-                        view = Image.fromarray(robot.look()["images"]["outside"])
-                        film.append(view.resize((SIDE, SIDE)))
-                    world.step(robot, action, look=False)
-        for robot, film in zip(robots, films, strict=True):
+        images, states = zip(*world.look(robots), strict=True)
+        texts = [robot.instruction for robot in robots]
+        for robot, action in zip(robots, policy.predict_action(images, texts, None, np.stack(states)), strict=True):
             if len(outcomes) < FILMED:
+                film = [picture(robot)]
+                robot.move(action, lambda robot=robot, film=film: film.append(picture(robot)))
                 (out / f"{name}-{len(outcomes)}.webp").write_bytes(encode_film(film))
-            outcomes.append(world.succeeded(robot))
+            else:
+                robot.move(action)
+            outcomes.append(robot.solved)
     results.write_text(json.dumps(outcomes))
     return outcomes
+
+
+def picture(robot) -> Image.Image:
+    """An image of a film."""
+    return Image.fromarray(robot.look()["images"]["outside"]).resize((SIDE, SIDE))
 
 
 def newest(run: Path) -> Path:
@@ -91,8 +92,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder for data, runs, and results")
     parser.add_argument("--demonstrations", type=int, default=100, help="to train the weak policy with")
-    parser.add_argument("--steps", type=int, default=400, help="of its training, with 32 samples each")
-    parser.add_argument("--episodes", type=int, default=8000, help="of reinforcement")
+    parser.add_argument("--steps", type=int, default=50, help="of its training, with 32 samples each")
+    parser.add_argument("--episodes", type=int, default=5000, help="of reinforcement")
     parser.add_argument("--trials", type=int, default=200, help="episodes of the evaluation")
     parser.add_argument("--controls", action="store_true", help="also what to compare with")
     parser.add_argument("--rl", nargs=argparse.REMAINDER, default=[], help="the rest: options of rl.py")
@@ -102,12 +103,12 @@ def main() -> None:
     record = ["--episodes", args.demonstrations, "--val_episodes", 20, "--out", out / "datasets"]
     cpu = ["--deepspeed_config", ROOT / "ds_configs/cpu.json", "--set", f"data_root_dir={out / 'datasets'}",
            f"run_root_dir={out}"]
-    train = ["--config", ROOT / "configs/my_robot.yaml", *cpu]
+    train = ["--config", ROOT / "examples/rl/reach.yaml", *cpu]
     with exit_with_one_line():
-        stage(out, "record", "examples/own_robot/record.py", *record)
+        stage(out, "record", "examples/rl/reach.py", *record)
         seconds = {"weak": stage(out, "weak", "train_vla.py", *train, "run_id=weak", f"max_steps={args.steps}")}
         start = f"pretrained_checkpoint={out / 'weak'}"
-        learn = ["--world", "arm", "--execute", 8, "--episodes", args.episodes, *args.rl, "--config",
+        learn = ["--world", "reach", "--execute", 1, *OPTIONS, "--episodes", args.episodes, *args.rl, "--config",
                  ROOT / "examples/rl/arm.yaml", *cpu, start]
         seconds["grpo"] = stage(out, "grpo", "examples/rl/rl.py", *learn, "run_id=grpo")
         if args.controls:

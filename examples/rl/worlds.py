@@ -134,18 +134,22 @@ class Arm:
     """The arm of examples/own_robot. Success as in its drive.py: the goal is held at the end."""
 
     together = 8  # how many episodes it plays at the same time
+    horizon = 24  # of drive.py's 40 steps: demonstrations need at most 18
+    held = 8  # at the end; drive.HELD
 
     def __init__(self, views: list[str], tasks: list[str], **unused):
         sys.path.insert(0, str(EXAMPLES / "own_robot"))
-        from drive import HELD
         from robot import COLORS
-        from robot import Arm as Robot
 
-        self.views, self.held = views, HELD
-        self.horizon = 24  # of drive.py's 40 steps: demonstrations need at most 18
-        self.colors = [*COLORS]
+        self.views, self.colors = views, [*COLORS]
         self.tasks = tasks or self.colors
-        self.robots = [Robot() for _ in range(self.together)]
+        self.robots = [self.make() for _ in range(self.together)]
+
+    def make(self):
+        """A robot."""
+        from robot import Arm
+
+        return Arm()
 
     def begin(self, task: str, seed: int, count: int) -> list:
         """The robots at the start of this seed, to touch the disc of this color."""
@@ -162,8 +166,13 @@ class Arm:
 
     def look(self, robots: list) -> list[tuple]:
         """([an image (H, W, 3) uint8 for each camera], state) of each."""
-        seen = [robot.look() for robot in robots]
-        return [([compressed(one["images"][view]) for view in self.views], one["state"]) for one in seen]
+        places = [robot.data.qpos.tobytes() + robot.discs.tobytes() for robot in robots]
+        seen = {}
+        for place, robot in zip(places, robots, strict=True):
+            if place not in seen:  # a group's first look is the same for all: render it once
+                one = robot.look()
+                seen[place] = ([compressed(one["images"][view]) for view in self.views], one["state"])
+        return [seen[place] for place in places]
 
     def step(self, robot, action: np.ndarray, look: bool) -> None:
         """Execute one action. look: whether a look follows; one that renders while it steps needs it."""
@@ -177,6 +186,19 @@ class Arm:
     def succeeded(self, robot) -> bool:
         """The reward."""
         return all(robot.solved_at[-self.held :])
+
+
+class Reach(Arm):
+    """The same arm with one decision per episode (reach.py), for lesson.py."""
+
+    horizon = 1
+    held = 1
+
+    def make(self):
+        """A robot that turns to a goal."""
+        from examples.rl.reach import Reach as Robot
+
+        return Robot()
 
 
 class MetaWorld:
@@ -294,7 +316,7 @@ def compressed(image: np.ndarray) -> np.ndarray:
     return decode_image(file.getvalue(), len(image))
 
 
-WORLDS = {"arm": Arm, "metaworld": MetaWorld, "libero": Libero}
+WORLDS = {"arm": Arm, "reach": Reach, "metaworld": MetaWorld, "libero": Libero}
 
 
 def open_world(name: str, settings: dict):

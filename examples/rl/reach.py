@@ -1,0 +1,47 @@
+"""The arm of examples/own_robot with one decision per episode, and its demonstrations.
+
+    python examples/rl/reach.py --episodes 300 --val_episodes 30 --out datasets
+
+An action is a goal: joint angles that the arm turns to in eight steps, and the gripper. An episode
+is a look, a goal, and the motion. So its reward judges 4 tokens, instead of all tokens of five chunks.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "own_robot"))
+
+import robot  # first: it names a missing package
+
+# isort: split
+
+import numpy as np
+
+
+class Reach(robot.Arm):
+    """The arm, told where to turn to. Each motion takes 0.8 s."""
+
+    cameras = ("outside",)  # the other one sees only what is near the hand
+    fps = 1.25  # actions per second
+    steps = 8  # of the robot: a frame of a film is a step
+
+    def move(self, goal: np.ndarray, film=lambda: None) -> None:
+        """Turn to the goal evenly, and settle for the last two steps. film: called after each step."""
+        begin = self.target
+        for share in np.minimum(np.arange(1, self.steps + 1) / (self.steps - 2), 1):
+            super().move(begin + share * (np.asarray(goal, np.float64) - begin))
+            film()
+
+    def expert(self) -> np.ndarray:
+        """The demonstrator's only action: the joint angles at the disc, with the gripper closed."""
+        speed, robot.SPEED = robot.SPEED, np.inf  # the whole way at once
+        goal = super().expert()
+        robot.SPEED = speed
+        return np.append(goal[:3], np.float32(1))
+
+
+if __name__ == "__main__":
+    import record  # here: simulators of rl.py do without its packages
+
+    record.Arm, record.HOLD = Reach, 1  # an episode ends when the disc is touched
+    record.main()
