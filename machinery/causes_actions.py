@@ -290,14 +290,15 @@ def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> 
         explained.append((error * 2 ** len(ranked) * 1.5**place, place, trial, ranked))
     _, _, trial, ranked = min(explained)
     found = []
+    late = False
     for gain, way, frames in ranked:
         text = (f"{way.text}: if so, the answers explain the robot's motion "
                 f"{1 / (1 - gain):.1f} times as well, with {frames} frames from request to request")
         evidence = min([0.4 + gain / 2, *(cause.evidence - 0.01 for cause in found)])
         found.append(Cause(evidence, "actions", text, way.cure))
+        late |= way in late_ways()
     frames, _ = trial.best(PLAIN)
-    late = {way.text for way in late_ways()}
-    if frames > steps and not any(way.text in late for _, way, _ in ranked):
+    if frames > steps and not late:
         found.append(Cause(0.5, "actions", f"by the clock, {frames} frames of the recording pass "
                            f"from request to request, but an answer has {steps} steps: the control "
                            "rate is too low, or the chunk is executed too long or twice", RATE))
