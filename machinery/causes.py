@@ -310,7 +310,7 @@ def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[
     theirs = given - np.where(moves, given.mean(0), 0)
     slope = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-12)
     explained = np.abs(theirs - slope * ours).mean(0) < 0.1 * np.abs(theirs).mean(0) + 1e-9
-    faults = []
+    found: dict[tuple[str, str], list[int]] = {}  # one cause for all with the same fault
     for dim in np.flatnonzero(same < 0.8):
         what = "are those of another model"
         cure = "serve this checkpoint"
@@ -320,10 +320,7 @@ def answer_causes(own: np.ndarray, given: np.ndarray, names: list[str]) -> list[
         elif explained[dim]:
             what = f"are {slope[dim]:.3g} times this policy's"
             cure = "act with the statistics of the training's dataset (unnorm_key)"
-        faults.append((1 - same[dim], names[dim], what, cure))
-    found: dict[tuple[str, str], list] = {}  # one cause for all with the same fault
-    for evidence, name, what, cure in faults:
-        found.setdefault((what, cure), []).append((float(evidence), name))
-    return [Cause(max(entries)[0], "answers", "the answers "
-                  f"{', '.join(name for _, name in entries)} {what}", cure)
-            for (what, cure), entries in found.items()]
+        found.setdefault((what, cure), []).append(dim)
+    return [Cause(1 - float(same[dims].min()), "answers",
+                  f"the answers {', '.join(np.array(names)[dims])} {what}", cure)
+            for (what, cure), dims in found.items()]

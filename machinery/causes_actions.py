@@ -8,24 +8,28 @@ not where the answers lead, this way is the cause. Read `action_causes`, then `w
 This predicts the effect of the answers, not the right answers. So it also works for a weak policy.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from machinery.causes_state import orders
 from machinery.examine import Cause
 from machinery.frames import FrameTable
 
 MEMORY = 3  # actions on which the motion within a frame depends
 FEW = 20  # requests with a next one: fewer prove nothing
 SURE = 3  # standard errors by which a way must fit better
-NOTICED = 0.03  # usual steps of a frame, too: less is the model's own error
+NOTICED = 0.1  # usual steps of a frame: less is no error
+LEAST = 0.25  # of the model's own errors
 EXPLAINED = 0.1, 0.6  # a way is named if it explains this share of the error; a second way
 STEADY = 0.15  # frames: other times are not of a robot's clock
 DELAYS = range(1, 7)  # frames
 HOLDS = (2, 3, 4)  # frames that a step lasts
 RATE = "execute the steps at the rate of the recording, each once"
-SCALES = (0.01, 0.1, 0.25, 0.5, 2, 5, 10, 1 / 57.29578, 57.29578, 0.001, 1000)
+SCALES = (0.001, 0.01, 1 / 57.29578, 0.1, 0.25, 0.35, 0.5, 0.7,
+          1.4, 2, 2.8, 4, 10, 57.29578, 100, 1000)
 
 
 class Played(NamedTuple):
@@ -59,22 +63,32 @@ PLAIN = Way("", "")
 class Motion:
     """How the state changes within a frame: linear in the state and the latest actions."""
 
-    def __init__(self, states: np.ndarray, actions: np.ndarray, episode: np.ndarray):
-        """Of all frames (N, ...)."""
+    def __init__(self, table: FrameTable, states: np.ndarray):
+        """states: (N, P) of all frames of the table."""
+        actions = np.array(table.frames["action"], np.float64)
+        episode = table.episode_of(np.arange(len(states)))
+        stats = table.statistics["action"]
+        self.ends = np.array(stats["q01"]), np.array(stats["q99"])
+        self.raw = ~np.array(stats.get("mask", np.ones(len(self.ends[0]))), bool)
+        self.targets = table.targets & ~self.raw
+        self.changes = ~table.targets & ~self.raw
         rows = MEMORY - 1 + np.flatnonzero(episode[:-MEMORY] == episode[MEMORY:])
         change = states[rows + 1] - states[rows]
         self.scale = change.std(0) + 1e-9  # (P,)
-        self.middle = states.mean(0)
-        self.reach = np.ptp(states, axis=0)
+        self.low, self.high = states.min(0), states.max(0)
+        self.reach = self.high - self.low
         known = self.inputs(states[rows], [actions[rows - back] for back in range(MEMORY)])
         spread = known.std(0)
         spread = np.where(spread > 1e-9, spread, np.abs(known).max(0) + 1)  # constants
         square = (known / spread).T @ (known / spread) + 1e-5 * len(rows) * np.eye(len(spread))
         self.weights = np.linalg.solve(square, (known / spread).T @ change) / spread[:, None]
-        missed = (change - known @ self.weights).var(0)
-        self.moved = missed < 0.8 * change.var(0)  # (P,) the dimensions that follow the actions
+        missed = change - known @ self.weights
+        # (P,) the dimensions that follow the actions
+        self.moved = missed.var(0) < 0.8 * change.var(0)
+        self.unit = np.abs(missed).mean(0) + NOTICED * self.scale  # (P,) of errors
         effects = self.weights[1 + states.shape[1] :].reshape(MEMORY, actions.shape[1], -1)
         self.effect = effects.sum(0)  # (A, P)
+        self.place = np.abs(self.effect / self.scale).argmax(1)  # (A,) the state that each moves
 
     @staticmethod
     def inputs(states: np.ndarray, actions: list[np.ndarray]) -> np.ndarray:
@@ -90,6 +104,10 @@ class Motion:
         step = step % chunk if way.again else np.minimum(step, chunk - 1)
         stream = played.answers[:, step].reshape(count * frames, -1)
         state = played.states
+        least, most = np.minimum(self.low, state.min(0)), np.maximum(self.high, state.max(0))
+        # changes may lead into a stop: where neither it nor any demonstration has been
+        led = np.isin(np.arange(len(least)), self.place[self.changes])
+        least[~led], most[~led] = -np.inf, np.inf
         actions = []
         for back in range(1, MEMORY):
             before = state
@@ -100,66 +118,62 @@ class Motion:
             known = played.states if way.first else state
             action = way.change(stream[np.maximum(start + frame, first)], known)
             actions = [action, *actions][:MEMORY]
-            state = state + self.inputs(state, actions) @ self.weights
+            state = (state + self.inputs(state, actions) @ self.weights).clip(least, most)
         return state
 
 
 # ---- Ways of executing answers -------------------------------------------------------------------
 
 
-def ways(motion: Motion, table: FrameTable, names: list[str]) -> list[Way]:
+def ways(motion: Motion, names: list[str]) -> list[Way]:
     """All that are tried."""
     width = len(names)
     every = np.arange(width)
-    stats = table.statistics["action"]
-    low, high = np.array(stats["q01"]), np.array(stats["q99"])
-    targets = table.targets
-    raw = ~np.array(stats.get("mask", [True] * width), bool)
+    low, high = motion.ends
+    raw, targets, changes = motion.raw, motion.targets, motion.changes
+    labels = list(names)
+    if raw[-1] and "gripper" not in labels[-1]:
+        labels[-1] = f"the gripper ({labels[-1]})"
     found = []
     def pointwise(text: str, cure: str, dims, change: Callable, doubt: float = 1.0) -> None:
         chosen = np.isin(every, dims)
         found.append(Way(text, cure, lambda x, states: np.where(chosen, change(x), x),
                          doubt=doubt))
 
-    for dim, name in enumerate(names):
-        if raw[dim] and dim == width - 1 and "gripper" not in name:
-            name = f"the gripper ({name})"
-        sign = "executed with the other sign"
-        cure = f"do not turn {name} round in the client"
-        pointwise(f"{name} is {sign}", cure, dim, np.negative)
-        if targets[dim] or raw[dim]:
-            pointwise(f"{name} is {sign}", cure, dim, lambda x: low + high - x)
-        if raw[dim]:
-            text = f"{name} is executed in another range"
-            cure = f"send {name} as it is answered, in {low[dim]:g}..{high[dim]:g}"
-            for factor, offset in ((0.5, 0.5), (2, -1), (0.5, 0), (0.1, 0), (10, 0)):
-                pointwise(text, cure, dim, lambda x, a=factor, b=offset: a * x + b)
-        for other in range(dim):
-            order = every.copy()
-            order[[dim, other]] = other, dim
-            found.append(Way(f"{names[other]} and {name} are exchanged: another order of columns",
-                             f"execute the columns in the order {', '.join(names)}",
-                             lambda x, states, order=order: x[:, order]))
-    for factor in SCALES:
-        for dims in [every[~raw], *every[~raw][:, None]]:
-            which = "the actions are" if len(dims) > 1 else f"{names[dims[0]]} is"
-            pointwise(f"{which} executed {factor:.3g} times as large: another scale or unit, or "
-                      "the other sign, if the robot cannot move back",
+    for dim, name in enumerate(labels):
+        for ends in (0, low + high):
+            pointwise(f"{name} is executed with the other sign",
+                      f"do not turn {name} round in the client", dim, lambda x, ends=ends: ends - x)
+    for dim in every[raw]:
+        for factor, offset in ((0.5, 0.5), (2, -1)):
+            pointwise(f"{labels[dim]} is executed in another range", f"send {labels[dim]} as it is "
+                      f"answered, in {low[dim]:g}..{high[dim]:g}", dim,
+                      lambda x, a=factor, b=offset: a * x + b, doubt=1.3)
+    for order in orders(width):
+        moved = [name for name, dim, own in zip(names, order, every, strict=True) if dim != own]
+        found.append(Way(f"{' and '.join(moved)} are exchanged: another order of columns",
+                         f"execute the columns in the order {', '.join(names)}",
+                         lambda x, states, order=order: x[:, order], doubt=1 + 0.05 * len(moved)))
+    for dims in [every[~raw], *every[:, None]]:
+        which = "the actions are" if len(dims) > 1 else f"{labels[dims[0]]} is"
+        for factor, reach in itertools.product(SCALES, (np.inf, high - low)):
+            # a robot may limit what it is told
+            pointwise(f"{which} executed {factor:.3g} times as large: another scale, range or unit",
                       "execute the numbers of the answer in the units of the recording, unscaled",
-                      dims, lambda x, factor=factor: x * factor, doubt=1.3)
-    place = np.abs(motion.effect / motion.scale).argmax(1)  # (A,) the state that an action moves
+                      dims, lambda x, factor=factor, reach=reach: (x * factor).clip(
+                          low - reach + high - low, low + reach), doubt=1.3 if factor < 1 else 1.1)
+    place = motion.place
     gain = motion.effect[every, place]
-    changes = ~targets & ~raw
     for share in (1, 0.5, 0.25) if changes.any() else ():  # of the way, within a frame
         def toward(x, states, reach=gain / share):
             return np.where(changes, ((x - states[:, place]) / reach).clip(low, high), x)
 
         found.append(Way("changes are executed as absolute positions (delta as absolute)",
                          "add each change to the current position, or use the delta mode", toward))
-    if (targets & ~raw).any():
+    if targets.any():
         found += [Way("absolute targets are executed as changes (absolute as delta)",
                       "go to the targets: do not add them to the current position",
-                      lambda x, states: x + np.where(targets & ~raw, states[:, place], 0),
+                      lambda x, states: x + np.where(targets, states[:, place], 0),
                       first=first) for first in (False, True)]
     return found
 
@@ -194,20 +208,21 @@ class Trial:
         self.motion = motion
         self.played = played
         episode = played.episode
-        near = (np.abs(played.states - motion.middle) < 2 * motion.reach).all(1)  # as in training
+        middle = (motion.low + motion.high) / 2
+        near = (np.abs(played.states - middle) < 2 * motion.reach).all(1)  # as in training
         self.followed = np.append((episode[1:] == episode[:-1]) & near[:-1], False)
         self.clock = None
         # a simulator's clock is not the robot's: its motion must fit, too
         if played.clock and self.followed.any():
             least, plain = self.best(PLAIN)
             timed = [self.errors(way, played.clock).mean() for way in [PLAIN, *late_ways()]]
-            if played.clock >= least and min(timed) < 1.1 * plain.mean() + NOTICED:
+            if played.clock >= least and min(timed) < 1.1 * plain.mean() + LEAST:
                 self.clock = played.clock
 
     def errors(self, way: Way, frames: int) -> np.ndarray:
-        """Of each request that has a next one, and each dimension, in usual steps of a frame."""
+        """Of each request that has a next one, and each dimension, in units of the model's own."""
         reached = self.motion.follow(self.played, way, frames)
-        wrong = (reached - np.roll(self.played.states, -1, axis=0)) / self.motion.scale
+        wrong = (reached - np.roll(self.played.states, -1, axis=0)) / self.motion.unit
         return np.abs(wrong)[self.followed][:, self.motion.moved]
 
     def best(self, way: Way) -> tuple[int, np.ndarray]:
@@ -247,7 +262,7 @@ def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]
         gains = (before - after)[:, touched].mean(1)  # of each request
         gain = gains.mean() / before[:, touched].mean()
         sure = gains.mean() > SURE * gains.std() / len(gains) ** 0.5
-        if not (sure and gain > least and gains.mean() > NOTICED):
+        if not (sure and gain > least and gains.mean() > LEAST):
             break
         found.append((gain, way, frames))
         now = combined(way, now)
@@ -257,15 +272,14 @@ def explain(trial: Trial, every: list[Way]) -> tuple[list[tuple[float, Way, int]
 def action_causes(table: FrameTable, played: list[Played], names: list[str]) -> list[Cause]:
     """table: the training frames, with states; played: the requests, once for each reading of their
     states; names: of the actions' dimensions"""
-    episode = table.episode_of(np.arange(len(table.frames)))
     states = np.array(table.frames["proprio"], np.float64)
     moves = np.ptp(states, axis=0) > 0
-    motion = Motion(states[:, moves], np.array(table.frames["action"], np.float64), episode)
+    motion = Motion(table, states[:, moves])
     trials = [Trial(motion, own._replace(states=own.states[:, moves])) for own in played]
     trials = [trial for trial in trials if trial.followed.sum() >= FEW]
     if not trials or not motion.moved.any():
         return []
-    every = ways(motion, table, names) + late_ways()
+    every = ways(motion, names) + late_ways()
     steps = trials[0].played.answers.shape[1]
     explained = []
     for place, trial in enumerate(trials):

@@ -320,7 +320,7 @@ class Machine:
     ({"change": lambda a, s: a * [1, -1, 1, 1]}, "y is.*other sign"),
     ({"change": lambda a, s: a[[2, 1, 0, 3]]}, "x and z.*order"),
     ({"change": lambda a, s: a * [0.25, 0.25, 0.25, 1]}, "actions.*0.25 times"),
-    ({"change": lambda a, s: a * [1, 1, 1, 0.1]}, "gripper.*another range"),
+    ({"change": lambda a, s: a * [1, 1, 1, 0.1]}, "gripper.*another.* range"),
     ({"chunk": 8, "execute": 1}, "too short")])
 @pytest.mark.parametrize("targets", [False, True])
 def test_what_the_robot_did(targets, fault, words):
