@@ -1,7 +1,7 @@
 """Are the states in a robot's requests those of training, in other units, in another order?
 
 Each reading predicts the quantiles of the seen states from those of training. The one that is much
-closer than `nothing is wrong` is the cause, and mends the states. Read `state_causes`.
+closer than `nothing is wrong` is the cause, and repairs the states. Read `state_causes`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     away: np.ndarray
     what: str
     cure: str
-    mend: Callable | None = None  # states (S, P) as they were sent -> as they should be
+    repair: Callable | None = None  # states (S, P) as they were sent -> as they should be
     whole: bool = False  # all dimensions at once, or none?
 
 
@@ -66,7 +66,7 @@ def orders(width: int) -> list[list[int]]:
 def best_reading(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
                  ) -> tuple[float, np.ndarray, Reading, list[Callable]]:
     """The reading that explains the dimensions that are wrong: how far off they still are, the
-    evidence of each, the reading, and the likeliest ways to mend all states: none if some stay."""
+    evidence of each, the reading, and the likeliest ways to repair all states: none if some stay."""
     plain, *readings = state_readings(trained, seen)
     readings.sort(key=lambda each: np.where(
         wrong, np.minimum(each.away, plain.away), each.whole * (each.away - plain.away)).sum())
@@ -74,7 +74,7 @@ def best_reading(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
     evidence = np.where(wrong, 1 - best.away / (plain.away + 1e-9), 0)
     close = [each for each in readings if each.what == best.what]
     close.sort(key=lambda each: each.away.sum())
-    ways = [lambda x, mend=each.mend: np.where(wrong | best.whole, mend(x), x)
+    ways = [lambda x, repair=each.repair: np.where(wrong | best.whole, repair(x), x)
             for each in close[:CLOSE]]
     return best.away[wrong].sum(), evidence, best, ways * int(evidence[wrong].min() > 0.5)
 
@@ -86,7 +86,7 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
 
     first: the first states of training's episodes; start: (S,) which state is the first of the
     request's episode. If a robot that begins as in training gets where no demonstration was, its
-    states are not to blame. -> causes, and the likeliest ways to mend the states
+    states are not to blame. -> causes, and the likeliest ways to repair the states
     """
     def labels(dims: np.ndarray) -> str:
         return ", ".join(np.array(names)[dims])
