@@ -319,6 +319,7 @@ class Machine:
     ({"change": lambda a, s: a * [1, 1, 1, -1] + [0, 0, 0, 1]}, "gripper.*other sign"),
     ({"change": lambda a, s: a * [1, -1, 1, 1]}, "y is.*other sign"),
     ({"change": lambda a, s: a[[2, 1, 0, 3]]}, "x and z.*order"),
+    ({"change": lambda a, s: a[[1, 2, 0, 3]]}, "x and y and z.*order"),
     ({"change": lambda a, s: a * [0.25, 0.25, 0.25, 1]}, "actions.*0.25 times"),
     ({"change": lambda a, s: a * [1, 1, 1, 0.1]}, "gripper.*another.* range"),
     ({"chunk": 8, "execute": 1}, "too short")])
@@ -343,7 +344,7 @@ def test_what_a_robot_did_with_changes_or_targets(targets, fault, words):
     assert re.search(words, found[0].text), found
 
 
-@pytest.mark.parametrize("clock", [2, 3, 5, 40])
+@pytest.mark.parametrize("clock", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_a_simulators_clock_is_not_the_robots(chunk, clock):
     """Nothing happened between the requests that takes this time, and it would show in the motion."""
