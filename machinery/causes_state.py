@@ -66,7 +66,7 @@ def orders(width: int) -> list[list[int]]:
 def best_reading(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
                  ) -> tuple[float, np.ndarray, Reading, list[Callable]]:
     """The reading that explains the dimensions that are wrong: how far off they still are, the
-    evidence of each, the reading, and the likeliest ways to repair all states: none if some stay."""
+    evidence of each, the reading, and the likeliest ways to repair all states, if all can be."""
     plain, *readings = state_readings(trained, seen)
     readings.sort(key=lambda each: np.where(
         wrong, np.minimum(each.away, plain.away), each.whole * (each.away - plain.away)).sum())
