@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -231,6 +232,22 @@ def test_it_is_small():
     books = [*COURSE.glob("*.ipynb"), *COURSE.glob("zh/*.ipynb")]
     assert len(books) == 16
     assert sum(path.stat().st_size for path in books) < 1.5e6
+
+
+@pytest.mark.parametrize("lesson", [1, 2, 3, 4])
+def test_cells_print_what_the_notebook_shows(lesson, capsys):
+    """The lessons that take seconds. The notebook's cells, one after another, in this process."""
+    from course.begin import show
+
+    (path,) = COURSE.glob(f"lessons/{lesson}_*.py")
+    runpy.run_path(str(path), {"show": show})
+    printed = re.findall(r"\d[\d.,]*\d", capsys.readouterr().out)
+    book = json.loads(next(COURSE.glob(f"{lesson}_*.ipynb")).read_text())
+    outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    shown = re.findall(r"\d[\d.,]*\d", "".join("".join(output.get("text", "")) for output in outputs))
+    assert len(shown) > 15
+    # last digits of float32 differ from processor to processor
+    assert sum(ours != theirs for ours, theirs in zip(printed, shown, strict=True)) <= len(shown) // 20
 
 
 @pytest.mark.slow
