@@ -76,6 +76,18 @@ def test_it_starts(command, runs):
     assert re.search(STARTS[command], start(script, *arguments))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("simulator, command", [
+    ("mujoco", "examples/rl/reach.py --episodes 2 --val_episodes 1 --out {out}/reach"),
+    ("mujoco", "examples/rl/lesson.py --help"),  # it starts rl.py, which starts worlds.py
+    ("metaworld", "examples/dagger/on_metaworld.py --help"),
+    ("libero", "examples/dagger/on_libero.py --help")])
+def test_it_starts_with_its_simulator(simulator, command, runs):
+    pytest.importorskip(simulator)
+    script, *arguments = (word.format(**runs) for word in command.split())
+    assert "--out" in start(script, *arguments) or "reach" in script
+
+
 def test_every_script_is_started():
     """By its name in some test."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
@@ -135,6 +147,13 @@ def test_openvlas_own_class_loads_our_exports():
         assert float(re.search(r"pixels_max_difference (\S+)", model)[1]) < 1e-5 and difference < 1e-3 * largest
         theirs, ours = (json.loads(re.search(rf"action_{who} +(.*)", model)[1]) for who in ("openvla", "ours"))
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("OFT_PYTHON"), reason="OFT=... OFT_PYTHON=... (bench/oft_class.py)")
+def test_ofts_own_class_acts_and_learns_alike():
+    printed = start("bench/oft_class.py", "--oft", os.environ["OFT"], "--oft_python", os.environ["OFT_PYTHON"])
+    assert all(float(number) < 1e-5 for number in re.findall(r"max_difference (\S+)", printed))
 
 
 # ---- examples/vla_eval -------------------------------------------------------------------------------------
