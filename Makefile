@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-demo: .venv/core  # train the small VLA and see that it learned (about eight minutes on two CPU cores)
+demo: .venv/core  # train the small VLA and see that it learned (eight to ten minutes on two CPU cores)
 	python -m machinery.supervise deepspeed --num_gpus 1 train_vla.py --config configs/demo.yaml --deepspeed_config ds_configs/cpu.json
 
 rollout: .venv/examples  # let what "make demo" has trained act in the simulator: success rates, picture, film

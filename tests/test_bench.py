@@ -104,13 +104,13 @@ def test_the_profiler_asks_for_a_gpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, stage", [("metaworld", "train"), ("metaworld", "equal-train"), ("libero", "train")])
-def test_a_recipe_trains(name, stage, runs):
+@pytest.mark.parametrize("name, config", [("metaworld", ""), ("metaworld", "metaworld_mt50_equal"), ("libero", "")])
+def test_a_recipe_trains(name, config, runs):
     """Its data stage and its rollouts need a simulator, and are tested there."""
     small = {**TINY, "run_root_dir": str(runs["out"]), "max_steps": 1, "compile": False, "action_chunk": 2,
              "use_proprio": False, "cameras": ["primary"], "per_device_batch_size": 16}
     small = [f"{key}={json.dumps(value)}" for key, value in small.items() if key != "vla_id"]
-    printed = start(f"examples/{name}/recipe.sh", stage, "--set", *small, SEED="9")
+    printed = start(f"examples/{name}/recipe.sh", "train", "--set", *small, SEED="9", CONFIG=config)
     assert "seed9" in printed and "done steps 1" in printed
     assert "rollout?" in start(f"examples/{name}/recipe.sh", "dance", status=2)
 

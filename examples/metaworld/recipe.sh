@@ -2,11 +2,11 @@
 # Meta-World MT50 from nothing to a success table: examples/metaworld/recipe.sh data, then train, then rollout.
 # An interrupted stage continues where it stopped. SEED and all arguments after the stage are passed on:
 #   SEED=8 examples/metaworld/recipe.sh train --set max_steps=8000
-# equal-data, equal-train and equal-rollout are the same with data and looks like other policies', and CONFIG=NAME
-# trains another file of configs/. examples/metaworld/recipe.sh speedrun does all three against the clock. NUM_GPUS GPUs train; WORK has datasets and runs.
+# CONFIG=NAME trains and plays another file of configs/; equal-data records as for other projects' policies. speedrun does
+# all three against the clock. NUM_GPUS GPUs train; WORK has datasets and runs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-stage=$1 seed=${SEED:-7} gpus=${NUM_GPUS:-1} work=${WORK:+$WORK/}
+stage=$1 seed=${SEED:-7} config=${CONFIG:-metaworld_mt50} gpus=${NUM_GPUS:-1} work=${WORK:+$WORK/}
 shift
 export MUJOCO_GL=${MUJOCO_GL:-egl} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 case $stage in
@@ -18,28 +18,18 @@ case $stage in
   train)
     launcher=python
     [ "$gpus" = 1 ] || launcher="deepspeed --num_gpus $gpus"
-    $launcher train_vla.py --config configs/metaworld_mt50.yaml --deepspeed_config ds_configs/zero1.json \
-      --set "seed=$seed" "run_id=metaworld_mt50-seed$seed" "data_root_dir=${work}datasets" "run_root_dir=${work}runs" \
+    $launcher train_vla.py --config "configs/$config.yaml" --deepspeed_config ds_configs/zero1.json \
+      --set "seed=$seed" "run_id=$config-seed$seed" "data_root_dir=${work}datasets" "run_root_dir=${work}runs" \
       "per_device_batch_size=$((256 / gpus))" "$@" ;;
   rollout)  # 10 episodes of each task
-    python examples/metaworld/rollout.py --checkpoint "${work}runs/metaworld_mt50-seed$seed" \
+    python examples/metaworld/rollout.py --checkpoint "${work}runs/$config-seed$seed" \
       --tasks mt50 --trials 10 --execute 4 "$@" ;;
   equal-data)  # 50 + 2 undisturbed ones by Meta-World's experts, one camera
     [ -e "${work}datasets/metaworld_mt50_equal/1.0.0" ] ||
       python examples/metaworld/make_dataset.py --tasks mt50 --episodes 50 --val_episodes 2 \
         --cameras image --image_size 224 --multisampling 4 --jpeg_quality 90 \
         --tail 8 --name metaworld_mt50_equal --out "${work}datasets" "$@" ;;
-  equal-train)
-    launcher=python
-    [ "$gpus" = 1 ] || launcher="deepspeed --num_gpus $gpus"
-    $launcher train_vla.py --config "configs/${CONFIG:-metaworld_mt50_equal}.yaml" \
-      --deepspeed_config ds_configs/zero1.json \
-      --set "seed=$seed" "run_id=${CONFIG:-metaworld_mt50_equal}-seed$seed" \
-      "data_root_dir=${work}datasets" "run_root_dir=${work}runs" "$@" ;;
-  equal-rollout)  # a look every 5 steps; the table has success within 400 steps, too
-    python examples/metaworld/rollout.py --checkpoint "${work}runs/${CONFIG:-metaworld_mt50_equal}-seed$seed" \
-      --tasks mt50 --trials 10 --execute 5 "$@" ;;
   speedrun)
     python examples/metaworld/speedrun.py "$@" ;;
-  *) echo "data, train, rollout, equal-data, equal-train, equal-rollout or speedrun?" >&2; exit 2 ;;
+  *) echo "data, equal-data, train, rollout or speedrun?" >&2; exit 2 ;;
 esac

@@ -314,9 +314,8 @@ def main() -> None:
         out = args.out or checkpoint.parents[1] / name
         simulator = closed_loop.versions(PACKAGES)
         conditions = {"checkpoint": str(checkpoint), "execute": player.execute, "trials": args.trials,
-                      **player.camera, "device": device, "int8": args.int8, "simulator": simulator}
-        if args.paraphrases:  # folders of earlier versions do not have this key
-            conditions["paraphrases"] = True
+                      **player.camera, "device": device, "int8": args.int8,
+                      "paraphrases": args.paraphrases, "simulator": simulator}
         open_folder(out, conditions)
     closed_loop.compare_versions(simulator, player.recording)
     jobs = [(task, seed) for seed in args.seeds for task in tasks]
