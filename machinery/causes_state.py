@@ -80,8 +80,7 @@ def best_reading(trained: np.ndarray, seen: np.ndarray, wrong: np.ndarray
 
 
 def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
-                 first: np.ndarray | None = None, start: np.ndarray | None = None
-                 ) -> tuple[list[Cause], list[Callable]]:
+                 first: np.ndarray, start: np.ndarray) -> tuple[list[Cause], list[Callable]]:
     """Are the states (S, P) of the requests unlike those of training, (R, P)?
 
     first: the first states of training's episodes; start: (S,) which state is the first of the
@@ -91,8 +90,6 @@ def state_causes(trained: np.ndarray, seen: np.ndarray, names: list[str],
     def labels(dims: np.ndarray) -> str:
         return ", ".join(np.array(names)[dims])
 
-    start = np.zeros(len(seen), int) if start is None else start
-    first = trained if first is None else first
     begun = seen[np.unique(start)]
     low, high = first.min(0), first.max(0)
     margin = 0.1 * (high - low) + 1e-3

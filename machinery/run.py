@@ -23,6 +23,7 @@ import sys
 import time
 import types
 import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -61,8 +62,7 @@ BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights im
     skip_bad_episodes max_prefix seed global_batch_size""".split()
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them)
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
-    eval/accuracy_of_most_frequent_bin success groups episodes ratio_error clipped
-    play_s update_s""".split()
+    eval/accuracy_of_most_frequent_bin""".split()
 LONGEST_SURVEY = 300  # seconds; the other ranks wait, and NCCL for 10 minutes at most
 
 
@@ -243,11 +243,11 @@ class Run:
         return tqdm(range(self.step, total), "train", initial=self.step, total=total, unit="step",
                     disable=True if self.quiet else None)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """The most important numbers on the terminal, all in metrics.jsonl and TensorBoard."""
+    def log(self, step: int, values: dict[str, float], shown_keys: Iterable[str] = SHOWN) -> None:
+        """Some numbers on the terminal, all in metrics.jsonl and TensorBoard."""
         if self.quiet:
             return
-        shown = " ".join(f"{key} {values[key]:.4g}" for key in SHOWN if key in values)
+        shown = " ".join(f"{key} {values[key]:.4g}" for key in shown_keys if key in values)
         if "eta_seconds" in values:
             minutes, seconds = divmod(round(values["eta_seconds"]), 60)
             shown += f" eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -366,7 +366,8 @@ def test_a_clock_that_ticks_in_frames():
 def test_states_that_training_did_not_see(damage, words):
     draw = np.random.default_rng(0)
     trained, seen = draw.uniform([-0.5, 0.3, 0.1, 0], [0.5, 0.8, 0.2, 1], (2, 200, 4))
-    found, ways = causes_state.state_causes(trained, damage(seen), ["x", "y", "z", "gripper"])
+    found, ways = causes_state.state_causes(trained, damage(seen), ["x", "y", "z", "gripper"], trained,
+                                            np.zeros(len(seen), int))
     assert bool(found) == bool(words) and all(words in cause.text for cause in found)
     if words != "frozen":
         assert min(np.abs(way(damage(seen)) - seen).max() for way in ways) < 0.1

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, ds_json, open_mixture
-from paper_world import PaperWorld
 
 from act import Policy
 from action_tokenizer import load_tokenizer
 from data import collate
 from examples.rl import rl
+from examples.rl.paper_world import PaperWorld
 from machinery.checkpoint import Checkpoint, list_checkpoints
 from machinery.config import TrainConfig
 from model import VLA
@@ -25,7 +25,7 @@ from model import VLA
 KEYS = {**TINY, "parallel_decoding": True, "action_chunk": 5, "global_batch_size": 8, "per_device_batch_size": 8,
         "vision_backbone": {"dino": TINY["vision_backbone"]["dino"]}, "arch_specifier": "gelu-mlp",
         "learning_rate": 3e-3, "save_interval": 1}
-OPTIONS = ["--world", "paper_world:PaperWorld", "--execute", "4", "--workers", "1", "--updates", "2"]
+OPTIONS = ["--world", "examples.rl.paper_world:PaperWorld", "--execute", "4", "--workers", "1", "--updates", "2"]
 
 
 @pytest.fixture
@@ -35,8 +35,7 @@ def reinforce(ranks, tiny):
     def run(run_id: str, episodes: int, *options, count: int = 1, **changes):
         config = tiny(**{**KEYS, "run_id": run_id, **changes})
         done = ranks(count, config, "--deepspeed_config", ROOT / "ds_configs/cpu.json", *OPTIONS, "--episodes",
-                     str(episodes), "--groups", "4", *options, script=str(ROOT / "examples/rl/rl.py"),
-                     environ={"PYTHONPATH": str(ROOT / "tests")})
+                     str(episodes), "--groups", "4", *options, script=str(ROOT / "examples/rl/rl.py"))
         assert done.returncode == 0, done.text
         path = config.parent / "runs" / run_id
         groups, metrics = ([json.loads(line) for line in (path / name).read_text().splitlines()]
@@ -172,7 +171,7 @@ def test_a_group_has_one_start(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     table = SimpleNamespace(directory=Path("."))
     recipe = SimpleNamespace(camera=lambda name: [name], action="action")
-    args = SimpleNamespace(tasks=[], world="paper_world:PaperWorld", workers=2)
+    args = SimpleNamespace(tasks=[], world="examples.rl.paper_world:PaperWorld", workers=2)
     worlds = rl.Worlds(args, TrainConfig(**KEYS), ("", 1, recipe, table), 0, 1)
     groups = [{"number": n, "seed": 300_000 + n, "task": worlds.tasks[n % 2]} for n in range(3)]
     played = worlds.play(groups, rl.GROUP, decide, one_by_one=False)

@@ -208,11 +208,9 @@ from act import Policy
 from action_tokenizer import load_tokenizer
 from data import Mixture, collate, open_tables
 from examples.rl import rl
+from examples.rl.paper_world import PaperWorld
 from machinery.config import load_config
 from model import VLA
-
-sys.path.insert(0, "tests")
-from paper_world import PaperWorld
 
 show(PaperWorld.succeeded)
 print()

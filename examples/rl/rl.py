@@ -3,9 +3,8 @@
     python examples/rl/rl.py --config examples/rl/arm.yaml --deepspeed_config ds_configs/cpu.json \
         --world arm --execute 8 --episodes 8000 --set pretrained_checkpoint=runs/weak
 
-An iteration plays groups of 8 episodes from one start each, with sampled actions. Training makes the
-tokens of episodes that are better than their group likelier, those of worse ones less likely. The
-simulators are in worlds.py; docs/rl.md explains what goes wrong.
+An iteration plays groups of 8 episodes from one start each, with sampled actions. Training makes the tokens of
+better episodes likelier than those of worse ones. Simulators: worlds.py. What goes wrong: docs/rl.md.
 """
 
 import argparse
@@ -202,8 +201,9 @@ def reinforce(args, cfg, ds_config, run, tables, tokenizer, weights) -> None:
         values = update(engine, args, decisions, accumulation, tokenizer.pad_token_id)
         step += args.updates
         success = float(np.mean([group["successes"] for group in new])) / GROUP
-        values |= {"play_s": played - began, "update_s": time.perf_counter() - played}
-        run.log(step, {"success": success, "groups": len(new), "episodes": GROUP * len(history), **values})
+        values |= {"success": success, "groups": len(new), "episodes": GROUP * len(history),
+                   "play_s": played - began, "update_s": time.perf_counter() - played}
+        run.log(step, values, values)
         if not run.quiet:
             path.write_text("".join(json.dumps(group) + "\n" for group in history))
         last = GROUP * len(history) >= args.episodes

@@ -1,4 +1,4 @@
-"""A simulator of a few lines for examples/rl/rl.py: --world paper_world:PaperWorld.
+"""A simulator of a few lines for examples/rl/rl.py: --world examples.rl.paper_world:PaperWorld.
 
 An episode has six steps. It succeeds if the first numbers of its actions have the task's sign on average.
 """
