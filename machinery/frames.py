@@ -85,6 +85,8 @@ class FrameTable:
         meta = json.loads((path / "table.json").read_text())
         self.path = path
         self.directory = directory
+        # statistics of the data that a policy learned first: its tokens keep their meaning
+        self.given = directory / "normalization.json"
         self.splits = meta["splits"]
         self.shards = meta["shards"]
         self.cameras = meta["cameras"]  # keys of the images
@@ -231,9 +233,8 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     table = FrameTable(path, directory)
     if recipe.instructions:
         table.choose(recipe.instructions)
-    given = directory / "normalization.json"
-    if given.exists():  # of the data that a policy learned first: its tokens keep their meaning
-        table.statistics = {**table.statistics, **json.loads(given.read_text())}
+    if table.given.exists():
+        table.statistics = {**table.statistics, **json.loads(table.given.read_text())}
     for name, labels in recipe.names.items():
         width = table.features.get(name, len(labels))
         if len(labels) != width:

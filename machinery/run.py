@@ -166,9 +166,11 @@ class Run:
                   f"shares {shares}")
         for name in cfg.features:  # the user's own datasets
             recipe = cfg.datasets[name.partition(":")[0]]
-            unused = mixture.tables[mixture.names.index(name)].unused
-            if unused:
-                self.line(f"unused {name} {', '.join(unused)}")
+            table = mixture.tables[mixture.names.index(name)]
+            if table.unused:
+                self.line(f"unused {name} {', '.join(table.unused)}")
+            if table.given.exists():
+                self.line(f"statistics {name} {table.given}")
             self.line(f"recipe {name} action {recipe.action!r} state {recipe.state!r}")
         for name, why in oxe.left_out(cfg.data_mix, cfg.datasets).items():
             self.line(f"warning: {name}: left out: {why}")

@@ -161,6 +161,7 @@ def test_a_round_trains_on_all_data_with_the_bases_statistics(base, tmp_path, pl
     done = plain_run(command[3], *command[4:])
     assert done.returncode == 0 and f"weights_from {base}" in done.text, done.text
     assert "episode_twice" not in done.text  # it is meant
+    assert f"statistics my_robot {path / 'normalization.json'}" in done.text
     ours, bases = (json.loads((each / "dataset_statistics.json").read_text())["my_robot"] for each in (run, base))
     assert ours["action"] == bases["action"] and ours["proprio"] == bases["proprio"]
     assert ours["num_trajectories"] == 20 > bases["num_trajectories"]
