@@ -381,11 +381,6 @@ def resumed_config(cfg: TrainConfig, run: Run) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir / 'config.json'}: cannot interpret the checkpoint without "
                               f"it: {error}") from error
-    recipes = dict(cfg.datasets)
-    for name in recipes.keys() & own.datasets.keys():  # the same episodes stay held out
-        recipes[name] = replace(recipes[name], names=own.datasets[name].names,
-                                openvla_rules=own.datasets[name].openvla_rules)
-    cfg = cfg.model_copy(update={"datasets": recipes})
     own_run = run_dir.resolve() == run.path.resolve()  # runs/ may be a link
     fixed = MEANING + BATCHES if own_run else MEANING
     was = dict(walk(own.model_dump()))  # {"datasets.my_robot.primary": "image", ...}
