@@ -106,7 +106,6 @@ from machinery.wire import (
     MAX_BODY,
     Query,
     describe,
-    describe_actions,
     encode_action,
     encode_array,
     pack,
@@ -262,7 +261,7 @@ class Service:
         """GET /health."""
         facts = {"status": "ok"}
         if self.authorized(request):
-            facts = self.facts | describe_actions(self.policy)
+            facts = self.facts
         error = self.batcher.failure()
         if error is None:
             return JSONResponse(facts)
