@@ -18,7 +18,6 @@ what training saw with the requests in a folder of `serve_vla.py --record` (mach
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import numpy as np
 
 from machinery import peers
 from machinery.convention import dimension_names
-from machinery.files import atomic
+from machinery.files import read_json, write_json
 from machinery.frames import FrameTable, bad_episodes_file, frame_table
 from machinery.guess import state_fields
 from machinery.inspect_data import Subject, as_yaml, find_subjects, locate
@@ -146,11 +145,6 @@ def choose_shown(verdicts: list[Verdict], findings: list[Finding], lists: list[d
     return dict(list(shown.items())[:PLAYED])
 
 
-def write_json(path: Path, content: dict) -> None:
-    with atomic(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=1))
-
-
 def numbers(table: FrameTable, verdicts: list[Verdict], losses: dict[int, float]) -> list[dict]:
     """The verdict of every episode, and where it is recorded."""
     entries = []
@@ -165,7 +159,7 @@ def numbers(table: FrameTable, verdicts: list[Verdict], losses: dict[int, float]
 def leave_out(table: FrameTable, entries: list[dict], index_dir: str | None) -> Path:
     """List episodes (of `numbers`) as bad, so that skip_bad_episodes leaves them out."""
     path = bad_episodes_file(table.directory, index_dir)
-    listed = json.loads(path.read_text()) if path.exists() else {}
+    listed = read_json(path)
     for entry in entries:
         listed.setdefault(entry["file"], {})[str(entry["record"])] = f"doctor.py: {entry['kind']}"
     write_json(path, listed)

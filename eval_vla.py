@@ -26,7 +26,6 @@ with augmentation gets the same center crop in all three.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
@@ -62,7 +61,7 @@ from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.convention import Convention, convention, dimension_names
 from machinery.examine import recording_of
-from machinery.files import read_metrics
+from machinery.files import read_metrics, write_json
 from machinery.frames import DataError
 from machinery.images import decode_native
 from machinery.oft import new_mixture
@@ -321,7 +320,7 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
     facts = {"checkpoint": str(checkpoint.where), "data_mix": cfg.data_mix,
              "on_train_frames": on_train_frames, "frames": len(frames), "accuracy": accuracy,
              "agreement": agreement, "mismatch": mismatch, "datasets": results}
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=2))
+    write_json(out.with_suffix(".json"), facts)
     draw_episodes(policy, mixture, out)
     print(f"wrote {out} {out.with_suffix('.json')}")
     for remark in remarks:

@@ -54,7 +54,7 @@ from action_tokenizer import load_tokenizer
 from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError, Tensors
 from machinery.description import DESCRIPTION
-from machinery.files import atomic
+from machinery.files import atomic, read_json, write_json
 from machinery.lora import ADAPTER
 from machinery.oft_files import write_parts
 from machinery.weights import (
@@ -97,18 +97,14 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
               "serve_vla.py return them in the form of the recordings")
 
 
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2))
-
-
 def save_tokenizer(cfg: TrainConfig, out: Path) -> None:
     """Save the tokenizer for the versions OpenVLA pins: transformers 4.40, tokenizers 0.19."""
     load_tokenizer(cfg.tokenizer, cfg.add_action_tokens).save_pretrained(out)
-    config = json.loads((out / "tokenizer_config.json").read_text())
+    config = read_json(out / "tokenizer_config.json")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(out / "tokenizer_config.json", config)
-    vocabulary = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = read_json(out / "tokenizer.json")
     merges = vocabulary["model"].get("merges", [])
     for i, pair in enumerate(merges):
         if isinstance(pair, list):  # since tokenizers 0.20
@@ -376,8 +372,7 @@ def base_for_peft(name: str, where: Path) -> str | None:
 
     name: as the run knows it; where: the opened directory or file. Prints a note if there is none.
     """
-    config = Path(where) / "config.json"
-    if not config.exists() or json.loads(config.read_text()).get("model_type") != "openvla":
+    if read_json(Path(where) / "config.json").get("model_type") != "openvla":
         print(f"note: the base {name} is not in Hugging Face format: export it, too (--format hf), "
               "and tell peft its directory")
         return None
@@ -399,7 +394,7 @@ def write_oft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype 
         if name.split(".")[0] not in own[:3]:
             body.add(name, shape, functools.partial(weights.tensors.read, name))
     write_hugging_face(replace(weights, tensors=body), cfg, out, dtype)
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     del config["auto_map"]  # OFT's code sets it to its own classes
     write_json(out / "config.json", config)
     theirs = functools.partial(rename, towers=tuple(cfg.vision_backbone), to_hugging_face=True)

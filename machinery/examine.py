@@ -5,7 +5,6 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 """
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from act import Policy, load_vla
 from data import Mixture, collate, to_device
 from machinery.config import Recipe, UserError, find_input
+from machinery.files import read_json
 from machinery.frames import DataError, FrameTable, find_dataset, frame_table
 from machinery.guess import state_fields
 from machinery.inspect_data import locate
@@ -53,8 +53,7 @@ def open_policy(checkpoint: str) -> Policy:
 
 def recording_of(table: FrameTable) -> dict:
     """What the program that recorded a dataset states about it, such as fps."""
-    file = table.directory / "recording.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(table.directory / "recording.json")
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ models, HTTPS_PROXY and its relatives name a proxy, and HF_HUB_OFFLINE=1 forbids
 
 import fnmatch
 import functools
-import json
 import os
 import re
 import socket
@@ -19,6 +18,7 @@ from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from machinery.config import UserError, one_line
+from machinery.files import read_json
 
 REPLY_SECONDS = 10  # for the hub to begin a reply
 
@@ -98,7 +98,7 @@ def cached(name: str, patterns: list[str], needed: list[str]) -> Path | None:
     # transformers fetches single files, without such a list
     there = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.exists()]
     for index in folder.glob("*.safetensors.index.json"):
-        listed = set(json.loads(index.read_text())["weight_map"].values())
+        listed = set(read_json(index)["weight_map"].values())
         needed = [*needed, *(file for file in listed if matches(file, patterns))]
     complete = all(any(matches(file, choice.split("|")) for file in there) for choice in needed)
     return folder if complete else None

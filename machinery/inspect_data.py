@@ -9,7 +9,6 @@ for copying, and with --yaml FILE written as a YAML to train with.
 """
 
 import argparse
-import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from machinery.config import (
 )
 from machinery.convention import dimension_names
 from machinery.fields import check_recipe, parse_fields, recipe_values, write_recipe
+from machinery.files import read_json, write_json
 from machinery.frames import (
     DataError,
     FrameTable,
@@ -313,7 +313,7 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     parts = np.array_split(np.arange(len(table.episodes)), min(len(table.episodes), 256))
     path = bad_episodes_file(table.directory, index_dir)
     # {file: {record: reason}}; an earlier check's are in table.bad, and not looked at again
-    listed: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
+    listed = read_json(path)
     count = len(table.bad)
     with ProcessPoolExecutor(cores(), get_context("fork"),
                              end_with_parent) as pool:
@@ -327,7 +327,7 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
         for record, reason in records.items():
             print(f"bad episode {table.directory / file}: record {record}: {reason}")
     if listed:
-        path.write_text(json.dumps(listed, indent=1))
+        write_json(path, listed)
     cure = " (skip_bad_episodes: true leaves them out)" if listed else ""
     print(f"checked {subject.name} episodes {len(table.episodes)} frames {len(table.frames)} "
           f"bad_episodes {count}{cure}")

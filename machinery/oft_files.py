@@ -12,7 +12,6 @@ YAML: {"action_chunk": 10, "cameras": ["primary", "wrist", "side"]}.
 Nothing is unpickled but tensors: torch.load(weights_only=True).
 """
 
-import json
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ import torch
 
 from machinery.checkpoint import CheckpointError, Tensors
 from machinery.config import one_line
+from machinery.files import read_json
 
 ROBOTS = {  # {numbers of an action: OFT's constants, and the cameras of its recipes with a state}
     7: {"action_chunk": 8, "action_normalization": "bounds_q99", "cameras": ["primary", "wrist"]},
@@ -86,7 +86,7 @@ def add_parts(path: Path, config: dict, tensors: Tensors, norm_stats: dict,
         for name in [name for name in tensors.shapes if name.startswith("vision_backbone.")]:
             del tensors.shapes[name], tensors.pieces["weight", name]
         add_towers(path, tensors, towers, ours)
-    overrides = json.loads((path / OVERRIDES).read_text()) if (path / OVERRIDES).exists() else {}
+    overrides = read_json(path / OVERRIDES)
     if "action_head" not in config:
         config = config | recognized(path, head, state, towers, norm_stats, overrides)
     return config | overrides
@@ -99,8 +99,7 @@ def add(tensors: Tensors, name: str, tensor: torch.Tensor) -> None:
 
 def add_towers(path: Path, tensors: Tensors, towers: dict, ours: Callable[[str], str]) -> None:
     """The towers with their adapters merged, and FiLM's layers."""
-    adapter = path / "lora_adapter/adapter_config.json"
-    alpha = json.loads(adapter.read_text())["lora_alpha"] if adapter.exists() else None
+    alpha = read_json(path / "lora_adapter/adapter_config.json").get("lora_alpha")
     for key, tensor in towers.items():
         layer, _, leaf = key.rpartition(".base_layer.")
         if found := FILM.fullmatch(key):

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from machinery.config import PROJECT, UserError, exit_with_one_line
-from machinery.files import atomic, take_lock
+from machinery.files import atomic, read_json, take_lock, write_json
 from machinery.rlds import serializer, write_record
 
 SILENCE = 10  # seconds after which an episode has ended
@@ -157,11 +157,10 @@ class Dataset:
             return
         with tempfile.TemporaryDirectory() as own:
             self.features.save_config(own)
-            if json.loads((Path(own) / described.name).read_text()) != json.loads(
-                    described.read_text()):
+            if read_json(Path(own) / described.name) != read_json(described):
                 raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
                                 "states or actions: choose another folder")
-        info = json.loads((self.folder / "dataset_info.json").read_text())
+        info = read_json(self.folder / "dataset_info.json")
         split = info["splits"][0]
         self.sizes = [int(split["numBytes"])] + [0] * len(split["shardLengths"])
         self.sizes.pop()  # only their sum and their number are known
@@ -172,8 +171,7 @@ class Dataset:
                  "numBytes": str(sum(self.sizes)),
                  "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"}
         info = {"name": self.name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": [split]}
-        with atomic(self.folder / "dataset_info.json") as scratch:
-            scratch.write_text(json.dumps(info))
+        write_json(self.folder / "dataset_info.json", info)
 
     def append(self, episode: dict) -> None:
         data = self.serialize(episode)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from machinery import recipes
 from machinery.config import Recipe, UserError
 from machinery.fields import check_recipe
-from machinery.files import atomic
+from machinery.files import atomic, write_json
 from machinery.frames import DataError, end_with_parent, statistics
 from machinery.host import cores
 from machinery.recipes import Feature
@@ -226,7 +226,7 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
                            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"})
         features.save_config(scratch)
         info = {"name": name, "version": version, "fileFormat": "tfrecord", "splits": splits}
-        (scratch / "dataset_info.json").write_text(json.dumps(info, indent=2))
+        write_json(scratch / "dataset_info.json", info)
     return path
 
 

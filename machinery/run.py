@@ -46,7 +46,7 @@ from machinery.checkpoint import (
 from machinery.compiler import check_compile
 from machinery.config import PATHS, PROJECT, TrainConfig, UserError, run_directory, walk
 from machinery.connect import agree, gather, progress, wait_until
-from machinery.files import atomic, read_metrics, take_lock
+from machinery.files import atomic, read_json, read_metrics, take_lock, write_json
 from machinery.frames import DataError, FrameTable, digest
 from machinery.images import contact_sheet
 from machinery.metrics import tag
@@ -184,7 +184,7 @@ class Run:
         (self.path / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
         for name, values in (("config", cfg.model_dump()), ("ds_config", ds_config),
                              ("dataset_statistics", mixture.statistics)):
-            (self.path / f"{name}.json").write_text(json.dumps(values, indent=2))
+            write_json(self.path / f"{name}.json", values)
         mixture.tokenizer.save_pretrained(self.path / "tokenizer")
         self.open_log()
 
@@ -439,7 +439,7 @@ def check_statistics(run_dir: Path, tables: list) -> None:
     by one of them, and be trained with both."""
     path = run_dir / "dataset_statistics.json"
     statistics = {name: table.statistics for name, _, _, table in tables}
-    if path.exists() and json.loads(path.read_text()) != statistics:
+    if path.exists() and read_json(path) != statistics:
         raise UserError(f"{path} differs from the statistics of {', '.join(statistics)} now: set "
                         "run_id (and to begin with the old weights, pretrained_checkpoint and "
                         "is_resume: false)")

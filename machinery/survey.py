@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from machinery.files import atomic
+from machinery.files import read_json, write_json
 from machinery.frames import FrameTable, digest
 from machinery.survey_numbers import (
     Finding,
@@ -258,11 +258,10 @@ def cached_survey(table: FrameTable, options: dict) -> list[Finding]:
     """The survey of one dataset, which is kept in the folder of its frame table."""
     file = table.path / f"survey-{digest((SURVEY_VERSION, options))}.json"
     if file.exists():
-        return [Finding(**values) for values in json.loads(file.read_text())]
+        return [Finding(**values) for values in read_json(file)]
     found = survey(table, **options)
     try:
-        with atomic(file) as scratch:
-            scratch.write_text(json.dumps([finding._asdict() for finding in found]))
+        write_json(file, [finding._asdict() for finding in found])
     except OSError:  # not ours to write: it takes as long again next time
         pass
     return found
