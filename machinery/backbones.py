@@ -31,9 +31,9 @@ LANGUAGE_MODELS = """cohere2 gemma gemma3_text glm glm4 granite llama mistral mi
     phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3""".split()
 
 
-def round_up(n: int, multiple: int = 64) -> int:
-    """The smallest multiple that is not below n. Matrices with sides of 64 k multiply faster."""
-    return -(-n // multiple) * multiple
+def round_up(n: int) -> int:
+    """The smallest multiple of 64 that is not below n. Matrices with such sides multiply faster."""
+    return -(-n // 64) * 64
 
 
 # ---- The language model ------------------------------------------------------------------------
@@ -84,9 +84,9 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
 masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
-def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A causal language model with random weights."""
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+def build_llm(config: PretrainedConfig) -> nn.Module:
+    """A causal language model with random weights, in float32."""
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def check_window(config: PretrainedConfig, length: int) -> None:

@@ -46,7 +46,6 @@ from machinery.frames import (
 from machinery.guess import action_fields, assumptions, field_list, guess_kinds, state_fields
 from machinery.host import cores
 from machinery.images import contact_sheet, decode_image, decode_native
-from machinery.recipes import Feature
 from machinery.rlds import step_features
 from machinery.survey import round_trip, survey
 from machinery.survey_timing import looks_like_targets
@@ -85,7 +84,7 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
         elif recipe:
             check_recipe(name, recipe)
         else:
-            recipe, source = guess_recipe(step_features(directory), directory), "guessed"
+            recipe, source = guess_recipe(directory), "guessed"
         if cfg and not cfg.use_proprio and recipe.state == Recipe().state:
             recipe = replace(recipe, state="0")  # the YAML needs no state: read none
         kind = cfg.action_normalization if cfg else "bounds_q99"
@@ -136,12 +135,12 @@ WRIST = ("wrist", "hand", "gripper")  # parts of the names of wrist cameras
 TEXTS = ("language_instruction", "instruction", "language", "task")  # of instructions, best first
 
 
-def guess_recipe(features: dict[str, Feature], directory: Path, action: str | None = None
-                 ) -> Recipe:
-    """A recipe for a dataset without one: images by name, else in order; `action`, unless it is
-    given; any text. Raises DataError if that is not enough."""
+def guess_recipe(directory: Path) -> Recipe:
+    """A recipe for a dataset without one: images by name, else in order; `action`; any text. Raises
+    DataError if that is not enough."""
+    features = step_features(directory)
     steps = {name: feature for name, feature in features.items() if feature.of_step}
-    action = action or action_fields(steps)
+    action = action_fields(steps)
     texts = []
     for name, feature in features.items():
         named = any(part in name for part in TEXTS)
@@ -179,7 +178,7 @@ def guess_action(recipe: Recipe, table: FrameTable) -> tuple[Recipe, list[str]]:
 def describe_dataset(directory: Path, names: dict[str, list[str]]) -> None:
     """Guess the recipe of a dataset whose numbers have names ({feature: names}), write it into its
     directory, and print it."""
-    recipe = replace(guess_recipe(step_features(directory), directory), names=names)
+    recipe = replace(guess_recipe(directory), names=names)
     subject = Subject(directory.parent.name, directory, recipe, "guessed")
     subject.recipe, notes = guess_action(recipe, subject.table(None, skip_bad_episodes=False))
     print(f"recipe {write_recipe(directory, subject.recipe)}")

@@ -190,8 +190,7 @@ def frame_rows(episode: dict) -> tuple[np.ndarray, list[str]]:
 
 
 def write_rlds(directory: Path, name: str, version: str, features: Mapping,
-               episodes: Mapping[str, Iterable[dict]], *, jpeg_quality: int = 95,
-               shard_bytes: int = 128 << 20) -> Path:
+               episodes: Mapping[str, Iterable[dict]], *, shard_bytes: int = 128 << 20) -> Path:
     """Write episodes as a TFDS dataset that TFDS, OpenVLA and this project read. Returns its
     directory.
 
@@ -211,7 +210,7 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
         raise FileExistsError(f"{path} exists: remove it, or write another version")
     if not isinstance(features, tfds.features.FeaturesDict):
         features = tfds.features.FeaturesDict(features)
-    serialize = serializer(features, jpeg_quality)
+    serialize = serializer(features)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as scratch:
         scratch.mkdir()
@@ -230,13 +229,13 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
     return path
 
 
-def serializer(features, jpeg_quality: int = 95) -> Callable[[dict], bytes]:
+def serializer(features) -> Callable[[dict], bytes]:
     """The function from an episode to its record, for a tfds.features.FeaturesDict."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
     def serialize(episode: dict | bytes) -> bytes:
         if isinstance(episode, bytes):
             return episode
-        encoded = features.encode_example(_encode_images(features, episode, jpeg_quality))
+        encoded = features.encode_example(_encode_images(features, episode))
         example = ExampleSerializer(features.get_serialized_info()).get_tf_example(encoded)
         return example.SerializeToString(deterministic=True)  # the same episode, the same bytes
 
@@ -266,14 +265,14 @@ def _write_shards(records: Iterable[bytes], folder: Path, name: str, shard_bytes
     return sizes
 
 
-def _encode_images(feature, value, quality: int):
+def _encode_images(feature, value):
     """Replace each image array by a file object with its encoded bytes. (TFDS would do this with
     TensorFlow.)"""
     kind = type(feature).__name__
     if kind == "FeaturesDict":
-        return {key: _encode_images(feature[key], item, quality) for key, item in value.items()}
+        return {key: _encode_images(feature[key], item) for key, item in value.items()}
     if kind in ("Dataset", "Sequence"):
-        return [_encode_images(feature.feature, item, quality) for item in value]
+        return [_encode_images(feature.feature, item) for item in value]
     if kind != "Image":
         return value
     if isinstance(value, bytes):
@@ -284,7 +283,7 @@ def _encode_images(feature, value, quality: int):
     if value.shape[-1] == 1:  # gray or depth
         value = value[..., 0]
     encoded = io.BytesIO()
-    Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=quality)
+    Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=95)
     encoded.seek(0)
     return encoded
 

@@ -81,12 +81,12 @@ KINDS = {  # in the order in which a training prints them
 }
 
 
-def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: int = 2,
-           pictures: bool = True) -> list[Finding]:
+def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: int = 2
+           ) -> list[Finding]:
     """Whatever is wrong with a dataset, the worst first.
 
     normalization: one of TrainConfig.action_normalization; action_chunk: steps that are predicted
-    at once; pictures: look at them, too
+    at once
     """
     sample = Sample(table)
     found = [*table_findings(table)]
@@ -98,9 +98,8 @@ def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: i
         found += number_findings(every, table, normalization, action_chunk)
         found += language_findings(table, sample, held_out)
         found += missing_pictures(table, sample)
-        if pictures:
-            found += picture_findings(table, sample, moved)
-            found += twin_findings(sample, held_out)
+        found += picture_findings(table, sample, moved)
+        found += twin_findings(sample, held_out)
     return sorted(found, key=rank)
 
 

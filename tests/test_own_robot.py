@@ -136,7 +136,7 @@ def noise(episode: int, step: int) -> np.ndarray:
 def notes(mixture: Mixture) -> list[str]:
     """Findings about numbers and words that a training's log warns of."""
     cfg = mixture.cfg
-    found = survey(mixture.tables[0], cfg.action_normalization, cfg.action_chunk, pictures=False)
+    found = survey(mixture.tables[0], cfg.action_normalization, cfg.action_chunk)
     return [str(finding) for finding in found if finding.severity == "high"]
 
 

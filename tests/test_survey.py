@@ -36,7 +36,7 @@ def damaged(name: str, damage, pictures: bool = False) -> Robot:
 
 
 def found(robot: Robot, **options) -> list:
-    return [finding for finding in survey(robot.table(), pictures=bool(robot.cameras), **options)
+    return [finding for finding in survey(robot.table(), **options)
             if finding.kind != "no_camera"]
 
 
@@ -784,4 +784,4 @@ def test_a_part_of_a_big_table(monkeypatch):
     sample = survey_numbers.Sample(table, 400)
     assert sample.numbers.tolist() == [*range(0, 30, 3)]
     np.testing.assert_array_equal(sample.frames["action"], table.frames["action"][sample.rows])
-    assert json.dumps([finding._asdict() for finding in survey(table, pictures=False)])
+    assert json.dumps([finding._asdict() for finding in survey(table)])
