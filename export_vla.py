@@ -21,11 +21,11 @@ Tensors pass through memory a few at a time. No GPU is needed.
 import argparse
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +67,7 @@ from machinery.weights import (
     rename,
 )
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 30  # of a file, in float32
 HUB_CODE = "openvla/openvla-7b--"  # transformers finds the classes there (trust_remote_code=True)
 
 
@@ -112,10 +112,8 @@ def save_tokenizer(cfg: TrainConfig, out: Path) -> None:
     (out / "tokenizer.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
 
 
-def converted(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) of all tensors, one at a time."""
-    for name in tqdm(weights.tensors.shapes, "export", unit="tensor", disable=None):
-        yield name, weights.tensors.whole(name).to(dtype).contiguous()
+def convert(tensors: Tensors, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensors.whole(name).to(dtype).contiguous()
 
 
 # ---- Hugging Face ------------------------------------------------------------------------------
@@ -125,38 +123,32 @@ def write_hugging_face(weights: Weights, cfg: TrainConfig, out: Path,
                        dtype: torch.dtype | None) -> None:
     """The directory that OpenVLA's scripts/extern/convert_openvla_weights_to_hf.py would make."""
     towers = tuple(cfg.vision_backbone)
-    shards = [{}]  # the last one is being filled; of the others, only the names are kept
+    shards = [[]]  # the names of the tensors in each file
     size = 0
+    for name, shape in weights.tensors.shapes.items():
+        if size > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 4 * math.prod(shape)
+    files = {}
     total = 0
     dtypes = set()
-    for name, tensor in converted(weights, dtype):
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            write_shard(shards, out)
-            shards.append({})
-            size = 0
-        shards[-1][rename(name, towers, to_hugging_face=True)] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-        dtypes.add(tensor.dtype)
-    write_shard(shards, out)
-    files = {}
-    for number, names in enumerate(shards, 1):  # file names contain the number of files
+    for number, names in enumerate(tqdm(shards, "export", unit="file", disable=None), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"{number}.safetensors").rename(out / file)
-        files |= dict.fromkeys(names, file)
+        tensors = {rename(name, towers, to_hugging_face=True): convert(weights.tensors, name, dtype)
+                   for name in names}
+        (out / file).write_bytes(to_safetensors(tensors, metadata={"format": "pt"}))
+        for name, tensor in tensors.items():
+            files[name] = file
+            total += tensor.nbytes
+            dtypes.add(tensor.dtype)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     write_json(out / "model.safetensors.index.json", index)
     widest = functools.reduce(torch.promote_types, dtypes)  # loading in this dtype loses nothing
     config = hugging_face_config(cfg, weights.norm_stats, str(widest).removeprefix("torch."))
     write_json(out / "config.json", config)
     write_json(out / "preprocessor_config.json", preprocessor_config(cfg))
-
-
-def write_shard(shards: list[dict], out: Path) -> None:
-    """Write the last shard under a temporary name, and keep only its names."""
-    data = to_safetensors(shards[-1], metadata={"format": "pt"})
-    (out / f"{len(shards)}.safetensors").write_bytes(data)
-    shards[-1] = dict.fromkeys(shards[-1])
 
 
 def prismatic_ids(cfg: TrainConfig) -> tuple[str, str]:
@@ -307,7 +299,9 @@ def write_native(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dty
     staging = out / "staging"
     staging.mkdir()
     modules = {}
-    for number, (name, tensor) in enumerate(converted(weights, dtype)):
+    names = tqdm(weights.tensors.shapes, "export", unit="tensor", disable=None)
+    for number, name in enumerate(names):
+        tensor = convert(weights.tensors, name, dtype)
         with open(staging / str(number), "wb") as file:
             # fails here if the disk is full; a mapped page without room would kill the process
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
@@ -350,8 +344,7 @@ def write_peft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype
                                   "no place for it: choose --format hf or native")
         layer, _, part = rename(name, towers, to_hugging_face=True).rpartition(".")
         layers.add(layer)
-        tensor = own.whole(name).to(dtype).contiguous()
-        tensors[f"base_model.model.{layer}.{part}.weight"] = tensor
+        tensors[f"base_model.model.{layer}.{part}.weight"] = convert(own, name, dtype)
     data = to_safetensors(tensors, metadata={"format": "pt"})
     (out / "adapter_model.safetensors").write_bytes(data)
     write_json(out / "adapter_config.json", {
@@ -390,7 +383,7 @@ def write_oft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype 
     body = Tensors(weights.tensors.where)
     for name, shape in weights.tensors.shapes.items():
         if name.split(".")[0] in own:
-            parts[name] = weights.tensors.whole(name).to(dtype).contiguous()
+            parts[name] = convert(weights.tensors, name, dtype)
         if name.split(".")[0] not in own[:3]:
             body.add(name, shape, functools.partial(weights.tensors.read, name))
     write_hugging_face(replace(weights, tensors=body), cfg, out, dtype)
