@@ -277,12 +277,12 @@ def index(job: dict) -> None:
 
 
 def start_program(module: str, *arguments: str, **how) -> subprocess.Popen:
-    """Start a module of this project as a program whose output is read. It ends with this process.
-    """
+    """Start a module of this project as a program whose output is read. It ends with this process,
+    unless `how`, other arguments of Popen, says otherwise."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], text=True,
-                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
-                            preexec_fn=end_with_parent, **how)
+    how = {"text": True, "stdout": subprocess.PIPE, "preexec_fn": end_with_parent, **how}
+    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments],
+                            env={**os.environ, "PYTHONPATH": path}, **how)
 
 
 # ---- Processes that end with their parent --------------------------------------------------------

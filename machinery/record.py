@@ -29,8 +29,9 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from machinery.config import PROJECT, UserError, exit_with_one_line
+from machinery.config import UserError, exit_with_one_line
 from machinery.files import atomic, read_json, take_lock, write_json
+from machinery.frames import start_program
 from machinery.rlds import serializer, write_record
 
 SILENCE = 10  # seconds after which an episode has ended
@@ -53,11 +54,9 @@ class Recorder(threading.Thread):
         self.cameras = len(facts["cameras"])
         self.waiting: queue.Queue[dict | None] = queue.Queue(MAX_WAITING)
         self.warned = False
-        path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "machinery.record", str(folder), json.dumps(facts)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True)  # Ctrl-C is for the server
+        self.process = start_program(  # it outlives the server, and Ctrl-C is for the server
+            "machinery.record", str(folder), json.dumps(facts), stdin=subprocess.PIPE, text=False,
+            preexec_fn=None, start_new_session=True)
         if not self.process.stdout.readline():
             raise UserError(f"--record {folder}: cannot be written: see above")
         self.start()
@@ -149,7 +148,8 @@ class Dataset:
             self.lock = take_lock(self.folder / ".lock", wait=False)
         except BlockingIOError as error:
             raise UserError(f"--record {folder}: another server records there") from error
-        self.sizes = []  # bytes of each episode
+        self.count = 0  # episodes
+        self.bytes = 0
         described = self.folder / "features.json"
         if not described.exists():
             self.describe()
@@ -160,25 +160,24 @@ class Dataset:
             if read_json(Path(own) / described.name) != read_json(described):
                 raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
                                 "states or actions: choose another folder")
-        info = read_json(self.folder / "dataset_info.json")
-        split = info["splits"][0]
-        self.sizes = [int(split["numBytes"])] + [0] * len(split["shardLengths"])
-        self.sizes.pop()  # only their sum and their number are known
+        (split,) = read_json(self.folder / "dataset_info.json")["splits"]
+        self.count = len(split["shardLengths"])
+        self.bytes = int(split["numBytes"])
 
     def describe(self) -> None:
         """Write dataset_info.json: an episode counts from now on."""
-        split = {"name": "train", "shardLengths": ["1"] * len(self.sizes),
-                 "numBytes": str(sum(self.sizes)),
+        split = {"name": "train", "shardLengths": ["1"] * self.count, "numBytes": str(self.bytes),
                  "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"}
         info = {"name": self.name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": [split]}
         write_json(self.folder / "dataset_info.json", info)
 
     def append(self, episode: dict) -> None:
         data = self.serialize(episode)
-        path = self.folder / f"{self.name}-train.tfrecord-{len(self.sizes):05d}"
+        path = self.folder / f"{self.name}-train.tfrecord-{self.count:05d}"
         with atomic(path) as scratch, open(scratch, "wb") as file:
             write_record(file, data)
-        self.sizes.append(len(data))
+        self.count += 1
+        self.bytes += len(data)
         self.describe()
 
 
