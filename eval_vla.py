@@ -54,13 +54,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from act import Policy, load_vla
+from act import Policy
 from action_tokenizer import unnormalize
 from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables, to_device
 from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.convention import Convention, convention, dimension_names
-from machinery.examine import recording_of
+from machinery.examine import open_policy, recording_of
 from machinery.files import read_metrics, write_json
 from machinery.frames import DataError
 from machinery.images import decode_native
@@ -420,8 +420,7 @@ def main() -> None:
     args = read_options()
     with exit_with_one_line():
         crop = {"yes": True, "no": False}.get(args.center_crop)
-        how = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        policy = load_vla(args.checkpoint, *how, center_crop=crop)
+        policy = open_policy(args.checkpoint, crop)
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
         folder = Path(tensors.where if Path(args.checkpoint).exists() else "")  # "": of the hub

@@ -44,11 +44,10 @@ class Cause(NamedTuple):
     pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
 
 
-def open_policy(checkpoint: str) -> Policy:
-    """Load a policy onto the GPU if there is one."""
-    if torch.cuda.is_available():
-        return load_vla(checkpoint, "cuda", torch.bfloat16)
-    return load_vla(checkpoint)
+def open_policy(checkpoint: str, center_crop: bool | None = None) -> Policy:
+    """Load a policy onto the GPU if there is one. center_crop: see load_vla."""
+    how = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return load_vla(checkpoint, *how, center_crop=center_crop)
 
 
 def recording_of(table: FrameTable) -> dict:
