@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from machinery.config import load_table
 from machinery.files import read_json, write_json
 from machinery.frames import FrameTable, digest
 from machinery.survey_numbers import (
@@ -48,37 +49,7 @@ from machinery.survey_timing import (
 SURVEY_VERSION = 4  # change it when a survey would find something else
 MOST = 5  # findings that a training prints
 
-KINDS = {  # in the order in which a training prints them
-    "bad_episodes": "episodes that cannot be read",
-    "no_camera": "no picture at all, or none in some frames",
-    "range": "actions that do not come back from their tokens",
-    "target_or_change": "targets that the recipe takes for changes, or changes for targets",
-    "episode_scale": "episodes in another unit",
-    "outliers": "rare values that take the bins of all others",
-    "jitter": "dimensions that are constant but for noise",
-    "wraps": "angles that wrap",
-    "quaternion_sign": "quaternions that change their sign",
-    "quaternion_length": "quaternions whose length is not one",
-    "rotation_vector": "rotation vectors that change their sign",
-    "copies": "actions that equal the state of their frame",
-    "delay": "actions that follow the state, or precede it by far",
-    "ends": "first or last steps that are filled in",
-    "jumps": "positions that jump within an episode",
-    "dropped_frames": "frames that were lost or repeated",
-    "still_state": "states that never move while the actions do",
-    "gripper": "grippers that look inverted",
-    "camera_hung": "the same picture while the robot moves",
-    "equal_cameras": "two cameras with one picture",
-    "blank": "pictures that are black, white, or of one color",
-    "held_out_seen": "held-out episodes that are also trained on",
-    "episode_twice": "the same episode twice",
-    "idle": "frames without motion",
-    "unused_split": "splits that are not used",
-    "unlabeled": "episodes or frames without an instruction",
-    "one_instruction": "one instruction for all",
-    "only_held_out": "instructions that are never trained on",
-    "misspelled": "instructions that differ by a letter",
-}
+KINDS = load_table("findings")  # {kind: fault}, in the order in which a training prints them
 
 
 def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: int = 2
