@@ -36,6 +36,13 @@ def decode_native(data: bytes) -> np.ndarray:
         raise ValueError(f"not a readable JPEG or PNG: it begins with {data[:8]!r}") from None
 
 
+def encode(image: np.ndarray, form: str, **options) -> bytes:
+    """(H, W, 3) or (H, W) -> a JPEG or PNG file. options: Pillow's."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(file, form, **options)
+    return file.getvalue()
+
+
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) by Lanczos, at any aspect ratio: OpenVLA's training data.
     """

@@ -6,13 +6,12 @@ one shows: sums are float32, in TensorFlow's order.
 """
 
 import functools
-import io
 
 import numpy as np
 import torch
 from PIL import Image
 
-from machinery.images import decode_native
+from machinery.images import decode_native, encode
 
 SIDE = 224  # pixels, whatever the model's own image_size
 
@@ -20,9 +19,7 @@ SIDE = 224  # pixels, whatever the model's own image_size
 def prepare(image: np.ndarray, size: int, crop: bool) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) uint8."""
     if image.shape[:2] != (SIDE, SIDE):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "jpeg", quality=95, subsampling=2)
-        image = decode_native(file.getvalue())
+        image = decode_native(encode(image, "jpeg", quality=95, subsampling=2))
         x = stretch(stretch(torch.from_numpy(image).float()).transpose(0, 1)).transpose(0, 1)
         image = x.round().clamp_(0, 255).byte().numpy()
     if crop:

@@ -12,7 +12,6 @@ A process of its own writes, so that answers do not wait, and outlives a killed 
 is a file that appears complete, and then counts. A server of the same model appends.
 """
 
-import io
 import json
 import os
 import queue
@@ -27,11 +26,11 @@ from pathlib import Path
 
 import msgpack
 import numpy as np
-from PIL import Image
 
 from machinery.config import UserError, exit_with_one_line
 from machinery.files import atomic, read_json, take_lock, write_json
 from machinery.frames import start_program
+from machinery.images import encode
 from machinery.rlds import serializer, write_record
 
 SILENCE = 10  # seconds after which an episode has ended
@@ -242,9 +241,7 @@ def as_file(image: bytes | dict) -> bytes:
     if isinstance(image, bytes):
         return image
     array = np.frombuffer(image["data"], np.uint8).reshape(image["shape"])
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "png", compress_level=1)
-    return file.getvalue()
+    return encode(array, "png", compress_level=1)
 
 
 def main() -> None:

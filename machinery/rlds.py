@@ -24,7 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from machinery import recipes
@@ -33,6 +32,7 @@ from machinery.fields import check_recipe
 from machinery.files import atomic, write_json
 from machinery.frames import DataError, end_with_parent, statistics
 from machinery.host import cores
+from machinery.images import encode
 from machinery.recipes import Feature
 from machinery.tfrecords import Steps, masked_crc, open_builder, read_records, step_features
 
@@ -282,10 +282,7 @@ def _encode_images(feature, value):
             raise ValueError(f"an image of shape {value.shape}, declared as {feature.shape}")
     if value.shape[-1] == 1:  # gray or depth
         value = value[..., 0]
-    encoded = io.BytesIO()
-    Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=95)
-    encoded.seek(0)
-    return encoded
+    return io.BytesIO(encode(value, feature.encoding_format or "png", quality=95))
 
 
 # ---- The program that indexes --------------------------------------------------------------------
