@@ -47,7 +47,7 @@ from machinery.compiler import check_compile
 from machinery.config import PATHS, PROJECT, TrainConfig, UserError, run_directory, walk
 from machinery.connect import agree, gather, progress, wait_until
 from machinery.files import atomic, read_json, read_metrics, take_lock, write_json
-from machinery.frames import DataError, FrameTable, digest
+from machinery.frames import DataError, FrameTable, digest, without_version
 from machinery.images import contact_sheet
 from machinery.metrics import tag
 from machinery.weights import SHAPE, describe_base, fingerprint, start_from
@@ -110,9 +110,6 @@ class Run:
         new = not self.path.exists()
         proof = self.path / ".shared"
         if not self.quiet:
-            there = next(path for path in (self.path, *self.path.parents) if path.exists())
-            if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-                raise UserError(f"run_root_dir: {there} is not a writable folder")
             if not new:
                 self.claim()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -165,7 +162,7 @@ class Run:
         self.line(f"data frames {mixture.sizes.sum()} epoch_frames {mixture.epoch_length} "
                   f"shares {shares}")
         for name in cfg.features:  # the user's own datasets
-            recipe = cfg.datasets[name.partition(":")[0]]
+            recipe = cfg.datasets[without_version(name)]
             table = mixture.tables[mixture.names.index(name)]
             if table.unused:
                 self.line(f"unused {name} {', '.join(table.unused)}")
@@ -417,7 +414,7 @@ def data_facts(cfg: TrainConfig, tables: list) -> dict:
                         f"{action_dims}")
     proprio_dims = [len(table.statistics["proprio"]["mean"]) for *_, table in tables]
     features = {name: table.features for name, _, recipe, table in tables
-                if replace(recipe, instructions=[]) != oxe.DATASETS.get(name.partition(":")[0])}
+                if replace(recipe, instructions=[]) != oxe.DATASETS.get(without_version(name))}
     return {"action_dim": next(iter(action_dims.values())), "features": features,
             "proprio_dim": max(proprio_dims) if cfg.use_proprio else 0}
 
