@@ -65,6 +65,7 @@ from machinery.files import read_metrics, write_json
 from machinery.frames import DataError
 from machinery.images import decode_native
 from machinery.oft import new_mixture
+from machinery.peers import evenly
 from machinery.plots import draw_curves
 from machinery.run import data_facts
 from machinery.weights import open_weights
@@ -256,7 +257,7 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
     for dataset, (firsts, counts, _) in enumerate(mixture.stretches):
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             episodes.append((dataset, first, count))
-    chosen = np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))
+    chosen = evenly(len(episodes), EPISODES)
     columns = []
     for dataset, first, count in [episodes[i] for i in chosen]:
         table = mixture.tables[dataset]
@@ -345,7 +346,7 @@ def score_datasets(policy: Policy, mixture: Mixture, learned: Mixture, frames: n
         for key in tokens:
             tokens[key].append(answers[key])
         size = learned.sizes[dataset]
-        index = np.linspace(0, size - 1, min(samples, size)).astype(np.int64)
+        index = evenly(size, samples)
         numbers = np.full(len(index), dataset)
         frequent = most_frequent_tokens(learned, numbers, learned.rows(numbers, index))
         results[name] = measure(mixture, dataset, chosen[:, 1], answers, frequent)

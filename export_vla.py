@@ -55,6 +55,7 @@ from machinery.backbones import build_tower, llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError, Tensors
 from machinery.description import DESCRIPTION
 from machinery.files import atomic, read_json, write_json
+from machinery.frames import without_version
 from machinery.lora import ADAPTER
 from machinery.oft_files import write_parts
 from machinery.weights import (
@@ -90,7 +91,7 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         save_tokenizer(cfg, scratch)
         write_json(scratch / "dataset_statistics.json", weights.norm_stats)
         write(weights, cfg, scratch, dtype)
-    own = cfg.datasets.keys() & {name.partition(":")[0] for name in weights.norm_stats}
+    own = cfg.datasets.keys() & {without_version(name) for name in weights.norm_stats}
     if own:
         print(f"note: for {', '.join(sorted(own))}, OpenVLA's own class returns actions in the "
               "standard form that the recipe makes (gripper 1 = open, ...); load_vla and "

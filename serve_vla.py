@@ -278,7 +278,7 @@ class Service:
             next(iter(self.arriving)).cancel()
         try:
             body = await asyncio.wait_for(reading, BODY_SECONDS)
-        except (asyncio.TimeoutError, asyncio.CancelledError, ClientDisconnect):  # noqa: UP041
+        except (TimeoutError, asyncio.CancelledError, ClientDisconnect):
             return refuse("the request did not arrive in time", 408)
         finally:
             del self.arriving[reading]

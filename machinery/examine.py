@@ -19,7 +19,7 @@ from act import Policy, load_vla
 from data import Mixture, collate, to_device
 from machinery.config import Recipe, UserError, find_input
 from machinery.files import read_json
-from machinery.frames import DataError, FrameTable, find_dataset, frame_table
+from machinery.frames import DataError, FrameTable, find_dataset, frame_table, without_version
 from machinery.guess import state_fields
 from machinery.inspect_data import locate
 from machinery.oft import new_mixture
@@ -126,7 +126,7 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
         directory = find_dataset(find_input(cfg.data_root_dir), name)
     else:
         directory = locate(directory, directory.name, "")
-    recipe = find_recipe(name.partition(":")[0], directory, cfg.datasets)
+    recipe = find_recipe(without_version(name), directory, cfg.datasets)
     if not cfg.use_proprio:  # the states show the effect of the actions
         recipe = replace(recipe, state=state_fields(step_features(directory)))
     table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), True,

@@ -61,6 +61,11 @@ def find_dataset(data_root_dir: str | Path, name: str) -> Path:
     return found[max(found)]
 
 
+def without_version(name: str) -> str:
+    """"bridge_orig:1.0.0" -> "bridge_orig"."""
+    return name.partition(":")[0]
+
+
 def refuse_lerobot(*folders: Path) -> None:
     """Raise UserError if one of the folders is a LeRobot dataset."""
     for folder in folders:

@@ -42,10 +42,12 @@ from machinery.frames import (
     find_dataset,
     frame_table,
     refuse_lerobot,
+    without_version,
 )
 from machinery.guess import action_fields, assumptions, field_list, guess_kinds, state_fields
 from machinery.host import cores
 from machinery.images import contact_sheet, decode_image, decode_native
+from machinery.peers import evenly
 from machinery.rlds import step_features
 from machinery.survey import round_trip, survey
 from machinery.survey_timing import looks_like_targets
@@ -110,11 +112,11 @@ def dataset_names(folder: Path, data_mix: str | None, cfg: TrainConfig | None) -
                         "with --data_mix NAME")
     if isinstance(mixture, str) and mixture not in oxe.MIXTURES:
         return [mixture]
-    resolved = oxe.resolve_mixture(mixture, cfg.datasets if cfg else None)
+    resolved = oxe.resolve_mixture(mixture, cfg.datasets if cfg else {})
     names = [name for name, _, _ in resolved]
     if only is None or len(names) == 1:
         return names
-    matching = [name for name in names if name.partition(":")[0] == only]
+    matching = [name for name in names if without_version(name) == only]
     if not matching:
         raise UserError(f"{folder}: is it one of {', '.join(names)}? Choose with --data_mix NAME")
     return matching
@@ -268,8 +270,8 @@ def print_statistics(table: FrameTable, kind: str, names: list[str], state_names
 
     titles = "dim       min       q01      mean       q99       max       std"
     stats = table.statistics["action"]
-    rows = np.unique(np.linspace(0, len(table.frames) - 1, 1 << 16).astype(int))
-    back = round_trip(table.frames["action"][rows], stats, kind)
+    some = table.frames["action"][evenly(len(table.frames), 1 << 16)]
+    back = round_trip(some, stats, kind)
     print(f"action   {titles}  half_bin     error  cut_off kind        name")
     for dim, name in enumerate(names):
         words = "target" if table.targets[dim] else "change"
@@ -287,7 +289,7 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
     keys = [recipe.camera(name)[0] for name in recipe.camera_names]
     side, columns = (224, 4) if len(keys) == 1 else (160, max(6 // len(keys), 1))
     tiles = []
-    for row in np.linspace(0, len(table.frames) - 1, 12).astype(int):
+    for row in evenly(len(table.frames), 12):
         try:
             views = [decode_image(table.read_image(row, table.cameras.index(key)), side)
                      for key in keys]
