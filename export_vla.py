@@ -46,12 +46,13 @@ def read_options() -> argparse.Namespace:
 if __name__ == "__main__":
     read_options()  # mistakes and --help, before PyTorch is imported for seconds
 
+import timm
 import torch
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 from action_tokenizer import load_tokenizer
-from machinery.backbones import build_tower, llm_config
+from machinery.backbones import llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError, Tensors
 from machinery.description import DESCRIPTION
 from machinery.files import atomic, read_json, write_json
@@ -64,7 +65,6 @@ from machinery.weights import (
     VISION_BACKBONES,
     Weights,
     open_weights,
-    parameters_without_memory,
     rename,
 )
 
@@ -251,9 +251,7 @@ def preprocessor_config(cfg: TrainConfig) -> dict:
     size = cfg.image_size
     strategy = openvla_strategy(cfg)
     letterbox = strategy == "letterbox"
-    with parameters_without_memory():
-        towers = [build_tower(size, **arguments)
-                  for arguments in description(cfg)["vision_backbone"].values()]
+    towers = [timm.get_pretrained_cfg(tower["model"]) for tower in cfg.vision_backbone.values()]
     fill = [int(255 * x) for x in towers[-1].mean]
     crop = {"output_size": [size, size]}
     resize = {"antialias": True, "interpolation": 3, "max_size": None,

@@ -32,7 +32,13 @@ from machinery.config import (
     one_line,
 )
 from machinery.convention import dimension_names
-from machinery.fields import check_recipe, parse_fields, recipe_values, write_recipe
+from machinery.fields import (
+    check_recipe,
+    parse_fields,
+    recipe_key,
+    recipe_values,
+    write_recipe,
+)
 from machinery.files import read_json, write_json
 from machinery.frames import (
     DataError,
@@ -150,7 +156,7 @@ def guess_recipe(directory: Path) -> Recipe:
         if is_text and (named or (feature.of_step and feature.kind == "Text")):
             texts.append(name)
     texts.sort(key=lambda name: (name not in steps, [part not in name for part in TEXTS]))
-    images = [relative(name) for name, feature in steps.items() if feature.kind == "Image"]
+    images = [recipe_key(name) for name, feature in steps.items() if feature.kind == "Image"]
     images.sort(key=lambda name: "depth" in name.lower())  # last
     if not (action and texts and images):
         raise DataError(f"{directory}: cannot guess action, image and instruction among "
@@ -187,12 +193,6 @@ def describe_dataset(directory: Path, names: dict[str, list[str]]) -> None:
     for note in notes:
         print(f"note: {note}")
     print(as_yaml(subject), end="")
-
-
-def relative(name: str) -> str:
-    """A feature's name -> a recipe's key for a state or camera."""
-    is_observation = name.startswith("observation/")
-    return name.removeprefix("observation/") if is_observation else f"/{name}"
 
 
 TO_TRAIN = "to train on it, copy and correct:"

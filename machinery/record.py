@@ -19,7 +19,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -149,16 +148,13 @@ class Dataset:
             raise UserError(f"--record {folder}: another server records there") from error
         self.count = 0  # episodes
         self.bytes = 0
-        described = self.folder / "features.json"
-        if not described.exists():
+        if not (self.folder / "features.json").exists():
             self.describe()
             self.features.save_config(self.folder)
             return
-        with tempfile.TemporaryDirectory() as own:
-            self.features.save_config(own)
-            if read_json(Path(own) / described.name) != read_json(described):
-                raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
-                                "states or actions: choose another folder")
+        if f.FeaturesDict.from_config(self.folder).to_proto() != self.features.to_proto():
+            raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
+                            "states or actions: choose another folder")
         (split,) = read_json(self.folder / "dataset_info.json")["splits"]
         self.count = len(split["shardLengths"])
         self.bytes = int(split["numBytes"])

@@ -268,9 +268,7 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
         for name, tensor in state.items():
             if not tensor.is_floating_point():
                 refuse_quantized(checkpoint, {}, {name: str(tensor.dtype)})
-            flat = tensor.reshape(-1)
-            tensors.add(f"{module}.{name}", tensor.shape,
-                        lambda start, stop, flat=flat: flat[start:stop])
+            oft_files.add(tensors, f"{module}.{name}", tensor)
     return Weights(tensors, config, read_json(run_dir / "dataset_statistics.json"))
 
 
