@@ -58,7 +58,7 @@ from machinery.description import DESCRIPTION
 from machinery.files import atomic, read_json, write_json
 from machinery.frames import without_version
 from machinery.lora import ADAPTER
-from machinery.oft_files import write_parts
+from machinery.oft_export import write_parts
 from machinery.weights import (
     LANGUAGE_MODELS,
     PRISMATIC,
@@ -376,7 +376,7 @@ def base_for_peft(name: str, where: Path) -> str | None:
 
 
 def write_oft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype | None) -> None:
-    """A directory as OFT's finetune.py writes it (machinery/oft_files.py)."""
+    """A directory as OFT's finetune.py writes it (machinery/oft_export.py)."""
     parts = {}
     own = ["action_head", "proprio_projector", *(["film", "vision_backbone"] if cfg.film else [])]
     body = Tensors(weights.tensors.where)

@@ -31,12 +31,8 @@ ROBOTS = {  # {numbers of an action: OFT's constants, and the cameras of its rec
          "cameras": ["primary", "left_wrist", "right_wrist"]},
 }
 OVERRIDES = "zerovla.json"
-RANK = 32  # of the adapters that OFT expects beside FiLM
 PROJECTOR = {"fc1": "0", "fc2": "2"}  # {OFT's layer: ours}
 FILM = re.compile(r"(vision_backbone\.\w+)\.blocks\.(\d+)\.(scale|shift)\.(weight|bias)")
-
-
-# ---- Reading -----------------------------------------------------------------------------------
 
 
 def is_variant(path: Path) -> bool:
@@ -158,46 +154,3 @@ def recognized(path: Path, head: dict, state: dict, towers: dict, norm_stats: di
               f"{', '.join(config['cameras'])}, {config['action_normalization']}, as OFT's "
               f"constants say: correct it with {OVERRIDES} beside it", file=sys.stderr)
     return config
-
-
-# ---- Writing -----------------------------------------------------------------------------------
-
-
-def write_parts(tensors: dict[str, torch.Tensor], out: Path, step: str,
-                theirs: Callable[[str], str]) -> None:
-    """Write OFT's .pt files. tensors: action_head.*, proprio_projector.*, film.* and, beside
-    film.*, vision_backbone.*; theirs: a parameter's name here -> in OpenVLA's class.
-
-    OFT gives each linear layer and convolution of towers with FiLM an adapter. These ones change
-    nothing: B is zero.
-    """
-    draw = torch.Generator().manual_seed(0)
-    parts = {}
-    adapted = {name.removesuffix(".weight") for name, tensor in tensors.items()
-               if name.startswith("vision_backbone") and tensor.ndim in (2, 4)}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        layer, _, leaf = name.rpartition(".")
-        if part == "film":
-            tower, _, rest = rest.partition(".")
-            key = theirs(f"vision_backbone.{tower}.blocks.{rest}")
-        elif part == "vision_backbone":
-            key = re.sub(r"(\.blocks\.\d+\.)", r"\1block.", theirs(name))
-        else:
-            names = {old: new for new, old in PROJECTOR.items()} if part != "action_head" else {}
-            first, _, last = rest.partition(".")
-            key = f"module.{names.get(first, first)}.{last}"
-        state = parts.setdefault(part.replace("film", "vision_backbone"), {})
-        if layer not in adapted or leaf not in ("weight", "bias"):
-            state[key] = tensor
-            continue
-        key = key.removesuffix(f".{leaf}")
-        state[f"{key}.base_layer.{leaf}"] = tensor
-        if leaf == "weight":
-            rows, columns, *kernel = tensor.shape
-            a = torch.randn(RANK, columns, *kernel, generator=draw) / RANK
-            state[f"{key}.lora_A.default.weight"] = a.to(tensor.dtype)
-            b = torch.zeros(rows, RANK, *[1 for _ in kernel], dtype=tensor.dtype)
-            state[f"{key}.lora_B.default.weight"] = b
-    for part, state in parts.items():
-        torch.save(state, out / f"{part}--{step}_checkpoint.pt")
