@@ -34,10 +34,10 @@ import numpy as np
 
 from machinery import peers
 from machinery.convention import dimension_names
-from machinery.files import read_json, write_json
+from machinery.files import write_json
 from machinery.frames import FrameTable, bad_episodes_file, frame_table
 from machinery.guess import state_fields
-from machinery.inspect_data import Subject, as_yaml, find_subjects, locate
+from machinery.inspect_data import Subject, as_yaml, find_subjects, list_bad_episodes, locate
 from machinery.oxe import expand_mixture
 from machinery.peers import Verdict
 from machinery.report import page_facts, write_causes, write_page
@@ -159,10 +159,8 @@ def numbers(table: FrameTable, verdicts: list[Verdict], losses: dict[int, float]
 def leave_out(table: FrameTable, entries: list[dict], index_dir: str | None) -> Path:
     """List episodes (of `numbers`) as bad, so that skip_bad_episodes leaves them out."""
     path = bad_episodes_file(table.directory, index_dir)
-    listed = read_json(path)
-    for entry in entries:
-        listed.setdefault(entry["file"], {})[str(entry["record"])] = f"doctor.py: {entry['kind']}"
-    write_json(path, listed)
+    list_bad_episodes(path, [(entry["file"], entry["record"], f"doctor.py: {entry['kind']}")
+                             for entry in entries])
     return path
 
 

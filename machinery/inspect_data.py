@@ -10,6 +10,7 @@ for copying, and with --yaml FILE written as a YAML to train with.
 
 import argparse
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -312,27 +313,33 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     black = subject.source == "registered"  # in OpenVLA's own datasets, no image is a black one
     check = partial(check_episodes, table.path, table.directory, black)
     parts = np.array_split(np.arange(len(table.episodes)), min(len(table.episodes), 256))
-    path = bad_episodes_file(table.directory, index_dir)
-    # {file: {record: reason}}; an earlier check's are in table.bad, and not looked at again
-    listed = read_json(path)
-    count = len(table.bad)
-    with ProcessPoolExecutor(cores(), get_context("fork"),
-                             end_with_parent) as pool:
+    found = []
+    with ProcessPoolExecutor(cores(), get_context("fork"), end_with_parent) as pool:
         bar = tqdm(pool.map(check, parts), f"check {subject.name}", len(parts), leave=False,
                    disable=None)
         for bad in bar:
-            count += len(bad)
-            for file, record, reason in bad:
-                listed.setdefault(file, {})[str(record)] = reason
+            found += bad
+    listed = list_bad_episodes(bad_episodes_file(table.directory, index_dir), found)
     for file, records in listed.items():
         for record, reason in records.items():
             print(f"bad episode {table.directory / file}: record {record}: {reason}")
-    if listed:
-        write_json(path, listed)
+    # an earlier check's are in table.bad, and were not looked at again
+    count = len(table.bad) + len(found)
     cure = " (skip_bad_episodes: true leaves them out)" if listed else ""
     print(f"checked {subject.name} episodes {len(table.episodes)} frames {len(table.frames)} "
           f"bad_episodes {count}{cure}")
     return count
+
+
+def list_bad_episodes(path: Path, bad: Iterable[tuple[str, int, str]]) -> dict[str, dict[str, str]]:
+    """Add (file, record, reason) to a list of bad episodes (frames.bad_episodes_file), for
+    skip_bad_episodes -> the complete list, {file: {record: reason}}."""
+    listed = read_json(path)
+    for file, record, reason in bad:
+        listed.setdefault(file, {})[str(record)] = reason
+    if listed:
+        write_json(path, listed)
+    return listed
 
 
 def check_episodes(path: Path, directory: Path, black: bool, episodes: np.ndarray

@@ -43,8 +43,7 @@ MAX_BYTES = 128 << 20  # of an episode's images; a longer one is continued in an
 class Recorder(threading.Thread):
     """Hands requests to the process that writes. Raises UserError if it cannot write to `folder`.
 
-    facts: {"model": name, "cameras": names, "chunk": steps of an answer, "widths": {unnorm_key:
-    numbers of its action, of its state (0: none)}}
+    facts: wire.describe
     """
 
     def __init__(self, folder: Path, facts: dict):
@@ -104,16 +103,6 @@ class Recorder(threading.Thread):
         self.process.wait()
 
 
-def recording_facts(policy, model: str) -> dict:
-    """The facts of a Policy for Recorder."""
-    widths = {}
-    for key in policy.norm_stats:
-        robot = policy.convention(key)
-        widths[key] = len(robot.action), len(robot.state) if policy.cfg.use_proprio else 0
-    return {"model": model, "cameras": policy.cfg.cameras, "chunk": policy.cfg.action_chunk,
-            "widths": widths}
-
-
 # ---- The process that writes -------------------------------------------------------------------
 
 
@@ -132,7 +121,7 @@ class Dataset:
             "steps": f.Dataset({
                 "observation": observation,
                 "action": f.Tensor(shape=(action,), dtype=np.float32),
-                "chunk": f.Tensor(shape=(facts["chunk"], action), dtype=np.float32),
+                "chunk": f.Tensor(shape=(facts["action_shape"][0], action), dtype=np.float32),
                 "prefix": f.Scalar(np.int64),  # how many steps of the chunk the robot had chosen
                 "unused_state": f.Text(),  # JSON: of a robot whose model does not take its state
                 "language_instruction": f.Text(), "unnorm_key": f.Text(),
@@ -181,11 +170,14 @@ class Writer:
 
     def __init__(self, folder: Path, facts: dict):
         self.facts = facts
-        self.datasets: dict[tuple[int, int], Dataset] = {}
-        for key, (action, state) in facts["widths"].items():
-            if (action, state) not in self.datasets:  # robots of other widths get other folders
-                own = folder.with_name(f"{folder.name}-{key}") if self.datasets else folder
-                self.datasets[action, state] = Dataset(own, facts, action, state)
+        self.datasets: dict[str, Dataset] = {}  # {unnorm_key: its own}
+        known: dict[tuple[int, int], Dataset] = {}
+        for key, action in facts["action"].items():
+            widths = len(action), len(facts["state"][key]) if facts["proprio"] else 0
+            if widths not in known:  # robots of other widths get other folders
+                own = folder.with_name(f"{folder.name}-{key}") if known else folder
+                known[widths] = Dataset(own, facts, *widths)
+            self.datasets[key] = known[widths]
         self.open: dict[tuple, dict] = {}  # the episodes under way
 
     def take(self, message: dict) -> None:
@@ -221,12 +213,11 @@ class Writer:
     def end(self, place: tuple) -> None:
         """Write an episode."""
         client, name, key = place
-        action, state = self.facts["widths"][key]
         about = {"client": client, "episode": "" if name is None else str(name),
                  "model": self.facts["model"]}
         steps = self.open.pop(place)["steps"]
         try:
-            self.datasets[action, state].append({"steps": steps, "episode_metadata": about})
+            self.datasets[key].append({"steps": steps, "episode_metadata": about})
         except OSError as error:
             print(f"warning: --record: an episode of {len(steps)} steps is lost: {error}",
                   file=sys.stderr, flush=True)
