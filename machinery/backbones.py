@@ -24,6 +24,7 @@ from transformers import (
 
 from machinery import hub
 from machinery.config import UserError, nearest, one_line
+from machinery.files import read_json
 
 # `model_type` of a transformers config. Linear, hybrid and latent attention (qwen3_next, jamba,
 # deepseek_v3, ...) would train, but could not act: they have no such cache.
@@ -54,24 +55,19 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
     is set to 0: a step then depends on its batch only, and recomputed activations are the same.
     Raises UserError for a kind that was not tested and for misspelled fields.
     """
-    try:
-        if isinstance(spec, str):
-            folder = hub.fetch(spec, ["config.json"], ["config.json"])
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        else:
-            config = AutoConfig.for_model(**spec)
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(f"llm_backbone: {one_line(error)[:300]}") from error
-    if not isinstance(spec, str):
+    fields = spec
+    if isinstance(spec, str):
+        fields = read_json(hub.fetch(spec, ["config.json"], ["config.json"]) / "config.json")
+    kind = fields.get("model_type")
+    if kind not in LANGUAGE_MODELS:
+        raise UserError(f"llm_backbone: model_type {kind} has not been tested: choose one of "
+                        f"{', '.join(LANGUAGE_MODELS)}")
+    config = AutoConfig.for_model(**fields)
+    if fields is spec:
         known = {*vars(type(config)()), *config.attribute_map}
         for key in spec.keys() - known:  # transformers ignores them: misspelled, or old
             if suggestion := nearest(key, known, 0.85):
                 raise UserError(f"llm_backbone: unknown key {key!r}{suggestion}")
-    if config.model_type not in LANGUAGE_MODELS:
-        raise UserError(f"llm_backbone: model_type {config.model_type} has not been tested: choose "
-                        f"one of {', '.join(LANGUAGE_MODELS)}")
     config.vocab_size = round_up(num_tokens)
     config.pad_token_id = None  # the tokenizer's; here it would freeze a row of the embedding
     for key, value in vars(config).items():

@@ -227,15 +227,13 @@ def find_datasets(data_root_dir: str, data_mix: str | Mapping[str, float],
         except DataError as error:
             missing.append(name)
             first_error = error
-    if len(missing) == 1 and not found:
+    if not found:
         raise first_error
     if missing:
-        cure = "download them"
-        if found:
-            here = ", ".join(f"{name!r}: {weight:g}" for name, weight, *_ in found)
-            cure += f", or train on the others with data_mix: {{{here}}}"
+        here = ", ".join(f"{name!r}: {weight:g}" for name, weight, *_ in found)
         raise DataError(f"{data_root_dir}: {len(missing)} of {len(missing) + len(found)} datasets "
-                        f"are missing: {', '.join(missing)}: {cure}")
+                        f"are missing: {', '.join(missing)}: download them, or train on the others "
+                        f"with data_mix: {{{here}}}")
     owners = {}
     for name, *_, directory in found:
         first = owners.setdefault(directory.resolve(), name)

@@ -10,7 +10,6 @@ own recordings become a dataset. What the names in a dataset mean: fields.py, re
 frame is used when: data.py.
 """
 
-import errno
 import functools
 import io
 import json
@@ -296,12 +295,13 @@ def main() -> None:
     job["path"] = Path(job["path"])
     try:
         build_frame_table(**job)
-    except (DataError, OSError) as error:
-        if isinstance(error, OSError) and job["path"].exists():
-            return  # on a file system without locks, another process was faster
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            error = f"{job['path']}: {error}: make room, or set index_dir to another disk"
+    except DataError as error:
         print(error)
+        sys.exit(1)
+    except OSError as error:
+        if job["path"].exists():
+            return  # on a file system without locks, another process was faster
+        print(f"{job['path']}: {error}: if it is full, make room, or set index_dir to another disk")
         sys.exit(1)
 
 

@@ -57,7 +57,7 @@ PRISMATIC_HUB = "TRI-ML/prismatic-vlms"  # has a folder for each id
 def prismatic_config(vision_id: str, llm_id: str, image_resize_strategy: str) -> dict:
     """Prismatic's ids of a vision backbone and a language model -> this project's config keys."""
     vision = copy.deepcopy(VISION_BACKBONES[vision_id])
-    llm = copy.deepcopy(LANGUAGE_MODELS[llm_id])
+    llm = LANGUAGE_MODELS[llm_id]
     fused = len(vision["towers"]) > 1
     return {
         "vision_backbone": vision["towers"],
@@ -129,7 +129,7 @@ def open_weights(where: str | Path) -> Weights:
     downloaded = not path.exists()
     if downloaded:
         path = download(str(where))
-    try:
+    with describes_a_model(where):
         weights = _open(path, downloaded)
         widths = {name: len(stats["action"]["q01"]) for name, stats in weights.norm_stats.items()
                   if "q01" in stats.get("action", ())}
@@ -138,12 +138,20 @@ def open_weights(where: str | Path) -> Weights:
         weights.norm_stats = {name: stats for name, stats in weights.norm_stats.items()
                               if widths.get(name, width) == width}
         TrainConfig(**weights.config)
-    except UserError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: its config.json does not describe a model: "
-                              f"{type(error).__name__}: {one_line(error)}") from error
     return weights
+
+
+@contextlib.contextmanager
+def describes_a_model(where: str | Path) -> Iterator[None]:
+    """Raises CheckpointError for whatever goes wrong with the values of a model from elsewhere:
+    timm and transformers raise many kinds."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{where}: its config.json does not describe a model: "
+                              f"{type(error).__name__}: {one_line(error)[:300]}") from error
 
 
 def _open(path: Path, downloaded: bool) -> Weights:
