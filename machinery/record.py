@@ -111,6 +111,7 @@ class Dataset:
 
     def __init__(self, folder: Path, facts: dict, action: int, state: int):
         import tensorflow_datasets as tfds  # here: the server needs only the class above
+        from google.protobuf.json_format import MessageToDict
 
         f = tfds.features
         observation = {camera: f.Image(shape=(None, None, 3), encoding_format="png")
@@ -141,7 +142,7 @@ class Dataset:
             self.describe()
             self.features.save_config(self.folder)
             return
-        if f.FeaturesDict.from_config(self.folder).to_proto() != self.features.to_proto():
+        if read_json(self.folder / "features.json") != MessageToDict(self.features.to_proto()):
             raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
                             "states or actions: choose another folder")
         (split,) = read_json(self.folder / "dataset_info.json")["splits"]
