@@ -168,7 +168,10 @@ def examine_dataset(subject: Subject, policy, args: argparse.Namespace) -> None:
     """Print and write everything about one dataset."""
     subject, table = open_subject(subject, args.index_dir)
     out = args.out or table.directory / "report.html"
-    out.open("ab").close()  # fail before minutes of work
+    try:
+        out.open("ab").close()  # fail before minutes of work
+    except OSError as error:
+        raise UserError(f"{error}: name another file with --out") from error
     labels = dimension_names(subject.recipe, table.features)
     print(f"dataset {subject.name} directory {subject.directory} recipe {subject.source} episodes "
           f"{len(table.episodes)} frames {len(table.frames)}")
