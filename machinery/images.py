@@ -54,7 +54,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
         x = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
         return x[0].permute(1, 2, 0).numpy()
-    except (ValueError, NotImplementedError):  # before PyTorch 2.15: Pillow differs by at most 1
+    except (ValueError, NotImplementedError):  # an older PyTorch: Pillow differs by at most 1
         resized = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
         return np.array(resized)
 

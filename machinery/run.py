@@ -232,8 +232,7 @@ class Run:
             return
         shown = " ".join(f"{key} {values[key]:.4g}" for key in shown_keys if key in values)
         if "eta_seconds" in values:
-            minutes, seconds = divmod(round(values["eta_seconds"]), 60)
-            shown += f" eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            shown += f" eta {tqdm.format_interval(values['eta_seconds'])}"
         self.line(f"step {step} {shown}")
         try:
             with open(self.path / "metrics.jsonl", "a") as file:
@@ -246,7 +245,7 @@ class Run:
 
     def first_batch(self, batch: dict, mixture: Mixture) -> None:
         """Show the model's first inputs: a prompt and an action here, and in first_batch.png and
-        TensorBoard all images of some samples, oldest first, with instruction and action."""
+        TensorBoard all images of some samples, oldest first, with both."""
         if self.quiet:
             return
         tiles = []
@@ -259,8 +258,7 @@ class Run:
             first_action = answer[: mixture.cfg.action_dim].numpy()
             action = " ".join(f"{a:.2f}" for a in mixture.action_tokenizer.decode(first_action))
             views = list(images.numpy().repeat(times, axis=1).repeat(times, axis=2))
-            instruction = prompt.split(" to ", 1)[-1].split("?")[0]
-            tiles.append((views, f"{instruction}\naction {action}"))
+            tiles.append((views, f"{prompt}\naction {action}"))
         self.line(f"first_prompt {prompt!r}")
         self.line(f"first_action {action}")
         sheet = contact_sheet(tiles, 2)
