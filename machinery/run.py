@@ -63,7 +63,6 @@ BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights im
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them)
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
-LONGEST_SURVEY = 300  # seconds; the other ranks wait, and NCCL for 10 minutes at most
 
 
 class Run:
@@ -188,11 +187,7 @@ class Run:
         """Its findings. The training does not depend on them, and does not wait for long."""
         if self.quiet:
             return
-        try:
-            lines, _ = self.survey.communicate(timeout=LONGEST_SURVEY)
-        except subprocess.TimeoutExpired:
-            self.survey.kill()
-            lines, _ = self.survey.communicate()
+        lines, _ = self.survey.communicate()
         if self.survey.returncode:
             self.line("warning: the survey of the data failed or took too long: python data.py "
                       "--inspect DIR repeats it")

@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from signal import alarm
 
 import numpy as np
 
@@ -48,6 +49,7 @@ from machinery.survey_timing import (
 
 SURVEY_VERSION = 4  # change it when a survey would find something else
 MOST = 5  # findings that a training prints
+LONGEST = 300  # seconds: a training waits for it, and its other ranks for 10 minutes at most
 
 KINDS = load_table("findings")  # {kind: fault}, in the order in which a training prints them
 
@@ -290,6 +292,7 @@ def mixture_lines(job: dict) -> list[str]:
 
 def main() -> None:
     """Print the lines of the job in the argument."""
+    alarm(LONGEST)  # then the system ends this process
     print("\n".join(mixture_lines(json.loads(sys.argv[1]))))
 
 
