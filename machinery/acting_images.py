@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from machinery.images import decode_native, encode, resize_image
 
@@ -32,10 +32,8 @@ def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.
     if strategy == "letterbox":
         longest = max(width, height)
         left, top = (longest - width) // 2, (longest - height) // 2
-        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
-        padded.paste(image, (left, top))
-        image = padded
-        width, height = padded.size  # one pixel off square if the difference was odd
+        image = ImageOps.expand(image, (left, top), tuple(fill))
+        width, height = image.size  # one pixel off square if the difference was odd
     shape = (size, size)
     if strategy != "resize-naive":  # the shorter side becomes `size`
         shape = (size * width // min(width, height), size * height // min(width, height))
