@@ -226,9 +226,9 @@ def find_datasets(data_root_dir: str, data_mix: str | Mapping[str, float],
             found.append((name, weight, recipe, find_dataset(data_root_dir, name)))
         except DataError as error:
             missing.append(name)
-            first_error = error
+            last_error = error
     if not found:
-        raise first_error
+        raise last_error
     if missing:
         here = ", ".join(f"{name!r}: {weight:g}" for name, weight, *_ in found)
         raise DataError(f"{data_root_dir}: {len(missing)} of {len(missing) + len(found)} datasets "

@@ -143,14 +143,14 @@ def open_weights(where: str | Path) -> Weights:
 
 @contextlib.contextmanager
 def describes_a_model(where: str | Path) -> Iterator[None]:
-    """Raises CheckpointError for whatever goes wrong with the values of a model from elsewhere:
-    timm and transformers raise many kinds."""
+    """Raises CheckpointError for whatever goes wrong with the files of a model from elsewhere:
+    PyTorch, timm and transformers raise many kinds."""
     try:
         yield
     except (UserError, OSError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{where}: its config.json does not describe a model: "
+        raise CheckpointError(f"{where}: its config.json or weights are not those of a model: "
                               f"{type(error).__name__}: {one_line(error)[:300]}") from error
 
 

@@ -773,7 +773,7 @@ def test_weights_are_shares_or_multiply_frames(opened, tmp_path):
 
 
 def test_if_all_is_missing_the_folder_is_named(opened, tmp_path):
-    with pytest.raises(DataError, match=f"{tmp_path}/arm: .*set data_root_dir"):
+    with pytest.raises(DataError, match=f"{tmp_path}/hand: .*set data_root_dir"):
         opened(data_mix={"arm": 1.0, "hand": 2.0}, datasets={"arm": {"primary": "image"}, "hand": {"primary": "image"}})
 
 
