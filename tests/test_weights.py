@@ -255,7 +255,7 @@ def test_pickles_are_never_run(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="UnpicklingError"):
         open_weights(tmp_path)
     path.write_bytes(pickle.dumps({"model": Malicious()}))
-    with pytest.raises(CheckpointError, match="RuntimeError|UnpicklingError"):
+    with pytest.raises(CheckpointError, match=r"RuntimeError|UnpicklingError"):
         open_weights(tmp_path)
     assert "this ran" not in capsys.readouterr().out
 
