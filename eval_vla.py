@@ -377,7 +377,8 @@ def open_mixture(policy: Policy, cfg: TrainConfig, train: bool) -> Mixture:
     for name, ours in mixture.statistics.items():
         theirs = policy.norm_stats.setdefault(name, ours)
         keys = ("q01", "q99", "mean")  # the mean notices an inverted gripper
-        known, data = ([stats["action"][key] for key in keys] for stats in (theirs, ours))
+        data = [ours["action"][key] for key in keys]
+        known = [theirs["action"][key] for key in keys]
         if train and not np.allclose(data, known, rtol=1e-3, atol=1e-6):
             print(f"warning: {name}: the {', '.join(keys)} of its actions are not training's: this "
                   "is another dataset or recipe. The model's statistics are used")

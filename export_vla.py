@@ -137,13 +137,14 @@ def write_hugging_face(weights: Weights, cfg: TrainConfig, out: Path,
     dtypes = set()
     for number, names in enumerate(tqdm(shards, "export", unit="file", disable=None), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {rename(name, towers, to_hugging_face=True): convert(weights.tensors, name, dtype)
-                   for name in names}
+        tensors = {}
+        for name in names:
+            theirs = rename(name, towers, to_hugging_face=True)
+            tensors[theirs] = convert(weights.tensors, name, dtype)
+            files[theirs] = file
+            total += tensors[theirs].nbytes
+            dtypes.add(tensors[theirs].dtype)
         (out / file).write_bytes(to_safetensors(tensors, metadata={"format": "pt"}))
-        for name, tensor in tensors.items():
-            files[name] = file
-            total += tensor.nbytes
-            dtypes.add(tensor.dtype)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     write_json(out / "model.safetensors.index.json", index)
     widest = functools.reduce(torch.promote_types, dtypes)  # loading in this dtype loses nothing

@@ -78,7 +78,7 @@ def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: i
 
 def rank(finding: Finding) -> tuple[str, int]:
     """Smaller for worse ones."""
-    return finding.severity, [*KINDS].index(finding.kind)
+    return finding.severity, list(KINDS).index(finding.kind)
 
 
 def number_findings(every: list[Signal], table: FrameTable, normalization: str, action_chunk: int
