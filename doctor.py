@@ -37,7 +37,14 @@ from machinery.convention import dimension_names
 from machinery.files import write_json
 from machinery.frames import FrameTable, bad_episodes_file, frame_table
 from machinery.guess import state_fields
-from machinery.inspect_data import Subject, as_yaml, find_subjects, list_bad_episodes, locate
+from machinery.inspect_data import (
+    Subject,
+    add_options,
+    as_yaml,
+    find_subjects,
+    list_bad_episodes,
+    locate,
+)
 from machinery.oxe import expand_mixture
 from machinery.peers import Verdict
 from machinery.report import page_facts, write_causes, write_page
@@ -243,11 +250,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", type=Path, help="a dataset, a folder of many, or a policy")
-    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
-    parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
+    add_options(parser)
     parser.add_argument("--checkpoint", help="a policy trained on it: a run or checkpoint")
-    parser.add_argument("--index_dir", metavar="DIR",
-                        help="folder for frame tables (default: with the dataset)")
     parser.add_argument("--leave_out", type=int, default=0, metavar="N",
                         help="list the N worst episodes as bad, for skip_bad_episodes: true")
     parser.add_argument("--seen", type=Path, metavar="DIR", help="a policy's recorded requests")

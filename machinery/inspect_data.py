@@ -365,16 +365,21 @@ def check_episodes(path: Path, directory: Path, black: bool, episodes: np.ndarra
     return bad
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which datasets to look at, and how: for doctor.py, too."""
+    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
+    parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
+    parser.add_argument("--index_dir", metavar="DIR",
+                        help="folder for frame tables (default: with the dataset)")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--inspect", type=Path, metavar="DIR", help="a dataset, or a folder of many")
     what.add_argument("--check", type=Path, metavar="DIR", help="the same; decode all its images")
-    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
-    parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
-    parser.add_argument("--index_dir", metavar="DIR",
-                        help="folder for frame tables (default: with the dataset)")
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"),
                         help="the picture")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")

@@ -344,17 +344,20 @@ def decode_code_points(row: bytes) -> bytes:
     return row.decode("utf-32-le", "replace").partition("\0")[0].encode()
 
 
-def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which dimensions of the action are targets, and which are raw: each (A,) bool.
+def action_masks(recipe: Recipe, widths: list[int]
+                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which dimensions of the action are targets, which are raw, and which the recipe calls targets
+    or changes: each (A,) bool.
 
-    widths: of the A dimensions, by field. These are OpenVLA's absolute_action_mask, and the
+    widths: of the A dimensions, by field. The first two are OpenVLA's absolute_action_mask, and the
     opposite of its action_normalization_mask.
     """
     fields = parse_fields(recipe.action)
     target = np.repeat([field.target for field in fields], widths)
     raw = np.repeat([field.raw for field in fields], widths)
     if has_words(fields):
-        return target, raw
+        return target, raw, target | np.repeat([field.change for field in fields], widths)
+    declared = max(recipe.absolute or 0, recipe.targets)
     absolute = recipe.absolute or 0
     if recipe.absolute is None and not recipe.targets:
         absolute = 1
@@ -363,16 +366,7 @@ def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndar
     if targets > len(raw):
         raise DataError(f"{targets} absolute action dimensions of {len(raw)}: lower `absolute` or "
                         "`targets` in its recipe")
-    return from_end <= targets, from_end <= absolute
-
-
-def declared(recipe: Recipe, widths: list[int]) -> np.ndarray:
-    """Which dimensions of the action the recipe calls targets or changes, (A,) bool."""
-    fields = parse_fields(recipe.action)
-    if has_words(fields):
-        return np.repeat([field.target or field.change for field in fields], widths)
-    total = sum(widths)
-    return np.arange(total, 0, -1) <= max(recipe.absolute or 0, recipe.targets)
+    return from_end <= targets, from_end <= absolute, from_end <= declared
 
 
 def unzipped(recipe: Recipe, widths: list[int]) -> dict[str, int]:

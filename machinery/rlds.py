@@ -74,7 +74,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
                             f"{bad[:1]}")
         np.save(scratch / "episodes.npy", episodes)
         frames = np.memmap(scratch / "frames.bin", dtype, "r")
-        target, raw = recipes.action_masks(recipe, action_widths)
+        target, raw, declared = recipes.action_masks(recipe, action_widths)
         (scratch / "table.json").write_text(json.dumps({
             "splits": list(splits),
             "shards": [file.name for _, file, _ in shards],
@@ -82,7 +82,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
             "instructions": instructions,
             "bad_episodes": bad,
             "targets": target.tolist(),
-            "declared": recipes.declared(recipe, action_widths).tolist(),
+            "declared": declared.tolist(),
             "features": widths_of_features | recipes.unzipped(recipe, action_widths),
             "unused": recipes.unused(features, recipe, cameras, load_proprio),
             "openvla_rules": recipe.openvla_rules,

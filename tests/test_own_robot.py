@@ -254,7 +254,7 @@ def test_openvlas_two_masks_map_one_to_one(normalized, absolute, recipe):
         recipe = {"action": ", ".join(f"joint_{i}{word}" for i, word in enumerate(words))}
     fields = Recipe(**recipe).action.split(",")
     widths = [len(normalized)] if len(fields) == 1 else [len(normalized) - len(fields) + 1]
-    target, raw = action_masks(Recipe(**recipe), widths + [1] * (len(fields) - 1))
+    target, raw, _ = action_masks(Recipe(**recipe), widths + [1] * (len(fields) - 1))
     np.testing.assert_array_equal(target, absolute)
     np.testing.assert_array_equal(~raw, normalized)
 
