@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from machinery.config import UserError
+from machinery.frames import end_with_parent
 from machinery.rlds import serializer
 
 CHOSEN_GPU = os.environ.get("MUJOCO_EGL_DEVICE_ID")
@@ -66,7 +67,8 @@ def record_all(record: Callable, features: dict, wanted: dict[tuple[str, int], i
         pools = []  # each of one process, because it is to keep its simulator
         for number in range(min(workers, sum(wanted.values()))):
             render_on_gpu(number)
-            pools.append(stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))))
+            pools.append(stack.enter_context(
+                ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)))
             pools[-1].submit(os.getpid)  # starts the process
         idle = [*pools]
         bar = stack.enter_context(tqdm(total=sum(wanted.values()), desc="record", unit="episode",

@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -211,7 +210,7 @@ def test_the_command_continues_where_it_was_killed(base, folder, tmp_path):
             break
         assert job.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.1)
-    os.killpg(job.pid, signal.SIGKILL)
+    job.kill()  # its processes have to end by themselves
     assert 3 < len([*scratch.glob("*.record")]) < 30
     done = subprocess.run([*map(str, command)], text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -356,13 +356,13 @@ sys.path[:0] = [{str(EXAMPLE)!r}, {str(ROOT)!r}]
 import numpy as np, rollout
 from pathlib import Path
 questions = pickle.loads(Path({str(folder / "questions")!r}).read_bytes())
-player = rollout.Player({str(run)!r}, Path({str(recording)!r}), 3, "cpu")
+player = rollout.Player({str(run)!r}, Path({str(recording)!r}), 3, "cpu", 2)
 alone = [player.act([question])[0] for question in questions]
-player.together = 2
+player.batch = 4
 together = player.act(questions)
 assert [actions.shape for actions in together] == [(2, 3, 4)] * 3
 assert np.array_equal(alone, together) and np.ptp(alone, axis=0).max() > 0
-other = rollout.Player({str(run)!r}, Path({str(recording)!r}), 3, "cpu", paraphrases=True)
+other = rollout.Player({str(run)!r}, Path({str(recording)!r}), 3, "cpu", 6, paraphrases=True)
 asked, answer = [], other.policy.predict_action
 other.policy.predict_action = lambda images, texts, *rest: asked.extend(texts) or answer(images, texts, *rest)
 task, looks = questions[0]

@@ -57,7 +57,8 @@ def success(checkpoint: str, wrong: dict, trials: int, out: Path) -> str:
     interval."""
     import rollout
 
-    player, tasks = rollout.Player(checkpoint, None, None, "cpu"), rollout.task_names(["demo"])
+    player = rollout.Player(checkpoint, None, None, "cpu", trials)
+    tasks = rollout.task_names(["demo"])
     player.policy = told_wrong(player.policy, **wrong)
     out.mkdir(parents=True, exist_ok=True)
     rollout.run(player, [(task, 0) for task in tasks], trials, 2, out)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from examples.recording import episodes_from, record_all
 from machinery.files import atomic
+from machinery.frames import end_with_parent
 from machinery.rlds import write_rlds
 
 # Seeds of collecting. Recordings begin at 0 and at 100,000 (held out), evaluations at 200,000
@@ -136,7 +137,7 @@ def measure(succeeds: Callable, tasks: list[str], first_seed: int, trials: int, 
     blocks = [(task, range(first, min(first + 5, first_seed + trials)))
               for task in tasks for first in range(first_seed, first_seed + trials, 5)]
     outcomes = {task: [] for task in tasks}
-    with (ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn")) as pool,
+    with (ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn"), end_with_parent) as pool,
           tqdm(total=len(tasks) * trials, desc="measure", unit="episode") as bar):
         jobs = [pool.submit(play_block, succeeds, *block) for block in blocks]
         for (task, _), job in zip(blocks, jobs, strict=True):

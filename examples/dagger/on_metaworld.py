@@ -84,8 +84,8 @@ def collect_round(checkpoint: Path, folder: Path, number: int, args, base: Path)
     from rollout import Player
 
     gpu = torch.cuda.is_available()
-    player = Player(str(checkpoint), None, args.execute, "cuda" if gpu else "cpu")
-    player.together *= 4  # one trial of each task, instead of ten
+    # a question is about one episode, and half of the simulators wait at a time
+    player = Player(str(checkpoint), None, args.execute, "cuda" if gpu else "cpu", batch=args.workers)
     _, dataset = settings_of(base)
     longest = longest_parts(base, {task: INSTRUCTIONS[task] for task in task_names(args.tasks)}, args.control)
     job = {"recording": player.recording, "window": player.cfg.window_size, "longest": longest}

@@ -28,7 +28,7 @@ from examples import closed_loop
 from examples.dagger.collecting import ROUNDS
 from machinery.config import PROJECT, TrainConfig, UserError, load_config, run_directory
 from machinery.files import atomic
-from machinery.frames import find_dataset
+from machinery.frames import end_with_parent, find_dataset
 from machinery.host import cores
 from machinery.tfrecords import open_builder
 
@@ -169,11 +169,17 @@ def call(command: list, **environment: str) -> None:
 
 def in_process(work: Callable, *arguments) -> None:
     """Call a function in a process of its own."""
-    process = get_context("spawn").Process(target=work, args=arguments)
+    process = get_context("spawn").Process(target=work_for_parent, args=(work, *arguments))
     process.start()
     process.join()
     if process.exitcode:
         sys.exit(f"error: {work.__name__} failed, see above (exit status {process.exitcode})")
+
+
+def work_for_parent(work: Callable, *arguments) -> None:
+    """In in_process's process: two would collect if it outlived a command that was killed."""
+    end_with_parent()
+    work(*arguments)
 
 
 def settings_of(run: Path) -> tuple[TrainConfig, Path]:

@@ -94,13 +94,14 @@ class Player:
     """A trained policy, with inputs like those in its training data."""
 
     def __init__(self, checkpoint: str, recording: Path | None, execute: int | None, device: str,
-                 in_8_bits: bool = False, paraphrases: bool = False):
+                 batch: int, in_8_bits: bool = False, paraphrases: bool = False):
         """recording: recording.json of the dataset; default: found through the run's data_root_dir.
         execute: actions of a predicted chunk to execute before the next look; default: half of
-        them. paraphrases: use the wordings of paraphrases.yaml, which the policy has not seen."""
+        them. batch: trials that are answered at once. paraphrases: use the wordings of
+        paraphrases.yaml, which the policy has not seen."""
         import torch
 
-        from act import load_vla
+        from act import PROMPT_LENGTHS, load_vla
         from machinery import oxe
         from machinery.frames import find_dataset
 
@@ -120,7 +121,10 @@ class Player:
         self.wordings = {task: [words] for task, words in INSTRUCTIONS.items()}
         if paraphrases:  # trial i of a task gets wording i, from the first again after the last
             self.wordings = load_yaml(PARAPHRASES.read_text(), str(PARAPHRASES))
-        self.together = 1 if device == "cpu" else 8  # tasks in a batch
+        self.batch = batch
+        if device == "cuda":  # else Python launches each kernel, slower than the GPU computes it
+            for length in PROMPT_LENGTHS:
+                self.policy.record(batch, length, 0)
         self.threads = ThreadPoolExecutor(min(4, cores()))
 
     def act(self, questions: list[tuple[str, list[deque]]]) -> list[np.ndarray]:
@@ -134,10 +138,10 @@ class Player:
         histories = [history for _, some in questions for history in some]
         images = torch.stack([*self.threads.map(self.prepare, histories)])
         state = np.stack([history[-1]["state"] for history in histories])
-        actions, size = [], trials * self.together
-        for first in range(0, len(texts), size):
+        actions = []
+        for first in range(0, len(texts), self.batch):
             # filled up: other sizes would take other kernels, which round differently
-            rows = np.arange(first, first + size).clip(max=len(texts) - 1)
+            rows = np.arange(first, first + self.batch).clip(max=len(texts) - 1)
             actions += [*self.policy.predict_action(images[rows], [texts[row] for row in rows], self.dataset,
                                                     state[rows])]
         actions = np.stack(actions).reshape(-1, trials, self.cfg.action_chunk, actions[0].shape[-1])
@@ -307,8 +311,9 @@ def main() -> None:
     with exit_with_one_line():
         tasks = task_names(args.tasks)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        player = Player(args.checkpoint, args.recording, args.execute, device, args.int8,
-                        args.paraphrases)
+        # on a GPU eight tasks at once, on a CPU one, so that its result depends on no other
+        batch = args.trials * (1 if device == "cpu" else 8)
+        player = Player(args.checkpoint, args.recording, args.execute, device, batch, args.int8, args.paraphrases)
         checkpoint = Path(open_weights(args.checkpoint).tensors.where)
         name = f"rollouts-{checkpoint.name}" + "-paraphrases" * args.paraphrases
         out = args.out or checkpoint.parents[1] / name
