@@ -22,14 +22,10 @@ from pathlib import Path
 import torch
 
 from machinery.checkpoint import CheckpointError, Tensors
-from machinery.config import one_line
+from machinery.config import load_table, one_line
 from machinery.files import read_json
 
-ROBOTS = {  # {numbers of an action: OFT's constants, and the cameras of its recipes with a state}
-    7: {"action_chunk": 8, "action_normalization": "bounds_q99", "cameras": ["primary", "wrist"]},
-    14: {"action_chunk": 25, "action_normalization": "bounds",
-         "cameras": ["primary", "left_wrist", "right_wrist"]},
-}
+ROBOTS = load_table("openvla_oft")  # {numbers of an action: keys of TrainConfig}
 OVERRIDES = "zerovla.json"
 PROJECTOR = {"fc1": "0", "fc2": "2"}  # {OFT's layer: ours}
 FILM = re.compile(r"(vision_backbone\.\w+)\.blocks\.(\d+)\.(scale|shift)\.(weight|bias)")
