@@ -189,10 +189,9 @@ def text_config(cfg: TrainConfig) -> dict:
     config.pad_token_id = tokenizer.pad_token_id
     values = config.to_dict()
     values |= values.get("rope_parameters") or {}  # nested since transformers 5
-    keys = ("model_type", "vocab_size", "pad_token_id", "hidden_size", "intermediate_size",
-            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-            "layer_norm_eps", "max_position_embeddings", "sliding_window", "partial_rotary_factor",
-            "rope_theta", "hidden_act", "tie_word_embeddings")
+    keys = """model_type vocab_size pad_token_id hidden_size intermediate_size num_hidden_layers
+        num_attention_heads num_key_value_heads rms_norm_eps layer_norm_eps max_position_embeddings
+        sliding_window partial_rotary_factor rope_theta hidden_act tie_word_embeddings""".split()
     return {key: values[key] for key in keys if key in values}
 
 
