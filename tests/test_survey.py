@@ -36,8 +36,10 @@ def damaged(name: str, damage, pictures: bool = False) -> Robot:
 
 
 def found(robot: Robot, **options) -> list:
-    return [finding for finding in survey(robot.table(), **options)
-            if finding.kind != "no_camera"]
+    ignored = {"no_camera"}
+    if not robot.cameras:  # some robots repeat an episode, which only pictures could tell apart
+        ignored |= {"held_out_seen", "episode_twice"}
+    return [finding for finding in survey(robot.table(), **options) if finding.kind not in ignored]
 
 
 def kinds(findings: list, severity: str = "high") -> set[str]:
