@@ -106,6 +106,7 @@ from machinery.wire import (
     MAX_BODY,
     Query,
     describe,
+    describe_actions,
     encode_action,
     encode_array,
     pack,
@@ -261,7 +262,7 @@ class Service:
         """GET /health."""
         facts = {"status": "ok"}
         if self.authorized(request):
-            facts = self.facts
+            facts = self.facts | describe_actions(self.policy)
         error = self.batcher.failure()
         if error is None:
             return JSONResponse(facts)

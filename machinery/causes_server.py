@@ -17,7 +17,7 @@ from machinery.causes import CHANGES, answer_causes
 from machinery.config import UserError
 from machinery.examine import Cause, spread
 from machinery.images import decode_native
-from machinery.wire import describe
+from machinery.wire import describe, describe_actions
 
 KINDS = {"center_crop": "pictures", "action_q01_q99": "statistics"}  # of facts; others: model
 EVERY = 7  # of the frames that `spread` chooses: about 24
@@ -33,7 +33,7 @@ def server_causes(policy: Policy, train: Mixture, url: str, token: str | None) -
     if "model" not in theirs:
         raise UserError(f"--server {url}: only clients with its token get its facts: add --token")
     print("server", url, *(f"{key} {theirs[key]}" for key in ("model", "cameras", "action_shape")))
-    ours = describe(policy, theirs["model"])
+    ours = describe(policy, theirs["model"]) | describe_actions(policy)
     for key, value in ours.items():
         if theirs.get(key, value) != value:
             text = f"the server's {key} is {theirs[key]}, this checkpoint's {value}"

@@ -410,8 +410,7 @@ def parse_prefix(value, unnorm_key: str, policy: Policy) -> np.ndarray:
 
 
 def describe(policy: Policy, model: str) -> dict:
-    """The model's facts, of /health and of a websocket's first message, for programs that show,
-    convert or check actions."""
+    """The model's facts, which a websocket sends first; /health gives more."""
     robots = {key: policy.convention(key) for key in sorted(policy.norm_stats)}
     facts = {
         "status": "ok",
@@ -422,13 +421,17 @@ def describe(policy: Policy, model: str) -> dict:
         "proprio": policy.cfg.use_proprio,
         "action_shape": [policy.cfg.action_chunk, len(next(iter(robots.values())).action)],
         "max_prefix": policy.max_prefix,
-        "center_crop": policy.cfg.image_aug,
-        "action": {key: robot.action for key, robot in robots.items()},
-        "gripper": {},
-        "action_q01_q99": {}}
+        "action": {key: robot.action for key, robot in robots.items()}}
     if policy.cfg.use_proprio:
         facts["state"] = {key: robot.state for key, robot in robots.items()}
-    for key, robot in robots.items():
+    return facts
+
+
+def describe_actions(policy: Policy) -> dict:
+    """More facts of /health, for programs that show, convert or check actions."""
+    facts = {"center_crop": policy.cfg.image_aug, "gripper": {}, "action_q01_q99": {}}
+    for key in sorted(policy.norm_stats):
+        robot = policy.convention(key)
         stats = policy.norm_stats[key]["action"]
         ends = np.array([stats["q01"], stats["q99"]])
         facts["gripper"][key] = robot.gripper(policy.cfg.action_dim)
