@@ -80,8 +80,9 @@ class Run:
         self.saves = cfg.keep_checkpoints != "none"
         self.keep_checkpoints = cfg.keep_checkpoints  # 0: all
         self.on_save_error = cfg.on_save_error
+        self.lock = None
         self.started = time.time()
-        self.claim()
+        self.prove_shared()
         # rank 0 decides: other machines may list an older state of a network disk
         own = gather([path.name for path in list_checkpoints(self.path / "checkpoints")])[0]
         given = cfg.pretrained_checkpoint
@@ -101,22 +102,18 @@ class Run:
         if not own:
             self.check_resume_point(cfg)
 
-    def claim(self) -> None:
-        """Create the directory. Raise UserError on all ranks if another job trains in it, or unless
-        all of them read what rank 0 has just written there: without this, the first checkpoint
-        would fail after hours."""
+    def prove_shared(self) -> None:
+        """Raise UserError on all ranks unless all of them read what rank 0 has just written into
+        the run's directory. Without this, the first checkpoint would fail after hours."""
         progress.at(f"find {self.path}")
+        new = not self.path.exists()
         proof = self.path / ".shared"
-        token = uuid.uuid4().hex
         if not self.quiet:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock = take_lock(self.path / ".lock", wait=False)
-            except BlockingIOError as error:
-                raise UserError(f"{self.path}: another job is training there: wait for it, or set "
-                                "run_id") from error
-            proof.write_text(token)
-        token = gather(token)[0]
+            if not new:
+                self.claim()
+            self.path.mkdir(parents=True, exist_ok=True)
+            proof.write_text(uuid.uuid4().hex)
+        token = gather(None if self.quiet else proof.read_text())[0]
 
         def unseen() -> str | None:
             with contextlib.suppress(OSError):
@@ -127,8 +124,26 @@ class Run:
             return (f"{self.path} is not the folder that rank 0 writes to: set run_root_dir to one "
                     "that all machines share")
 
-        if self.saves:
-            on_all_ranks(lambda: wait_until(unseen, connect.SOON))
+        try:
+            if self.saves:
+                on_all_ranks(lambda: wait_until(unseen, connect.SOON))
+        finally:
+            with contextlib.suppress(OSError):
+                if not self.quiet:
+                    proof.unlink()
+                if not self.quiet and new:
+                    self.path.rmdir()
+
+    def claim(self) -> None:
+        """Create the directory, and make sure that no other job trains in it."""
+        if self.quiet or self.lock:
+            return
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock = take_lock(self.path / ".lock", wait=False)
+        except BlockingIOError as error:
+            raise UserError(f"{self.path}: another job is training there: wait for it, or set "
+                            "run_id") from error
 
     def check_resume_point(self, cfg: TrainConfig) -> None:
         """Raise UserError unless training starts at the step and epoch that `cfg` expects."""
@@ -161,6 +176,7 @@ class Run:
         self.line(f"startup_s {time.time() - self.started:.1f}")
         if self.quiet:
             return
+        self.claim()
         (self.path / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
         for name, values in (("config", cfg.model_dump()), ("ds_config", ds_config),
                              ("dataset_statistics", mixture.statistics)):
