@@ -46,7 +46,7 @@ def test_run_directory(finished):
     path, text = finished
     run = path / "runs/tiny+n1+b4+x7--note--image_aug"  # OpenVLA's way to name it
     assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
-        ".lock", ".shared", "checkpoints", "config.json", "config.yaml", "curves.png", "dataset_statistics.json",
+        ".lock", "checkpoints", "config.json", "config.yaml", "curves.png", "dataset_statistics.json",
         "ds_config.json", "first_batch.png", "metrics.jsonl", "tokenizer"]
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config == json.loads((run / "config.json").read_text())
