@@ -22,16 +22,22 @@ from torch import nn
 from transformers import StaticCache
 
 from action_tokenizer import load_tokenizer, normalize, prompt_ids, unnormalize
-from machinery import oft, oft_pictures
+from machinery import oft
+from machinery.acting_images import fit, prepare_oft
 from machinery.cached_llm import cached_forward, make_cache
 from machinery.checkpoint import CheckpointError
-from machinery.config import TrainConfig, UserError, one_line
+from machinery.config import TrainConfig, UserError
 from machinery.convention import Convention, convention
 from machinery.cuda_graph import no_tracing
 from machinery.host import cores
-from machinery.images import center_crop, fit
+from machinery.images import center_crop
 from machinery.lora import linear_layers
-from machinery.weights import fill, open_weights, parameters_without_memory
+from machinery.weights import (
+    describes_a_model,
+    fill,
+    open_weights,
+    parameters_without_memory,
+)
 from model import VLA, at_positions
 
 PROMPT_LENGTHS = (32, 64)  # tokens, rounded up; instructions of 20 words have fewer
@@ -65,14 +71,8 @@ def load_vla(
               file=sys.stderr)
     cfg = TrainConfig(**weights.config)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.add_action_tokens)
-    try:
-        with parameters_without_memory():
-            vla = oft.new_vla(cfg, tokenizer)
-    except UserError:
-        raise
-    except Exception as error:  # timm and transformers raise many kinds for values they cannot use
-        raise CheckpointError(f"{where}: its config.json does not describe a model: "
-                              f"{type(error).__name__}: {one_line(error)[:300]}") from error
+    with describes_a_model(where), parameters_without_memory():
+        vla = oft.new_vla(cfg, tokenizer)
     vla.llm.tie_weights()
     if missing := weights.tensors.check(vla):
         raise CheckpointError(f"{where}: missing {', '.join(missing)}, which acting needs")
@@ -203,7 +203,7 @@ class Policy:
             raise UserError(f"an image of shape {image.shape} and type {image.dtype}: expected "
                             "(height, width, 3) uint8")
         if cfg.image_resize_strategy == "oft":
-            return oft_pictures.prepare(image, cfg.image_size, cfg.image_aug)
+            return prepare_oft(image, cfg.image_size, cfg.image_aug)
         means = [(0.0, 0.0, 0.0)]
         if cfg.image_resize_strategy == "letterbox":  # margins in each tower's own mean color
             means = [tower.mean for tower in self.vla.vision_backbone.values()]

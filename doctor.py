@@ -18,7 +18,6 @@ what training saw with the requests in a folder of `serve_vla.py --record` (mach
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,10 +34,17 @@ import numpy as np
 
 from machinery import peers
 from machinery.convention import dimension_names
-from machinery.files import atomic
+from machinery.files import write_json
 from machinery.frames import FrameTable, bad_episodes_file, frame_table
 from machinery.guess import state_fields
-from machinery.inspect_data import Subject, as_yaml, find_subjects, locate
+from machinery.inspect_data import (
+    Subject,
+    add_options,
+    as_yaml,
+    find_subjects,
+    list_bad_episodes,
+    locate,
+)
 from machinery.oxe import expand_mixture
 from machinery.peers import Verdict
 from machinery.report import page_facts, write_causes, write_page
@@ -146,11 +152,6 @@ def choose_shown(verdicts: list[Verdict], findings: list[Finding], lists: list[d
     return dict(list(shown.items())[:PLAYED])
 
 
-def write_json(path: Path, content: dict) -> None:
-    with atomic(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=1))
-
-
 def numbers(table: FrameTable, verdicts: list[Verdict], losses: dict[int, float]) -> list[dict]:
     """The verdict of every episode, and where it is recorded."""
     entries = []
@@ -165,10 +166,8 @@ def numbers(table: FrameTable, verdicts: list[Verdict], losses: dict[int, float]
 def leave_out(table: FrameTable, entries: list[dict], index_dir: str | None) -> Path:
     """List episodes (of `numbers`) as bad, so that skip_bad_episodes leaves them out."""
     path = bad_episodes_file(table.directory, index_dir)
-    listed = json.loads(path.read_text()) if path.exists() else {}
-    for entry in entries:
-        listed.setdefault(entry["file"], {})[str(entry["record"])] = f"doctor.py: {entry['kind']}"
-    write_json(path, listed)
+    list_bad_episodes(path, [(entry["file"], entry["record"], f"doctor.py: {entry['kind']}")
+                             for entry in entries])
     return path
 
 
@@ -179,7 +178,7 @@ def examine_dataset(subject: Subject, policy, args: argparse.Namespace) -> None:
     try:
         out.open("ab").close()  # fail before minutes of work
     except OSError as error:
-        raise UserError(f"{out}: {error.strerror}: name another file with --out") from error
+        raise UserError(f"{error}: name another file with --out") from error
     labels = dimension_names(subject.recipe, table.features)
     print(f"dataset {subject.name} directory {subject.directory} recipe {subject.source} episodes "
           f"{len(table.episodes)} frames {len(table.frames)}")
@@ -251,11 +250,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", type=Path, help="a dataset, a folder of many, or a policy")
-    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
-    parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
+    add_options(parser)
     parser.add_argument("--checkpoint", help="a policy trained on it: a run or checkpoint")
-    parser.add_argument("--index_dir", metavar="DIR",
-                        help="folder for frame tables (default: with the dataset)")
     parser.add_argument("--leave_out", type=int, default=0, metavar="N",
                         help="list the N worst episodes as bad, for skip_bad_episodes: true")
     parser.add_argument("--seen", type=Path, metavar="DIR", help="a policy's recorded requests")

@@ -26,7 +26,6 @@ with augmentation gets the same center crop in all three.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from machinery.config import TrainConfig, UserError, exit_with_one_line, find_input, load_config
@@ -55,17 +54,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from act import Policy, load_vla
+from act import Policy
 from action_tokenizer import unnormalize
 from data import IGNORE_INDEX, Mixture, collate, most_frequent_tokens, open_tables, to_device
 from machinery import oxe
 from machinery.checkpoint import Checkpoint, Tensors
 from machinery.convention import Convention, convention, dimension_names
-from machinery.examine import recording_of
-from machinery.files import read_metrics
+from machinery.examine import open_policy, recording_of
+from machinery.files import read_metrics, write_json
 from machinery.frames import DataError
 from machinery.images import decode_native
 from machinery.oft import new_mixture
+from machinery.peers import evenly
 from machinery.plots import draw_curves
 from machinery.run import data_facts
 from machinery.weights import open_weights
@@ -257,7 +257,7 @@ def draw_episodes(policy: Policy, mixture: Mixture, path: Path) -> None:
     for dataset, (firsts, counts, _) in enumerate(mixture.stretches):
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             episodes.append((dataset, first, count))
-    chosen = np.unique(np.linspace(0, len(episodes) - 1, EPISODES).astype(int))
+    chosen = evenly(len(episodes), EPISODES)
     columns = []
     for dataset, first, count in [episodes[i] for i in chosen]:
         table = mixture.tables[dataset]
@@ -321,7 +321,7 @@ def evaluate(policy: Policy, checkpoint: Tensors, cfg: TrainConfig, samples: int
     facts = {"checkpoint": str(checkpoint.where), "data_mix": cfg.data_mix,
              "on_train_frames": on_train_frames, "frames": len(frames), "accuracy": accuracy,
              "agreement": agreement, "mismatch": mismatch, "datasets": results}
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=2))
+    write_json(out.with_suffix(".json"), facts)
     draw_episodes(policy, mixture, out)
     print(f"wrote {out} {out.with_suffix('.json')}")
     for remark in remarks:
@@ -346,7 +346,7 @@ def score_datasets(policy: Policy, mixture: Mixture, learned: Mixture, frames: n
         for key in tokens:
             tokens[key].append(answers[key])
         size = learned.sizes[dataset]
-        index = np.linspace(0, size - 1, min(samples, size)).astype(np.int64)
+        index = evenly(size, samples)
         numbers = np.full(len(index), dataset)
         frequent = most_frequent_tokens(learned, numbers, learned.rows(numbers, index))
         results[name] = measure(mixture, dataset, chosen[:, 1], answers, frequent)
@@ -421,8 +421,7 @@ def main() -> None:
     args = read_options()
     with exit_with_one_line():
         crop = {"yes": True, "no": False}.get(args.center_crop)
-        how = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        policy = load_vla(args.checkpoint, *how, center_crop=crop)
+        policy = open_policy(args.checkpoint, crop)
         cfg = data_config(policy, args)
         tensors = open_weights(args.checkpoint).tensors
         folder = Path(tensors.where if Path(args.checkpoint).exists() else "")  # "": of the hub

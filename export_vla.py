@@ -21,11 +21,11 @@ Tensors pass through memory a few at a time. No GPU is needed.
 import argparse
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,28 +46,29 @@ def read_options() -> argparse.Namespace:
 if __name__ == "__main__":
     read_options()  # mistakes and --help, before PyTorch is imported for seconds
 
+import timm
 import torch
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 from action_tokenizer import load_tokenizer
-from machinery.backbones import build_tower, llm_config
+from machinery.backbones import llm_config
 from machinery.checkpoint import Checkpoint, CheckpointError, Tensors
 from machinery.description import DESCRIPTION
-from machinery.files import atomic
+from machinery.files import atomic, read_json, write_json
+from machinery.frames import without_version
 from machinery.lora import ADAPTER
-from machinery.oft_files import write_parts
+from machinery.oft_export import write_parts
 from machinery.weights import (
     LANGUAGE_MODELS,
     PRISMATIC,
     VISION_BACKBONES,
     Weights,
     open_weights,
-    parameters_without_memory,
     rename,
 )
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 30  # of a file, in float32
 HUB_CODE = "openvla/openvla-7b--"  # transformers finds the classes there (trust_remote_code=True)
 
 
@@ -90,25 +91,21 @@ def export(where: str, out: Path, format: str, dtype: torch.dtype | None = None)
         save_tokenizer(cfg, scratch)
         write_json(scratch / "dataset_statistics.json", weights.norm_stats)
         write(weights, cfg, scratch, dtype)
-    own = cfg.datasets.keys() & {name.partition(":")[0] for name in weights.norm_stats}
+    own = cfg.datasets.keys() & {without_version(name) for name in weights.norm_stats}
     if own:
         print(f"note: for {', '.join(sorted(own))}, OpenVLA's own class returns actions in the "
               "standard form that the recipe makes (gripper 1 = open, ...); load_vla and "
               "serve_vla.py return them in the form of the recordings")
 
 
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2))
-
-
 def save_tokenizer(cfg: TrainConfig, out: Path) -> None:
     """Save the tokenizer for the versions OpenVLA pins: transformers 4.40, tokenizers 0.19."""
     load_tokenizer(cfg.tokenizer, cfg.add_action_tokens).save_pretrained(out)
-    config = json.loads((out / "tokenizer_config.json").read_text())
+    config = read_json(out / "tokenizer_config.json")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(out / "tokenizer_config.json", config)
-    vocabulary = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = read_json(out / "tokenizer.json")
     merges = vocabulary["model"].get("merges", [])
     for i, pair in enumerate(merges):
         if isinstance(pair, list):  # since tokenizers 0.20
@@ -116,10 +113,8 @@ def save_tokenizer(cfg: TrainConfig, out: Path) -> None:
     (out / "tokenizer.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
 
 
-def converted(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) of all tensors, one at a time."""
-    for name in tqdm(weights.tensors.shapes, "export", unit="tensor", disable=None):
-        yield name, weights.tensors.whole(name).to(dtype).contiguous()
+def convert(tensors: Tensors, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensors.whole(name).to(dtype).contiguous()
 
 
 # ---- Hugging Face ------------------------------------------------------------------------------
@@ -129,38 +124,33 @@ def write_hugging_face(weights: Weights, cfg: TrainConfig, out: Path,
                        dtype: torch.dtype | None) -> None:
     """The directory that OpenVLA's scripts/extern/convert_openvla_weights_to_hf.py would make."""
     towers = tuple(cfg.vision_backbone)
-    shards = [{}]  # the last one is being filled; of the others, only the names are kept
+    shards = [[]]  # the names of the tensors in each file
     size = 0
+    for name, shape in weights.tensors.shapes.items():
+        if size > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 4 * math.prod(shape)
+    files = {}
     total = 0
     dtypes = set()
-    for name, tensor in converted(weights, dtype):
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            write_shard(shards, out)
-            shards.append({})
-            size = 0
-        shards[-1][rename(name, towers, to_hugging_face=True)] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-        dtypes.add(tensor.dtype)
-    write_shard(shards, out)
-    files = {}
-    for number, names in enumerate(shards, 1):  # file names contain the number of files
+    for number, names in enumerate(tqdm(shards, "export", unit="file", disable=None), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"{number}.safetensors").rename(out / file)
-        files |= dict.fromkeys(names, file)
+        tensors = {}
+        for name in names:
+            theirs = rename(name, towers, to_hugging_face=True)
+            tensors[theirs] = convert(weights.tensors, name, dtype)
+            files[theirs] = file
+            total += tensors[theirs].nbytes
+            dtypes.add(tensors[theirs].dtype)
+        (out / file).write_bytes(to_safetensors(tensors, metadata={"format": "pt"}))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     write_json(out / "model.safetensors.index.json", index)
     widest = functools.reduce(torch.promote_types, dtypes)  # loading in this dtype loses nothing
     config = hugging_face_config(cfg, weights.norm_stats, str(widest).removeprefix("torch."))
     write_json(out / "config.json", config)
     write_json(out / "preprocessor_config.json", preprocessor_config(cfg))
-
-
-def write_shard(shards: list[dict], out: Path) -> None:
-    """Write the last shard under a temporary name, and keep only its names."""
-    data = to_safetensors(shards[-1], metadata={"format": "pt"})
-    (out / f"{len(shards)}.safetensors").write_bytes(data)
-    shards[-1] = dict.fromkeys(shards[-1])
 
 
 def prismatic_ids(cfg: TrainConfig) -> tuple[str, str]:
@@ -199,10 +189,9 @@ def text_config(cfg: TrainConfig) -> dict:
     config.pad_token_id = tokenizer.pad_token_id
     values = config.to_dict()
     values |= values.get("rope_parameters") or {}  # nested since transformers 5
-    keys = ("model_type", "vocab_size", "pad_token_id", "hidden_size", "intermediate_size",
-            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-            "layer_norm_eps", "max_position_embeddings", "sliding_window", "partial_rotary_factor",
-            "rope_theta", "hidden_act", "tie_word_embeddings")
+    keys = """model_type vocab_size pad_token_id hidden_size intermediate_size num_hidden_layers
+        num_attention_heads num_key_value_heads rms_norm_eps layer_norm_eps max_position_embeddings
+        sliding_window partial_rotary_factor rope_theta hidden_act tie_word_embeddings""".split()
     return {key: values[key] for key in keys if key in values}
 
 
@@ -262,9 +251,7 @@ def preprocessor_config(cfg: TrainConfig) -> dict:
     size = cfg.image_size
     strategy = openvla_strategy(cfg)
     letterbox = strategy == "letterbox"
-    with parameters_without_memory():
-        towers = [build_tower(size, **arguments)
-                  for arguments in description(cfg)["vision_backbone"].values()]
+    towers = [timm.get_pretrained_cfg(tower["model"]) for tower in cfg.vision_backbone.values()]
     fill = [int(255 * x) for x in towers[-1].mean]
     crop = {"output_size": [size, size]}
     resize = {"antialias": True, "interpolation": 3, "max_size": None,
@@ -311,7 +298,9 @@ def write_native(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dty
     staging = out / "staging"
     staging.mkdir()
     modules = {}
-    for number, (name, tensor) in enumerate(converted(weights, dtype)):
+    names = tqdm(weights.tensors.shapes, "export", unit="tensor", disable=None)
+    for number, name in enumerate(names):
+        tensor = convert(weights.tensors, name, dtype)
         with open(staging / str(number), "wb") as file:
             # fails here if the disk is full; a mapped page without room would kill the process
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
@@ -354,8 +343,7 @@ def write_peft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype
                                   "no place for it: choose --format hf or native")
         layer, _, part = rename(name, towers, to_hugging_face=True).rpartition(".")
         layers.add(layer)
-        tensor = own.whole(name).to(dtype).contiguous()
-        tensors[f"base_model.model.{layer}.{part}.weight"] = tensor
+        tensors[f"base_model.model.{layer}.{part}.weight"] = convert(own, name, dtype)
     data = to_safetensors(tensors, metadata={"format": "pt"})
     (out / "adapter_model.safetensors").write_bytes(data)
     write_json(out / "adapter_config.json", {
@@ -376,8 +364,7 @@ def base_for_peft(name: str, where: Path) -> str | None:
 
     name: as the run knows it; where: the opened directory or file. Prints a note if there is none.
     """
-    config = Path(where) / "config.json"
-    if not config.exists() or json.loads(config.read_text()).get("model_type") != "openvla":
+    if read_json(Path(where) / "config.json").get("model_type") != "openvla":
         print(f"note: the base {name} is not in Hugging Face format: export it, too (--format hf), "
               "and tell peft its directory")
         return None
@@ -389,17 +376,17 @@ def base_for_peft(name: str, where: Path) -> str | None:
 
 
 def write_oft(weights: Weights, cfg: TrainConfig, out: Path, dtype: torch.dtype | None) -> None:
-    """A directory as OFT's finetune.py writes it (machinery/oft_files.py)."""
+    """A directory as OFT's finetune.py writes it (machinery/oft_export.py)."""
     parts = {}
     own = ["action_head", "proprio_projector", *(["film", "vision_backbone"] if cfg.film else [])]
     body = Tensors(weights.tensors.where)
     for name, shape in weights.tensors.shapes.items():
         if name.split(".")[0] in own:
-            parts[name] = weights.tensors.whole(name).to(dtype).contiguous()
+            parts[name] = convert(weights.tensors, name, dtype)
         if name.split(".")[0] not in own[:3]:
             body.add(name, shape, functools.partial(weights.tensors.read, name))
     write_hugging_face(replace(weights, tensors=body), cfg, out, dtype)
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     del config["auto_map"]  # OFT's code sets it to its own classes
     write_json(out / "config.json", config)
     theirs = functools.partial(rename, towers=tuple(cfg.vision_backbone), to_hugging_face=True)

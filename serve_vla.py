@@ -101,7 +101,7 @@ from machinery.checkpoint import CheckpointError
 from machinery.connections import is_foreign, uvicorn_config
 from machinery.host import allow_open_files
 from machinery.reader import Readers
-from machinery.record import Recorder, recording_facts
+from machinery.record import Recorder
 from machinery.wire import (
     MAX_BODY,
     Query,
@@ -279,7 +279,7 @@ class Service:
             next(iter(self.arriving)).cancel()
         try:
             body = await asyncio.wait_for(reading, BODY_SECONDS)
-        except (asyncio.TimeoutError, asyncio.CancelledError, ClientDisconnect):  # noqa: UP041
+        except (TimeoutError, asyncio.CancelledError, ClientDisconnect):
             return refuse("the request did not arrive in time", 408)
         finally:
             del self.arriving[reading]
@@ -399,7 +399,7 @@ def serve(
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then finish open ones."""
     batcher = Batcher(policy, max_batch)
-    recorder = Recorder(record, recording_facts(policy, model)) if record else None
+    recorder = Recorder(record, describe(policy, model)) if record else None
     service = Service(batcher, model, token, host, recorder)
     service.readers.start()  # before there are threads
     act_on_black(policy)

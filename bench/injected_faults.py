@@ -139,11 +139,11 @@ def encoded(image: np.ndarray, quality: int) -> str:
 def play(policy, robot, cameras: dict[str, str], client: Client, folder: Path) -> str:
     """Record requests in a folder -> successes. cameras: {the model's: the robot's}."""
     from machinery import record
-    from machinery.wire import parse
+    from machinery.wire import describe, parse
 
     now = SimpleNamespace(ns=10**18)  # the robot's time, not this computer's
     record.time = SimpleNamespace(time_ns=lambda: now.ns)
-    recorder = record.Recorder(folder, record.recording_facts(policy, "policy"))
+    recorder = record.Recorder(folder, describe(policy, "policy"))
     policy = client.serve(policy)
     requests = episode = successes = 0
     while requests < REQUESTS or episode < EPISODES:

@@ -24,6 +24,7 @@ from transformers import (
 
 from machinery import hub
 from machinery.config import UserError, nearest, one_line
+from machinery.files import read_json
 
 # `model_type` of a transformers config. Linear, hybrid and latent attention (qwen3_next, jamba,
 # deepseek_v3, ...) would train, but could not act: they have no such cache.
@@ -31,9 +32,9 @@ LANGUAGE_MODELS = """cohere2 gemma gemma3_text glm glm4 granite llama mistral mi
     phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3""".split()
 
 
-def round_up(n: int, multiple: int = 64) -> int:
-    """The smallest multiple that is not below n. Matrices with sides of 64 k multiply faster."""
-    return -(-n // multiple) * multiple
+def round_up(n: int) -> int:
+    """The smallest multiple of 64 that is not below n. Matrices with such sides multiply faster."""
+    return -(-n // 64) * 64
 
 
 # ---- The language model ------------------------------------------------------------------------
@@ -54,24 +55,19 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
     is set to 0: a step then depends on its batch only, and recomputed activations are the same.
     Raises UserError for a kind that was not tested and for misspelled fields.
     """
-    try:
-        if isinstance(spec, str):
-            folder = hub.fetch(spec, ["config.json"], ["config.json"])
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        else:
-            config = AutoConfig.for_model(**spec)
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(f"llm_backbone: {one_line(error)[:300]}") from error
-    if not isinstance(spec, str):
+    fields = spec
+    if isinstance(spec, str):
+        fields = read_json(hub.fetch(spec, ["config.json"], ["config.json"]) / "config.json")
+    kind = fields.get("model_type")
+    if kind not in LANGUAGE_MODELS:
+        raise UserError(f"llm_backbone: model_type {kind} has not been tested: choose one of "
+                        f"{', '.join(LANGUAGE_MODELS)}")
+    config = AutoConfig.for_model(**fields)
+    if fields is spec:
         known = {*vars(type(config)()), *config.attribute_map}
         for key in spec.keys() - known:  # transformers ignores them: misspelled, or old
             if suggestion := nearest(key, known, 0.85):
                 raise UserError(f"llm_backbone: unknown key {key!r}{suggestion}")
-    if config.model_type not in LANGUAGE_MODELS:
-        raise UserError(f"llm_backbone: model_type {config.model_type} has not been tested: choose "
-                        f"one of {', '.join(LANGUAGE_MODELS)}")
     config.vocab_size = round_up(num_tokens)
     config.pad_token_id = None  # the tokenizer's; here it would freeze a row of the embedding
     for key, value in vars(config).items():
@@ -84,9 +80,9 @@ def llm_config(spec: dict | str, num_tokens: int) -> PretrainedConfig:
 masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
-def build_llm(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A causal language model with random weights."""
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+def build_llm(config: PretrainedConfig) -> nn.Module:
+    """A causal language model with random weights, in float32."""
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def check_window(config: PretrainedConfig, length: int) -> None:

@@ -8,7 +8,6 @@ causes_actions.py examines how the robot executed the answers, causes_model.py t
 """
 
 import difflib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from machinery.causes_state import state_causes
 from machinery.convention import dimension_names
 from machinery.examine import BATCH, FRAMES, Cause, look, recording_of, spread
 from machinery.frames import FrameTable
-from machinery.images import decode_native
+from machinery.images import decode_native, encode
 from machinery.peers import distances, evenly
 from machinery.tfrecords import Steps, read_records, step_features
 
@@ -118,9 +117,7 @@ def unused_states(sent: dict[str, np.ndarray] | None) -> np.ndarray | None:
 
 
 def compress(image: np.ndarray, quality: int) -> np.ndarray:
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(file, "jpeg", quality=quality)
-    return decode_native(file.getvalue())
+    return decode_native(encode(image, "jpeg", quality=quality))
 
 
 def coarsen(image: np.ndarray, times: int) -> np.ndarray:

@@ -6,7 +6,6 @@ frame gets another picture, text, prompt or attention mask. Read `model_causes`.
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from act import Policy
 from action_tokenizer import PROMPTS, SENTENCEPIECE_SPACE, prompt_ids
 from data import Mixture
 from machinery.examine import Cause, batches, log_likelihood, look, spread
+from machinery.files import read_metrics
 from machinery.peers import distances, evenly
 from machinery.survey import survey
 from machinery.survey_numbers import bounds
@@ -105,14 +105,11 @@ def entropy(mixture: Mixture) -> float:
 def logged_loss(run: Path) -> tuple[float, float]:
     """The last loss that the training of these weights reported, and its step. (0, inf) if there
     is no log."""
-    logs = [folder / "metrics.jsonl" for folder in (run, *run.parents[:2])]
-    log = next(filter(Path.exists, logs), None)
-    if log is None:
-        return 0.0, np.inf
     name = re.match(r"step-(\d+)", run.name)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line
-             and line["step"] <= (int(name[1]) if name else np.inf)]
+    last = int(name[1]) if name else np.inf
+    logs = map(read_metrics, (run, *run.parents[:2]))
+    lines = [line for line in next(filter(None, logs), ())
+             if "loss" in line and line["step"] <= last]
     return (lines[-1]["loss"], lines[-1]["step"]) if lines else (0.0, np.inf)
 
 

@@ -11,19 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from data import Mixture
-from machinery.config import UserError
 from machinery.examine import Cause, recording_of
 
 
 def rollout_causes(train: Mixture, path: Path) -> list[Cause]:
     """Causes for the failures in a folder of rollout.py, or in its summary.json."""
     path = path / "summary.json" if path.is_dir() else path
-    try:
-        played = json.loads(path.read_text())
-        tasks = played["tasks"]
-        texts = {task: tasks[task]["instruction"].lower() for task in tasks}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--rollout {path}: {error!r}: name a folder of rollout.py") from error
+    played = json.loads(path.read_text())
+    tasks = played["tasks"]
+    texts = {task: tasks[task]["instruction"].lower() for task in tasks}
     failed = {task: entry["trials"] - entry["successes"] for task, entry in tasks.items()}
     failures = sum(failed.values())
     rate = failures / sum(entry["trials"] for entry in tasks.values())

@@ -1,7 +1,6 @@
 """The command line of train_vla.py: a YAML, a JSON, and keys of the YAML after --set."""
 
 import argparse
-import itertools
 import runpy
 import sys
 
@@ -35,12 +34,6 @@ def parse_command_line(description: str) -> tuple[TrainConfig, dict]:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     if {"-h", "--help"} & {*sys.argv}:
         parser.epilog = runpy.run_path(str(PROJECT / "docs/keys.py"))["for_terminal"]()
-    for option, after in itertools.pairwise([*sys.argv[1:], "--"]):
-        name, _, value = option.partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        if name.startswith("--") and key in TrainConfig.model_fields:
-            value = value or ("true" if after.startswith("--") else after)
-            raise UserError(f"{option} is a key of the YAML: --set {key}={value}")
     args = parser.parse_args()
     set_rank_env()
     cfg = load_config(find_input(args.config), args.set)

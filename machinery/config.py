@@ -226,15 +226,10 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def read_old_runs(cls, values: dict) -> dict:
-        """Of earlier versions: max_length changed no result, and recipes had openvla_rules."""
-        values = {key: value for key, value in values.items() if key != "max_length"}
+    def decode_in_parallel(cls, values: dict) -> dict:
+        """OpenVLA-OFT's heads predict a chunk at once."""
         if values.get("action_head", "tokens") != "tokens":
-            values["parallel_decoding"] = True
-        recipes = values.get("datasets", {}) if values.get("action_dim") else {}
-        for name, recipe in recipes.items():
-            if isinstance(recipe, dict):
-                values["datasets"] = {**values["datasets"], name: {"openvla_rules": True, **recipe}}
+            return {**values, "parallel_decoding": True}
         return values
 
 

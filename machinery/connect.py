@@ -201,7 +201,7 @@ def agree(facts: dict) -> dict:
     Otherwise they would train on different batches or wait for each other in different collectives.
     """
     hosts, ranks = zip(*gather((socket.gethostname(), facts)), strict=True)
-    for name in dict.fromkeys(name for theirs in ranks for name in theirs):
+    for name in facts:
         values = [theirs.get(name) for theirs in ranks]
         others = [rank for rank, value in enumerate(values) if value != values[0]]
         if others:

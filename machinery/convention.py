@@ -22,6 +22,7 @@ import numpy as np
 
 from machinery.config import Recipe, TrainConfig, UserError
 from machinery.fields import SCALE, Field, parse_fields
+from machinery.frames import without_version
 from machinery.recipes import apply, take_columns
 
 STANDARD = "dx dy dz droll dpitch dyaw gripper(1=open)".split()
@@ -54,7 +55,7 @@ class Convention:
 
 def convention(cfg: TrainConfig, name: str, stats: dict) -> Convention:
     """The convention of a model's dataset. stats: its entry in dataset_statistics.json."""
-    recipe = cfg.datasets.get(name.partition(":")[0])
+    recipe = cfg.datasets.get(without_version(name))
     features = cfg.features.get(name)
     return recorded(recipe, features, stats) if recipe and features else standard(stats)
 

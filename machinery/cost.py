@@ -7,14 +7,12 @@ optimizer cannot fit. memory.py prints it without a GPU. All sizes are in GB (1e
 import torch
 
 from machinery import host
-from machinery.config import UserError, ranks_here
+from machinery.config import UserError, load_table, ranks_here
 from machinery.connect import gather
 from machinery.ranks import LESS_MEMORY
 from model import VLA
 
-# dense bf16 TFLOP/s of one GPU, from NVIDIA's data sheets; the first name that fits counts
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250,
-               "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165}
+PEAK_TFLOPS = load_table("gpus")  # {GPU: dense bf16 TFLOP/s}; the first name that fits counts
 
 
 def memory_needed(vla: VLA, ds_config: dict, ranks: int, gpu: float = 0) -> str:

@@ -5,7 +5,6 @@ towers, `log_likelihood` the model. `open_data` opens the frames that the policy
 """
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from tqdm import tqdm
 from act import Policy, load_vla
 from data import Mixture, collate, to_device
 from machinery.config import Recipe, UserError, find_input
-from machinery.frames import DataError, FrameTable, find_dataset, frame_table
+from machinery.files import read_json
+from machinery.frames import DataError, FrameTable, find_dataset, frame_table, without_version
 from machinery.guess import state_fields
 from machinery.inspect_data import locate
 from machinery.oft import new_mixture
@@ -44,17 +44,15 @@ class Cause(NamedTuple):
     pictures: tuple = ()  # (title, image) of a seen frame and of what training saw
 
 
-def open_policy(checkpoint: str) -> Policy:
-    """Load a policy onto the GPU if there is one."""
-    if torch.cuda.is_available():
-        return load_vla(checkpoint, "cuda", torch.bfloat16)
-    return load_vla(checkpoint)
+def open_policy(checkpoint: str, center_crop: bool | None = None) -> Policy:
+    """Load a policy onto the GPU if there is one. center_crop: see load_vla."""
+    how = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return load_vla(checkpoint, *how, center_crop=center_crop)
 
 
 def recording_of(table: FrameTable) -> dict:
     """What the program that recorded a dataset states about it, such as fps."""
-    file = table.directory / "recording.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(table.directory / "recording.json")
 
 
 @torch.inference_mode()
@@ -128,7 +126,7 @@ def open_data(policy: Policy, name: str, directory: Path | None, index_dir: str 
         directory = find_dataset(find_input(cfg.data_root_dir), name)
     else:
         directory = locate(directory, directory.name, "")
-    recipe = find_recipe(name.partition(":")[0], directory, cfg.datasets)
+    recipe = find_recipe(without_version(name), directory, cfg.datasets)
     if not cfg.use_proprio:  # the states show the effect of the actions
         recipe = replace(recipe, state=state_fields(step_features(directory)))
     table = frame_table(directory, recipe, recipe.camera_keys(cfg.cameras), True,

@@ -65,6 +65,12 @@ def feature_name(key: str, prefix: str) -> str:
     return key[1:] if key.startswith("/") else prefix + key
 
 
+def recipe_key(name: str) -> str:
+    """A feature's name within a step -> a recipe's key for a state or camera."""
+    is_observation = name.startswith("observation/")
+    return name.removeprefix("observation/") if is_observation else f"/{name}"
+
+
 def parse_fields(fields: str, prefix: str = "") -> list[Field]:
     """Parse a field list whose keys are relative to `prefix`. Raises UserError for an entry that is
     not one."""

@@ -60,6 +60,17 @@ def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:
     return file
 
 
+def read_json(path: Path):
+    """The content of a JSON file; {} if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: Path, content) -> None:
+    """Write a JSON file that appears complete or not at all."""
+    with atomic(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=2))
+
+
 def read_metrics(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl, without those that a full disk has cut short."""
     path = run_dir / "metrics.jsonl"

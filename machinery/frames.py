@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from machinery.config import PROJECT, Recipe, UserError
-from machinery.files import take_lock
+from machinery.files import read_json, take_lock
 
 TABLE_VERSION = 2  # change it when a table would hold other numbers (tests/frame_tables.json)
 
@@ -61,6 +61,11 @@ def find_dataset(data_root_dir: str | Path, name: str) -> Path:
     return found[max(found)]
 
 
+def without_version(name: str) -> str:
+    """"bridge_orig:1.0.0" -> "bridge_orig"."""
+    return name.partition(":")[0]
+
+
 def refuse_lerobot(*folders: Path) -> None:
     """Raise UserError if one of the folders is a LeRobot dataset."""
     for folder in folders:
@@ -82,7 +87,7 @@ class FrameTable:
 
     def __init__(self, path: Path, directory: Path):
         """path: the table; directory: the dataset, which may have moved since it was indexed."""
-        meta = json.loads((path / "table.json").read_text())
+        meta = read_json(path / "table.json")
         self.path = path
         self.directory = directory
         # statistics of the data that a policy learned first: its tokens keep their meaning
@@ -209,8 +214,7 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     (not in a collective, so nothing times out however long it takes).
     """
     directory = directory.resolve()
-    bad_episodes = bad_episodes_file(directory, index_dir)
-    known_bad = json.loads(bad_episodes.read_text()) if bad_episodes.exists() else {}
+    known_bad = read_json(bad_episodes_file(directory, index_dir))
     read = {**asdict(recipe), "names": {}}  # `instructions` and names do not change the table
     del read["instructions"]
     job = {"recipe": read, "cameras": cameras,
@@ -233,8 +237,7 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     table = FrameTable(path, directory)
     if recipe.instructions:
         table.choose(recipe.instructions)
-    if table.given.exists():
-        table.statistics = {**table.statistics, **json.loads(table.given.read_text())}
+    table.statistics |= read_json(table.given)
     for name, labels in recipe.names.items():
         width = table.features.get(name, len(labels))
         if len(labels) != width:
@@ -279,12 +282,12 @@ def index(job: dict) -> None:
 
 
 def start_program(module: str, *arguments: str, **how) -> subprocess.Popen:
-    """Start a module of this project as a program whose output is read. It ends with this process.
-    """
+    """Start a module of this project as a program whose output is read. It ends with this process,
+    unless `how`, other arguments of Popen, says otherwise."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], text=True,
-                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
-                            preexec_fn=end_with_parent, **how)
+    how = {"text": True, "stdout": subprocess.PIPE, "preexec_fn": end_with_parent, **how}
+    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments],
+                            env={**os.environ, "PYTHONPATH": path}, **how)
 
 
 # ---- Processes that end with their parent --------------------------------------------------------

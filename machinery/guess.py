@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from machinery.fields import recipe_key
 from machinery.recipes import NO_STATE, Feature
 
 # ---- Features ------------------------------------------------------------------------------------
@@ -40,9 +41,7 @@ def state_fields(features: Mapping[str, Feature]) -> str:
     found = [name for name in STATES if name in numbers][:1]
     if not found:
         found = [name for name in numbers if parts(name) & PARTS and not parts(name) & NO_PLACE]
-    keys = [name.removeprefix("observation/") if name.startswith("observation/") else f"/{name}"
-            for name in found]
-    return ", ".join(keys) or "0"
+    return ", ".join(map(recipe_key, found)) or "0"
 
 
 def action_fields(features: Mapping[str, Feature]) -> str | None:

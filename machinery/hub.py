@@ -6,7 +6,6 @@ models, HTTPS_PROXY and its relatives name a proxy, and HF_HUB_OFFLINE=1 forbids
 
 import fnmatch
 import functools
-import json
 import os
 import re
 import socket
@@ -18,21 +17,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from machinery.config import UserError, one_line
+from machinery.config import UserError, load_table, one_line
+from machinery.files import read_json
 
 REPLY_SECONDS = 10  # for the hub to begin a reply
 
-# what the errors of the client and of its libraries contain, and the cure
-CURES = {
-    r"CERTIFICATE|SSLCert|UnknownIssuer":
-        "set SSL_CERT_FILE to a PEM file with the certificate of your company's proxy",
-    r"GatedRepo|RepositoryNotFound|\b40[134]\b":
-        "if it is gated or private, accept its terms on its page and set HF_TOKEN (or hf_token)",
-    r"\b429\b": "the hub limits requests: wait some minutes, or set HF_TOKEN (or hf_token)",
-    r"HF_HUB_OFFLINE": "unset it, or download the files before",
-    r"socksio": "pip install socksio",
-    r"Errno (2|13|20|28|30)\b|disk space": "set HF_HOME to a folder that is writable and has room",
-}
+CURES = load_table("hub_errors")  # {pattern of an error of the client: the cure}
 
 
 def fetch(name: str, patterns: list[str], needed: list[str],
@@ -98,7 +88,7 @@ def cached(name: str, patterns: list[str], needed: list[str]) -> Path | None:
     # transformers fetches single files, without such a list
     there = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.exists()]
     for index in folder.glob("*.safetensors.index.json"):
-        listed = set(json.loads(index.read_text())["weight_map"].values())
+        listed = set(read_json(index)["weight_map"].values())
         needed = [*needed, *(file for file in listed if matches(file, patterns))]
     complete = all(any(matches(file, choice.split("|")) for file in there) for choice in needed)
     return folder if complete else None

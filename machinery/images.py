@@ -5,7 +5,6 @@ PyTorch is imported where it is used: programs that only decode start without it
 
 import io
 import textwrap
-from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
@@ -36,6 +35,13 @@ def decode_native(data: bytes) -> np.ndarray:
         raise ValueError(f"not a readable JPEG or PNG: it begins with {data[:8]!r}") from None
 
 
+def encode(image: np.ndarray, form: str, **options) -> bytes:
+    """(H, W, 3) or (H, W) -> a JPEG or PNG file. options: Pillow's."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(file, form, **options)
+    return file.getvalue()
+
+
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) by Lanczos, at any aspect ratio: OpenVLA's training data.
     """
@@ -48,35 +54,9 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
         x = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = F.interpolate(x, (size, size), mode="lanczos", antialias=True)
         return x[0].permute(1, 2, 0).numpy()
-    except (ValueError, NotImplementedError):  # before PyTorch 2.15: Pillow differs by at most 1
+    except (ValueError, NotImplementedError):  # an older PyTorch: Pillow differs by at most 1
         resized = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
         return np.array(resized)
-
-
-def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) by image_resize_strategy.
-
-    "lanczos" is the resize of training data. The others are bicubic and OpenVLA's processors use
-    them for acting: "resize-naive", "resize-crop" (cut off the longer side) and "letterbox" (pad
-    with the color `fill`).
-    """
-    if strategy == "lanczos" or image.shape[:2] == (size, size):
-        return resize_image(image, size)
-    image = Image.fromarray(image)
-    width, height = image.size
-    if strategy == "letterbox":
-        longest = max(width, height)
-        left, top = (longest - width) // 2, (longest - height) // 2
-        padded = Image.new("RGB", (width + 2 * left, height + 2 * top), tuple(fill))
-        padded.paste(image, (left, top))
-        image = padded
-        width, height = padded.size  # one pixel off square if the difference was odd
-    shape = (size, size)
-    if strategy != "resize-naive":  # the shorter side becomes `size`
-        shape = (size * width // min(width, height), size * height // min(width, height))
-    image = image.resize(shape, Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 # ---- Crops and colors ----------------------------------------------------------------------------

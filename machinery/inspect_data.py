@@ -9,8 +9,8 @@ for copying, and with --yaml FILE written as a YAML to train with.
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,14 @@ from machinery.config import (
     one_line,
 )
 from machinery.convention import dimension_names
-from machinery.fields import check_recipe, parse_fields, recipe_values, write_recipe
+from machinery.fields import (
+    check_recipe,
+    parse_fields,
+    recipe_key,
+    recipe_values,
+    write_recipe,
+)
+from machinery.files import read_json, write_json
 from machinery.frames import (
     DataError,
     FrameTable,
@@ -42,11 +49,12 @@ from machinery.frames import (
     find_dataset,
     frame_table,
     refuse_lerobot,
+    without_version,
 )
 from machinery.guess import action_fields, assumptions, field_list, guess_kinds, state_fields
 from machinery.host import cores
 from machinery.images import contact_sheet, decode_image, decode_native
-from machinery.recipes import Feature
+from machinery.peers import evenly
 from machinery.rlds import step_features
 from machinery.survey import round_trip, survey
 from machinery.survey_timing import looks_like_targets
@@ -85,7 +93,7 @@ def find_subjects(folder: Path, data_mix: str | None, config: str | None) -> lis
         elif recipe:
             check_recipe(name, recipe)
         else:
-            recipe, source = guess_recipe(step_features(directory), directory), "guessed"
+            recipe, source = guess_recipe(directory), "guessed"
         if cfg and not cfg.use_proprio and recipe.state == Recipe().state:
             recipe = replace(recipe, state="0")  # the YAML needs no state: read none
         kind = cfg.action_normalization if cfg else "bounds_q99"
@@ -111,11 +119,11 @@ def dataset_names(folder: Path, data_mix: str | None, cfg: TrainConfig | None) -
                         "with --data_mix NAME")
     if isinstance(mixture, str) and mixture not in oxe.MIXTURES:
         return [mixture]
-    resolved = oxe.resolve_mixture(mixture, cfg.datasets if cfg else None)
+    resolved = oxe.resolve_mixture(mixture, cfg.datasets if cfg else {})
     names = [name for name, _, _ in resolved]
     if only is None or len(names) == 1:
         return names
-    matching = [name for name in names if name.partition(":")[0] == only]
+    matching = [name for name in names if without_version(name) == only]
     if not matching:
         raise UserError(f"{folder}: is it one of {', '.join(names)}? Choose with --data_mix NAME")
     return matching
@@ -136,12 +144,12 @@ WRIST = ("wrist", "hand", "gripper")  # parts of the names of wrist cameras
 TEXTS = ("language_instruction", "instruction", "language", "task")  # of instructions, best first
 
 
-def guess_recipe(features: dict[str, Feature], directory: Path, action: str | None = None
-                 ) -> Recipe:
-    """A recipe for a dataset without one: images by name, else in order; `action`, unless it is
-    given; any text. Raises DataError if that is not enough."""
+def guess_recipe(directory: Path) -> Recipe:
+    """A recipe for a dataset without one: images by name, else in order; `action`; any text. Raises
+    DataError if that is not enough."""
+    features = step_features(directory)
     steps = {name: feature for name, feature in features.items() if feature.of_step}
-    action = action or action_fields(steps)
+    action = action_fields(steps)
     texts = []
     for name, feature in features.items():
         named = any(part in name for part in TEXTS)
@@ -149,7 +157,7 @@ def guess_recipe(features: dict[str, Feature], directory: Path, action: str | No
         if is_text and (named or (feature.of_step and feature.kind == "Text")):
             texts.append(name)
     texts.sort(key=lambda name: (name not in steps, [part not in name for part in TEXTS]))
-    images = [relative(name) for name, feature in steps.items() if feature.kind == "Image"]
+    images = [recipe_key(name) for name, feature in steps.items() if feature.kind == "Image"]
     images.sort(key=lambda name: "depth" in name.lower())  # last
     if not (action and texts and images):
         raise DataError(f"{directory}: cannot guess action, image and instruction among "
@@ -179,19 +187,13 @@ def guess_action(recipe: Recipe, table: FrameTable) -> tuple[Recipe, list[str]]:
 def describe_dataset(directory: Path, names: dict[str, list[str]]) -> None:
     """Guess the recipe of a dataset whose numbers have names ({feature: names}), write it into its
     directory, and print it."""
-    recipe = replace(guess_recipe(step_features(directory), directory), names=names)
+    recipe = replace(guess_recipe(directory), names=names)
     subject = Subject(directory.parent.name, directory, recipe, "guessed")
     subject.recipe, notes = guess_action(recipe, subject.table(None, skip_bad_episodes=False))
     print(f"recipe {write_recipe(directory, subject.recipe)}")
     for note in notes:
         print(f"note: {note}")
     print(as_yaml(subject), end="")
-
-
-def relative(name: str) -> str:
-    """A feature's name -> a recipe's key for a state or camera."""
-    is_observation = name.startswith("observation/")
-    return name.removeprefix("observation/") if is_observation else f"/{name}"
 
 
 TO_TRAIN = "to train on it, copy and correct:"
@@ -269,8 +271,8 @@ def print_statistics(table: FrameTable, kind: str, names: list[str], state_names
 
     titles = "dim       min       q01      mean       q99       max       std"
     stats = table.statistics["action"]
-    rows = np.unique(np.linspace(0, len(table.frames) - 1, 1 << 16).astype(int))
-    back = round_trip(table.frames["action"][rows], stats, kind)
+    some = table.frames["action"][evenly(len(table.frames), 1 << 16)]
+    back = round_trip(some, stats, kind)
     print(f"action   {titles}  half_bin     error  cut_off kind        name")
     for dim, name in enumerate(names):
         words = "target" if table.targets[dim] else "change"
@@ -288,7 +290,7 @@ def draw(table: FrameTable, recipe: Recipe, out: Path) -> None:
     keys = [recipe.camera(name)[0] for name in recipe.camera_names]
     side, columns = (224, 4) if len(keys) == 1 else (160, max(6 // len(keys), 1))
     tiles = []
-    for row in np.linspace(0, len(table.frames) - 1, 12).astype(int):
+    for row in evenly(len(table.frames), 12):
         try:
             views = [decode_image(table.read_image(row, table.cameras.index(key)), side)
                      for key in keys]
@@ -311,27 +313,33 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
     black = subject.source == "registered"  # in OpenVLA's own datasets, no image is a black one
     check = partial(check_episodes, table.path, table.directory, black)
     parts = np.array_split(np.arange(len(table.episodes)), min(len(table.episodes), 256))
-    path = bad_episodes_file(table.directory, index_dir)
-    # {file: {record: reason}}; an earlier check's are in table.bad, and not looked at again
-    listed: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
-    count = len(table.bad)
-    with ProcessPoolExecutor(cores(), get_context("fork"),
-                             end_with_parent) as pool:
+    found = []
+    with ProcessPoolExecutor(cores(), get_context("fork"), end_with_parent) as pool:
         bar = tqdm(pool.map(check, parts), f"check {subject.name}", len(parts), leave=False,
                    disable=None)
         for bad in bar:
-            count += len(bad)
-            for file, record, reason in bad:
-                listed.setdefault(file, {})[str(record)] = reason
+            found += bad
+    listed = list_bad_episodes(bad_episodes_file(table.directory, index_dir), found)
     for file, records in listed.items():
         for record, reason in records.items():
             print(f"bad episode {table.directory / file}: record {record}: {reason}")
-    if listed:
-        path.write_text(json.dumps(listed, indent=1))
+    # an earlier check's are in table.bad, and were not looked at again
+    count = len(table.bad) + len(found)
     cure = " (skip_bad_episodes: true leaves them out)" if listed else ""
     print(f"checked {subject.name} episodes {len(table.episodes)} frames {len(table.frames)} "
           f"bad_episodes {count}{cure}")
     return count
+
+
+def list_bad_episodes(path: Path, bad: Iterable[tuple[str, int, str]]) -> dict[str, dict[str, str]]:
+    """Add (file, record, reason) to a list of bad episodes (frames.bad_episodes_file), for
+    skip_bad_episodes -> the complete list, {file: {record: reason}}."""
+    listed = read_json(path)
+    for file, record, reason in bad:
+        listed.setdefault(file, {})[str(record)] = reason
+    if listed:
+        write_json(path, listed)
+    return listed
 
 
 def check_episodes(path: Path, directory: Path, black: bool, episodes: np.ndarray
@@ -357,16 +365,21 @@ def check_episodes(path: Path, directory: Path, black: bool, episodes: np.ndarra
     return bad
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which datasets to look at, and how: for doctor.py, too."""
+    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
+    parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
+    parser.add_argument("--index_dir", metavar="DIR",
+                        help="folder for frame tables (default: with the dataset)")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--inspect", type=Path, metavar="DIR", help="a dataset, or a folder of many")
     what.add_argument("--check", type=Path, metavar="DIR", help="the same; decode all its images")
-    parser.add_argument("--data_mix", metavar="NAME", help="a dataset or mixture in that folder")
-    parser.add_argument("--config", metavar="YAML", help="with recipes and action_normalization")
-    parser.add_argument("--index_dir", metavar="DIR",
-                        help="folder for frame tables (default: with the dataset)")
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"),
                         help="the picture")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write a YAML to train with")

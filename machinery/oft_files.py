@@ -12,7 +12,6 @@ YAML: {"action_chunk": 10, "cameras": ["primary", "wrist", "side"]}.
 Nothing is unpickled but tensors: torch.load(weights_only=True).
 """
 
-import json
 import os
 import re
 import sys
@@ -23,20 +22,13 @@ from pathlib import Path
 import torch
 
 from machinery.checkpoint import CheckpointError, Tensors
-from machinery.config import one_line
+from machinery.config import load_table, one_line
+from machinery.files import read_json
 
-ROBOTS = {  # {numbers of an action: OFT's constants, and the cameras of its recipes with a state}
-    7: {"action_chunk": 8, "action_normalization": "bounds_q99", "cameras": ["primary", "wrist"]},
-    14: {"action_chunk": 25, "action_normalization": "bounds",
-         "cameras": ["primary", "left_wrist", "right_wrist"]},
-}
+ROBOTS = load_table("openvla_oft")  # {numbers of an action: keys of TrainConfig}
 OVERRIDES = "zerovla.json"
-RANK = 32  # of the adapters that OFT expects beside FiLM
 PROJECTOR = {"fc1": "0", "fc2": "2"}  # {OFT's layer: ours}
 FILM = re.compile(r"(vision_backbone\.\w+)\.blocks\.(\d+)\.(scale|shift)\.(weight|bias)")
-
-
-# ---- Reading -----------------------------------------------------------------------------------
 
 
 def is_variant(path: Path) -> bool:
@@ -86,7 +78,7 @@ def add_parts(path: Path, config: dict, tensors: Tensors, norm_stats: dict,
         for name in [name for name in tensors.shapes if name.startswith("vision_backbone.")]:
             del tensors.shapes[name], tensors.pieces["weight", name]
         add_towers(path, tensors, towers, ours)
-    overrides = json.loads((path / OVERRIDES).read_text()) if (path / OVERRIDES).exists() else {}
+    overrides = read_json(path / OVERRIDES)
     if "action_head" not in config:
         config = config | recognized(path, head, state, towers, norm_stats, overrides)
     return config | overrides
@@ -99,8 +91,7 @@ def add(tensors: Tensors, name: str, tensor: torch.Tensor) -> None:
 
 def add_towers(path: Path, tensors: Tensors, towers: dict, ours: Callable[[str], str]) -> None:
     """The towers with their adapters merged, and FiLM's layers."""
-    adapter = path / "lora_adapter/adapter_config.json"
-    alpha = json.loads(adapter.read_text())["lora_alpha"] if adapter.exists() else None
+    alpha = read_json(path / "lora_adapter/adapter_config.json").get("lora_alpha")
     for key, tensor in towers.items():
         layer, _, leaf = key.rpartition(".base_layer.")
         if found := FILM.fullmatch(key):
@@ -159,46 +150,3 @@ def recognized(path: Path, head: dict, state: dict, towers: dict, norm_stats: di
               f"{', '.join(config['cameras'])}, {config['action_normalization']}, as OFT's "
               f"constants say: correct it with {OVERRIDES} beside it", file=sys.stderr)
     return config
-
-
-# ---- Writing -----------------------------------------------------------------------------------
-
-
-def write_parts(tensors: dict[str, torch.Tensor], out: Path, step: str,
-                theirs: Callable[[str], str]) -> None:
-    """Write OFT's .pt files. tensors: action_head.*, proprio_projector.*, film.* and, beside
-    film.*, vision_backbone.*; theirs: a parameter's name here -> in OpenVLA's class.
-
-    OFT gives each linear layer and convolution of towers with FiLM an adapter. These ones change
-    nothing: B is zero.
-    """
-    draw = torch.Generator().manual_seed(0)
-    parts = {}
-    adapted = {name.removesuffix(".weight") for name, tensor in tensors.items()
-               if name.startswith("vision_backbone") and tensor.ndim in (2, 4)}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        layer, _, leaf = name.rpartition(".")
-        if part == "film":
-            tower, _, rest = rest.partition(".")
-            key = theirs(f"vision_backbone.{tower}.blocks.{rest}")
-        elif part == "vision_backbone":
-            key = re.sub(r"(\.blocks\.\d+\.)", r"\1block.", theirs(name))
-        else:
-            names = {old: new for new, old in PROJECTOR.items()} if part != "action_head" else {}
-            first, _, last = rest.partition(".")
-            key = f"module.{names.get(first, first)}.{last}"
-        state = parts.setdefault(part.replace("film", "vision_backbone"), {})
-        if layer not in adapted or leaf not in ("weight", "bias"):
-            state[key] = tensor
-            continue
-        key = key.removesuffix(f".{leaf}")
-        state[f"{key}.base_layer.{leaf}"] = tensor
-        if leaf == "weight":
-            rows, columns, *kernel = tensor.shape
-            a = torch.randn(RANK, columns, *kernel, generator=draw) / RANK
-            state[f"{key}.lora_A.default.weight"] = a.to(tensor.dtype)
-            b = torch.zeros(rows, RANK, *[1 for _ in kernel], dtype=tensor.dtype)
-            state[f"{key}.lora_B.default.weight"] = b
-    for part, state in parts.items():
-        torch.save(state, out / f"{part}--{step}_checkpoint.pt")

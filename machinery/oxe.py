@@ -23,7 +23,7 @@ from machinery.config import (
     load_yaml,
     nearest,
 )
-from machinery.frames import DataError, FrameTable, find_dataset, plain
+from machinery.frames import DataError, FrameTable, find_dataset, plain, without_version
 
 _table = load_table("open_x_embodiment")
 DATASETS: dict[str, Recipe] = RECIPES.validate_python(
@@ -140,7 +140,7 @@ def resolve_mixture(data_mix: str | Mapping[str, float], own: Mapping[str, Recip
     refused = left_out(data_mix, own)
     mixture = []
     for name, weight in expand_mixture(data_mix, own).items():
-        plain = name.partition(":")[0]  # without a version
+        plain = without_version(name)
         if plain in refused:
             continue
         if plain not in known:
@@ -195,7 +195,7 @@ def read_recipes(cfg: TrainConfig) -> TrainConfig:
     """The config with the recipes that are beside its datasets (find_recipe)."""
     recipes = dict(cfg.datasets)
     for name in expand_mixture(cfg.data_mix, recipes):
-        plain = name.partition(":")[0]
+        plain = without_version(name)
         try:
             recipe = find_recipe(plain, find_dataset(cfg.data_root_dir, name), recipes)
         except DataError:  # no such dataset: find_datasets reports all of them
@@ -209,7 +209,7 @@ def left_out(data_mix: str | Mapping[str, float], own: Mapping[str, Recipe] | No
              ) -> dict[str, str]:
     """The datasets of a mixture that OpenVLA does not train on: {dataset: why}."""
     own = own or {}
-    names = [name.partition(":")[0] for name in expand_mixture(data_mix, own)]
+    names = [without_version(name) for name in expand_mixture(data_mix, own)]
     return {name: REFUSED[name] for name in names if name in REFUSED and name not in own}
 
 
@@ -226,23 +226,21 @@ def find_datasets(data_root_dir: str, data_mix: str | Mapping[str, float],
             found.append((name, weight, recipe, find_dataset(data_root_dir, name)))
         except DataError as error:
             missing.append(name)
-            first_error = error
-    if len(missing) == 1 and not found:
-        raise first_error
+            last_error = error
+    if not found:
+        raise last_error
     if missing:
-        cure = "download them"
-        if found:
-            here = ", ".join(f"{name!r}: {weight:g}" for name, weight, *_ in found)
-            cure += f", or train on the others with data_mix: {{{here}}}"
+        here = ", ".join(f"{name!r}: {weight:g}" for name, weight, *_ in found)
         raise DataError(f"{data_root_dir}: {len(missing)} of {len(missing) + len(found)} datasets "
-                        f"are missing: {', '.join(missing)}: {cure}")
+                        f"are missing: {', '.join(missing)}: download them, or train on the others "
+                        f"with data_mix: {{{here}}}")
     owners = {}
     for name, *_, directory in found:
         first = owners.setdefault(directory.resolve(), name)
         if first != name:  # its weight would count twice
             raise UserError(f"data_mix: {first} and {name} are the same files, {directory}: "
                             "remove one")
-    if any(name.partition(":")[0] in own for name, *_ in found):  # OpenVLA shows black images
+    if any(without_version(name) in own for name, *_ in found):  # OpenVLA shows black images
         known = sorted({camera for *_, recipe, _ in found for camera in recipe.camera_names})
         for camera in cameras:
             if camera not in known:

@@ -335,32 +335,29 @@ def read_instructions(values: np.ndarray | list[bytes]) -> list[bytes]:
     if isinstance(values, list):
         return values
     decode = functools.lru_cache(decode_code_points)
-    return [decode(row.tobytes()) for row in values.astype(np.int64)]
+    return [decode(row.tobytes()) for row in values.astype("<i4")]
 
 
 def decode_code_points(row: bytes) -> bytes:
-    """int64 code points up to the first zero -> UTF-8. What is not a character becomes U+FFFD, as
-    in TensorFlow."""
-    text = ""
-    for point in np.frombuffer(row, np.int64).tolist():
-        if point == 0:
-            break
-        is_character = 0 <= point < 0xD800 or 0xDFFF < point < 0x110000
-        text += chr(point) if is_character else "\ufffd"
-    return text.encode()
+    """Code points of four bytes, up to the first zero -> UTF-8. What is not a character becomes
+    U+FFFD, as in TensorFlow."""
+    return row.decode("utf-32-le", "replace").partition("\0")[0].encode()
 
 
-def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which dimensions of the action are targets, and which are raw: each (A,) bool.
+def action_masks(recipe: Recipe, widths: list[int]
+                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which dimensions of the action are targets, which are raw, and which the recipe calls targets
+    or changes: each (A,) bool.
 
-    widths: of the A dimensions, by field. These are OpenVLA's absolute_action_mask, and the
+    widths: of the A dimensions, by field. The first two are OpenVLA's absolute_action_mask, and the
     opposite of its action_normalization_mask.
     """
     fields = parse_fields(recipe.action)
     target = np.repeat([field.target for field in fields], widths)
     raw = np.repeat([field.raw for field in fields], widths)
     if has_words(fields):
-        return target, raw
+        return target, raw, target | np.repeat([field.change for field in fields], widths)
+    declared = max(recipe.absolute or 0, recipe.targets)
     absolute = recipe.absolute or 0
     if recipe.absolute is None and not recipe.targets:
         absolute = 1
@@ -369,16 +366,7 @@ def action_masks(recipe: Recipe, widths: list[int]) -> tuple[np.ndarray, np.ndar
     if targets > len(raw):
         raise DataError(f"{targets} absolute action dimensions of {len(raw)}: lower `absolute` or "
                         "`targets` in its recipe")
-    return from_end <= targets, from_end <= absolute
-
-
-def declared(recipe: Recipe, widths: list[int]) -> np.ndarray:
-    """Which dimensions of the action the recipe calls targets or changes, (A,) bool."""
-    fields = parse_fields(recipe.action)
-    if has_words(fields):
-        return np.repeat([field.target or field.change for field in fields], widths)
-    total = sum(widths)
-    return np.arange(total, 0, -1) <= max(recipe.absolute or 0, recipe.targets)
+    return from_end <= targets, from_end <= absolute, from_end <= declared
 
 
 def unzipped(recipe: Recipe, widths: list[int]) -> dict[str, int]:

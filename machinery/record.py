@@ -12,7 +12,6 @@ A process of its own writes, so that answers do not wait, and outlives a killed 
 is a file that appears complete, and then counts. A server of the same model appends.
 """
 
-import io
 import json
 import os
 import queue
@@ -20,17 +19,17 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import msgpack
 import numpy as np
-from PIL import Image
 
-from machinery.config import PROJECT, UserError, exit_with_one_line
-from machinery.files import atomic, take_lock
+from machinery.config import UserError, exit_with_one_line
+from machinery.files import atomic, read_json, take_lock, write_json
+from machinery.frames import start_program
+from machinery.images import encode
 from machinery.rlds import serializer, write_record
 
 SILENCE = 10  # seconds after which an episode has ended
@@ -44,8 +43,7 @@ MAX_BYTES = 128 << 20  # of an episode's images; a longer one is continued in an
 class Recorder(threading.Thread):
     """Hands requests to the process that writes. Raises UserError if it cannot write to `folder`.
 
-    facts: {"model": name, "cameras": names, "chunk": steps of an answer, "widths": {unnorm_key:
-    numbers of its action, of its state (0: none)}}
+    facts: wire.describe
     """
 
     def __init__(self, folder: Path, facts: dict):
@@ -53,11 +51,9 @@ class Recorder(threading.Thread):
         self.cameras = len(facts["cameras"])
         self.waiting: queue.Queue[dict | None] = queue.Queue(MAX_WAITING)
         self.warned = False
-        path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "machinery.record", str(folder), json.dumps(facts)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True)  # Ctrl-C is for the server
+        self.process = start_program(  # it outlives the server, and Ctrl-C is for the server
+            "machinery.record", str(folder), json.dumps(facts), stdin=subprocess.PIPE, text=False,
+            preexec_fn=None, start_new_session=True)
         if not self.process.stdout.readline():
             raise UserError(f"--record {folder}: cannot be written: see above")
         self.start()
@@ -107,16 +103,6 @@ class Recorder(threading.Thread):
         self.process.wait()
 
 
-def recording_facts(policy, model: str) -> dict:
-    """The facts of a Policy for Recorder."""
-    widths = {}
-    for key in policy.norm_stats:
-        robot = policy.convention(key)
-        widths[key] = len(robot.action), len(robot.state) if policy.cfg.use_proprio else 0
-    return {"model": model, "cameras": policy.cfg.cameras, "chunk": policy.cfg.action_chunk,
-            "widths": widths}
-
-
 # ---- The process that writes -------------------------------------------------------------------
 
 
@@ -125,6 +111,7 @@ class Dataset:
 
     def __init__(self, folder: Path, facts: dict, action: int, state: int):
         import tensorflow_datasets as tfds  # here: the server needs only the class above
+        from google.protobuf.json_format import MessageToDict
 
         f = tfds.features
         observation = {camera: f.Image(shape=(None, None, 3), encoding_format="png")
@@ -135,7 +122,7 @@ class Dataset:
             "steps": f.Dataset({
                 "observation": observation,
                 "action": f.Tensor(shape=(action,), dtype=np.float32),
-                "chunk": f.Tensor(shape=(facts["chunk"], action), dtype=np.float32),
+                "chunk": f.Tensor(shape=(facts["action_shape"][0], action), dtype=np.float32),
                 "prefix": f.Scalar(np.int64),  # how many steps of the chunk the robot had chosen
                 "unused_state": f.Text(),  # JSON: of a robot whose model does not take its state
                 "language_instruction": f.Text(), "unnorm_key": f.Text(),
@@ -149,38 +136,33 @@ class Dataset:
             self.lock = take_lock(self.folder / ".lock", wait=False)
         except BlockingIOError as error:
             raise UserError(f"--record {folder}: another server records there") from error
-        self.sizes = []  # bytes of each episode
-        described = self.folder / "features.json"
-        if not described.exists():
+        self.count = 0  # episodes
+        self.bytes = 0
+        if not (self.folder / "features.json").exists():
             self.describe()
             self.features.save_config(self.folder)
             return
-        with tempfile.TemporaryDirectory() as own:
-            self.features.save_config(own)
-            if json.loads((Path(own) / described.name).read_text()) != json.loads(
-                    described.read_text()):
-                raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
-                                "states or actions: choose another folder")
-        info = json.loads((self.folder / "dataset_info.json").read_text())
-        split = info["splits"][0]
-        self.sizes = [int(split["numBytes"])] + [0] * len(split["shardLengths"])
-        self.sizes.pop()  # only their sum and their number are known
+        if read_json(self.folder / "features.json") != MessageToDict(self.features.to_proto()):
+            raise UserError(f"--record {folder}: holds requests to a model of other cameras, "
+                            "states or actions: choose another folder")
+        (split,) = read_json(self.folder / "dataset_info.json")["splits"]
+        self.count = len(split["shardLengths"])
+        self.bytes = int(split["numBytes"])
 
     def describe(self) -> None:
         """Write dataset_info.json: an episode counts from now on."""
-        split = {"name": "train", "shardLengths": ["1"] * len(self.sizes),
-                 "numBytes": str(sum(self.sizes)),
+        split = {"name": "train", "shardLengths": ["1"] * self.count, "numBytes": str(self.bytes),
                  "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"}
         info = {"name": self.name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": [split]}
-        with atomic(self.folder / "dataset_info.json") as scratch:
-            scratch.write_text(json.dumps(info))
+        write_json(self.folder / "dataset_info.json", info)
 
     def append(self, episode: dict) -> None:
         data = self.serialize(episode)
-        path = self.folder / f"{self.name}-train.tfrecord-{len(self.sizes):05d}"
+        path = self.folder / f"{self.name}-train.tfrecord-{self.count:05d}"
         with atomic(path) as scratch, open(scratch, "wb") as file:
             write_record(file, data)
-        self.sizes.append(len(data))
+        self.count += 1
+        self.bytes += len(data)
         self.describe()
 
 
@@ -189,11 +171,14 @@ class Writer:
 
     def __init__(self, folder: Path, facts: dict):
         self.facts = facts
-        self.datasets: dict[tuple[int, int], Dataset] = {}
-        for key, (action, state) in facts["widths"].items():
-            if (action, state) not in self.datasets:  # robots of other widths get other folders
-                own = folder.with_name(f"{folder.name}-{key}") if self.datasets else folder
-                self.datasets[action, state] = Dataset(own, facts, action, state)
+        self.datasets: dict[str, Dataset] = {}  # {unnorm_key: its own}
+        known: dict[tuple[int, int], Dataset] = {}
+        for key, action in facts["action"].items():
+            widths = len(action), len(facts["state"][key]) if facts["proprio"] else 0
+            if widths not in known:  # robots of other widths get other folders
+                own = folder.with_name(f"{folder.name}-{key}") if known else folder
+                known[widths] = Dataset(own, facts, *widths)
+            self.datasets[key] = known[widths]
         self.open: dict[tuple, dict] = {}  # the episodes under way
 
     def take(self, message: dict) -> None:
@@ -229,12 +214,11 @@ class Writer:
     def end(self, place: tuple) -> None:
         """Write an episode."""
         client, name, key = place
-        action, state = self.facts["widths"][key]
         about = {"client": client, "episode": "" if name is None else str(name),
                  "model": self.facts["model"]}
         steps = self.open.pop(place)["steps"]
         try:
-            self.datasets[action, state].append({"steps": steps, "episode_metadata": about})
+            self.datasets[key].append({"steps": steps, "episode_metadata": about})
         except OSError as error:
             print(f"warning: --record: an episode of {len(steps)} steps is lost: {error}",
                   file=sys.stderr, flush=True)
@@ -245,9 +229,7 @@ def as_file(image: bytes | dict) -> bytes:
     if isinstance(image, bytes):
         return image
     array = np.frombuffer(image["data"], np.uint8).reshape(image["shape"])
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "png", compress_level=1)
-    return file.getvalue()
+    return encode(array, "png", compress_level=1)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ texts and small pictures. Read `page_facts` for a dataset's, `write_causes` for 
 """
 
 import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from machinery.config import PROJECT
 from machinery.files import atomic
 from machinery.frames import FrameTable
-from machinery.images import decode_native
+from machinery.images import decode_native, encode
 from machinery.peers import evenly
 from machinery.survey_numbers import Sample, signals
 
@@ -131,6 +130,4 @@ def thumbnail(table: FrameTable, row: int, camera: int) -> str:
 def jpeg(picture: np.ndarray) -> str:
     image = Image.fromarray(picture)
     image.thumbnail((SIDE, SIDE))
-    encoded = io.BytesIO()
-    image.save(encoded, "jpeg", quality=70)
-    return base64.b64encode(encoded.getvalue()).decode()
+    return base64.b64encode(encode(np.array(image), "jpeg", quality=70)).decode()

@@ -10,7 +10,6 @@ own recordings become a dataset. What the names in a dataset mean: fields.py, re
 frame is used when: data.py.
 """
 
-import errno
 import functools
 import io
 import json
@@ -24,15 +23,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from machinery import recipes
 from machinery.config import Recipe, UserError
 from machinery.fields import check_recipe
-from machinery.files import atomic
+from machinery.files import atomic, write_json
 from machinery.frames import DataError, end_with_parent, statistics
 from machinery.host import cores
+from machinery.images import encode
 from machinery.recipes import Feature
 from machinery.tfrecords import Steps, masked_crc, open_builder, read_records, step_features
 
@@ -75,7 +74,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
                             f"{bad[:1]}")
         np.save(scratch / "episodes.npy", episodes)
         frames = np.memmap(scratch / "frames.bin", dtype, "r")
-        target, raw = recipes.action_masks(recipe, action_widths)
+        target, raw, declared = recipes.action_masks(recipe, action_widths)
         (scratch / "table.json").write_text(json.dumps({
             "splits": list(splits),
             "shards": [file.name for _, file, _ in shards],
@@ -83,7 +82,7 @@ def build_frame_table(directory: Path, path: Path, recipe: Recipe, cameras: list
             "instructions": instructions,
             "bad_episodes": bad,
             "targets": target.tolist(),
-            "declared": recipes.declared(recipe, action_widths).tolist(),
+            "declared": declared.tolist(),
             "features": widths_of_features | recipes.unzipped(recipe, action_widths),
             "unused": recipes.unused(features, recipe, cameras, load_proprio),
             "openvla_rules": recipe.openvla_rules,
@@ -190,8 +189,7 @@ def frame_rows(episode: dict) -> tuple[np.ndarray, list[str]]:
 
 
 def write_rlds(directory: Path, name: str, version: str, features: Mapping,
-               episodes: Mapping[str, Iterable[dict]], *, jpeg_quality: int = 95,
-               shard_bytes: int = 128 << 20) -> Path:
+               episodes: Mapping[str, Iterable[dict]], *, shard_bytes: int = 128 << 20) -> Path:
     """Write episodes as a TFDS dataset that TFDS, OpenVLA and this project read. Returns its
     directory.
 
@@ -211,7 +209,7 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
         raise FileExistsError(f"{path} exists: remove it, or write another version")
     if not isinstance(features, tfds.features.FeaturesDict):
         features = tfds.features.FeaturesDict(features)
-    serialize = serializer(features, jpeg_quality)
+    serialize = serializer(features)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as scratch:
         scratch.mkdir()
@@ -226,17 +224,17 @@ def write_rlds(directory: Path, name: str, version: str, features: Mapping,
                            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"})
         features.save_config(scratch)
         info = {"name": name, "version": version, "fileFormat": "tfrecord", "splits": splits}
-        (scratch / "dataset_info.json").write_text(json.dumps(info, indent=2))
+        write_json(scratch / "dataset_info.json", info)
     return path
 
 
-def serializer(features, jpeg_quality: int = 95) -> Callable[[dict], bytes]:
+def serializer(features) -> Callable[[dict], bytes]:
     """The function from an episode to its record, for a tfds.features.FeaturesDict."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
     def serialize(episode: dict | bytes) -> bytes:
         if isinstance(episode, bytes):
             return episode
-        encoded = features.encode_example(_encode_images(features, episode, jpeg_quality))
+        encoded = features.encode_example(_encode_images(features, episode))
         example = ExampleSerializer(features.get_serialized_info()).get_tf_example(encoded)
         return example.SerializeToString(deterministic=True)  # the same episode, the same bytes
 
@@ -266,14 +264,14 @@ def _write_shards(records: Iterable[bytes], folder: Path, name: str, shard_bytes
     return sizes
 
 
-def _encode_images(feature, value, quality: int):
+def _encode_images(feature, value):
     """Replace each image array by a file object with its encoded bytes. (TFDS would do this with
     TensorFlow.)"""
     kind = type(feature).__name__
     if kind == "FeaturesDict":
-        return {key: _encode_images(feature[key], item, quality) for key, item in value.items()}
+        return {key: _encode_images(feature[key], item) for key, item in value.items()}
     if kind in ("Dataset", "Sequence"):
-        return [_encode_images(feature.feature, item, quality) for item in value]
+        return [_encode_images(feature.feature, item) for item in value]
     if kind != "Image":
         return value
     if isinstance(value, bytes):
@@ -283,10 +281,7 @@ def _encode_images(feature, value, quality: int):
             raise ValueError(f"an image of shape {value.shape}, declared as {feature.shape}")
     if value.shape[-1] == 1:  # gray or depth
         value = value[..., 0]
-    encoded = io.BytesIO()
-    Image.fromarray(value).save(encoded, feature.encoding_format or "png", quality=quality)
-    encoded.seek(0)
-    return encoded
+    return io.BytesIO(encode(value, feature.encoding_format or "png", quality=95))
 
 
 # ---- The program that indexes --------------------------------------------------------------------
@@ -300,12 +295,13 @@ def main() -> None:
     job["path"] = Path(job["path"])
     try:
         build_frame_table(**job)
-    except (DataError, OSError) as error:
-        if isinstance(error, OSError) and job["path"].exists():
-            return  # on a file system without locks, another process was faster
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            error = f"{job['path']}: {error}: make room, or set index_dir to another disk"
+    except DataError as error:
         print(error)
+        sys.exit(1)
+    except OSError as error:
+        if job["path"].exists():
+            return  # on a file system without locks, another process was faster
+        print(f"{job['path']}: {error}: if it is full, make room, or set index_dir to another disk")
         sys.exit(1)
 
 

@@ -46,8 +46,8 @@ from machinery.checkpoint import (
 from machinery.compiler import check_compile
 from machinery.config import PATHS, PROJECT, TrainConfig, UserError, run_directory, walk
 from machinery.connect import agree, gather, progress, wait_until
-from machinery.files import atomic, read_metrics, take_lock
-from machinery.frames import DataError, FrameTable, digest
+from machinery.files import atomic, read_json, read_metrics, take_lock, write_json
+from machinery.frames import DataError, FrameTable, digest, without_version
 from machinery.images import contact_sheet
 from machinery.metrics import tag
 from machinery.weights import SHAPE, describe_base, fingerprint, start_from
@@ -63,7 +63,6 @@ BATCHES = """base_vlm pretrained_checkpoint data_mix datasets balance_weights im
 # the numbers on the terminal (metrics.jsonl and TensorBoard get all of them)
 SHOWN = """loss accuracy grad_norm samples_per_second mfu eval/loss eval/accuracy
     eval/accuracy_of_most_frequent_bin""".split()
-LONGEST_SURVEY = 300  # seconds; the other ranks wait, and NCCL for 10 minutes at most
 
 
 class Run:
@@ -110,9 +109,6 @@ class Run:
         new = not self.path.exists()
         proof = self.path / ".shared"
         if not self.quiet:
-            there = next(path for path in (self.path, *self.path.parents) if path.exists())
-            if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-                raise UserError(f"run_root_dir: {there} is not a writable folder")
             if not new:
                 self.claim()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -165,7 +161,7 @@ class Run:
         self.line(f"data frames {mixture.sizes.sum()} epoch_frames {mixture.epoch_length} "
                   f"shares {shares}")
         for name in cfg.features:  # the user's own datasets
-            recipe = cfg.datasets[name.partition(":")[0]]
+            recipe = cfg.datasets[without_version(name)]
             table = mixture.tables[mixture.names.index(name)]
             if table.unused:
                 self.line(f"unused {name} {', '.join(table.unused)}")
@@ -184,7 +180,7 @@ class Run:
         (self.path / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
         for name, values in (("config", cfg.model_dump()), ("ds_config", ds_config),
                              ("dataset_statistics", mixture.statistics)):
-            (self.path / f"{name}.json").write_text(json.dumps(values, indent=2))
+            write_json(self.path / f"{name}.json", values)
         mixture.tokenizer.save_pretrained(self.path / "tokenizer")
         self.open_log()
 
@@ -207,11 +203,7 @@ class Run:
         """Its findings. The training does not depend on them, and does not wait for long."""
         if self.quiet:
             return
-        try:
-            lines, _ = self.survey.communicate(timeout=LONGEST_SURVEY)
-        except subprocess.TimeoutExpired:
-            self.survey.kill()
-            lines, _ = self.survey.communicate()
+        lines, _ = self.survey.communicate()
         if self.survey.returncode:
             self.line("warning: the survey of the data failed or took too long: python data.py "
                       "--inspect DIR repeats it")
@@ -251,8 +243,7 @@ class Run:
             return
         shown = " ".join(f"{key} {values[key]:.4g}" for key in shown_keys if key in values)
         if "eta_seconds" in values:
-            minutes, seconds = divmod(round(values["eta_seconds"]), 60)
-            shown += f" eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            shown += f" eta {tqdm.format_interval(values['eta_seconds'])}"
         self.line(f"step {step} {shown}")
         try:
             with open(self.path / "metrics.jsonl", "a") as file:
@@ -265,7 +256,7 @@ class Run:
 
     def first_batch(self, batch: dict, mixture: Mixture) -> None:
         """Show the model's first inputs: a prompt and an action here, and in first_batch.png and
-        TensorBoard all images of some samples, oldest first, with instruction and action."""
+        TensorBoard all images of some samples, oldest first, with both."""
         if self.quiet:
             return
         tiles = []
@@ -278,8 +269,7 @@ class Run:
             first_action = answer[: mixture.cfg.action_dim].numpy()
             action = " ".join(f"{a:.2f}" for a in mixture.action_tokenizer.decode(first_action))
             views = list(images.numpy().repeat(times, axis=1).repeat(times, axis=2))
-            instruction = prompt.split(" to ", 1)[-1].split("?")[0]
-            tiles.append((views, f"{instruction}\naction {action}"))
+            tiles.append((views, f"{prompt}\naction {action}"))
         self.line(f"first_prompt {prompt!r}")
         self.line(f"first_action {action}")
         sheet = contact_sheet(tiles, 2)
@@ -381,11 +371,6 @@ def resumed_config(cfg: TrainConfig, run: Run) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir / 'config.json'}: cannot interpret the checkpoint without "
                               f"it: {error}") from error
-    recipes = dict(cfg.datasets)
-    for name in recipes.keys() & own.datasets.keys():  # the same episodes stay held out
-        recipes[name] = replace(recipes[name], names=own.datasets[name].names,
-                                openvla_rules=own.datasets[name].openvla_rules)
-    cfg = cfg.model_copy(update={"datasets": recipes})
     own_run = run_dir.resolve() == run.path.resolve()  # runs/ may be a link
     fixed = MEANING + BATCHES if own_run else MEANING
     was = dict(walk(own.model_dump()))  # {"datasets.my_robot.primary": "image", ...}
@@ -422,7 +407,7 @@ def data_facts(cfg: TrainConfig, tables: list) -> dict:
                         f"{action_dims}")
     proprio_dims = [len(table.statistics["proprio"]["mean"]) for *_, table in tables]
     features = {name: table.features for name, _, recipe, table in tables
-                if replace(recipe, instructions=[]) != oxe.DATASETS.get(name.partition(":")[0])}
+                if replace(recipe, instructions=[]) != oxe.DATASETS.get(without_version(name))}
     return {"action_dim": next(iter(action_dims.values())), "features": features,
             "proprio_dim": max(proprio_dims) if cfg.use_proprio else 0}
 
@@ -444,7 +429,7 @@ def check_statistics(run_dir: Path, tables: list) -> None:
     by one of them, and be trained with both."""
     path = run_dir / "dataset_statistics.json"
     statistics = {name: table.statistics for name, _, _, table in tables}
-    if path.exists() and json.loads(path.read_text()) != statistics:
+    if path.exists() and read_json(path) != statistics:
         raise UserError(f"{path} differs from the statistics of {', '.join(statistics)} now: set "
                         "run_id (and to begin with the old weights, pretrained_checkpoint and "
                         "is_resume: false)")

@@ -16,10 +16,12 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from signal import alarm
 
 import numpy as np
 
-from machinery.files import atomic
+from machinery.config import load_table
+from machinery.files import read_json, write_json
 from machinery.frames import FrameTable, digest
 from machinery.survey_numbers import (
     Finding,
@@ -47,46 +49,17 @@ from machinery.survey_timing import (
 
 SURVEY_VERSION = 4  # change it when a survey would find something else
 MOST = 5  # findings that a training prints
+LONGEST = 300  # seconds: a training waits for it, and its other ranks for 10 minutes at most
 
-KINDS = {  # in the order in which a training prints them
-    "bad_episodes": "episodes that cannot be read",
-    "no_camera": "no picture at all, or none in some frames",
-    "range": "actions that do not come back from their tokens",
-    "target_or_change": "targets that the recipe takes for changes, or changes for targets",
-    "episode_scale": "episodes in another unit",
-    "outliers": "rare values that take the bins of all others",
-    "jitter": "dimensions that are constant but for noise",
-    "wraps": "angles that wrap",
-    "quaternion_sign": "quaternions that change their sign",
-    "quaternion_length": "quaternions whose length is not one",
-    "rotation_vector": "rotation vectors that change their sign",
-    "copies": "actions that equal the state of their frame",
-    "delay": "actions that follow the state, or precede it by far",
-    "ends": "first or last steps that are filled in",
-    "jumps": "positions that jump within an episode",
-    "dropped_frames": "frames that were lost or repeated",
-    "still_state": "states that never move while the actions do",
-    "gripper": "grippers that look inverted",
-    "camera_hung": "the same picture while the robot moves",
-    "equal_cameras": "two cameras with one picture",
-    "blank": "pictures that are black, white, or of one color",
-    "held_out_seen": "held-out episodes that are also trained on",
-    "episode_twice": "the same episode twice",
-    "idle": "frames without motion",
-    "unused_split": "splits that are not used",
-    "unlabeled": "episodes or frames without an instruction",
-    "one_instruction": "one instruction for all",
-    "only_held_out": "instructions that are never trained on",
-    "misspelled": "instructions that differ by a letter",
-}
+KINDS = load_table("findings")  # {kind: fault}, in the order in which a training prints them
 
 
-def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: int = 2,
-           pictures: bool = True) -> list[Finding]:
+def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: int = 2
+           ) -> list[Finding]:
     """Whatever is wrong with a dataset, the worst first.
 
     normalization: one of TrainConfig.action_normalization; action_chunk: steps that are predicted
-    at once; pictures: look at them, too
+    at once
     """
     sample = Sample(table)
     found = [*table_findings(table)]
@@ -98,15 +71,14 @@ def survey(table: FrameTable, normalization: str = "bounds_q99", action_chunk: i
         found += number_findings(every, table, normalization, action_chunk)
         found += language_findings(table, sample, held_out)
         found += missing_pictures(table, sample)
-        if pictures:
-            found += picture_findings(table, sample, moved)
-            found += twin_findings(sample, held_out)
+        found += picture_findings(table, sample, moved)
+        found += twin_findings(sample, held_out)
     return sorted(found, key=rank)
 
 
 def rank(finding: Finding) -> tuple[str, int]:
     """Smaller for worse ones."""
-    return finding.severity, [*KINDS].index(finding.kind)
+    return finding.severity, list(KINDS).index(finding.kind)
 
 
 def number_findings(every: list[Signal], table: FrameTable, normalization: str, action_chunk: int
@@ -258,11 +230,10 @@ def cached_survey(table: FrameTable, options: dict) -> list[Finding]:
     """The survey of one dataset, which is kept in the folder of its frame table."""
     file = table.path / f"survey-{digest((SURVEY_VERSION, options))}.json"
     if file.exists():
-        return [Finding(**values) for values in json.loads(file.read_text())]
+        return [Finding(**values) for values in read_json(file)]
     found = survey(table, **options)
     try:
-        with atomic(file) as scratch:
-            scratch.write_text(json.dumps([finding._asdict() for finding in found]))
+        write_json(file, [finding._asdict() for finding in found])
     except OSError:  # not ours to write: it takes as long again next time
         pass
     return found
@@ -321,6 +292,7 @@ def mixture_lines(job: dict) -> list[str]:
 
 def main() -> None:
     """Print the lines of the job in the argument."""
+    alarm(LONGEST)  # then the system ends this process
     print("\n".join(mixture_lines(json.loads(sys.argv[1]))))
 
 

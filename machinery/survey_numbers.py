@@ -75,6 +75,10 @@ class Sample:
         return (f"in {np.count_nonzero(bad)} frames of {len(episodes)} of {len(self.numbers)} "
                 f"episodes ({names})")
 
+    def reach(self, values: np.ndarray) -> np.ndarray:
+        """(N, ...) -> (E, ...) from the smallest to the largest of each episode."""
+        return np.maximum.reduceat(values, self.first) - np.minimum.reduceat(values, self.first)
+
     def per_episode(self, values: np.ndarray) -> np.ndarray:
         """(N, ...) -> (E, ...) the mean of each episode."""
         return (np.add.reduceat(values, self.first, axis=0, dtype=np.float64).T / self.count).T

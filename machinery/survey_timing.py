@@ -111,8 +111,7 @@ def jump_findings(signal: Signal) -> Iterator[Finding]:
 def stuck_states(action: Signal, state: Signal) -> Iterator[Finding]:
     """States that never move, in all or in some episodes, though actions command motion."""
     sample = state.sample
-    reach = np.maximum.reduceat(state.values, sample.first)
-    reach = reach - np.minimum.reduceat(state.values, sample.first)
+    reach = sample.reach(state.values)
     # noise only: far less than in other episodes, or than the values (but for rare outliers).
     # Meters among millimeters are a thousandth
     commands = action.quantiles[3] - action.quantiles[1]
@@ -132,8 +131,7 @@ def idle_findings(action: Signal, motion: np.ndarray) -> Iterator[Finding]:
     """Many frames in which no motion is commanded. motion: (N,) of the robot."""
     sample = action.sample
     # of the median episode: others may be in another unit
-    spread = np.median(np.maximum.reduceat(action.values, sample.first)
-                       - np.minimum.reduceat(action.values, sample.first), axis=0)
+    spread = np.median(sample.reach(action.values), axis=0)
     spread = np.where(spread > 0, spread, action.span)
     moves = abs(action.moves) / np.where(spread > 0, spread, np.inf)
     size = moves.max(1)

@@ -37,6 +37,7 @@ from machinery.checkpoint import (
 )
 from machinery.config import TrainConfig, UserError, load_table, nearest, one_line, read_secret
 from machinery.description import DESCRIPTION, checked, refuse_parts, refuse_quantized
+from machinery.files import read_json
 from machinery.int8 import shrink
 from machinery.lora import merged
 from model import VLA
@@ -56,7 +57,7 @@ PRISMATIC_HUB = "TRI-ML/prismatic-vlms"  # has a folder for each id
 def prismatic_config(vision_id: str, llm_id: str, image_resize_strategy: str) -> dict:
     """Prismatic's ids of a vision backbone and a language model -> this project's config keys."""
     vision = copy.deepcopy(VISION_BACKBONES[vision_id])
-    llm = copy.deepcopy(LANGUAGE_MODELS[llm_id])
+    llm = LANGUAGE_MODELS[llm_id]
     fused = len(vision["towers"]) > 1
     return {
         "vision_backbone": vision["towers"],
@@ -128,7 +129,7 @@ def open_weights(where: str | Path) -> Weights:
     downloaded = not path.exists()
     if downloaded:
         path = download(str(where))
-    try:
+    with describes_a_model(where):
         weights = _open(path, downloaded)
         widths = {name: len(stats["action"]["q01"]) for name, stats in weights.norm_stats.items()
                   if "q01" in stats.get("action", ())}
@@ -137,12 +138,20 @@ def open_weights(where: str | Path) -> Weights:
         weights.norm_stats = {name: stats for name, stats in weights.norm_stats.items()
                               if widths.get(name, width) == width}
         TrainConfig(**weights.config)
-    except UserError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: its config.json does not describe a model: "
-                              f"{type(error).__name__}: {one_line(error)}") from error
     return weights
+
+
+@contextlib.contextmanager
+def describes_a_model(where: str | Path) -> Iterator[None]:
+    """Raises CheckpointError for whatever goes wrong with the files of a model from elsewhere:
+    PyTorch, timm and transformers raise many kinds."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{where}: its config.json or weights are not those of a model: "
+                              f"{type(error).__name__}: {one_line(error)[:300]}") from error
 
 
 def _open(path: Path, downloaded: bool) -> Weights:
@@ -157,8 +166,7 @@ def _open(path: Path, downloaded: bool) -> Weights:
     checkpoints = list_checkpoints(path / "checkpoints")
     if checkpoints:
         return _open_ours(Checkpoint(checkpoints[-1]), downloaded)
-    config = path / "config.json"
-    if config.exists() and _read_json(config).get("model_type") == "openvla":
+    if read_json(path / "config.json").get("model_type") == "openvla":
         return _open_hugging_face(path)
     if (path / "lora_adapter").exists():
         raise CheckpointError(f"{path}: it has OpenVLA-OFT's adapters without their base: merge "
@@ -188,23 +196,19 @@ def download(name: str) -> Path:
     return folder / name if name in PRISMATIC else folder
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
 # ---- The formats -------------------------------------------------------------------------------
 
 
 def _open_ours(checkpoint: Checkpoint, downloaded: bool = False) -> Weights:
     run_dir = checkpoint.run_dir
-    config = _read_json(run_dir / "config.json")
+    config = read_json(run_dir / "config.json")
     for tower in config["vision_backbone"].values():
         tower.pop("pretrained", None)  # the checkpoint has their weights
     lora = config["lora_alpha"] / max(config["lora_rank"], 1)
     if downloaded:
         config = checked({key: config[key] for key in DESCRIPTION if key in config}, run_dir)
     config["tokenizer"] = str(run_dir / "tokenizer")
-    weights = Weights(checkpoint, config, _read_json(run_dir / "dataset_statistics.json"))
+    weights = Weights(checkpoint, config, read_json(run_dir / "dataset_statistics.json"))
     if checkpoint.base:
         if downloaded and os.path.exists(checkpoint.base["where"]):
             raise CheckpointError(f"{checkpoint.path} is based on {checkpoint.base['where']}: a "
@@ -252,7 +256,7 @@ def fingerprint(tensors: Tensors) -> int:
 
 
 def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
-    description = _read_json(run_dir / "config.json")
+    description = read_json(run_dir / "config.json")
     modules = torch.load(checkpoint, mmap=True, weights_only=True)["model"]
     base = description.get("model") or description.get("vla", {}).get("base_vlm")
     if "zerovla" in description:  # exported by this project
@@ -272,15 +276,12 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
         for name, tensor in state.items():
             if not tensor.is_floating_point():
                 refuse_quantized(checkpoint, {}, {name: str(tensor.dtype)})
-            flat = tensor.reshape(-1)
-            tensors.add(f"{module}.{name}", tensor.shape,
-                        lambda start, stop, flat=flat: flat[start:stop])
-    stats = run_dir / "dataset_statistics.json"
-    return Weights(tensors, config, _read_json(stats) if stats.exists() else {})
+            oft_files.add(tensors, f"{module}.{name}", tensor)
+    return Weights(tensors, config, read_json(run_dir / "dataset_statistics.json"))
 
 
 def _open_hugging_face(path: Path) -> Weights:
-    description = _read_json(path / "config.json")
+    description = read_json(path / "config.json")
     config = description.get("zerovla") or hugging_face_to_ours(description)
     towers = tuple(config["vision_backbone"])
     tensors = Tensors(path)
@@ -288,12 +289,11 @@ def _open_hugging_face(path: Path) -> Weights:
         for key, shape in file.shapes.items():
             tensors.add(rename(key, towers, to_hugging_face=False), shape, partial(file.read, key))
     norm_stats = description.get("norm_stats") or {}
-    own = path / "dataset_statistics.json"
-    if own.exists():  # written by OpenVLA's finetune.py; these win (its openvla_utils.py)
-        own = _read_json(own)
-        norm_stats = {name: stats for name, stats in norm_stats.items() if name not in own} | own
+    # written by OpenVLA's finetune.py; these win (its openvla_utils.py)
+    own = read_json(path / "dataset_statistics.json")
+    norm_stats = {name: stats for name, stats in norm_stats.items() if name not in own} | own
     if oft_files.is_variant(path):
-        norm_stats = own if isinstance(own, dict) else norm_stats  # without the base's
+        norm_stats = own or norm_stats  # without the base's
         ours = partial(rename, towers=towers, to_hugging_face=False)
         config = oft_files.add_parts(path, config, tensors, norm_stats, ours)
     return Weights(tensors, {**checked(config, path), "tokenizer": str(path)}, norm_stats)
@@ -325,11 +325,10 @@ def safetensors_files(path: Path) -> list[SafetensorsFile]:
     index = path / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     files = [SafetensorsFile(path / plain_name(name)) for name in names]
-    config = path / "config.json"
     for file in files:
-        refuse_quantized(path, _read_json(config) if config.exists() else {}, file.dtypes)
+        refuse_quantized(path, read_json(path / "config.json"), file.dtypes)
     return files
 
 

@@ -96,16 +96,14 @@ class Request(BaseModel, extra="forbid", strict=True):
 
 def parse(sent, policy: Policy, most_pixels: int = MAX_PIXELS) -> Query:
     """A request's fields -> Query. Raises RequestError, and Costly for larger pictures."""
-    if isinstance(sent, dict) and len(sent) > MAX_KEYS:
-        raise RequestError(f"{len(sent)} keys: send at most {MAX_KEYS}")
-    fields = sent
+    if not isinstance(sent, dict) or len(sent) > MAX_KEYS:
+        raise RequestError(f"the request is not an object of at most {MAX_KEYS} fields")
+    owner = camera_keys(tuple(policy.cfg.cameras))
     named = {}  # {field: image}
-    if isinstance(sent, dict):
-        owner = camera_keys(tuple(policy.cfg.cameras))
-        for key, value in sent.items():
-            if key in owner or WRIST.search(str(key)):
-                named[key] = value
-        fields = {key: value for key, value in sent.items() if key not in named}
+    fields = {}  # the others
+    for key, value in sent.items():
+        place = named if key in owner or WRIST.search(str(key)) else fields
+        place[key] = value
     request = validate(Request, fields)
 
     images, ignored = choose_images(named, request.images, policy)

@@ -302,11 +302,11 @@ def with_yaml_values(ds_config: dict, cfg: TrainConfig, accumulation: int) -> di
 
 def parameter_groups(vla: VLA, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices decay, biases and norms do not."""
-    shapes = {name: shape for name, (shape, _) in describe_parameters(vla).items()}
     decayed, plain = [], []
     for name, p in vla.named_parameters():
         if p.requires_grad:
-            matrix = len(shapes[name]) > 1 and not name.endswith(".bias")
+            shape = getattr(p, "ds_shape", p.shape)
+            matrix = len(shape) > 1 and not name.endswith(".bias")
             (decayed if matrix else plain).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay},
               {"params": plain, "weight_decay": 0.0}]

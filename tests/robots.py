@@ -14,7 +14,7 @@ from PIL import Image
 
 from machinery.config import Recipe
 from machinery.frames import FrameTable
-from machinery.recipes import Feature, action_masks, declared, standardize
+from machinery.recipes import Feature, action_masks, standardize
 from machinery.rlds import EPISODE, statistics, write_rlds
 
 PICTURE = (48, 64, 3)
@@ -118,8 +118,7 @@ class MemoryTable(FrameTable):
         self.episodes["split"][len(count) - robot.val :] = len(self.splits) - 1
         self.first_frames = self.episodes["first"]
         self.openvla_rules, self.unused, self.chosen = False, [], None
-        self.targets, raw = action_masks(recipe, parts[0]["widths"])
-        self.declared = declared(recipe, parts[0]["widths"])
+        self.targets, raw, self.declared = action_masks(recipe, parts[0]["widths"])
         self.statistics = statistics(self.frames, len(count), ~raw)
 
     def read_image(self, row: int, camera: int) -> bytes:

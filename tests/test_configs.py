@@ -136,12 +136,6 @@ def test_values_that_mean_something(tiny):
     assert cfg.learning_rate == 2e-5 and cfg.keep_checkpoints == "none"
 
 
-def test_a_run_of_an_earlier_version_still_opens(tiny):
-    """Its config.json has a key that has gone."""
-    cfg = load_config(tiny())
-    assert TrainConfig(**cfg.model_dump(), max_length=2048) == cfg
-
-
 @pytest.mark.parametrize("change, words", [
     ({"train_batch_size": 8}, "remove train_batch_size: .*global_batch_size"),
     ({"train_batch_size": "auto"}, "remove train_batch_size"),

@@ -75,7 +75,7 @@ def mixture(tmp_path_factory):
         data_root_dir=str(RLDS / "data"), data_mix={"bridge_orig": 1.0, "viola": 2.0, "dobbe": 0.2},
         datasets={}, cameras=["primary"], use_proprio=False, window_size=1, action_chunk=1,
         action_normalization="bounds_q99", image_size=32, image_aug=True, seed=7, skip_bad_episodes=False,
-        index_dir=str(tmp_path_factory.mktemp("index")), prompt_style="pure", max_length=2048)
+        index_dir=str(tmp_path_factory.mktemp("index")), prompt_style="pure")
     return open_mixture(config, TOKENIZER)
 
 

@@ -148,12 +148,13 @@ def test_one_bad_episode_of_another_robot_is_the_worst(name, kind):
 def record(policy, folder, table, rows, see=np.asarray, read=str, answer=np.asarray, key="metaworld_demo",
            feel=None):
     """Requests with frames of a dataset, prepared wrongly, and answers to them, as serve_vla.py --record writes them."""
-    from machinery.record import Writer, recording_facts
+    from machinery.record import Writer
+    from machinery.wire import describe
 
     views = [np.ascontiguousarray(see(decode_native(table.read_image(int(row), 0)))) for row in rows]
     texts = [read(table.instructions[number]) for number in table.frames["instruction"][rows]]
     answers = answer(policy.predict_action([[view] for view in views], texts, "metaworld_demo"))
-    writer = Writer(folder, recording_facts(policy, "policy"))
+    writer = Writer(folder, describe(policy, "policy"))
     for time, (row, view, text, action) in enumerate(zip(rows, views, texts, answers, strict=True)):
         writer.take({"client": "robot", "episode": int(table.episode_of(row)), "time": time, "images": [encode(view, "png")],
                      "state": None, "instruction": text, "unnorm_key": key, "prefix": 0, "chunk": [action.tolist()],

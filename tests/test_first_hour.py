@@ -12,7 +12,6 @@ import tensorflow_datasets as tfds
 from conftest import ROOT
 from test_own_robot import random_actions, write_arm
 
-from machinery.command_line import parse_command_line
 from machinery.config import Recipe, TrainConfig
 
 KEYS = runpy.run_path(str(ROOT / "docs/keys.py"))
@@ -30,14 +29,6 @@ def test_the_page_of_keys():
         found = [*KEYS["keys"](model)]
         assert [key.name for key in found] == [*expected]
         assert all(key.section and key.text for key in found)
-
-
-@pytest.mark.parametrize("key", TrainConfig.model_fields)
-def test_a_key_as_an_option(key, monkeypatch):
-    for words in ([f"--{key}", "1e-4"], [f"--{key}=1e-4"], [f"--{key.replace('_', '-')}", "1e-4", "--config", "x"]):
-        monkeypatch.setattr(sys, "argv", ["train_vla.py", *words])
-        with pytest.raises(SystemExit, match=f"^error: {words[0]}.* --set {key}=1e-4$"):
-            parse_command_line("")
 
 
 # {program: [its exit status, its options without a description, the beginning of its help]}, without these packages

@@ -704,7 +704,7 @@ def test_actions_come_back_in_the_robots_own_units(robot):
     recipe, every = Recipe(action=action), np.concatenate(recorded)
     columns = read_fields(recipe.action, {"action": every}, "", 0, len(every))
     standard = np.concatenate(columns, axis=1)
-    _, raw = action_masks(recipe, [column.shape[1] for column in columns])
+    _, raw, _ = action_masks(recipe, [column.shape[1] for column in columns])
     stats = {"min": standard.min(0), "max": standard.max(0), "mask": ~raw}
     tokenizer = ActionTokenizer(512)
     tokens = tokenizer.encode(normalize(standard, stats, "bounds"))

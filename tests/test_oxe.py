@@ -171,7 +171,7 @@ def test_gripper_helpers_and_text_equal_openvla():
     for case in PRIMITIVES["rel2abs"]:
         np.testing.assert_array_equal(recipes.rel2abs(column(case["in"])), column(case["out"]))
     for case in PRIMITIVES["language_table"]:
-        points = np.zeros(512, np.int64)
+        points = np.zeros(512, "<i4")
         points[: len(case["codepoints"])] = case["codepoints"]
         assert recipes.decode_code_points(points.tobytes()).hex() == case["out_hex"]
     for case in PRIMITIVES["euler_from_quaternion"]:

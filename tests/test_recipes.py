@@ -19,7 +19,7 @@ from test_own_robot import GRAY, PNG, Episode, index, opened, random_actions, ti
 
 from action_tokenizer import load_tokenizer, prompt_ids
 from machinery import oxe
-from machinery.config import Recipe, TrainConfig, UserError
+from machinery.config import Recipe, UserError
 from machinery.convention import dimension_names, recorded
 from machinery.fields import check_recipe, parse_fields, write_recipe
 from machinery.frames import DataError, find_dataset, frame_table
@@ -171,30 +171,6 @@ def test_chosen_instructions_of_openvlas_datasets(data_config):
     assert some.recipes[0] == dataclasses.replace(oxe.DATASETS[name], instructions=texts[:1])
     assert some.tables[0].path == plain.tables[0].path and not some.cfg.features
     assert 0 < some.epoch_length <= plain.epoch_length
-
-
-def test_a_run_of_an_earlier_version_keeps_its_held_out_episodes():
-    saved = TrainConfig(**TINY).model_dump() | {"action_dim": 7}
-    assert not TrainConfig(**saved).datasets["metaworld_demo"].openvla_rules
-    del saved["datasets"]["metaworld_demo"]["openvla_rules"], saved["datasets"]["metaworld_demo"]["names"]
-    old = TrainConfig(**json.loads(json.dumps(saved)))
-    assert old.datasets["metaworld_demo"].openvla_rules
-    assert not TrainConfig(**TINY).datasets["metaworld_demo"].openvla_rules
-
-
-def test_a_run_of_an_earlier_version_continues(tiny, plain_run, tmp_path):
-    """With the episodes that it held out, and by the same YAML."""
-    arguments = ["--deepspeed_config", "ds_configs/cpu.json", "--set", "max_steps=1"]
-    config = tiny(save_interval=0, log_interval=0, run_id="old", lr_scheduler_type="constant", epochs=1)
-    assert plain_run(config, *arguments).returncode == 0
-    path = tmp_path / "runs/old/config.json"
-    saved = json.loads(path.read_text())
-    for recipe in saved["datasets"].values():
-        del recipe["openvla_rules"], recipe["names"]
-    path.write_text(json.dumps(saved))
-    done = plain_run(config, *arguments[:-1], "max_steps=2")
-    assert done.returncode == 0, done.text
-    assert json.loads(path.read_text())["datasets"]["metaworld_demo"]["openvla_rules"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -431,7 +431,7 @@ def test_the_newest_version_is_found(tmp_path):
     assert find_dataset(tmp_path, "robot").name == "1.10.0"
     assert find_dataset(tmp_path, "robot:1.9.0").name == "1.9.0"
     newest = find_dataset(tmp_path, "robot")
-    assert guess_recipe(step_features(newest), newest).primary == "image"
+    assert guess_recipe(newest).primary == "image"
 
 
 def test_crc_is_that_of_tfrecord():

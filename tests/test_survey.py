@@ -36,8 +36,10 @@ def damaged(name: str, damage, pictures: bool = False) -> Robot:
 
 
 def found(robot: Robot, **options) -> list:
-    return [finding for finding in survey(robot.table(), pictures=bool(robot.cameras), **options)
-            if finding.kind != "no_camera"]
+    ignored = {"no_camera"}
+    if not robot.cameras:  # some robots repeat an episode, which only pictures could tell apart
+        ignored |= {"held_out_seen", "episode_twice"}
+    return [finding for finding in survey(robot.table(), **options) if finding.kind not in ignored]
 
 
 def kinds(findings: list, severity: str = "high") -> set[str]:
@@ -746,10 +748,12 @@ def test_what_a_training_prints(tmp_path):
     assert mixture_lines(job({"arm": table})) == []
 
 
-@pytest.mark.parametrize("code, seconds", [("print('warning: arm: x')", 9), ("1 / 0", 9), ("import time; time.sleep(99)", 0.1)])
-def test_a_training_survives_its_survey(code, seconds, monkeypatch):
-    monkeypatch.setattr(run, "LONGEST_SURVEY", seconds)
-    process = subprocess.Popen([sys.executable, "-S", "-c", code], text=True, stdout=subprocess.PIPE,
+LONG = "import time; from machinery import survey; survey.LONGEST = 1; survey.mixture_lines = time.sleep; survey.main()"
+
+
+@pytest.mark.parametrize("code", ["print('warning: arm: x')", "1 / 0", LONG])
+def test_a_training_survives_its_survey(code):
+    process = subprocess.Popen([sys.executable, "-c", code, "99"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
     printed = []
     run.Run.print_survey(SimpleNamespace(quiet=False, survey=process, line=printed.append))
@@ -784,4 +788,4 @@ def test_a_part_of_a_big_table(monkeypatch):
     sample = survey_numbers.Sample(table, 400)
     assert sample.numbers.tolist() == [*range(0, 30, 3)]
     np.testing.assert_array_equal(sample.frames["action"], table.frames["action"][sample.rows])
-    assert json.dumps([finding._asdict() for finding in survey(table, pictures=False)])
+    assert json.dumps([finding._asdict() for finding in survey(table)])

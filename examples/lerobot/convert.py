@@ -45,7 +45,7 @@ from machinery.frames import end_with_parent
 from machinery.guess import Dimension, assumptions, field_list, guess_kinds
 from machinery.host import cores
 from machinery.inspect_data import TO_TRAIN, Subject, as_yaml, guess_recipe, write_yaml
-from machinery.rlds import EPISODE, DataError, step_features, write_rlds
+from machinery.rlds import EPISODE, DataError, write_rlds
 from machinery.survey import survey
 from machinery.survey_timing import looks_like_targets
 
@@ -306,7 +306,7 @@ def report(dataset: LeRobotSet, chosen: list[Episode], dimensions: list[Dimensio
               f"{dimension.high:.4g}{dimension.words}")
     widths = {rlds_name(key): chosen[0].numbers[key].shape[1] for key in dataset.action}
     names = {rlds_name(key): dataset.names[key] for key in dataset.action + dataset.state if dataset.names[key]}
-    guessed = guess_recipe(step_features(path), path)
+    guessed = guess_recipe(path)
     recipe = replace(guessed, action=field_list(widths, dimensions), names=names)
     write_recipe(path, recipe)
     subject = Subject(path.parent.name, path, recipe, "converted")

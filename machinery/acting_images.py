@@ -1,28 +1,54 @@
-"""A camera's picture as OpenVLA-OFT prepares it for its policies, computed like TensorFlow.
+"""A camera's picture as policies expect it when they act.
 
-OFT writes the picture as a JPEG and reads it again, as its training data were. Then come Lanczos to
-224 pixels and the middle 90% of the area. The policies are read to 5e-5, so a pixel that is off by
-one shows: sums are float32, in TensorFlow's order.
+Read fit: the ways of OpenVLA's image processors. The rest is OpenVLA-OFT's way, computed like
+TensorFlow: it writes the picture as a JPEG and reads it again, as its training data were. Then come
+Lanczos to 224 pixels and the middle 90% of the area. These policies are read to 5e-5, so a pixel
+that is off by one shows: sums are float32, in TensorFlow's order.
 """
 
 import functools
-import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from machinery.images import decode_native
+from machinery.images import decode_native, encode, resize_image
 
-SIDE = 224  # pixels, whatever the model's own image_size
+SIDE = 224  # pixels of OpenVLA-OFT, whatever the model's own image_size
 
 
-def prepare(image: np.ndarray, size: int, crop: bool) -> np.ndarray:
+def fit(image: np.ndarray, size: int, strategy: str, fill: Sequence[int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) by image_resize_strategy.
+
+    "lanczos" is the resize of training data. The others are bicubic and OpenVLA's processors use
+    them for acting: "resize-naive", "resize-crop" (cut off the longer side) and "letterbox" (pad
+    with the color `fill`).
+    """
+    if strategy == "lanczos" or image.shape[:2] == (size, size):
+        return resize_image(image, size)
+    image = Image.fromarray(image)
+    width, height = image.size
+    if strategy == "letterbox":
+        longest = max(width, height)
+        left, top = (longest - width) // 2, (longest - height) // 2
+        image = ImageOps.expand(image, (left, top), tuple(fill))
+        width, height = image.size  # one pixel off square if the difference was odd
+    shape = (size, size)
+    if strategy != "resize-naive":  # the shorter side becomes `size`
+        shape = (size * width // min(width, height), size * height // min(width, height))
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+# ---- OpenVLA-OFT ---------------------------------------------------------------------------------
+
+
+def prepare_oft(image: np.ndarray, size: int, crop: bool) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) uint8."""
     if image.shape[:2] != (SIDE, SIDE):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "jpeg", quality=95, subsampling=2)
-        image = decode_native(file.getvalue())
+        image = decode_native(encode(image, "jpeg", quality=95, subsampling=2))
         x = stretch(stretch(torch.from_numpy(image).float()).transpose(0, 1)).transpose(0, 1)
         image = x.round().clamp_(0, 255).byte().numpy()
     if crop:
