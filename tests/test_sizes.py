@@ -46,7 +46,7 @@ def test_how_much_there_is_to_read():
     print(f"\nlesson {sum(lesson.values())} {lesson}\ntokens {tokens}\n"
           f"functions above 40 lines {longest}")
     assert sum(lesson.values()) <= 960
-    assert tokens["lesson"] <= 7500 and tokens["training"] <= 41_600 and tokens["all"] <= 105_150
+    assert tokens["lesson"] <= 7500 and tokens["training"] <= 41_700 and tokens["all"] <= 105_300
     assert {path.name: lines(path) for path in files if lines(path) > 475} == {}
     assert {name for name, count in longest.items() if count > 55} <= {"train_vla.py:train"}
     assert longest.get("train_vla.py:train", 0) <= 66
