@@ -183,6 +183,25 @@ def test_a_group_has_one_start(monkeypatch):
     assert {(one["executed"], len(one["decisions"])) for one in played[0]} == {(6, 2)}
 
 
+def test_a_groups_first_look_goes_through_the_model_once(policy):
+    """Later looks differ, as do other groups'. What is computed is the same."""
+    args = arguments()
+    decisions = [one for number in range(2) for episode in play(policy, args, 3, number) for one in episode["decisions"]]
+    assert len({int(one["look"]) for one in decisions}) == 2 * (1 + 3)
+    for one in decisions:  # another picture for each look
+        one["images"] = torch.full_like(one["images"], int(one["look"]) % 251)
+    inputs = collate([{key: one[key] for key in ("images", "input_ids", "labels", "look")} for one in decisions], 0)
+    rows = []
+    [tower] = policy.vla.vision_backbone.values()
+    hook = tower.register_forward_pre_hook(lambda tower, inputs: rows.append(len(inputs[0])))
+    with torch.no_grad():
+        shared = rl.token_log_probs(policy.vla, **inputs, temperature=1.0)
+        separate = rl.token_log_probs(policy.vla, **{**inputs, "look": torch.arange(12)}, temperature=1.0)
+    hook.remove()
+    assert rows == [8, 12]
+    torch.testing.assert_close(shared, separate)
+
+
 def test_groups_of_one_value_teach_nothing(policy):
     args = arguments()
     for value in (False, True):
@@ -200,7 +219,7 @@ def test_both_kinds_of_noise_sample_from_the_policy(policy, noise):
     for group in range(25):
         tokens += [one["decisions"][0] for one in play(policy, args, 40, group)]
     index = np.stack([one["labels"][-21:-1] for one in tokens]) - policy.action_tokenizer.first_id  # (1000, 20)
-    batch = collate([{key: tokens[0][key] for key in ("images", "input_ids", "labels")}], 0)
+    batch = collate([{key: tokens[0][key] for key in ("images", "input_ids", "labels", "look")}], 0)
     with torch.no_grad():
         expected = rl.token_log_probs(policy.vla, **batch, temperature=0.3)[0].exp().cumsum(-1).numpy()
     for place in range(20):
@@ -231,7 +250,7 @@ for world, steps in (Arm(["outside"], []), 40), (Reach(["outside"], []), 1):
     print({{robot.instruction for robot in trials}} == {{"touch the blue disc"}})
     for number, robot in enumerate(trials):
         for _ in range(steps):
-            world.step(robot, robot.expert() if number else robot.target, False)
+            world.step(robot, robot.expert() if number else -robot.expert(), False)
     print([world.succeeded(robot) for robot in trials] == [False, True, True])"""
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=100)
     assert done.stdout.split() == ["True"] * 6, done.stdout + done.stderr

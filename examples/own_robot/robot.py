@@ -128,11 +128,16 @@ class Arm:
     def expert(self) -> np.ndarray:
         """The demonstrator's next action, (4,) float32: turn the joints toward the disc, then
         close."""
-        x, y = self.discs[self.goal]
-        # the hand points away from the base
-        angle, distance = np.arctan2(y, x), np.hypot(x, y) - HAND
-        elbow = np.arccos((distance**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER))
-        shoulder = angle - np.arctan2(LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow))
-        way = np.array([shoulder, elbow, angle - shoulder - elbow]) - self.target[:3]
+        way = joints_at(*self.discs[self.goal]) - self.target[:3]
         step = way * min(1, SPEED / np.abs(way).max())  # all joints arrive together
         return np.float32([*self.target[:3] + step, np.abs(way).max() < 0.01])
+
+
+def joints_at(x: float, y: float) -> np.ndarray:
+    """The joint angles (3) that put the fingertips there (meters), or as near as the arm gets."""
+    # the hand points away from the base
+    angle, distance = np.arctan2(y, x), np.hypot(x, y) - HAND
+    bend = (distance**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER)
+    elbow = np.arccos(np.clip(bend, -1, 1))
+    shoulder = angle - np.arctan2(LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow))
+    return np.array([shoulder, elbow, angle - shoulder - elbow])

@@ -42,23 +42,25 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # a token gains nothing from leaving 0.8 to 1.2
 ROUNDS = 3  # the first, and two that replace groups that teach nothing
 GUARD = 0.1  # share of groups whose tasks are drawn evenly, against forgetting
 
-def token_log_probs(vla, images, input_ids, labels, temperature: float, proprio=None):
-    """The log-probabilities of the 256 action ids at each action token, (B, T, 256). Arguments and
-    computation are VLA.forward's. Labels only mark places: no action token sees another."""
-    inputs = vla.embed(images, input_ids, proprio)  # (B, S, hidden)
+def token_log_probs(vla, images, input_ids, labels, look, temperature: float, proprio=None):
+    """The log-probabilities of the 256 action ids at each action token, (B, T, 256). Computed as in
+    VLA.forward, once for equal looks (B,). Labels only mark places: no action token sees another."""
+    _, rows, same = np.unique(look.cpu(), return_index=True, return_inverse=True)
+    images, input_ids, labels = images[rows], input_ids[rows], labels[rows]
+    inputs = vla.embed(images, input_ids, proprio if proprio is None else proprio[rows])  # (B', S, hidden)
     first = (labels != IGNORE_INDEX).int().argmax(1, keepdim=True) + inputs.shape[1] - labels.shape[1]
     places = first + torch.arange(vla.num_action_tokens, device=labels.device)  # (B, T)
     inputs = vla.insert_queries(inputs, places)
     hidden = vla.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     logits = vla.llm.get_output_embeddings()(at_positions(hidden, places - 1))
     ids = slice(vla.action_tokenizer.first_id, vla.action_tokenizer.vocab_size)
-    return (logits[..., ids].float() / temperature).log_softmax(-1)
+    return (logits[..., ids].float() / temperature).log_softmax(-1)[same]
 
 
-def policy_loss(vla, args, images, input_ids, labels, old, advantage, weight, proprio=None, key=None):
+def policy_loss(vla, args, labels, old, advantage, weight, **inputs):
     """-> the loss, and how far the executed tokens' probabilities have moved since sampling, (B, T).
     old (B, T): log-probabilities then; advantage (B, 1); weight (B, T): 0 if not executed."""
-    log_probs = token_log_probs(vla, images, input_ids, labels, args.temperature, proprio)
+    log_probs = token_log_probs(vla, labels=labels, temperature=args.temperature, **inputs)
     tokens = labels[labels != IGNORE_INDEX].view(len(labels), -1)[:, :-1]  # (B, T), without </s>
     new = log_probs.gather(-1, (tokens - vla.action_tokenizer.first_id)[..., None])[..., 0]
     ratio = (new - old).exp()
@@ -86,15 +88,16 @@ def decide(policy: Policy, args, questions: list[tuple]) -> list[np.ndarray]:
     _, prompts, states = policy.prepare(views, texts, None, robot.from_robot(np.stack(states)))
     first_id = vla.action_tokenizer.first_id
     answer = [first_id] * vla.num_action_tokens + [policy.tokenizer.eos_token_id]
+    keys = np.array([(*episode["key"], len(episode["decisions"])) for episode in episodes])  # (B, 3)
+    looks = mix_bits(keys[:, 0], keys[:, 1] * (keys[:, 2] > 0), keys[:, 2])  # the first: equal in a group
     samples = []
     for row, prompt in enumerate(prompts):
-        samples.append({"images": views[row], "input_ids": np.array(prompt + answer),
+        samples.append({"images": views[row], "input_ids": np.array(prompt + answer), "look": looks[row].astype(np.int64),
                         "labels": np.array([IGNORE_INDEX] * len(prompt) + answer)})
         if cfg.use_proprio:
             samples[row]["proprio"] = states[row].float().cpu()
     batch = collate([{**sample} for sample in samples], policy.tokenizer.pad_token_id)
     log_probs = token_log_probs(vla, **to_device(batch, vla.llm.device), temperature=args.temperature)
-    keys = np.array([(*episode["key"], len(episode["decisions"])) for episode in episodes])
     numbers = uniform_numbers(cfg.seed, keys, cfg.action_chunk, cfg.action_dim, args.noise == "shared")
     cumulative = log_probs.double().exp().cumsum(-1)  # (B, T, 256): ids have the order of actions
     numbers = torch.from_numpy(numbers).to(cumulative.device)[..., None]
@@ -102,7 +105,7 @@ def decide(policy: Policy, args, questions: list[tuple]) -> list[np.ndarray]:
     old, index = log_probs.gather(-1, index[..., None])[..., 0].cpu(), index.cpu()
     for row, episode in enumerate(episodes):
         samples[row]["labels"][-len(answer) : -1] = index[row] + first_id
-        episode["decisions"].append({**samples[row], "old": old[row], "key": keys[row]})
+        episode["decisions"].append({**samples[row], "old": old[row]})
     actions = robot.to_robot(policy.actions(index + first_id, None))
     return [*actions.reshape(len(actions), cfg.action_chunk, -1)[:, : args.execute]]
 
@@ -115,8 +118,7 @@ def with_advantages(episodes: list[dict], args, action_dim: int) -> list[dict]:
     advantages = rewards if args.method == "cloning" else better
     decisions = []
     for episode, advantage in zip(episodes, advantages, strict=True):
-        # of a useless episode, one decision without weight: then every rank has some
-        for number, decision in enumerate(episode["decisions"][: None if advantage else 1]):
+        for number, decision in enumerate(episode["decisions"]):
             # of a chunk only the first steps are executed, and none after the end
             steps = min(args.execute, episode["executed"] - number * args.execute) * bool(advantage)
             weight = np.float32(np.arange(len(decision["old"])) < steps * action_dim)
@@ -141,7 +143,7 @@ def collect(policy: Policy, args, worlds: Worlds, history: list[dict], step: int
     any rank played to the history, so that all ranks, and a resumed run, continue with the next."""
     decisions, missing = [], args.groups
     for _ in range(ROUNDS):
-        groups = [{"step": step, "number": number, "seed": FIRST_SEED + number % args.starts,
+        groups = [{"step": step, "number": number, "seed": FIRST_SEED + number,
                    "task": draw_task(worlds.tasks, history, policy.cfg.seed, number)}
                   for number in range(len(history), len(history) + missing)]
         mine = groups[dist.get_rank() :: dist.get_world_size()]
@@ -154,22 +156,20 @@ def collect(policy: Policy, args, worlds: Worlds, history: list[dict], step: int
         missing -= sum(0 < one["successes"] < GROUP + (args.method == "cloning") for one in history[-len(groups) :])
         if missing <= 0:
             break
-    return decisions
+    return [one for one in decisions if one["weight"].any()] or decisions[:1]  # every rank needs one
 
 
 def update(engine, args, decisions: list[dict], accumulation: int, pad: int) -> dict:
-    """An optimizer step for each of args.updates parts of the decisions -> numbers for the log. A
-    decision's part depends on its key alone, so several ranks together take the steps of one."""
-    part = np.array([int(mix_bits(*decision["key"])) % args.updates for decision in decisions])
+    """An optimizer step for each of args.updates parts of the decisions -> numbers for the log."""
+    part = np.array([decision["look"] % args.updates for decision in decisions])  # the same on any ranks
     moved = [[] for _ in range(args.updates)]
     for number in range(args.updates):
-        mine = [decisions[row] for row in np.flatnonzero(part == number)]
-        tokens = sum(gather(float(sum(decision["weight"].sum() for decision in mine))))
-        # all tokens of a part count the same. DeepSpeed divides by micro-batches and ranks
-        scale = accumulation * dist.get_world_size() / max(1, tokens)
+        mine = np.flatnonzero(part == number)
+        tokens = sum(gather(float(sum(decisions[row]["weight"].sum() for row in mine))))
+        scale = accumulation * dist.get_world_size() / max(1, tokens)  # DeepSpeed divides by the first two
         nothing = [{**decisions[0], "weight": decisions[0]["weight"] * 0}]
-        for first in range(accumulation):
-            batch = collate([{**one} for one in mine[first::accumulation] or nothing], pad)
+        for rows in np.array_split(mine, accumulation):  # neighbors may have the same look
+            batch = collate([{**decisions[row]} for row in rows] or nothing, pad)
             batch["weight"] *= scale
             loss, change = engine(**to_device(batch, engine.device))
             engine.backward(loss)
@@ -177,7 +177,8 @@ def update(engine, args, decisions: list[dict], accumulation: int, pad: int) -> 
             moved[number].append(change.flatten())
     error, change = torch.cat(moved[0]).abs().max().item(), torch.cat(moved[-1])
     clipped = ((change < -CLIP_LOW) | (change > CLIP_HIGH)).float().mean().item()
-    return {"ratio_error": max(gather(error)), "clipped": clipped, "grad_norm": float(engine.get_global_grad_norm())}
+    return {"ratio_error": max(gather(error)), "clipped": clipped, "grad_norm": float(engine.get_global_grad_norm()),
+            "entropy": -float(np.mean([decision["old"].mean() for decision in decisions]))}  # of a token
 
 
 def reinforce(args, cfg, ds_config, run, tables, tokenizer, weights) -> None:
@@ -220,7 +221,6 @@ def main() -> None:
     add("--world", required=True, help="arm, metaworld, libero, or module:class")
     add("--tasks", nargs="*", default=[], help="of the world; default: all")
     add("--episodes", type=int, required=True, help="to play in all")
-    add("--starts", type=int, default=100_000, help="different ones; a few are soon learned by heart")
     add("--groups", type=int, default=8, help="useful ones in an iteration, of 8 episodes each")
     add("--updates", type=int, default=4, help="optimizer steps in an iteration")
     add("--execute", type=int, required=True, help="steps of a chunk before the next look")

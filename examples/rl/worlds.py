@@ -48,10 +48,12 @@ class Worlds:
             "opens_at": int("invert" not in recipe.action),  # the gripper
             "recording": json.loads(recording.read_text()) if recording.exists() else {}}
         self.connections = []
+        self.processes = []
         for number in range(max(1, args.workers // ranks)):
             render_on_gpu(rank + number * ranks)
             connection, end = Pipe()
-            subprocess.Popen([sys.executable, __file__, str(end.fileno())], pass_fds=[end.fileno()])
+            program = [sys.executable, __file__, str(end.fileno())]
+            self.processes.append(subprocess.Popen(program, pass_fds=[end.fileno()]))
             end.close()  # so that a dead process shows up as the end of its messages
             connection.send((args.world, settings))
             self.connections.append(connection)
@@ -100,6 +102,8 @@ class Worlds:
         """End the processes."""
         for connection in self.connections:
             connection.send(None)
+        for process in self.processes:
+            process.wait()
 
 
 def serve(connection: Connection, world, horizon: int) -> None:
