@@ -231,7 +231,7 @@ def test_seeds_of_collecting_are_nobody_elses():
 def test_the_command_continues_where_it_was_killed(base, folder, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, folder / "ask_for_help.py", "--base", base, "--out", out, "--episodes", "30",
-               "--steps", "4", "--trials", "5", "--play", "4", "--workers", "1"]
+               "--steps", "4", "--trials", "5", "--play", "4", "--workers", "1", "--repeat", "1"]
     scratch = out / "dagger/round-1/.episodes"
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen([*map(str, command)], start_new_session=True, stdout=log, stderr=log)

@@ -39,7 +39,7 @@ class CorrectedArm(Arm):
 
     def expert(self) -> np.ndarray:
         action = super().expert()
-        # a policy that learned to open it would do so over the disc, too, to correct a few millimeters
+        # a policy that learns to open it also opens it over the disc, to correct a few millimeters
         action[3] = max(action[3], self.target[3] > 0.5)
         return action
 
