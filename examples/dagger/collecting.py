@@ -11,6 +11,7 @@ answers all waiting processes as one batch. Read collect, then answering.
 import contextlib
 import functools
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -149,7 +150,8 @@ def measure(succeeds: Callable, tasks: list[str], first_seed: int, trials: int, 
 
 def choose_gpu() -> None:
     """Let this process of a pool render on one of the GPUs in turn."""
-    render_on_gpu(int(current_process().name.rpartition("-")[2]))  # SpawnProcess-3
+    number = re.split("[-:]", current_process().name)[-1]  # of SpawnProcess-3, or SpawnProcess-1:3
+    render_on_gpu(int(number))
 
 
 def play_block(succeeds: Callable, task: str, seeds: range) -> list[bool]:
