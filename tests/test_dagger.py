@@ -87,10 +87,10 @@ def starts(recorded: list[dict]) -> int:
     return sum(np.allclose(episode["state"][0], STATE) for episode in recorded)
 
 
-def check_experts(recorded: list[dict]) -> None:
+def check_experts(recorded: list[dict], arm=PaperArm) -> None:
     """Every recorded action is the expert's in the recorded state."""
     for episode in recorded:
-        robot = PaperArm()
+        robot = arm()
         robot.goal = episode["action"][-1].astype(np.float64)
         for state, action in zip(episode["state"], episode["action"], strict=True):
             robot.at = state.astype(np.float64)
@@ -102,14 +102,43 @@ def test_only_the_experts_part_is_recorded(base, tmp_path):
     out = tmp_path / "round-1"
     module.collect_round(base, out, 1, arguments(tmp_path), base)
     recorded = episodes(find_dataset(out / "new", "my_robot"))
-    assert len(recorded) == 5 and starts(recorded) < 5  # of these the policy has played the beginning
-    check_experts(recorded)
+    assert len(recorded) == 5 and starts(recorded) == 0  # the policy has played the beginning
+    check_experts(recorded, module.CorrectedArm)
     assert len(json.loads((out / "before.json").read_text())["my_robot"]) == 3
 
     control = tmp_path / "control"
     module.collect_round(base, control, 1, arguments(tmp_path, control="demonstrations"), base)
     recorded = episodes(find_dataset(control / "new", "my_robot"))
     assert len(recorded) == starts(recorded) == 5
+    check_experts(recorded)
+
+
+def test_a_correction_leaves_the_gripper_closed(folder):
+    """A demonstration is the same as ever: its gripper is open until the goal is reached."""
+    module = importlib.import_module("ask_for_help")
+    grips = {}
+    for closed in (0, 1):
+        robot, usual = module.CorrectedArm(), PaperArm()
+        for each in (robot, usual):
+            each.reset(0)
+            each.move([*STATE[:3], closed])
+        steps = module.rest_of_episode(robot)
+        grips[closed] = [float(step["action"][3]) for step in steps]
+        assert np.array_equal([step["action"][:3] for step in steps],
+                              [step["action"][:3] for step in module.rest_of_episode(usual)])
+    assert grips[0][0] == 0 and grips[0][-1] == 1 and {*grips[1]} == {1}
+
+
+def test_a_measurement_renders_on_all_gpus(tmp_path, monkeypatch):
+    """A trial succeeds on the second GPU only."""
+    (tmp_path / "trials.py").write_text("import os, time\ndef on_second(task, seed):\n    time.sleep(0.1)\n"
+                                        "    return os.environ['MUJOCO_EGL_DEVICE_ID'] == '1'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    trial = importlib.import_module("trials").on_second
+    found = collecting.measure(trial, ["a"], 0, 40, 2, tmp_path / "outcomes.json")
+    assert {*found["a"]} == {True, False}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -127,7 +156,7 @@ def test_an_interrupted_round_continues(base, tmp_path):
 
     def collect(act) -> None:
         collecting.collect(find_dataset(tmp_path / "datasets", "my_robot"), out, act, module.record,
-                           module.succeeds, {"longest": 12.0}, ["my_robot"], 2, 40, 3, 1)
+                           module.succeeds, {"patience": 0, "longest": 12}, ["my_robot"], 2, 40, 3, 1)
 
     out = tmp_path / "round-2"
     with pytest.raises((EOFError, OSError)):
@@ -201,7 +230,7 @@ def test_seeds_of_collecting_are_nobody_elses():
 def test_the_command_continues_where_it_was_killed(base, folder, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, folder / "ask_for_help.py", "--base", base, "--out", out, "--episodes", "30",
-               "--steps", "4", "--trials", "5", "--play", "4", "--workers", "1"]
+               "--steps", "4", "--trials", "5", "--play", "4", "--workers", "1", "--repeat", "1"]
     scratch = out / "dagger/round-1/.episodes"
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen([*map(str, command)], start_new_session=True, stdout=log, stderr=log)

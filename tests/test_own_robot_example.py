@@ -46,6 +46,10 @@ class PaperArm:
         self.told.append(self.at)
 
     @property
+    def target(self) -> np.ndarray:
+        return self.at
+
+    @property
     def solved(self) -> bool:
         return bool(np.allclose(self.at, self.goal, atol=0.01))
 
