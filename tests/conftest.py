@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -293,6 +294,55 @@ def plain_run(commands):
         return SimpleNamespace(returncode=returncode, text=text)
 
     return run
+
+
+class Program:
+    """A program in a fork, with the methods of subprocess.Popen that tests need."""
+
+    def __init__(self, commands, script: str, *arguments):
+        self.commands, self.log, self.returncode = commands, commands.new_output(), None
+        (self.pid,) = commands.start(("", {}, script, arguments, self.log))
+
+    def poll(self) -> int | None:
+        if self.returncode is None and psutil.Process(self.pid).status() == "zombie":
+            (self.returncode,) = self.commands.wait([self.pid])
+        return self.returncode
+
+    def wait(self, seconds: float = 60) -> int:
+        stop = time.time() + seconds
+        while self.poll() is None:
+            assert time.time() < stop, printed(self.log)
+            time.sleep(0.05)
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+@pytest.fixture(scope="session")
+def serving(commands):
+    """Start serve_vla.py -> (process, port, path of its log); stop it with Ctrl-C. test_start.py's starts as a
+    user does."""
+
+    @contextlib.contextmanager
+    def serving(run, *options, port: int = 0):
+        process = Program(commands, "serve_vla.py", "--checkpoint", run, "--device", "cpu", "--port", port, *options)
+        log = process.log
+        try:
+            while not (found := re.search(r"serving http://127\.0\.0\.1:(\d+) model ", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
+            yield process, int(found[1]), log
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) == 0 and log.read_text().endswith("stopped\n")
+                assert "Traceback" not in log.read_text()
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    return serving
 
 
 def read_metrics(runs: Path) -> dict[int, dict]:

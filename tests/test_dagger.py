@@ -21,7 +21,6 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 from test_own_robot_example import STATE, PaperArm
-from test_serve import serving
 
 from examples.dagger import collecting, rounds
 from machinery.config import Recipe
@@ -226,7 +225,7 @@ def test_the_command_continues_where_it_was_killed(base, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_person_takes_over(base, tmp_path, monkeypatch, capsys, plain_run):
+def test_a_person_takes_over(base, tmp_path, monkeypatch, capsys, plain_run, serving):
     """Enter, and from there the person's part is recorded; no key, and nothing is; q, and it ends."""
     module = importlib.import_module("take_over")
     hands, keyboard = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
@@ -239,7 +238,7 @@ def test_a_person_takes_over(base, tmp_path, monkeypatch, capsys, plain_run):
 
     monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(sys, "stdin", hands)
-    with serving(base, tmp_path) as (_, port, _log):
+    with serving(base) as (_, port, _log):
         monkeypatch.setattr(sys, "argv", ["take_over.py", "--run", str(base), "--url", f"http://127.0.0.1:{port}",
                                           "--out", str(tmp_path / "helped")])
         module.main()
