@@ -5,9 +5,11 @@ simulators' processes import, as they import MuJoCo's arm.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,12 +24,21 @@ import yaml
 from conftest import ROOT, TINY
 from test_own_robot_example import STATE, PaperArm
 
+from examples import recording
 from examples.dagger import collecting, rounds
 from machinery.config import Recipe
 from machinery.frames import find_dataset, frame_table
 from machinery.rlds import Steps, read_records, step_features
 
 OURS = ("robot", "record", "drive", "ask_for_help", "take_over")
+
+
+@functools.cache
+def prepared_processes():
+    """Processes that start as clean as spawned ones: forks of one that has only imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["examples.dagger.rounds", "machinery.inspect_data"])
+    return context
 
 
 @pytest.fixture
@@ -41,6 +52,8 @@ def folder(tmp_path, monkeypatch):
                                   f"{inspect.getsource(PaperArm)}\nArm = PaperArm\n")
     monkeypatch.syspath_prepend(str(own))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for module in (collecting, recording):  # a new Python would import PyTorch for five seconds, each time
+        monkeypatch.setattr(module, "get_context", lambda _: prepared_processes())
     yield own
     for name in OURS:
         sys.modules.pop(name, None)
