@@ -77,7 +77,7 @@ TINY = {
     "llm_backbone": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
                      "num_hidden_layers": 3, "num_attention_heads": 2},
     "tokenizer": str(ROOT / "configs/demo_tokenizer"), "add_action_tokens": True,
-    "max_steps": 20, "global_batch_size": 16, "per_device_batch_size": 4, "learning_rate": 1e-3,
+    "max_steps": 20, "global_batch_size": 16, "per_device_batch_size": 8, "learning_rate": 1e-3,
     "num_workers": 0, "log_interval": 1, "eval_interval": 0, "eval_samples": 32, "save_interval": 1000,
 }
 
@@ -516,7 +516,7 @@ def colors(shared, plain_run):
                 write_colors(path, name, scale)
             config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
                       "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")},
-                      "learning_rate": 3e-3, "max_steps": 100, "log_interval": 5,
+                      "per_device_batch_size": 16, "learning_rate": 3e-3, "max_steps": 100, "log_interval": 5,
                       "run_root_dir": str(path / "runs"), "run_id": "colors"}
             (path / "colors.yaml").write_text(yaml.safe_dump(config))
             done = plain_run(path / "colors.yaml", "--deepspeed_config", "ds_configs/cpu.json")

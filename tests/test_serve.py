@@ -372,6 +372,7 @@ def test_cameras_history_state_and_chunks(tmp_path, plain_run, serving):
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "use_proprio": True,
               "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
               "window_size": 2, "action_chunk": 2, "max_steps": 60, "learning_rate": 3e-3,
+              "per_device_batch_size": 16,
               "run_root_dir": str(tmp_path / "runs"), "run_id": "arm"}
     (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
     done = plain_run(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json")
@@ -670,6 +671,7 @@ def test_the_doctor_s_program_with_a_token_cameras_states_and_chunks(tmp_path, p
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "cold", "datasets": {"cold": recipe},
               "cameras": ["primary", "wrist"], "use_proprio": True, "window_size": 2, "action_chunk": 2,
               "learning_rate": 3e-3, "max_steps": 40, "save_interval": 20, "run_root_dir": str(tmp_path),
+              "per_device_batch_size": 16,
               "run_id": "run"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     done = plain_run(tmp_path / "run.yaml", "--deepspeed_config", "ds_configs/cpu.json")

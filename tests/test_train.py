@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def finished(tmp_path_factory, ranks):
 
 def test_run_directory(finished):
     path, text = finished
-    run = path / "runs/tiny+n1+b4+x7--note--image_aug"  # OpenVLA's way to name it
+    run = path / "runs/tiny+n1+b8+x7--note--image_aug"  # OpenVLA's way to name it
     assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
         ".lock", "checkpoints", "config.json", "config.yaml", "curves.png", "dataset_statistics.json",
         "ds_config.json", "first_batch.png", "metrics.jsonl", "tokenizer"]
@@ -63,7 +65,8 @@ def test_run_directory(finished):
     assert "model vla-full-train parameters" in text and "first_prompt '<s>In: What action should" in text
 
 
-def test_tensorboard_has_curves_and_the_first_batch(finished):
+def test_tensorboard_has_curves_and_the_first_batch(finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))  # as run.py does
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (run,) = (finished[0] / "runs").iterdir()
