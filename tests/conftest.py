@@ -5,6 +5,7 @@ tests/fixtures holds data made by running the official OpenVLA code (see its REA
 
 import contextlib
 import fcntl
+import gc
 import itertools
 import json
 import os
@@ -46,6 +47,11 @@ collect_ignore = ["test_metaworld.py"]
 
 def pytest_configure() -> None:
     frames.index = forks.index
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()  # forks.py, imported above, has disabled it
 
 
 def pytest_xdist_make_scheduler(config, log) -> LoadScopeScheduling:
