@@ -5,9 +5,11 @@ tests/fixtures holds data made by running the official OpenVLA code (see its REA
 
 import contextlib
 import fcntl
+import gc
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -47,6 +49,11 @@ def pytest_configure() -> None:
     frames.index = forks.index
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()  # forks.py, imported above, has disabled it
+
+
 def pytest_xdist_make_scheduler(config, log) -> LoadScopeScheduling:
     """Files with a fixture for the whole module run on one worker, the largest first; the tests of other
     files run anywhere. (xdist's own loadgroup does not group with pytest 9.2.)"""
@@ -76,7 +83,7 @@ TINY = {
     "llm_backbone": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
                      "num_hidden_layers": 3, "num_attention_heads": 2},
     "tokenizer": str(ROOT / "configs/demo_tokenizer"), "add_action_tokens": True,
-    "max_steps": 20, "global_batch_size": 16, "per_device_batch_size": 4, "learning_rate": 1e-3,
+    "max_steps": 20, "global_batch_size": 16, "per_device_batch_size": 8, "learning_rate": 1e-3,
     "num_workers": 0, "log_interval": 1, "eval_interval": 0, "eval_samples": 32, "save_interval": 1000,
 }
 
@@ -295,6 +302,55 @@ def plain_run(commands):
     return run
 
 
+class Program:
+    """A program in a fork, with the methods of subprocess.Popen that tests need."""
+
+    def __init__(self, commands, script: str, *arguments):
+        self.commands, self.log, self.returncode = commands, commands.new_output(), None
+        (self.pid,) = commands.start(("", {}, script, arguments, self.log))
+
+    def poll(self) -> int | None:
+        if self.returncode is None and psutil.Process(self.pid).status() == "zombie":
+            (self.returncode,) = self.commands.wait([self.pid])
+        return self.returncode
+
+    def wait(self, seconds: float = 60) -> int:
+        stop = time.time() + seconds
+        while self.poll() is None:
+            assert time.time() < stop, printed(self.log)
+            time.sleep(0.05)
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+@pytest.fixture(scope="session")
+def serving(commands):
+    """Start serve_vla.py -> (process, port, path of its log); stop it with Ctrl-C. test_start.py's starts as a
+    user does."""
+
+    @contextlib.contextmanager
+    def serving(run, *options, port: int = 0):
+        process = Program(commands, "serve_vla.py", "--checkpoint", run, "--device", "cpu", "--port", port, *options)
+        log = process.log
+        try:
+            while not (found := re.search(r"serving http://127\.0\.0\.1:(\d+) model ", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
+            yield process, int(found[1]), log
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) == 0 and log.read_text().endswith("stopped\n")
+                assert "Traceback" not in log.read_text()
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    return serving
+
+
 def read_metrics(runs: Path) -> dict[int, dict]:
     """{step: values} of the only run below a directory."""
     (path,) = runs.glob("*/metrics.jsonl")
@@ -466,7 +522,7 @@ def colors(shared, plain_run):
                 write_colors(path, name, scale)
             config = {**TINY, "data_root_dir": str(path), "data_mix": {"cold": 1.0, "warmer": 1.0},
                       "datasets": {name: {"primary": "image"} for name in ("cold", "warmer")},
-                      "learning_rate": 3e-3, "max_steps": 100, "log_interval": 5,
+                      "per_device_batch_size": 16, "learning_rate": 3e-3, "max_steps": 100, "log_interval": 5,
                       "run_root_dir": str(path / "runs"), "run_id": "colors"}
             (path / "colors.yaml").write_text(yaml.safe_dump(config))
             done = plain_run(path / "colors.yaml", "--deepspeed_config", "ds_configs/cpu.json")

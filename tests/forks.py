@@ -10,9 +10,11 @@ the project's programs is run as __main__.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -23,16 +25,20 @@ import traceback
 import types
 from pathlib import Path
 
+gc.disable()  # until everything is imported, here and by pytest: a fifth of that time is looking for garbage
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from PIL import Image  # noqa: E402
+
 from machinery import frames, plots, rlds, survey  # noqa: E402
 
-PROGRAMS = {"eval_vla.py": "eval_vla", "export_vla.py": "export_vla", "train_vla.py": "train_vla",
-            "tests/run_cells.py": "run_cells"}
+PROGRAMS = {"eval_vla.py": "eval_vla", "export_vla.py": "export_vla", "serve_vla.py": "serve_vla",
+            "train_vla.py": "train_vla", "tests/run_cells.py": "run_cells"}
 # what a training imports later: DeepSpeed's Muon compiles something and so imports all of inductor
-LATER = ["machinery.inspect_data", "transformers.models.llama.modeling_llama",
-         "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard"]
+LATER = ["machinery.inspect_data", "transformers.models.llama.modeling_llama", "machinery.zero_speed",
+         "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_config",
+         "numpy.ctypeslib", "torch.utils.tensorboard"]
 LONGEST = 1200  # seconds; a command that hangs is killed
 CLONE_NEWNS = 0x20000  # a command's mounts are seen by this process and its children only
 
@@ -45,6 +51,10 @@ def main(listener: socket.socket) -> None:
     for module in [*PROGRAMS.values(), *LATER]:
         with contextlib.suppress(Exception):  # the command fails with it, and no other
             importlib.import_module(module)
+    importlib.import_module("deepspeed").ops.__compatible_ops__  # noqa: B018  (it asks the C compiler)
+    Image.init()
+    gc.freeze()  # collecting garbage would write to, and so copy, what the forks share
+    gc.enable()
     listener.settimeout(1)
     handlers: set[int] = set()
     begun = False
@@ -100,7 +110,7 @@ def start(shell: str, environ: dict, script: str, arguments: list, output: str) 
         for stream in (1, 2):
             os.dup2(file, stream)
         os.environ.update(environ)
-        sys.argv = [script, *arguments]
+        sys.argv = [script, *map(str, arguments)]
         if script in PROGRAMS:
             importlib.import_module(PROGRAMS[script]).main()
         else:
@@ -113,6 +123,9 @@ def start(shell: str, environ: dict, script: str, arguments: list, output: str) 
             status = stop.code or 0
     except BaseException:
         traceback.print_exc()
+    for child in multiprocessing.active_children():  # daemons, which end with a Python that exits
+        child.terminate()
+        child.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -5,12 +5,11 @@
     table = robot.table()                 # a frame table in memory, or robot.write(folder, "arm"): RLDS files
 """
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import simplejpeg
 
 from machinery.config import Recipe
 from machinery.frames import FrameTable
@@ -82,9 +81,7 @@ def picture(draw, room: np.ndarray, state: np.ndarray, camera: int) -> np.ndarra
 def encode(image) -> bytes:
     if isinstance(image, bytes):
         return image
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "jpeg", quality=90)
-    return file.getvalue()
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=90, colorsubsampling="420")
 
 
 class MemoryTable(FrameTable):

@@ -21,7 +21,6 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY
-from test_serve import serving
 
 OPENVLA = [os.environ.get(name) for name in ("OPENVLA", "OPENVLA_PYTHON")]
 VLA_EVAL = os.environ.get("VLA_EVAL_PYTHON") or (importlib.util.find_spec("vla_eval") and sys.executable)
@@ -116,8 +115,8 @@ def test_a_recipe_trains(name, config, runs):
 
 
 @pytest.mark.slow
-def test_a_server_is_loaded_and_attacked(colors, tmp_path):
-    with serving(colors, tmp_path, options=["--dtype", "fp32"]) as (_, port, _):
+def test_a_server_is_loaded_and_attacked(colors, serving):
+    with serving(colors, "--dtype", "fp32") as (_, port, _):
         url = ["--url", f"http://127.0.0.1:{port}"]
         printed = start("bench/serve_load.py", *url, "--clients", 4, "--seconds", 3)
         assert re.search(r"same [1-9]\d* different 0 lost 0 ", printed)
@@ -206,10 +205,10 @@ def play(folder: Path, port: int, benchmark: dict, *arguments, status: int = 0) 
 
 @needs_vla_eval
 @pytest.mark.slow
-def test_vla_eval_gets_the_policys_actions_with_its_own_gripper(colors, tmp_path):
+def test_vla_eval_gets_the_policys_actions_with_its_own_gripper(colors, tmp_path, serving):
     (tmp_path / "dummy.py").write_text(DUMMY)
     benchmark = {"benchmark": "dummy:Dummy", "params": {"out": str(tmp_path / "told.json")}, "episodes_per_task": 1}
-    with serving(colors, tmp_path) as (_, port, _):
+    with serving(colors) as (_, port, _):
         for gripper, (opened, closed) in (([], (1, 0)), (["--gripper", -1, 1], (-1, 1))):
             play(tmp_path, port, benchmark, "--unnorm_key", "cold", *gripper)
             told = json.loads((tmp_path / "told.json").read_text())
@@ -220,7 +219,7 @@ def test_vla_eval_gets_the_policys_actions_with_its_own_gripper(colors, tmp_path
 
 @needs_vla_eval
 @pytest.mark.slow
-def test_vla_eval_plays_libero(tmp_path):
+def test_vla_eval_plays_libero(tmp_path, serving):
     libero = subprocess.run([VLA_EVAL, "-c", "import libero, torch"], capture_output=True)
     if libero.returncode:
         pytest.skip("VLA_EVAL_PYTHON has no LIBERO: pip install torch -r examples/libero/requirements.txt")
@@ -234,7 +233,7 @@ def test_vla_eval_plays_libero(tmp_path):
     start("train_vla.py", "--config", tmp_path / "tiny.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     benchmark = {"benchmark": "vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark", "episodes_per_task": 2,
                  "max_tasks": 1, "max_steps": 4, "params": {"suite": "libero_spatial", "seed": 7}}
-    with serving(tmp_path / "run", tmp_path) as (_, port, log):
+    with serving(tmp_path / "run") as (_, port, log):
         printed = play(tmp_path, port, benchmark)
         assert "benchmark libero unnorm_key libero_spatial_no_noops gripper (-1, 1)" in printed and "(0/2)" in printed
         assert log.read_text().count("act status 200") == 4  # 2 episodes of 4 steps, in chunks of 2

@@ -5,9 +5,11 @@ simulators' processes import, as they import MuJoCo's arm.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -20,14 +22,22 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 from test_own_robot_example import STATE, PaperArm
-from test_serve import serving
 
+from examples import recording
 from examples.dagger import collecting, rounds
 from machinery.config import Recipe
 from machinery.frames import find_dataset, frame_table
 from machinery.rlds import Steps, read_records, step_features
 
 OURS = ("robot", "record", "drive", "ask_for_help", "take_over")
+
+
+@functools.cache
+def prepared_processes():
+    """Processes that start as clean as spawned ones: forks of one that has only imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["examples.dagger.rounds", "machinery.inspect_data"])
+    return context
 
 
 @pytest.fixture
@@ -41,6 +51,8 @@ def folder(tmp_path, monkeypatch):
                                   f"{inspect.getsource(PaperArm)}\nArm = PaperArm\n")
     monkeypatch.syspath_prepend(str(own))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for module in (collecting, recording):  # a new Python would import PyTorch for five seconds, each time
+        monkeypatch.setattr(module, "get_context", lambda _: prepared_processes())
     yield own
     for name in OURS:
         sys.modules.pop(name, None)
@@ -254,7 +266,7 @@ def test_the_command_continues_where_it_was_killed(base, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_person_takes_over(base, tmp_path, monkeypatch, capsys, plain_run):
+def test_a_person_takes_over(base, tmp_path, monkeypatch, capsys, plain_run, serving):
     """Enter, and from there the person's part is recorded; no key, and nothing is; q, and it ends."""
     module = importlib.import_module("take_over")
     hands, keyboard = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
@@ -267,7 +279,7 @@ def test_a_person_takes_over(base, tmp_path, monkeypatch, capsys, plain_run):
 
     monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(sys, "stdin", hands)
-    with serving(base, tmp_path) as (_, port, _log):
+    with serving(base) as (_, port, _log):
         monkeypatch.setattr(sys, "argv", ["take_over.py", "--run", str(base), "--url", f"http://127.0.0.1:{port}",
                                           "--out", str(tmp_path / "helped")])
         module.main()

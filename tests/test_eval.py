@@ -129,6 +129,7 @@ def test_augmentation_history_cameras_proprio_and_chunks(monkeypatch, capsys, tm
               "use_proprio": True,
               "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
               "window_size": 2, "action_chunk": 2, "max_steps": 30, "learning_rate": 3e-3,
+              "per_device_batch_size": 16,
               "run_root_dir": str(tmp_path / "runs"), "run_id": "arm"}
     (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
     done = plain_run(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json")

@@ -280,7 +280,7 @@ def run(tmp_path_factory, plain_run):
 
 def write_yaml(folder, **changes):
     values = {**TINY, "run_root_dir": str(folder / "runs"), "run_id": "vla", "max_steps": 8, "index_dir": str(folder),
-              "eval_samples": 8, "global_batch_size": 8, **changes}
+              "eval_samples": 8, "global_batch_size": 8, "per_device_batch_size": 4, **changes}
     (folder / "oft.yaml").write_text(yaml.safe_dump(values))
     return folder / "oft.yaml"
 

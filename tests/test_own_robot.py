@@ -1002,7 +1002,8 @@ def write_robot(root: Path, name: str) -> dict:
 def test_a_whole_robot(name, dims, state, commands, plain_run, tiny, tmp_path):
     """Trained, continued, evaluated, and asked for an action in its own words."""
     config = tiny(**write_robot(tmp_path, name), run_id="robot", save_interval=2, eval_samples=16,
-                  parallel_decoding=name == "hand", global_batch_size=8)
+                  parallel_decoding=name == "hand", global_batch_size=8,
+                  per_device_batch_size=4)
     for steps in (2, 4):
         done = plain_run(config, "--deepspeed_config", "ds_configs/cpu.json", "--set", f"max_steps={steps}")
         assert done.returncode == 0 and f"done steps {steps}" in done.text, done.text

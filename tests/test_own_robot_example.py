@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY
-from test_serve import serving
 
 import act
 import eval_vla
@@ -68,7 +67,7 @@ def example(monkeypatch):
         del sys.modules[name]
 
 
-def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys, plain_run):
+def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys, plain_run, serving):
     monkeypatch.setattr(sys, "argv", ["record.py", "--episodes", "12", "--val_episodes", "2", "--out",
                                       str(tmp_path)])
     example.record.main()
@@ -89,7 +88,7 @@ def test_from_recording_to_driving(example, tmp_path, monkeypatch, capsys, plain
     done = plain_run(tmp_path / "few.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0 and "warning" not in done.text.lower().replace("[warning]", ""), done.text
 
-    with serving(tmp_path / "runs/few", tmp_path) as (_, port, log):
+    with serving(tmp_path / "runs/few") as (_, port, log):
         robot, url = PaperArm(), f"http://127.0.0.1:{port}"
         result = example.drive.drive(robot, url, 200_000)
         assert result.keys() == {"reached", "success", "seams", "others"}

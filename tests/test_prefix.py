@@ -154,7 +154,8 @@ def test_it_learns_to_continue_the_prefix(changes, tmp_path, plain_run):
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "pass", "run_root_dir": str(tmp_path),
               "datasets": {"pass": {"primary": "image",
                                     "action": "action[:1] target, action[1:] target raw"}},
-              "action_chunk": 4, "max_steps": 200, "learning_rate": 3e-3, "run_id": "run", **changes}
+              "action_chunk": 4, "max_steps": 200, "learning_rate": 3e-3, "run_id": "run",
+              "per_device_batch_size": 16, **changes}
     (tmp_path / "pass.yaml").write_text(yaml.safe_dump(config))
     done = plain_run(tmp_path / "pass.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text

@@ -3,12 +3,11 @@
 import json
 import signal
 import socket
-import subprocess
 import time
 
 import numpy as np
 import pytest
-from test_serve import Client, file, json_numpy, picture, query, serve_command, serving, text
+from test_serve import Client, file, json_numpy, picture, query, text
 from test_socket import seen, talking
 
 from act import load_vla
@@ -39,12 +38,12 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_requests_become_a_dataset(colors, vla, tmp_path, commands):
+def test_requests_become_a_dataset(colors, vla, tmp_path, commands, serving):
     folder = tmp_path / "seen"
     lossless, jpeg, other = picture(1, 0), file(picture(0, 1), "jpeg"), picture(1, 1, 3)
     shown = decode_native(jpeg)
     answers = [vla.predict_action(image, "hold it", "cold") for image in (lossless, shown, other)]
-    with serving(colors, tmp_path, options=["--record", folder]) as (process, port, _):
+    with serving(colors, "--record", folder) as (process, port, _):
         client = Client(port)
         for episode in (1, "two"):
             assert client.send(query(json_numpy(lossless), episode=episode)) == (200, json_numpy(answers[0]))
@@ -82,20 +81,21 @@ def test_requests_become_a_dataset(colors, vla, tmp_path, commands):
     np.testing.assert_array_equal(episodes[2]["action"][0], np.float32(answers[2]))
 
     # a further server of the same model appends; data.py and TFDS read what it wrote
-    with serving(colors, tmp_path, options=["--record", folder]) as (_, port, _):
+    with serving(colors, "--record", folder) as (_, port, _):
         assert Client(port).send(query(text(jpeg)))[0] == 200
-        second = subprocess.run(
-            [*serve_command(colors), "--record", folder], capture_output=True, text=True)
-        assert second.returncode == 1 and "another server" in second.stderr + second.stdout
+        second = ["--checkpoint", colors, "--device", "cpu", "--port", 0, "--record", folder]
+        ((status, printed),) = commands(("", {}, "serve_vla.py", second))
+        assert status == 1 and "another server" in printed, printed
     assert len(read_back(folder / "1.0.0")) == 5
     ((status, printed),) = commands(("", {}, "data.py", ["--inspect", folder]))
     assert status == 0 and "episodes 5 frames 13" in printed and "bad episode" not in printed, printed
 
 
-def test_another_model_s_recording_is_not_mixed_in(colors, tmp_path):
+def test_another_model_s_recording_is_not_mixed_in(colors, tmp_path, commands):
     described = tmp_path / "seen/1.0.0/features.json"
     described.parent.mkdir(parents=True)
     described.write_text("{}")
-    done = subprocess.run([*serve_command(colors), "--record", tmp_path / "seen"], capture_output=True, text=True)
-    assert done.returncode == 1 and "choose another folder" in done.stderr
+    arguments = ["--checkpoint", colors, "--device", "cpu", "--port", 0, "--record", tmp_path / "seen"]
+    ((status, printed),) = commands(("", {}, "serve_vla.py", arguments))
+    assert status == 1 and "choose another folder" in printed, printed
     assert described.read_text() == "{}"

@@ -71,7 +71,7 @@ CHANGES = {  # what a YAML may say otherwise under the same run_id -> whether th
     "prompt_style": ("phi", False), "base_vlm": (str(ROOT), False), "freeze_vision_backbone": (True, False),
     "image_size": (56, False), "global_batch_size": (8, False), "data_mix": ({"metaworld_demo": 0.5}, False),
     "learning_rate": (0.5, True), "weight_decay": (0.3, True), "keep_checkpoints": (1, True),
-    "per_device_batch_size": (8, True), "eval_samples": (16, True)}
+    "per_device_batch_size": (4, True), "eval_samples": (16, True)}
 
 
 @pytest.mark.parametrize("key", CHANGES)

@@ -16,7 +16,6 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,33 +63,9 @@ class Client:
         return reply.status, json.loads(data)
 
 
-def serve_command(run, port=0) -> list:
-    return [sys.executable, ROOT / "serve_vla.py", "--checkpoint", run, "--device", "cpu", "--port", str(port)]
-
-
-@contextmanager
-def serving(run, directory, port=0, options=()):
-    """Start serve_vla.py as a user does -> (process, port, path of its log); stop it with Ctrl-C."""
-    log = directory / "server.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen([*serve_command(run, port), *options], stdout=out, stderr=subprocess.STDOUT)
-    try:
-        while not (found := re.search(r"serving http://127\.0\.0\.1:(\d+) model ", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
-        yield process, int(found[1]), log
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0 and log.read_text().endswith("stopped\n")
-            assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
-def server(colors, tmp_path_factory):
-    with serving(colors, tmp_path_factory.mktemp("server")) as (_, port, log):
+def server(colors, serving):
+    with serving(colors) as (_, port, log):
         yield port, log
 
 
@@ -342,10 +317,10 @@ def test_a_client_cannot_make_it_compile(monkeypatch):
     assert len(policy.graphs) == 8 and sorted(replayed) == sorted(policy.graphs)
 
 
-def test_speed_up_needs_a_gpu(colors):
-    done = subprocess.run([sys.executable, ROOT / "serve_vla.py", "--checkpoint", colors, "--device", "cpu",
-                           "--speed_up"], capture_output=True, text=True)
-    assert done.returncode == 1 and "it needs --device cuda" in done.stderr
+def test_speed_up_needs_a_gpu(colors, commands):
+    arguments = ["--checkpoint", colors, "--device", "cpu", "--speed_up"]
+    ((status, text),) = commands(("", {}, "serve_vla.py", arguments))
+    assert status == 1 and "it needs --device cuda" in text, text
 
 
 def test_health(server, colors):
@@ -392,11 +367,12 @@ def test_32_clients_at_once_get_what_one_would(server, vla):
     assert len(sizes) == 640 and max(sizes) > 4
 
 
-def test_cameras_history_state_and_chunks(tmp_path, plain_run):
+def test_cameras_history_state_and_chunks(tmp_path, plain_run, serving):
     write_colors(tmp_path, "arm", 0.2, cameras=2)
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "arm", "use_proprio": True,
               "datasets": {"arm": {"primary": "image", "wrist": "wrist"}}, "cameras": ["primary", "wrist"],
               "window_size": 2, "action_chunk": 2, "max_steps": 60, "learning_rate": 3e-3,
+              "per_device_batch_size": 16,
               "run_root_dir": str(tmp_path / "runs"), "run_id": "arm"}
     (tmp_path / "arm.yaml").write_text(yaml.safe_dump(config))
     done = plain_run(tmp_path / "arm.yaml", "--deepspeed_config", "ds_configs/cpu.json")
@@ -415,7 +391,7 @@ def test_cameras_history_state_and_chunks(tmp_path, plain_run):
            ({"proprio": [1e300, 0]}, "proprio", "finite"),
            ({"proprio": "12"}, "proprio", "Array"),
            ({"proprio": ["1", 2]}, "proprio", "numbers")]
-    with serving(tmp_path / "runs/arm", tmp_path) as (process, port, log):
+    with serving(tmp_path / "runs/arm") as (process, port, log):
         client = Client(port)
         for changes, key, cure in bad:
             status, reply = client.send({**good, **changes})
@@ -688,20 +664,21 @@ def test_the_doctor_and_a_server_that_does_not_answer(server, colors, vla):
 
 
 @pytest.mark.slow
-def test_the_doctor_s_program_with_a_token_cameras_states_and_chunks(tmp_path, plain_run):
+def test_the_doctor_s_program_with_a_token_cameras_states_and_chunks(tmp_path, plain_run, serving):
     """Another checkpoint of the same run is another model; its own server has no causes."""
     write_colors(tmp_path, "cold", 0.1, cameras=2)
     recipe = {"primary": "image", "wrist": "wrist", "state": "state"}
     config = {**TINY, "data_root_dir": str(tmp_path), "data_mix": "cold", "datasets": {"cold": recipe},
               "cameras": ["primary", "wrist"], "use_proprio": True, "window_size": 2, "action_chunk": 2,
               "learning_rate": 3e-3, "max_steps": 40, "save_interval": 20, "run_root_dir": str(tmp_path),
+              "per_device_batch_size": 16,
               "run_id": "run"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     done = plain_run(tmp_path / "run.yaml", "--deepspeed_config", "ds_configs/cpu.json")
     assert done.returncode == 0, done.text
     (tmp_path / "token").write_text("secret")
     first, last = sorted((tmp_path / "run/checkpoints").iterdir())
-    with serving(last, tmp_path, options=["--token", tmp_path / "token"]) as (_, port, _):
+    with serving(last, "--token", tmp_path / "token") as (_, port, _):
         for policy, options, words in (
                 (last, ["--token", tmp_path / "token"], "examined: .*; a server"),
                 (first, ["--token", tmp_path / "token"], "cause model"),

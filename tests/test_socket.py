@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from starlette.requests import HTTPConnection
 from test_model import tiny_policy
-from test_serve import Client, file, picture, query, serving
+from test_serve import Client, file, picture, query
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -32,8 +32,8 @@ from serve_vla import Batcher, Service
 
 
 @pytest.fixture(scope="module")
-def server(colors, tmp_path_factory):
-    with serving(colors, tmp_path_factory.mktemp("server")) as (_, port, log):
+def server(colors, serving):
+    with serving(colors) as (_, port, log):
         yield port, log
 
 
@@ -137,16 +137,16 @@ def test_openpis_scalars_and_alpha():
     assert read.episode == 3
 
 
-def test_after_a_restart_it_connects_again(openpi, colors, vla, tmp_path):
+def test_after_a_restart_it_connects_again(openpi, colors, vla, serving):
     image = picture(1, 0)
     asked = {"observation/image": image, "prompt": "hold it", "unnorm_key": "warmer"}
     expected = vla.predict_action(image, "hold it", "warmer")[None]
-    with serving(colors, tmp_path) as (_, port, _):
+    with serving(colors) as (_, port, _):
         before = openpi("127.0.0.1", port)
         np.testing.assert_array_equal(before.infer(asked)["actions"], expected)
     with pytest.raises(ConnectionClosed):
         before.infer(asked)
-    with serving(colors, tmp_path, port):
+    with serving(colors, port=port):
         np.testing.assert_array_equal(openpi("127.0.0.1", port).infer(asked)["actions"], expected)
 
 
