@@ -46,7 +46,9 @@ CLONE_NEWNS = 0x20000  # a command's mounts are seen by this process and its chi
 def main(listener: socket.socket) -> None:
     """Serve every connection with a fork, until the last one is closed."""
     frames.index = index
-    frames.start_program = ProgramFork
+    forked = dict.fromkeys(["machinery.survey", "machinery.plots"], ProgramFork)
+    start = frames.start_program
+    frames.start_program = lambda module, *given, **how: forked.get(module, start)(module, *given, **how)
     sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")  # as run.py does
     for module in [*PROGRAMS.values(), *LATER]:
         with contextlib.suppress(Exception):  # the command fails with it, and no other
@@ -157,7 +159,7 @@ def index(job: dict) -> None:
 
 
 class ProgramFork:
-    """For frames.start_program, which a training calls for survey.py and plots.py: the same program in a fork."""
+    """For frames.start_program: a training's survey and curves in a fork."""
 
     def __init__(self, module: str, job: str, **how):
         self.reader, writer = os.pipe()

@@ -159,8 +159,6 @@ def with_advantages(episodes, args, action_dim):
                 weight[: min(left, args.execute) * action_dim] = 1
             found.append(dict(decision, advantage=np.array([advantage], np.float32), weight=weight))
             left -= args.execute
-            if advantage == 0:
-                break
     return found
 """, [("(reward - mean) / (deviation", "reward / (deviation", "mean is not subtracted"),
       ("(reward - mean) / (deviation + 1e-6)", "reward", "reward itself"),
@@ -174,7 +172,6 @@ def with_advantages(episodes, args, action_dim):
       ("min(left, args.execute)", "args.execute", "end of the episode"),
       ("left -= args.execute", "pass", "from the episode's start"),
       ("min(left, args.execute)", "left", "tail of a chunk"),
-      ("                break", "                pass", "keeps all"),
       ("if advantage != 0:", "if True:", "has weights"),
       ('args.method == "cloning"', "False", "method is ignored")]),
 }

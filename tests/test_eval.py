@@ -173,7 +173,7 @@ def test_results_go_beside_the_checkpoint(colors, monkeypatch, capsys, tmp_path)
 def test_mistakes_name_the_cure(colors, monkeypatch, capsys, tmp_path):
     for arguments, message in (
             (["--data_mix", "nothing_like_it"], "nothing_like_it"),
-            (["--data_root_dir", tmp_path], "cold, warmer: ")):
+            (["--data_root_dir", tmp_path], "warmer.*data_root_dir")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             evaluate(monkeypatch, capsys, colors, tmp_path, *arguments)
     write_colors(tmp_path, "unseen", 1.0)

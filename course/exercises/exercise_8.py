@@ -20,7 +20,7 @@ def with_advantages(episodes: list[dict], args, action_dim: int) -> list[dict]:
     "advantage"  (1,) float32: (reward - mean of the group) / (standard deviation of the group + 1e-6)
     "weight"     (tokens of a chunk,) float32: 1 if its step was executed, else 0
 
-    Of an episode with advantage 0 keep only the first decision, and all of its weights are 0.
+    Of an episode with advantage 0 all weights are 0.
 
     Hint: {**decision, "advantage": ..., "weight": ...}. A step has action_dim tokens. The chunk with
     number n begins at step n * args.execute.
