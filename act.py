@@ -11,7 +11,7 @@ several times as fast for one robot and a GPU.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -94,8 +94,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.norm_stats = norm_stats
         self.action_tokenizer = vla.action_tokenizer
-        self.graphs: dict[tuple[int, int, int], tuple] = {}  # see record
-        self.fused: dict[torch.nn.Module, Callable] = {}  # see speed_up
+        self.graphs: dict[tuple[int, int, int], tuple] = {}  # see speed_up
         self.continue_llm = cached_forward(vla.llm)
 
     def predict_action(

@@ -364,7 +364,7 @@ def base_for_peft(name: str, where: Path) -> str | None:
 
     name: as the run knows it; where: the opened directory or file. Prints a note if there is none.
     """
-    if read_json(Path(where) / "config.json").get("model_type") != "openvla":
+    if read_json(Path(where) / "config.json", {}).get("model_type") != "openvla":
         print(f"note: the base {name} is not in Hugging Face format: export it, too (--format hf), "
               "and tell peft its directory")
         return None

@@ -52,7 +52,7 @@ def open_policy(checkpoint: str, center_crop: bool | None = None) -> Policy:
 
 def recording_of(table: FrameTable) -> dict:
     """What the program that recorded a dataset states about it, such as fps."""
-    return read_json(table.directory / "recording.json")
+    return read_json(table.directory / "recording.json", {})
 
 
 @torch.inference_mode()

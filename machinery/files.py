@@ -60,9 +60,12 @@ def take_lock(path: Path, wait: bool = True) -> io.TextIOBase | None:
     return file
 
 
-def read_json(path: Path):
-    """The content of a JSON file; {} if there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_json(path: Path, default=None):
+    """The content of a JSON file, or the default if there is none. Raises FileNotFoundError if
+    there is no default either."""
+    if default is not None and not path.exists():
+        return default
+    return json.loads(path.read_text())
 
 
 def write_json(path: Path, content) -> None:

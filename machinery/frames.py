@@ -214,7 +214,7 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     (not in a collective, so nothing times out however long it takes).
     """
     directory = directory.resolve()
-    known_bad = read_json(bad_episodes_file(directory, index_dir))
+    known_bad = read_json(bad_episodes_file(directory, index_dir), {})
     read = {**asdict(recipe), "names": {}}  # `instructions` and names do not change the table
     del read["instructions"]
     job = {"recipe": read, "cameras": cameras,
@@ -237,7 +237,7 @@ def frame_table(directory: Path, recipe: Recipe, cameras: list[str | None], load
     table = FrameTable(path, directory)
     if recipe.instructions:
         table.choose(recipe.instructions)
-    table.statistics |= read_json(table.given)
+    table.statistics |= read_json(table.given, {})
     for name, labels in recipe.names.items():
         width = table.features.get(name, len(labels))
         if len(labels) != width:

@@ -334,7 +334,7 @@ def check_dataset(subject: Subject, index_dir: str | None) -> int:
 def list_bad_episodes(path: Path, bad: Iterable[tuple[str, int, str]]) -> dict[str, dict[str, str]]:
     """Add (file, record, reason) to a list of bad episodes (frames.bad_episodes_file), for
     skip_bad_episodes -> the complete list, {file: {record: reason}}."""
-    listed = read_json(path)
+    listed = read_json(path, {})
     for file, record, reason in bad:
         listed.setdefault(file, {})[str(record)] = reason
     if listed:

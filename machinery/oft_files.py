@@ -78,7 +78,7 @@ def add_parts(path: Path, config: dict, tensors: Tensors, norm_stats: dict,
         for name in [name for name in tensors.shapes if name.startswith("vision_backbone.")]:
             del tensors.shapes[name], tensors.pieces["weight", name]
         add_towers(path, tensors, towers, ours)
-    overrides = read_json(path / OVERRIDES)
+    overrides = read_json(path / OVERRIDES, {})
     if "action_head" not in config:
         config = config | recognized(path, head, state, towers, norm_stats, overrides)
     return config | overrides
@@ -91,7 +91,7 @@ def add(tensors: Tensors, name: str, tensor: torch.Tensor) -> None:
 
 def add_towers(path: Path, tensors: Tensors, towers: dict, ours: Callable[[str], str]) -> None:
     """The towers with their adapters merged, and FiLM's layers."""
-    alpha = read_json(path / "lora_adapter/adapter_config.json").get("lora_alpha")
+    alpha = read_json(path / "lora_adapter/adapter_config.json", {}).get("lora_alpha")
     for key, tensor in towers.items():
         layer, _, leaf = key.rpartition(".base_layer.")
         if found := FILM.fullmatch(key):

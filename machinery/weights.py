@@ -166,7 +166,7 @@ def _open(path: Path, downloaded: bool) -> Weights:
     checkpoints = list_checkpoints(path / "checkpoints")
     if checkpoints:
         return _open_ours(Checkpoint(checkpoints[-1]), downloaded)
-    if read_json(path / "config.json").get("model_type") == "openvla":
+    if read_json(path / "config.json", {}).get("model_type") == "openvla":
         return _open_hugging_face(path)
     if (path / "lora_adapter").exists():
         raise CheckpointError(f"{path}: it has OpenVLA-OFT's adapters without their base: merge "
@@ -277,7 +277,7 @@ def _open_native(checkpoint: Path, run_dir: Path) -> Weights:
             if not tensor.is_floating_point():
                 refuse_quantized(checkpoint, {}, {name: str(tensor.dtype)})
             oft_files.add(tensors, f"{module}.{name}", tensor)
-    return Weights(tensors, config, read_json(run_dir / "dataset_statistics.json"))
+    return Weights(tensors, config, read_json(run_dir / "dataset_statistics.json", {}))
 
 
 def _open_hugging_face(path: Path) -> Weights:
@@ -290,7 +290,7 @@ def _open_hugging_face(path: Path) -> Weights:
             tensors.add(rename(key, towers, to_hugging_face=False), shape, partial(file.read, key))
     norm_stats = description.get("norm_stats") or {}
     # written by OpenVLA's finetune.py; these win (its openvla_utils.py)
-    own = read_json(path / "dataset_statistics.json")
+    own = read_json(path / "dataset_statistics.json", {})
     norm_stats = {name: stats for name, stats in norm_stats.items() if name not in own} | own
     if oft_files.is_variant(path):
         norm_stats = own or norm_stats  # without the base's
@@ -328,7 +328,7 @@ def safetensors_files(path: Path) -> list[SafetensorsFile]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     files = [SafetensorsFile(path / plain_name(name)) for name in names]
     for file in files:
-        refuse_quantized(path, read_json(path / "config.json"), file.dtypes)
+        refuse_quantized(path, read_json(path / "config.json", {}), file.dtypes)
     return files
 
 

@@ -210,17 +210,17 @@ def choose_images(named: dict, images: list | dict | None, policy: Policy) -> tu
 
 def parse_request(body: bytes, policy: Policy, most_pixels: int = MAX_PIXELS) -> Query:
     """Read a request to POST /act. Raises UserError."""
-    payload = read_json(body)
+    payload = parse_json(body)
     encoded = isinstance(payload, dict) and payload.keys() == {"encoded"}
     if encoded:
-        payload = read_json(payload["encoded"])
+        payload = parse_json(payload["encoded"])
     query = parse(payload, policy, most_pixels)
     if encoded:
         query.form = "encoded"
     return query
 
 
-def read_json(text: bytes | str):
+def parse_json(text: bytes | str):
     """JSON -> Python objects."""
     try:
         return from_json(text)

@@ -425,3 +425,11 @@ def test_under_zero3_no_rank_ever_holds_the_whole_model(tmp_path, ranks):
     # not by lines: two processes may print on one
     grown = [float(share) for share in re.findall(r"rank \d grown (\d\.\d{3})", done.text)]
     assert len(grown) == 2 and max(grown) < 0.75 and done.returncode == 0, done.text
+
+
+def test_a_run_without_its_statistics_is_not_opened(colors, tmp_path):
+    """It would load, and have no units to act in."""
+    run = shutil.copytree(colors, tmp_path / "run")
+    (run / "dataset_statistics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"dataset_statistics\.json"):
+        open_weights(run)

@@ -11,12 +11,11 @@ answers all waiting processes as one batch. Read collect, then answering.
 import contextlib
 import functools
 import json
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import current_process, get_context
+from multiprocessing import get_context
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 
@@ -138,22 +137,18 @@ def measure(succeeds: Callable, tasks: list[str], first_seed: int, trials: int, 
     blocks = [(task, range(first, min(first + 5, first_seed + trials)))
               for task in tasks for first in range(first_seed, first_seed + trials, 5)]
     outcomes = {task: [] for task in tasks}
-    with (ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn"), begin_process) as pool,
+    with (ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn"), end_with_parent) as pool,
           tqdm(total=len(tasks) * trials, desc="measure", unit="episode") as bar):
-        jobs = [pool.submit(play_block, succeeds, *block) for block in blocks]
+        jobs = []
+        for number, block in enumerate(blocks):
+            render_on_gpu(number)
+            jobs.append(pool.submit(play_block, succeeds, *block))  # the first ones start a process each
         for (task, _), job in zip(blocks, jobs, strict=True):
             outcomes[task] += job.result()
             bar.update(len(job.result()))
     with atomic(path) as partial:
         partial.write_text(json.dumps(outcomes))
     return outcomes
-
-
-def begin_process() -> None:
-    """Let this process of a pool end with the command, and render on one of the GPUs in turn."""
-    end_with_parent()
-    number = re.split("[-:]", current_process().name)[-1]  # of SpawnProcess-3, or SpawnProcess-1:3
-    render_on_gpu(int(number))
 
 
 def play_block(succeeds: Callable, task: str, seeds: range) -> list[bool]:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -168,18 +169,9 @@ def call(command: list, **environment: str) -> None:
 
 
 def in_process(work: Callable, *arguments) -> None:
-    """Call a function in a process of its own."""
-    process = get_context("spawn").Process(target=work_for_parent, args=(work, *arguments))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"error: {work.__name__} failed, see above (exit status {process.exitcode})")
-
-
-def work_for_parent(work: Callable, *arguments) -> None:
-    """In in_process's process: two would collect if it outlived a command that was killed."""
-    end_with_parent()
-    work(*arguments)
+    """Call a function in a process of its own, which ends if this one is killed."""
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
+        pool.submit(work, *arguments).result()
 
 
 def settings_of(run: Path) -> tuple[TrainConfig, Path]:

@@ -101,7 +101,7 @@ class Player:
         paraphrases.yaml, which the policy has not seen."""
         import torch
 
-        from act import PROMPT_LENGTHS, load_vla
+        from act import load_vla
         from machinery import oxe
         from machinery.frames import find_dataset
 
@@ -122,9 +122,6 @@ class Player:
         if paraphrases:  # trial i of a task gets wording i, from the first again after the last
             self.wordings = load_yaml(PARAPHRASES.read_text(), str(PARAPHRASES))
         self.batch = batch
-        if device == "cuda":  # else Python launches each kernel, slower than the GPU computes it
-            for length in PROMPT_LENGTHS:
-                self.policy.record(batch, length, 0)
         self.threads = ThreadPoolExecutor(min(4, cores()))
 
     def act(self, questions: list[tuple[str, list[deque]]]) -> list[np.ndarray]:
